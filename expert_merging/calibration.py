@@ -1,0 +1,146 @@
+"""Calibration files ``DATA_DIR/<Task>.json`` and the samples in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expert_merging.errors import InputError, Problems, near_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One unlabeled input.
+
+    Args:
+        task: name of its file.
+        expert: the expert whose behaviour the merged model should match on it.
+        question: the prompt.
+        response: text that follows the prompt; None where the expert is to write it.
+        identity: ``question_id`` of the entry, or its position in the file.
+        images: pictures that belong to it.
+        finished: the response is whole; False for one that was cut off at its greatest length.
+    """
+
+    task: str
+    expert: str
+    question: str
+    response: str | None
+    identity: str
+    images: tuple[Path, ...] = ()
+    finished: bool = True
+
+
+def load_samples(
+    data_dir: Path,
+    experts: tuple[str, ...],
+    *,
+    default_count: int,
+    counts: Mapping[str, int],
+    task_expert: Mapping[str, str],
+) -> list[Sample]:
+    """The first samples of every task file that belongs to an expert.
+
+    A file belongs to the expert of its name unless ``task_expert`` says otherwise; other files are left alone, since
+    one folder may serve several families.
+
+    Args:
+        data_dir: folder with one JSON file per task.
+        experts: names of the experts.
+        default_count: samples taken from each file, from its beginning.
+        counts: numbers that differ, by task.
+        task_expert: expert by task, where the names differ.
+
+    Raises:
+        InputError: a missing folder, an expert without samples, a faulty file or entry; all of them at once.
+    """
+    if not data_dir.is_dir():
+        raise InputError(
+            f"calibration folder {data_dir} does not exist; give --data_dir a folder with one JSON file per task"
+        )
+    tasks = {file.stem: file for file in sorted(data_dir.glob("*.json"))}
+    problems = Problems()
+    for flag, named in {"samples_per_task_dict": counts, "task_expert": task_expert}.items():
+        for task in named:
+            if task not in tasks:
+                problems.add(
+                    f"--{flag} names the task {task!r}, and {data_dir} has no {task}.json. {near_name(task, [*tasks])}"
+                )
+    for task, expert in task_expert.items():
+        if expert not in experts:
+            problems.add(f"--task_expert {task}={expert}: there is no expert {expert!r}. {near_name(expert, experts)}")
+    samples: list[Sample] = []
+    for task, file in tasks.items():
+        expert = task_expert.get(task, task)
+        if expert in experts:
+            with problems.collecting():
+                samples += _read_task(file, expert, counts.get(task, default_count))
+    for expert in experts:
+        if not problems.found and all(sample.expert != expert for sample in samples):
+            problems.add(
+                f"expert {expert} has no calibration samples: {data_dir} has no {expert}.json, and no --task_expert "
+                f"TASK={expert} assigns it another file"
+            )
+    problems.check()
+    return samples
+
+
+def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{file} must hold a list of objects with a 'question' each; see dataset/README.md")
+    problems = Problems()
+    samples = []
+    for number, entry in enumerate(entries[:count]):
+        with problems.collecting():
+            samples.append(_read_entry(file, number, entry, expert))
+    problems.check()
+    if len(samples) < count:
+        logger.info("%s has %d entries; --samples_per_task asks for %d, all are used", file, len(samples), count)
+    return samples
+
+
+def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
+    where = f"{file}, entry {number}"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: must be an object with a 'question', got {json.dumps(entry)[:60]}")
+    question, response = entry.get("question"), entry.get("response")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}")
+    if response is not None and not isinstance(response, str):
+        raise InputError(f"{where}: 'response' must be a text (or left out), got {json.dumps(response)[:60]}")
+    return Sample(
+        task=file.stem,
+        expert=expert,
+        question=question,
+        response=response or None,
+        identity=str(entry.get("question_id", number)),
+        images=_find_images(file, where, entry.get("image_path")),
+    )
+
+
+def _find_images(file: Path, where: str, given: Any) -> tuple[Path, ...]:
+    """The entry's pictures, looked for beside the file, from the dataset folder's parent and from the current folder."""
+    if given is None:
+        return ()
+    paths = given if isinstance(given, list) else [given]
+    found = []
+    for path in paths:
+        if not isinstance(path, str):
+            raise InputError(f"{where}: 'image_path' must be a text or a list of texts, got {json.dumps(path)}")
+        places = [file.parent, file.parent.parent, Path.cwd()]
+        hits = [place / path for place in places if (place / path).is_file()]
+        if not hits:
+            looked = ", ".join(str(place) for place in places)
+            raise InputError(f"{where}: image_path {path} does not exist (looked in {looked})")
+        found.append(hits[0])
+    return tuple(found)

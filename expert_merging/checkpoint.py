@@ -1,0 +1,384 @@
+"""Read safetensors checkpoints lazily and check that experts fit their base.
+
+Only headers are read when a checkpoint is opened. Entries are read with positioned reads, block by block, never
+through a memory map: resident memory stays what was asked for, and several threads can read the same file. Nothing here
+unpickles or executes anything found in a checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.errors import InputError, Problems
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# safetensors' names of floating-point types and of torch's, with bytes per entry.
+FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+OTHERS = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "I64": 8,
+    "U64": 8,
+}
+
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|safetensors)$|.*\.(bin|safetensors)\.index\.json$"
+)
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$")
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors file.
+
+    Args:
+        name: tensor name in the file.
+        dtype: safetensors' name of the type, such as ``BF16``.
+        shape: its dimensions.
+        file: the file that holds it.
+        offset: position of its first byte in the file.
+        size: its length in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the entries can be merged."""
+        return self.dtype in FLOATS
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type as torch calls it, for floating-point entries."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, FLOATS[self.dtype][0])
+        return dtype
+
+
+class Checkpoint:
+    """A folder with ``config.json`` and safetensors weights, opened for reading.
+
+    Args:
+        folder: the folder as downloaded or as `save_pretrained` left it.
+
+    Raises:
+        InputError: the folder cannot be used; every problem found is listed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.files = _weight_files(folder)
+        self.headers: dict[str, bytes] = {}
+        self.entries: dict[str, Entry] = {}
+        problems = Problems()
+        for file in self.files:
+            with problems.collecting():
+                header, entries = _read_header(file)
+                self.headers[file.name] = header
+                self._add(entries)
+        problems.check()
+        _check_index(folder, self.entries)
+        self._descriptors: dict[Path, int] = {}
+
+    def _add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.name in self.entries:
+                first = self.entries[entry.name].file.name
+                raise InputError(
+                    f"{entry.file}: tensor {entry.name} is in {first} already; a tensor belongs in one file"
+                )
+            self.entries[entry.name] = entry
+
+    def in_file(self, file: Path) -> list[Entry]:
+        """The tensors of one file in the order of their bytes."""
+        return sorted((entry for entry in self.entries.values() if entry.file == file), key=lambda entry: entry.offset)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Entries ``[start, stop)`` of the flattened tensor, in the file's type.
+
+        Returns:
+            ``(stop - start,)``; the whole tensor, flattened, without bounds.
+        """
+        import torch
+
+        entry = self.entries[name]
+        stop = entry.elements if stop is None else stop
+        block = torch.empty(stop - start, dtype=entry.torch_dtype)
+        width = block.element_size()
+        if len(block):
+            view = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            read_exactly(self.descriptor(entry.file), view, entry.offset + start * width, entry.file)
+        return block
+
+    def descriptor(self, file: Path) -> int:
+        """An open read-only file descriptor, kept until the checkpoint is closed."""
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def fingerprint(self) -> str:
+        """A digest that changes when weights change: all headers and evenly spaced samples of the data."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            header = self.headers[file.name]
+            digest.update(header)
+            size = file.stat().st_size
+            step = max(1, (size - len(header)) // _SAMPLES)
+            for position in range(len(header), size, step):
+                digest.update(os.pread(self.descriptor(file), _SAMPLE_BYTES, position))
+        return digest.hexdigest()[:16]
+
+
+def read_exactly(descriptor: int, view: memoryview, offset: int, file: Path) -> None:
+    """Fill the view from the file.
+
+    Raises:
+        InputError: the file is shorter than its header says, as when it is being replaced meanwhile.
+    """
+    filled = 0
+    while filled < len(view):
+        count = os.preadv(descriptor, [view[filled:]], offset + filled)
+        if count == 0:
+            raise InputError(f"{file} ended early while it was read; was it replaced or cut off? Download it again")
+        filled += count
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of the folder, with a clear error for every kind of folder that is not a full checkpoint."""
+    if not folder.is_dir():
+        raise InputError(f"checkpoint folder {folder} does not exist")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds a LoRA adapter (adapter_config.json), not a full model; merge it into its base first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} has no config.json; a checkpoint folder holds config.json and safetensors weights")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds {type(config).__name__}, not a JSON object; download it again")
+    if "quantization_config" in config:
+        raise InputError(
+            f"{file} has a quantization_config: quantized weights cannot be merged exactly; use the unquantized ones"
+        )
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the folder, chosen as `from_pretrained` chooses them."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if _PICKLES.match(file.name))
+        if pickles:
+            raise InputError(
+                f"{folder} has its weights in pickle files ({pickles[0]}), which can run code when they are opened; "
+                "if you trust them, convert them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; download the safetensors weights")
+    names = sorted(set(_weight_map(folder).values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise InputError(f"{folder / INDEX} names {outside[0]!r}; weight files must lie in the folder itself")
+    missing = [
+        f"{folder / name} is missing, and {INDEX} names it; download it"
+        for name in names
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise InputError(*missing)
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder / INDEX} is not a JSON object with a weight_map; download it again") from None
+
+
+def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return
+    problems = [
+        f"{folder / file} does not hold {name}, and {INDEX} says it does; download both again"
+        for name, file in _weight_map(folder).items()
+        if name not in entries or entries[name].file.name != file
+    ]
+    if problems:
+        raise InputError(*problems[:10])
+
+
+def _read_header(file: Path) -> tuple[bytes, list[Entry]]:
+    """The raw header of a safetensors file, length field included, and its entries, checked against the file's size.
+
+    See https://github.com/huggingface/safetensors#format.
+    """
+    size = file.stat().st_size
+    broken = InputError(f"{file} is truncated or not a safetensors file; download it again")
+    with file.open("rb") as stream:
+        length_field = stream.read(8)
+        if len(length_field) < 8:
+            raise broken
+        length = struct.unpack("<Q", length_field)[0]
+        if 8 + length > size:
+            raise broken
+        header = stream.read(length)
+    try:
+        described = json.loads(header)
+        entries = [_entry(name, value, file, 8 + length) for name, value in described.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise broken from None
+    end = 8 + length
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size)):
+        if entry.offset != end:
+            raise broken
+        end += entry.size
+    if end != size:
+        raise InputError(
+            f"{file} has {size} bytes but its header describes {end}: it is truncated or damaged; download it again"
+        )
+    return length_field + header, entries
+
+
+def _entry(name: str, described: Mapping[str, Any], file: Path, data_start: int) -> Entry:
+    dtype, shape = str(described["dtype"]), tuple(int(side) for side in described["shape"])
+    start, stop = described["data_offsets"]
+    width = FLOATS[dtype][1] if dtype in FLOATS else OTHERS.get(dtype)
+    if width is not None and stop - start != prod(shape) * width:
+        raise ValueError("size")
+    return Entry(name, dtype, shape, file, data_start + start, stop - start)
+
+
+def other_files(folder: Path) -> Iterator[Path]:
+    """Files of a checkpoint folder besides weights, relative to it: what loads and describes the model.
+
+    Weights in other formats (or unused safetensors files) are left out: beside merged weights they would be the base's.
+    """
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in {".git", ".cache", "__pycache__"})
+        for name in sorted(names):
+            if name == INDEX or not _OTHER_WEIGHTS.match(name):
+                yield (Path(root) / name).relative_to(folder)
+
+
+def weights_in_other_formats(checkpoint: Checkpoint) -> list[str]:
+    """Names of weight files that `other_files` leaves out and that the merged folder will not have."""
+    names = sorted(file.name for file in checkpoint.folder.iterdir() if _OTHER_WEIGHTS.match(file.name))
+    return [name for name in names if name != INDEX and name not in checkpoint.headers]
+
+
+def check_experts(base: Checkpoint, experts: Mapping[str, Checkpoint], excluded: Sequence[str]) -> list[str]:
+    """Check that experts fit the base and say which tensors are merged.
+
+    Args:
+        base: the base model.
+        experts: expert checkpoints by name.
+        excluded: patterns of parameters that keep the base's value, matched from the start of the name (`re.match`).
+
+    Returns:
+        Names of the tensors to merge, in the order of the base's files: the floating-point ones that no pattern
+        matches.
+
+    Raises:
+        InputError: missing or extra tensors, shapes or types that differ, a pattern that is not a regular expression,
+            or nothing left to merge.
+    """
+    problems = Problems()
+    patterns = []
+    for pattern in excluded:
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            problems.add(f"--exclude_params {pattern!r} is not a regular expression: {error}")
+    problems.check()
+
+    def is_excluded(name: str) -> bool:
+        return any(pattern.match(name) for pattern in patterns)
+
+    merged = [
+        entry.name
+        for file in base.files
+        for entry in base.in_file(file)
+        if entry.is_float and not is_excluded(entry.name)
+    ]
+    if not merged:
+        problems.add(f"every parameter of {base.folder} is excluded by --exclude_params; nothing would be merged")
+    for expert, checkpoint in experts.items():
+        for problem in _differences(base, merged, checkpoint, is_excluded):
+            problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
+    problems.check()
+    return merged
+
+
+def _differences(base: Checkpoint, merged: list[str], expert: Checkpoint, is_excluded: Any) -> list[str]:
+    """What keeps an expert from being merged, the first few of each kind with the number of the rest."""
+    missing = [f"lacks the tensor {name}" for name in merged if name not in expert.entries]
+    extra = [
+        f"has the tensor {name}, which the base lacks; is it an expert of this base? (or exclude it)"
+        for name in expert.entries
+        if name not in base.entries and not is_excluded(name)
+    ]
+    shapes = [
+        f"{name} has shape {list(expert.entries[name].shape)}, the base's has {list(base.entries[name].shape)}"
+        for name in merged
+        if name in expert.entries and expert.entries[name].shape != base.entries[name].shape
+    ]
+    types = [
+        f"{name} is stored as {expert.entries[name].dtype}, which cannot be merged; allowed: {', '.join(FLOATS)}"
+        for name in merged
+        if name in expert.entries and not expert.entries[name].is_float
+    ]
+    return [problem for kind in (missing, extra, shapes, types) for problem in _first(kind)]
+
+
+def _first(problems: list[str], shown: int = 4) -> list[str]:
+    if len(problems) <= shown + 1:
+        return problems
+    return [*problems[:shown], f"... and {len(problems) - shown} more like the last"]

@@ -1,0 +1,372 @@
+"""The command: resolve options, check everything, merge, say where the result is.
+
+With `console`, the only module that prints, exits or reads the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging import __version__
+from expert_merging.backbone import Backbone
+from expert_merging.errors import InputError, Problems
+from expert_merging.options import ROOT, Resolved, checkpoint_folders, command_line, parse, resolve, show
+from expert_merging.registry import all_methods
+
+if TYPE_CHECKING:
+    from expert_merging.console import Terminal
+    from expert_merging.learned import Work
+    from expert_merging.merge import Rule, Summary
+    from expert_merging.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Options that decide where and how a run is done but not its result.
+_INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
+
+
+def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
+    """Run the command of a family.
+
+    Args:
+        backbone: the family.
+        arguments: command line without the program's name; the process's own by default.
+
+    Returns:
+        Exit code: 0, or 1 after an error that the user can put right.
+    """
+    try:
+        given = parse(sys.argv[1:] if arguments is None else arguments, backbone)
+        if given.get("list_methods"):
+            _list_methods(backbone)
+            return 0
+        return _merge(resolve(given, os.environ, backbone), backbone)
+    except InputError as error:
+        if _is_main_process():
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _merge(resolved: Resolved, backbone: Backbone) -> int:
+    from expert_merging.console import Terminal
+
+    terminal = Terminal(quiet=not _is_main_process())
+    try:
+        job = _Job(resolved, backbone, terminal)
+        if resolved.general["dry_run"]:
+            job.print_plan()
+            return 0
+        if not _is_main_process() and not resolved.method.learns:
+            return 0
+        return job.run_all()
+    finally:
+        terminal.close()
+
+
+class _Job:
+    """One run from its checked options to its result."""
+
+    def __init__(self, resolved: Resolved, backbone: Backbone, terminal: Terminal) -> None:
+        from expert_merging.merge import make_plan
+
+        self.resolved, self.backbone, self.terminal = resolved, backbone, terminal
+        problems = Problems()
+        with problems.collecting():
+            self.device = _choose_device(resolved.general["device"])
+        with problems.collecting():
+            self.base, self.experts = checkpoint_folders(resolved.general, backbone)
+            self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"])
+        problems.check()
+        _check_one_per_expert(resolved, tuple(self.plan.experts))
+        self.description = self._describe()
+        self.run, self.work, earlier = self._open_run()
+        if earlier is not None:
+            self.description = earlier
+
+    def _describe(self) -> dict[str, Any]:
+        """The run's ``config.json``."""
+        general = self.resolved.general
+        decisive = {name: value for name, value in general.items() if name not in _INDIFFERENT}
+        decisive |= {
+            "base_model_path": str(self.base.resolve()),
+            "expert": {name: str(folder.resolve()) for name, folder in self.experts.items()},
+        }
+        seed = general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31)
+        return {
+            "family": self.backbone.name,
+            "method": self.resolved.method.name,
+            "options": {**decisive, **self.resolved.options},
+            "checkpoints": {
+                name: checkpoint.fingerprint()
+                for name, checkpoint in {"base": self.plan.base, **self.plan.experts}.items()
+            },
+            "inputs": {},
+            "seed": seed,
+            "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | {"device": self.device},
+            "versions": _versions(),
+            "git_revision": _git_revision(),
+            "command": command_line(),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+
+    def _open_run(self) -> tuple[Run, Work | None, dict[str, Any] | None]:
+        """The run's folder, and for a method that learns the work to do; all remaining checks."""
+        from expert_merging.learned import Context
+        from expert_merging.run import Run, default_name
+        from expert_merging.writing import check_free_disk
+
+        general, method = self.resolved.general, self.resolved.method
+        output, problems = Path(general["output_path"]), Problems()
+        with problems.collecting():
+            _check_output(output, [self.plan.base.folder, *self.experts.values()])
+        run_name = general["run_name"]
+        if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
+            problems.add(f"--run_name is the name of a folder inside {output / method.name}, got {run_name!r}")
+        problems.check()
+        work = None
+        run = Run(output / method.name / (run_name or default_name(self.backbone.name, self.description)))
+        if method.learns:
+            context = Context(
+                self.backbone, run, self.description["seed"], self.device, general["log_with"], self.terminal.progress
+            )
+            with problems.collecting():
+                work = method.function(self.plan, context, **self.resolved.options)
+                self.description["inputs"] = dict(work.inputs)
+        earlier = None
+        with problems.collecting():
+            earlier = run.check(self.description) if not problems.found else None
+        if not run.is_complete:
+            with problems.collecting():
+                check_free_disk(run.folder, self._missing_bytes(run))
+        problems.check()
+        return run, work, earlier
+
+    def _missing_bytes(self, run: Run) -> int:
+        written = [run.partial_model / file.name for file in self.plan.base.files]
+        return self.plan.output_bytes - sum(file.stat().st_size for file in written if file.exists())
+
+    def run_all(self) -> int:
+        """Learn if the method learns, merge, report."""
+        start = time.monotonic()
+        summary = None
+        if self.run.is_complete:
+            logger.info("this run is complete already; remove its folder to repeat it")
+        else:
+            if _is_main_process():
+                self.run.begin(self.description)
+                self.terminal.log_to(self.run.log)
+            self._log_start()
+            rule = self._rule()
+            if not _is_main_process():
+                return 0
+            summary = self._write(rule)
+        self._report(summary, time.monotonic() - start)
+        if self.resolved.general["run_tests"]:
+            self._ask_questions()
+        self.run.release()
+        return 0
+
+    def _log_start(self) -> None:
+        logger.info("method %s, run folder %s", self.resolved.method.name, self.run.folder)
+        for line in self.plan_lines():
+            logger.info("%s", line)
+        for name in self.resolved.ignored:
+            logger.warning("--%s is ignored: %s has no such option", name, self.resolved.method.name)
+
+    def _rule(self) -> Rule:
+        """The method's rule; learning happens here."""
+        function, options = self.resolved.method.function, self.resolved.options
+        if self.work is None:
+            return lambda task_vectors, _part: function(task_vectors, **options)
+        return self.work.run().rule
+
+    def _write(self, rule: Rule) -> Summary:
+        import torch
+
+        from expert_merging.card import model_card
+        from expert_merging.merge import write_merged
+        from expert_merging.writing import write_atomically
+
+        summary = write_merged(
+            self.plan,
+            rule,
+            self.run.partial_model,
+            elementwise=self.resolved.method.elementwise,
+            device=torch.device(self.device),
+            progress=self.terminal.progress,
+        )
+        card = model_card(
+            self.description,
+            title=self.run.folder.name,
+            merged=len(self.plan.merged),
+            tensors=len(self.plan.base.entries),
+        )
+        write_atomically(self.run.partial_model / "README.md", card.encode())
+        self.run.finish()
+        return summary
+
+    def plan_lines(self) -> list[str]:
+        """The plan in words: experts, parameters, memory and disk."""
+        from expert_merging.checkpoint import weights_in_other_formats
+        from expert_merging.merge import working_memory
+
+        plan, method = self.plan, self.resolved.method
+        tensors = len(plan.base.entries)
+        lines = [
+            f"base {plan.base.folder}",
+            *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
+        ]
+        lines += [f"option {name} {show(value)}" for name, value in self.resolved.options.items() if value is not None]
+        lines += list(self.work.notes) if self.work else []
+        lines.append(
+            f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
+            f"{tensors - len(plan.merged)} keep the base's value"
+        )
+        memory = working_memory(plan, elementwise=method.elementwise)
+        lines.append(
+            f"writes {_size(plan.output_bytes)}; merging needs about {_size(memory)} of memory on {self.device}"
+        )
+        if method.learns:
+            model = sum(entry.elements for entry in plan.base.entries.values())
+            lines.append(
+                f"learning holds one model ({_size(4 * model)} in float32, half in half precision), one sample's "
+                "activations, and task vectors where they fit"
+            )
+        unread = weights_in_other_formats(plan.base)
+        if unread:
+            lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
+        return lines
+
+    def print_plan(self) -> None:
+        for line in (f"method {self.resolved.method.name}, run folder {self.run.folder}", *self.plan_lines()):
+            self.terminal.console.print(line, markup=False)
+        for name in self.resolved.ignored:
+            self.terminal.console.print(
+                f"--{name} is ignored: {self.resolved.method.name} has no such option", markup=False
+            )
+        self.terminal.console.print("dry run: all checks passed, nothing was written")
+
+    def _report(self, summary: Summary | None, seconds: float) -> None:
+        if summary is not None:
+            if summary.kept_shards:
+                logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
+            if summary.changes:
+                name = max(summary.changes, key=lambda key: summary.changes[key])
+                logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
+            logger.info("done in %.1f s", seconds)
+        model = self.run.model
+        logger.info("merged model: %s", model)
+        logger.info('load it:      AutoModelForCausalLM.from_pretrained("%s", dtype="auto")', model)
+        if self.run.board.exists():
+            logger.info("curves:       tensorboard --logdir %s", self.run.board)
+        if self.backbone.evaluation:
+            logger.info("evaluate it:  %s", self.backbone.evaluation.format(model=model))
+
+    def _ask_questions(self) -> None:
+        """Let the merged model answer the family's test questions."""
+        import torch
+
+        from expert_merging.calibration import Sample
+        from expert_merging.learned.targets import generate
+
+        processor = self.backbone.load_processor(self.run.model)
+        dtype = torch.float32 if self.device == "cpu" else next(iter(self.plan.base.entries.values())).torch_dtype
+        model = self.backbone.load_model(self.run.model, dtype).to(self.device)
+        for number, question in enumerate(self.backbone.test_questions):
+            sample = Sample("test", "", question, None, str(number))
+            inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
+            answer = generate(model, processor, {name: value.to(self.device) for name, value in inputs.items()}, 128)
+            logger.info("question: %s\nanswer: %s", question, answer.strip())
+
+
+def _choose_device(asked: str) -> str:
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {asked}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    return asked
+
+
+def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
+    given = resolved.options.get("scaling_coefficient")
+    if isinstance(given, list) and len(given) != len(experts):
+        raise InputError(
+            f"--scaling_coefficient has {len(given)} values for {len(experts)} experts ({', '.join(experts)})"
+        )
+
+
+def _check_output(output: Path, checkpoints: list[Path]) -> None:
+    for folder in checkpoints:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--output_path {output} lies inside the checkpoint folder {folder}, which is never written to"
+            )
+    existing = next(parent for parent in [output, *output.parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--output_path {output} cannot be written to")
+
+
+def _list_methods(backbone: Backbone) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "what it does", "options and defaults", header_style="bold", show_lines=True)
+    for method in all_methods().values():
+        names = ", ".join([method.name, *method.aliases])
+        defaults = method.defaults(backbone.defaults).items()
+        table.add_row(names, method.summary, "\n".join(f"--{name} {show(value)}" for name, value in defaults))
+    Console().print(table)
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "accelerate", "safetensors")
+    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    return {"expert_merging": __version__, "python": platform.python_version()} | {
+        name: found[name] for name in names if name in found
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,85 @@
+"""What the terminal shows: progress bars and log lines, plain where it is not a terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from expert_merging.merge import Advance
+
+logger = logging.getLogger(__name__)
+_PACKAGE = "expert_merging"
+
+
+class Terminal:
+    """Shows log lines and progress of one process.
+
+    Args:
+        quiet: show nothing, as in the other processes of a parallel run.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.handlers: list[logging.Handler] = []
+        if not quiet:
+            self._add(self._console_handler())
+
+    def _console_handler(self) -> logging.Handler:
+        if self.console.is_terminal:
+            return RichHandler(console=self.console, show_path=False, log_time_format="%H:%M:%S", highlighter=None)
+        return logging.StreamHandler(self.console.file)
+
+    def _add(self, handler: logging.Handler) -> None:
+        package = logging.getLogger(_PACKAGE)
+        package.setLevel(logging.INFO)
+        package.propagate = False
+        package.addHandler(handler)
+        self.handlers.append(handler)
+
+    def log_to(self, file: Path) -> None:
+        """Write log lines with times to a file as well, after what it has already."""
+        handler = logging.FileHandler(file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._add(handler)
+
+    def close(self) -> None:
+        """Stop showing and writing log lines."""
+        for handler in self.handlers:
+            logging.getLogger(_PACKAGE).removeHandler(handler)
+            handler.close()
+        self.handlers.clear()
+
+    @contextmanager
+    def progress(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        """A bar with throughput and time left; see `expert_merging.merge.Progress`."""
+        start = time.monotonic()
+        amount: list[ProgressColumn] = (
+            [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]
+        )
+        columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
+        with Progress(
+            *columns,
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        ) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda count, note="": bar.update(task, advance=count, note=note)
+        logger.info("%s took %.1f s", title, time.monotonic() - start)

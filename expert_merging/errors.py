@@ -1,0 +1,58 @@
+"""The one exception for everything a user can put right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class InputError(Exception):
+    """What the user gave cannot be used.
+
+    Args:
+        problems: one sentence each: what is wrong with the value in hand, what is allowed, what to do.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Problems:
+    """Collects the problems of several independent checks, so that the user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Note one problem."""
+        self.found.append(problem)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Note the problems of an `InputError` raised inside and go on after the block."""
+        try:
+            yield
+        except InputError as error:
+            self.found.extend(problem for problem in error.problems if problem not in self.found)
+
+    def check(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            InputError: there was at least one problem.
+        """
+        if self.found:
+            raise InputError(*self.found)
+
+
+def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The part of a message that offers the closest of the known names, or lists them all."""
+    import difflib
+
+    normal: Callable[[str], str] = lambda text: text.lower().replace("-", "_")  # noqa: E731
+    by_normal = {normal(candidate): candidate for candidate in known}
+    close = difflib.get_close_matches(normal(name), list(by_normal), n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {by_normal[close[0]]!r}?"
+    return f"Known: {', '.join(sorted(known))}."

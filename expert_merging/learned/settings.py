@@ -1,0 +1,146 @@
+"""Checks of the learning options against experts, parameters and calibration files, before any tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expert_merging.backbone import layer_count
+from expert_merging.calibration import Sample, load_samples
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.learned import Context
+from expert_merging.learned.coefficients import choose_chunks
+from expert_merging.merge import Plan
+from expert_merging.methods.learned import LearningOptions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options after all checks, in the form that training uses.
+
+    Args:
+        options: the options as given.
+        samples: calibration samples.
+        initial: initial coefficient per expert.
+        scale: factor on task vectors per expert.
+        chunks: number of chunks by parameter name.
+        layers: aligned hidden states.
+        precision: ``no``, ``fp16`` or ``bf16``.
+    """
+
+    options: LearningOptions
+    samples: tuple[Sample, ...]
+    initial: tuple[float, ...]
+    scale: tuple[float, ...]
+    chunks: Mapping[str, int]
+    layers: tuple[int, ...]
+    precision: str
+
+
+def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
+    """Resolve the options against experts, parameters and calibration files."""
+    problems = Problems()
+    experts = tuple(plan.experts)
+    sizes = {name: plan.base.entries[name].elements for name in plan.merged}
+    initial, scale, chunks, layers = (), (), {}, ()  # type: tuple[float, ...], tuple[float, ...], dict[str, int], tuple[int, ...]
+    samples: list[Sample] = []
+    with problems.collecting():
+        initial = _initial_values(options.scaling_coefficient, experts)
+    with problems.collecting():
+        scale = _task_vector_scale(options.task_vector_coeffs_dict or {}, experts)
+    with problems.collecting():
+        chunks = choose_chunks(sizes, options.coeffs_size_dict or {})
+    with problems.collecting():
+        layers = _aligned_layers(options, layer_count(plan.base.config))
+    with problems.collecting():
+        precision = _precision(options.mixed_precision, context.device)
+    with problems.collecting():
+        _check_tracker(context.log_with)
+    if options.prompt_template is not None and "{question}" not in options.prompt_template:
+        problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
+    with problems.collecting():
+        samples = load_samples(
+            Path(options.data_dir or "dataset"),
+            experts,
+            default_count=options.samples_per_task,
+            counts=options.samples_per_task_dict or {},
+            task_expert=options.task_expert or {},
+        )
+        if any(sample.images for sample in samples) and not context.backbone.takes_images:
+            with_image = next(sample for sample in samples if sample.images)
+            problems.add(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
+        tasks = sorted({sample.task for sample in samples})
+        for task in options.loss_alphas or {}:
+            if task not in tasks:
+                problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {near_name(task, tasks)}")
+    problems.check()
+    return Settings(options, tuple(samples), initial, scale, chunks, layers, precision)
+
+
+def _initial_values(given: float | list[float], experts: tuple[str, ...]) -> tuple[float, ...]:
+    values = given if isinstance(given, list) else [given] * len(experts)
+    if len(values) != len(experts):
+        raise InputError(
+            f"--scaling_coefficient has {len(values)} values for {len(experts)} experts ({', '.join(experts)})"
+        )
+    outside = [value for value in values if not 0 < value < 1]
+    if outside:
+        raise InputError(
+            "--scaling_coefficient is the initial value of coefficients sigmoid(raw) and must lie strictly between 0 "
+            f"and 1, got {outside[0]:g}"
+        )
+    return tuple(values)
+
+
+def _task_vector_scale(given: Mapping[str, float], experts: tuple[str, ...]) -> tuple[float, ...]:
+    unknown = [name for name in given if name not in experts]
+    if unknown:
+        raise InputError(
+            f"--task_vector_coeffs_dict: there is no expert {unknown[0]!r}. {near_name(unknown[0], experts)}"
+        )
+    return tuple(given.get(name, 1.0) for name in experts)
+
+
+def _aligned_layers(options: LearningOptions, count: int | None) -> tuple[int, ...]:
+    """Indices of the aligned hidden states: 0 is the embeddings' output, N that of layer N."""
+    chosen = options.hidden_states_layers
+    if chosen == "none" or options.hidden_states_weight == 0:
+        return ()
+    if count is None:
+        raise InputError(
+            "config.json of the base does not say how many layers it has; give --hidden_states_layers none"
+        )
+    if chosen == "middle":
+        return (count // 2,)
+    if chosen == "all":
+        return tuple(range(1, count + 1))
+    outside = [layer for layer in chosen if int(layer) > count]
+    if outside:
+        raise InputError(f"--hidden_states_layers: the model has {count} layers (0 to {count}), got {outside[0]}")
+    return tuple(int(layer) for layer in chosen)
+
+
+def _precision(asked: str, device: str) -> str:
+    on_gpu = torch.device(device).type == "cuda"
+    if asked == "auto":
+        if not on_gpu:
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if asked == "fp16" and not on_gpu:
+        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    return asked
+
+
+def _check_tracker(log_with: str) -> None:
+    if log_with == "none":
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if log_with not in available:
+        known = [str(getattr(tracker, "value", tracker)) for tracker in LOGGER_TYPE_TO_CLASS]
+        advice = f"pip install {log_with}" if log_with in known else near_name(log_with, [*known, "none"])
+        raise InputError(f"--log_with {log_with}: that tracker is not available. {advice}")

@@ -1,0 +1,203 @@
+"""What the experts say about the calibration samples, computed once before training.
+
+Experts are frozen and the samples fixed, so each expert is loaded once, answers the samples that have no response,
+runs over its samples, and is released. What training needs of it stays: the hidden states at the aligned layers, the
+input of its output head, and the head itself where it is not the merged model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_merging.backbone import Backbone
+from expert_merging.calibration import Sample
+from expert_merging.errors import InputError
+from expert_merging.merge import Plan, Progress
+from expert_merging.writing import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One sample ready for training.
+
+    Args:
+        sample: the sample, its response filled in.
+        inputs: model inputs of prompt and response, batch of one.
+        tokens: ``(selected,)`` positions that the losses look at.
+        last_hidden: ``(selected, hidden)`` input of the expert's output head.
+        layers: ``(selected, hidden)`` the expert's hidden states at each aligned layer.
+        head: the expert's output head; None where it is the merged model's.
+    """
+
+    sample: Sample
+    inputs: Mapping[str, Tensor]
+    tokens: Tensor
+    last_hidden: Tensor
+    layers: tuple[Tensor, ...]
+    head: torch.nn.Module | None
+
+
+@dataclass(frozen=True)
+class TargetMaker:
+    """Loads experts and records their behaviour.
+
+    Args:
+        backbone: the model family.
+        plan: the checkpoints.
+        layers: indices of the aligned hidden states; 0 is the embeddings' output.
+        response_only: losses look at the tokens that predict the response, instead of all.
+        max_new_tokens: bound on the length of a response that an expert writes.
+        prompt_template: text with ``{question}`` in it; None for the family's own.
+        dtype: type of the weights.
+        device: where models run.
+        responses: file that keeps the responses written by experts.
+        progress: shows how far the work is.
+    """
+
+    backbone: Backbone
+    plan: Plan
+    layers: tuple[int, ...]
+    response_only: bool
+    max_new_tokens: int
+    prompt_template: str | None
+    dtype: torch.dtype
+    device: torch.device
+    responses: Path
+    progress: Progress
+
+    def make(self, samples: Sequence[Sample]) -> list[Target]:
+        """Targets of all samples, in their order."""
+        processor = self.backbone.load_processor(self.plan.base.folder)
+        missing = sum(sample.response is None for sample in samples)
+        made: dict[int, Target] = {}
+        with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
+            for expert, checkpoint in self.plan.experts.items():
+                advance(0, expert)
+                model = self.backbone.load_model(checkpoint.folder, self.dtype).to(self.device)
+                own = [index for index, sample in enumerate(samples) if sample.expert == expert]
+                answered = self._answer(model, processor, [samples[index] for index in own], advance)
+                head = self._own_head(model, expert)
+                for index, sample in zip(own, answered, strict=True):
+                    made[index] = self._record(model, processor, sample, head)
+                    advance(1, expert)
+                del model
+        return [made[index] for index in range(len(samples))]
+
+    @torch.no_grad()
+    def _record(self, model: Any, processor: Any, sample: Sample, head: torch.nn.Module | None) -> Target:
+        inputs, prompt_tokens = self._encode(processor, sample)
+        length = inputs["input_ids"].shape[1]
+        # A token is predicted at the position before it; nothing follows the last one.
+        positions = range(prompt_tokens - 1, length - 1) if self.response_only else range(length)
+        tokens = torch.tensor(list(positions), device=self.device)
+        hidden = hidden_states(model, inputs)
+        return Target(
+            sample=sample,
+            inputs=inputs,
+            tokens=tokens,
+            last_hidden=hidden[-1][0, tokens],
+            layers=tuple(hidden[layer][0, tokens] for layer in self.layers),
+            head=head,
+        )
+
+    def _encode(self, processor: Any, sample: Sample) -> tuple[dict[str, Tensor], int]:
+        """Model inputs of prompt, response and end token, and the number of prompt tokens."""
+        inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        response = tokenizer(sample.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt_tokens = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([response])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return {name: value.to(self.device) for name, value in inputs.items()}, prompt_tokens
+
+    def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
+        """The expert's output head where it differs from the one that the merged model will have while training."""
+        name = _head_name(self.plan)
+        base, own = self.plan.base, self.plan.experts[expert]
+        if name not in self.plan.merged and name in own.entries and _same_tensor(base, own, name):
+            return None
+        head: torch.nn.Module = copy.deepcopy(model.get_output_embeddings())
+        return head
+
+    def _answer(self, model: Any, processor: Any, samples: list[Sample], advance: Any) -> list[Sample]:
+        """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
+        kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
+        answered = []
+        for sample in samples:
+            key = f"{sample.task}/{sample.identity}/{sample.question}"
+            if sample.response is None:
+                if key not in kept:
+                    kept[key] = self._generate(model, processor, sample)
+                    write_atomically(self.responses, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+                sample = replace(sample, response=kept[key])
+                advance(1, sample.expert)
+            answered.append(sample)
+        return answered
+
+    @torch.no_grad()
+    def _generate(self, model: Any, processor: Any, sample: Sample) -> str:
+        """The expert's greedy answer, at most ``max_new_tokens`` long."""
+        inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return generate(model, processor, inputs, self.max_new_tokens)
+
+
+@torch.no_grad()
+def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> str:
+    """Greedy continuation of a prompt as text."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    written = tokens[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(written, skip_special_tokens=True))
+
+
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Hidden states of the decoder, ``(1, tokens, hidden)`` each: embeddings, every layer, the last one normalised."""
+    outputs = model.base_model(**inputs, output_hidden_states=True, use_cache=False)
+    states: tuple[Tensor, ...] = outputs.hidden_states
+    return states
+
+
+def _head_name(plan: Plan) -> str:
+    """File name of the output head's weight: its own tensor, or the embeddings where the two are tied."""
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for name in plan.base.entries:
+            if name.endswith(ending):
+                return name
+    raise InputError(
+        f"{plan.base.folder} has neither an lm_head nor embed_tokens; a model that learns needs an output head"
+    )
+
+
+def _same_tensor(first: Any, second: Any, name: str) -> bool:
+    """Whether two checkpoints hold the same values of a tensor, compared block by block."""
+    entries = first.entries[name].elements
+    if entries != second.entries[name].elements:
+        return False
+    step = 1 << 22
+    return all(
+        torch.equal(
+            first.read(name, start, min(start + step, entries)).float(),
+            second.read(name, start, min(start + step, entries)).float(),
+        )
+        for start in range(0, entries, step)
+    )

@@ -1,0 +1,4 @@
+"""The merging methods, one file a family of methods; importing this package registers them all."""
+
+from expert_merging.methods import learned as learned
+from expert_merging.methods import linear as linear

@@ -1,0 +1,341 @@
+"""The command line's flags, from signatures; their values, from flags, configuration file and environment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from expert_merging.backbone import Backbone
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.registry import Method, Option, all_methods, describe_type, find_method, read_options
+
+ROOT = Path(__file__).resolve().parent.parent
+_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralOptions:
+    """Options that every method has.
+
+    Args:
+        method: merging method; --list_methods shows all.
+        cache_dir: folder that holds the family's checkpoints under their published names; also from CACHE_DIR in the
+            environment or in .env.
+        base_model_path: base model to use instead of the family's.
+        expert: an expert to merge, NAME=PATH; repeat for each. They replace the family's experts.
+        exclude_params: regular expressions of parameters that keep the base's value, matched from the start of the
+            name; none merges everything.
+        output_path: folder for all runs.
+        run_name: name of this run; by default derived from the options, so that the same command finds and continues
+            its run.
+        seed: seed of everything random; -1 draws one and records it.
+        device: where to compute; auto takes the first GPU if there is one.
+        log_with: experiment tracker of methods that learn, as accelerate calls it (tensorboard, wandb, ...), or none.
+        run_tests: ask the merged model a few questions afterwards.
+        dry_run: check everything, print the plan and write nothing.
+    """
+
+    method: str = "expert_merging"
+    cache_dir: str | None = None
+    base_model_path: str | None = None
+    expert: dict[str, str] | None = None
+    exclude_params: list[str] | Literal["none"] | None = None
+    output_path: str | None = None
+    run_name: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    log_with: str = "tensorboard"
+    run_tests: bool = False
+    dry_run: bool = False
+
+
+GENERAL = read_options(GeneralOptions)
+_GROUPS = {
+    "what is merged": ("method", "cache_dir", "base_model_path", "expert", "exclude_params"),
+    "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All options after flags, configuration file, environment and defaults are put together.
+
+    Args:
+        general: value of every general option.
+        method: the method.
+        options: value of every option of the method.
+        ignored: options that were given and that the method does not have.
+    """
+
+    general: Mapping[str, Any]
+    method: Method
+    options: Mapping[str, Any]
+    ignored: tuple[str, ...]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help shows all options")
+
+
+def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
+    """The command line of one family, with help from docstrings and the family's defaults."""
+    from rich_argparse import RichHelpFormatter
+
+    parser = _Parser(
+        prog="model_merging.py",
+        description=f"Merge experts of {backbone.base_folder}, or of a base given with --base_model_path, into one model.",
+        formatter_class=RichHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    defaults = {
+        "exclude_params": " ".join(backbone.exclude_params),
+        "output_path": "results/logs at the repository root",
+        "expert": ", ".join(f"{name}={folder}" for name, folder in backbone.expert_folders.items()),
+        "base_model_path": f"CACHE_DIR/{backbone.base_folder}",
+    }
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, GENERAL[name], defaults.get(name, GENERAL[name].default))
+        if "method" in names:
+            group.add_argument(
+                "--list_methods", action="store_true", help="List the methods with their options and defaults."
+            )
+        else:
+            group.add_argument(
+                "--config",
+                metavar="FILE",
+                help="YAML or JSON file with options by name; flags win. A run's config.json is one.",
+            )
+    for learns, title in ((False, "options of methods"), (True, "options of methods that learn")):
+        group = parser.add_argument_group(title)
+        for name, users in _option_users().items():
+            if learns == all(method.learns for method in users):
+                option = replace(users[0].options[name], help=_shown_help(name, users))
+                _add_flag(group, option, _shown_default(name, users, backbone))
+    return parser
+
+
+def _option_users() -> dict[str, list[Method]]:
+    """Every method option with the methods that have it."""
+    users: dict[str, list[Method]] = {}
+    for method in all_methods().values():
+        for name in method.options:
+            users.setdefault(name, []).append(method)
+    return users
+
+
+def _shown_help(name: str, users: list[Method]) -> str:
+    """What the option means, said for each group of methods where it does not mean the same for all."""
+    by_text: dict[str, list[str]] = {}
+    for method in users:
+        by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
+    if len(by_text) == 1:
+        return next(iter(by_text)) + "."
+    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
+
+
+def _shown_default(name: str, users: list[Method], backbone: Backbone) -> str:
+    by_default: dict[str, list[str]] = {}
+    for method in users:
+        by_default.setdefault(show(method.defaults(backbone.defaults)[name]), []).append(method.name)
+    if name == "data_dir":
+        return "dataset at the repository root"
+    if len(by_default) == 1:
+        return next(iter(by_default))
+    return ", ".join(f"{value} ({', '.join(methods)})" for value, methods in by_default.items())
+
+
+def show(value: Any) -> str:
+    """A value as it would be given on the command line."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _add_flag(group: Any, option: Option, default: Any) -> None:
+    text = option.help[0].upper() + option.help[1:]
+    if option.annotation is bool:
+        group.add_argument(f"--{option.name}", action="store_true", help=text)
+        return
+    takes = describe_type(option.annotation)
+    notes = [] if option.annotation in (str, str | None) else [f"Takes {takes}."]
+    notes += [] if default in (None, "none") else [f"Default: {show(default)}."]
+    text = " ".join([text, *notes])
+    group.add_argument(
+        f"--{option.name}",
+        metavar=_metavar(option),
+        action="extend",
+        nargs="*" if option.name == "exclude_params" else 1,
+        help=text.replace("%", "%%"),
+    )
+
+
+def _metavar(option: Option) -> str:
+    return {"expert": "NAME=PATH", "task_expert": "TASK=EXPERT", "coefficients": "RUN_OR_FILE"}.get(
+        option.name, "VALUE"
+    )
+
+
+def parse(arguments: Sequence[str], backbone: Backbone) -> dict[str, Any]:
+    """The flags that were given, as texts by name; dashes in a flag's name count as underscores.
+
+    Raises:
+        InputError: an unknown flag (with the nearest known one) or a flag without its value.
+    """
+    parser = build_parser(backbone)
+    given, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
+    flags = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
+    known = [*GENERAL, *_option_users(), "config", "list_methods"]
+    problems = [f"no flag --{flag[2:]}. {near_name(flag[2:], known)}" for flag in flags]
+    if unknown and not flags:
+        problems = [f"unexpected argument {unknown[0]!r}; --help shows all options"]
+    if problems:
+        raise InputError(*problems)
+    return {name: _single(name, value) for name, value in vars(given).items()}
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def _single(name: str, value: Any) -> Any:
+    """The value of a flag: the last one given, or all of them where a flag is repeated to add entries."""
+    options = {**GENERAL, **{key: users[0].options[key] for key, users in _option_users().items()}}
+    if not isinstance(value, list) or name not in options:
+        return value
+    if name == "exclude_params":
+        return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
+    if "dict" in str(options[name].annotation):
+        return merge_entries(name, value)
+    return value[-1]
+
+
+def merge_entries(name: str, values: list[str]) -> dict[str, Any]:
+    """One dictionary from flags that each hold ``NAME=VALUE`` or a JSON object."""
+    merged: dict[str, Any] = {}
+    for text in values:
+        if text.lstrip().startswith("{"):
+            try:
+                entries = json.loads(text)
+            except ValueError as error:
+                raise InputError(f"--{name} is not valid JSON ({error}): {text}") from None
+        else:
+            key, equals, value = text.partition("=")
+            if not equals or not key or not value:
+                raise InputError(f"--{name} takes NAME=VALUE or a JSON object, got {text!r}")
+            entries = {key: value}
+        repeated = sorted(set(entries) & set(merged))
+        if repeated:
+            raise InputError(f"--{name} gives {repeated[0]!r} twice")
+        merged |= entries
+    return merged
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Options from a YAML or JSON file; of a run's ``config.json``, its options.
+
+    Raises:
+        InputError: it cannot be read, or has a name that is no option.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {file} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {file} must hold options by name, such as 'method: expert_merging'")
+    if isinstance(content.get("options"), dict):
+        content = {"method": content["method"], **content["options"], "seed": content["seed"]}
+    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    known = [*GENERAL, *_option_users()]
+    problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
+    if problems:
+        raise InputError(*problems)
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> Resolved:
+    """Put flags, configuration file, environment, ``.env`` and defaults together, in this order of precedence.
+
+    Args:
+        given: result of `parse`.
+        environment: the process's environment.
+        backbone: the family, for its defaults.
+
+    Raises:
+        InputError: every value that does not fit its option.
+    """
+    from dotenv import dotenv_values
+
+    config = read_config(Path(given["config"])) if "config" in given else {}
+    dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
+    cache_dir = environment.get("CACHE_DIR") or dotenv.get("CACHE_DIR")
+    values = {**({"cache_dir": cache_dir} if cache_dir else {}), **config, **given}
+    method = find_method(str(values.get("method", GENERAL["method"].default)))
+    problems = Problems()
+    general = {name: option.default for name, option in GENERAL.items()} | {"method": method.name}
+    options = method.defaults(backbone.defaults)
+    ignored = []
+    for name, value in values.items():
+        table, target = (GENERAL, general) if name in GENERAL else (method.options, options)
+        if name in table and name != "method":
+            with problems.collecting():
+                target[name] = _absolute(name, table[name].convert(value))
+        elif name not in ("method", "config", "list_methods"):
+            ignored.append(name)
+    problems.check()
+    if general["exclude_params"] is None:
+        general["exclude_params"] = list(backbone.exclude_params)
+    elif general["exclude_params"] == "none":
+        general["exclude_params"] = []
+    general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
+    if "data_dir" in options:
+        options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
+    return Resolved(general, method, options, tuple(ignored))
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Paths as absolute ones, so that a run's config.json means the same wherever it is used."""
+    if name not in _PATHS or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: _absolute(name, path) for key, path in value.items()}
+    return str(Path(value).expanduser().resolve())
+
+
+def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[Path, dict[str, Path]]:
+    """Folders of the base and of the experts.
+
+    Raises:
+        InputError: neither paths nor a cache folder are given.
+    """
+    cache, experts = general["cache_dir"], general["expert"]
+    if cache is None and not (experts and general["base_model_path"]):
+        raise InputError(
+            "where are the checkpoints? Give --cache_dir DIR (or CACHE_DIR in the environment or in .env), or "
+            "--base_model_path PATH and --expert NAME=PATH for each expert"
+        )
+    base = Path(general["base_model_path"] or Path(cache) / backbone.base_folder)
+    folders = experts or {name: str(Path(cache) / folder) for name, folder in backbone.expert_folders.items()}
+    return base, {name: Path(folder) for name, folder in folders.items()}
+
+
+def command_line() -> str:
+    """The command as it was given, for the record."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

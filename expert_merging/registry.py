@@ -1,0 +1,288 @@
+"""The table of merging methods.
+
+A method is a function; its keyword-only parameters *are* the command line's flags. Name, type, default and interval
+come from the signature, the help text from the ``Args`` section of the docstring, so each is written once. Nothing
+here, and no module of `expert_merging.methods`, imports torch when it is loaded: a typing mistake is answered before
+torch is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from expert_merging.errors import InputError, near_name
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Allowed numbers, written as in mathematics: ``Interval("(0, 1]")`` is above 0 and at most 1."""
+
+    text: str
+
+    def __contains__(self, number: float) -> bool:
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        above = number > low if self.text[0] == "(" else number >= low
+        below = number < high if self.text[-1] == ")" else number <= high
+        return above and below
+
+
+Fraction = Annotated[float, Interval("(0, 1]")]
+Positive = Annotated[float, Interval("(0, inf)")]
+NotNegative = Annotated[float, Interval("[0, inf)")]
+Count = Annotated[int, Interval("[1, inf)")]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag of a method.
+
+    Args:
+        name: parameter name; the flag is ``--name``.
+        annotation: the parameter's resolved type, `Annotated` with an `Interval` where numbers are bounded.
+        default: value where the user gives none.
+        help: one sentence, from the docstring.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+    def convert(self, value: object) -> Any:
+        """Turn a flag's text or a configuration file's value into the parameter's type.
+
+        Raises:
+            InputError: the value does not fit the type or the interval.
+        """
+        try:
+            return _convert(value, self.annotation)
+        except ValueError as error:
+            hint = ""
+            if "in (0, 1]" in str(error) and isinstance(value, str | int | float) and _is_percentage(value):
+                hint = f"; for {value} % write {float(value) / 100:g}"
+            raise InputError(f"--{self.name} must be {error}, got {_shown(value)}{hint}") from None
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_percentage(value: str | int | float) -> bool:
+    try:
+        return 1 < float(value) <= 100
+    except ValueError:
+        return False
+
+
+def describe_type(annotation: Any) -> str:
+    """What a value of the type looks like, for help and error texts."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is Annotated:
+        return " ".join([describe_type(arguments[0]), *(f"in {note.text}" for note in arguments[1:])])
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"a list of {_plural(arguments[0])}"
+    if origin is dict:
+        return f"a JSON object of {_plural(arguments[1])} by name"
+    names: dict[Any, str] = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
+    return names[annotation]
+
+
+def _plural(annotation: Any) -> str:
+    inner = typing.get_args(annotation) if typing.get_origin(annotation) is Annotated else (annotation,)
+    words = {float: "numbers", int: "whole numbers", str: "texts"}
+    return " ".join([words[inner[0]], *(f"in {note.text}" for note in inner[1:])])
+
+
+def _convert(value: object, annotation: Any) -> Any:
+    """The value as the annotated type, or a ValueError that says what is allowed."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        number = _convert(value, arguments[0])
+        if all(number in interval for interval in arguments[1:]):
+            return number
+    elif origin is Literal and value in arguments:
+        return value
+    elif origin in (typing.Union, types.UnionType):
+        return _convert_union(value, annotation, arguments)
+    elif origin is dict and isinstance(parsed := _parse_json(value), dict):
+        return {str(key): _convert(entry, arguments[1]) for key, entry in parsed.items()}
+    elif origin is list:
+        return [_convert(entry, arguments[0]) for entry in _as_list(_parse_json(value))]
+    elif origin is None:
+        return _convert_plain(value, annotation)
+    raise ValueError(describe_type(annotation))
+
+
+def _convert_plain(value: object, annotation: Any) -> Any:
+    if annotation is str and isinstance(value, str):
+        return value
+    parsed = _parse_json(value)
+    is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool) and math.isfinite(parsed)
+    if annotation is float and is_number:
+        return float(parsed)
+    if annotation is int and is_number and parsed == int(parsed):
+        return int(parsed)
+    if annotation is bool and isinstance(parsed, bool):
+        return parsed
+    raise ValueError(describe_type(annotation))
+
+
+def _convert_union(value: object, annotation: Any, arguments: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _convert(value, argument)
+        except ValueError:
+            continue
+    raise ValueError(describe_type(annotation))
+
+
+def _parse_json(value: object) -> Any:
+    """The value behind a flag's text: JSON, or numbers separated by commas as the published command line has them."""
+    if not isinstance(value, str):
+        return value
+    for text in (value, f"[{value}]"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            continue
+    return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One merging method.
+
+    Args:
+        name: registry name and value of ``--method``.
+        function: for a closed form, ``(task_vectors, **options) -> merged task vector``; for a method that learns,
+            ``(plan, context, **options) -> work`` as `expert_merging.methods.learned` describes.
+        options: its flags by name.
+        summary: first line of the docstring.
+        aliases: other names that the command line accepts.
+        learns: the method produces coefficients from calibration data instead of merging task vectors itself.
+        elementwise: each entry of the result depends on the same entry of the task vectors alone, so that the driver
+            may feed blocks of a tensor.
+        order_free: the order of the experts does not change the result.
+        keeps_single: one expert with coefficient 1 gives that expert.
+        family_defaults: options whose default the model family sets.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    options: Mapping[str, Option]
+    summary: str
+    aliases: tuple[str, ...] = ()
+    learns: bool = False
+    elementwise: bool = False
+    order_free: bool = True
+    keeps_single: bool = True
+    family_defaults: tuple[str, ...] = ()
+
+    def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
+        """Default of every option, with the family's value where the method leaves it to the family."""
+        return {
+            name: family[name] if name in self.family_defaults and name in family else option.default
+            for name, option in self.options.items()
+        }
+
+
+@dataclass
+class _Table:
+    methods: dict[str, Method] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+_TABLE = _Table()
+
+
+def register(
+    *, options: Callable[..., Any] | None = None, name: str | None = None, **traits: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter the decorated function into the table of methods.
+
+    Args:
+        options: callable (a dataclass, for instance) whose signature and docstring hold the options; by default the
+            function itself.
+        name: the method's name where it is not the function's.
+        traits: fields of `Method`.
+    """
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        method = Method(
+            name=name or function.__name__,
+            function=function,
+            options=read_options(options or function),
+            summary=(function.__doc__ or "").strip().split("\n")[0],
+            **traits,
+        )
+        _TABLE.methods[method.name] = method
+        _TABLE.aliases.update(dict.fromkeys(method.aliases, method.name))
+        return function
+
+    return enter
+
+
+def read_options(function: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword-only parameters of a callable as options."""
+    parameters = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
+    annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
+    hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
+    texts = _argument_texts(inspect.getdoc(function) or "")
+    return {entry.name: Option(entry.name, hints[entry.name], entry.default, texts[entry.name]) for entry in parameters}
+
+
+def _argument_texts(docstring: str) -> dict[str, str]:
+    """Text of each entry in the docstring's ``Args`` section, joined to one line."""
+    section = re.search(r"^Args:\n((?:^[ ]{4,}.*\n?|^\n)*)", docstring, re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name, closed forms first."""
+    import expert_merging.methods  # noqa: F401  (importing the package registers its methods)
+
+    return dict(sorted(_TABLE.methods.items(), key=lambda item: item[1].learns))
+
+
+def find_method(name: str) -> Method:
+    """The method of that name or alias; dashes count as underscores.
+
+    Raises:
+        InputError: there is none; the message offers the nearest name.
+    """
+    methods = all_methods()
+    asked = name.replace("-", "_")
+    asked = _TABLE.aliases.get(asked, asked)
+    if asked not in methods:
+        raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *_TABLE.aliases])}")
+    return methods[asked]

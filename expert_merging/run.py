@@ -1,0 +1,122 @@
+"""One run's folder; the only place that names a path under ``results/logs/<method>/<run_name>/``."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expert_merging.errors import InputError
+from expert_merging.writing import sync_folder, write_atomically
+
+# Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
+_DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
+
+
+class Run:
+    """Paths and state of a run.
+
+    ``model.partial/`` becomes ``model/`` when it is complete, so a folder of that name is always a finished model.
+
+    Args:
+        folder: ``<output_path>/<method>/<run_name>``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "merge.log"
+        self.config = folder / "config.json"
+        self.model = folder / "model"
+        self.partial_model = folder / "model.partial"
+        self.board = folder / "board"
+        self.state = folder / "state"
+        self.responses = folder / "responses.json"
+        self.coefficients = folder / "coefficients.safetensors"
+        self.weight_coeffs = folder / "weight_coeffs.json"
+        self.coefficient_map = folder / "coefficients.png"
+        self._lock: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the merged model is there."""
+        return self.model.is_dir()
+
+    def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Check that the folder is free or holds an earlier part of the same run.
+
+        Args:
+            description: what `begin` will write.
+
+        Returns:
+            The earlier part's ``config.json``, None for a new run.
+
+        Raises:
+            InputError: the folder holds something else; what differs is named.
+        """
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return None
+        advice = "choose another --run_name, or move the folder away"
+        try:
+            earlier: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}") from None
+        differing = _differences(earlier, description)
+        if differing:
+            raise InputError(f"{self.folder} holds a different run ({'; '.join(differing)}); {advice}")
+        return earlier
+
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Make the folder, take hold of it and write ``config.json``.
+
+        Raises:
+            InputError: another process is writing to the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise InputError(
+                f"another process is writing to {self.folder}; wait for it or choose another --run_name"
+            ) from None
+        if not self.config.exists():
+            write_atomically(self.config, (json.dumps(description, indent=2) + "\n").encode())
+
+    def finish(self) -> None:
+        """Give the complete model folder its name."""
+        os.rename(self.partial_model, self.model)
+        sync_folder(self.folder)
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def default_name(family: str, description: Mapping[str, Any]) -> str:
+    """A run name that the same command always gets, so that it finds its own earlier part and continues it."""
+    decisive = json.dumps({key: description[key] for key in _DECISIVE[:4]}, sort_keys=True)
+    return f"{family}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
+
+
+def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    differing = []
+    for key in _DECISIVE:
+        before, after = earlier.get(key), now[key]
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            differing += [f"{name}: {_short(before.get(name))} there, {_short(after.get(name))} now" for name in names]
+        elif before != after:
+            differing.append(f"{key}: {_short(before)} there, {_short(after)} now")
+    return differing
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

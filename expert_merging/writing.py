@@ -1,0 +1,86 @@
+"""Write files so that nothing half-written ever has its final name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from expert_merging.errors import InputError
+
+
+def check_free_disk(folder: Path, needed: int) -> None:
+    """Check that the disk that will hold the folder has room.
+
+    Args:
+        folder: a folder that need not exist yet.
+        needed: bytes to be written.
+
+    Raises:
+        InputError: it has not.
+    """
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"the result needs {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
+            "make room or choose another --output_path"
+        )
+
+
+class ShardWriter:
+    """Writes one safetensors file under a temporary name and gives it its own name when it is complete.
+
+    The merged file has the header of the base's file, byte for byte, so every tensor's place is known from the start
+    and threads may write blocks in any order.
+
+    Args:
+        target: final path.
+        header: length field and header, as read from the base's file.
+        size: final size in bytes.
+    """
+
+    def __init__(self, target: Path, header: bytes, size: int) -> None:
+        self.target = target
+        self.temporary = target.with_name(target.name + ".partial")
+        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.truncate(self.descriptor, size)
+        self.write(memoryview(header), 0)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of the view at the offset."""
+        written = 0
+        while written < len(view):
+            written += os.pwrite(self.descriptor, view[written:], offset + written)
+
+    def finish(self) -> None:
+        """Make the file durable and visible under its name."""
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
+        os.rename(self.temporary, self.target)
+        sync_folder(self.target.parent)
+
+    def abandon(self) -> None:
+        """Close and remove the temporary file."""
+        os.close(self.descriptor)
+        self.temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Replace a small file as a whole: a reader sees the old content or the new, never a part."""
+    temporary = target.with_name(target.name + ".partial")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, target)
+    sync_folder(target.parent)
