@@ -33,8 +33,9 @@ def load_processor(folder: Path) -> Any:
 
 
 def encode_prompt(tokenizer: Any, sample: Sample, template: str | None) -> dict[str, Tensor]:
-    """Tokens of the prompt, ``(1, tokens)``: by the given template, the tokenizer's chat template, or the bare
-    question.
+    """Tokens of the prompt, ``(1, tokens)``.
+
+    Made by the given template, else by the tokenizer's chat template, else of the bare question.
     """
     import torch
 

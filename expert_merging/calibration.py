@@ -129,7 +129,7 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
 
 
 def _find_images(file: Path, where: str, given: Any) -> tuple[Path, ...]:
-    """The entry's pictures, looked for beside the file, from the dataset folder's parent and from the current folder."""
+    """The entry's pictures, from beside the file, the dataset folder's parent or the current folder."""
     if given is None:
         return ()
     paths = given if isinstance(given, list) else [given]

@@ -218,7 +218,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if pickles:
             raise InputError(
                 f"{folder} has its weights in pickle files ({pickles[0]}), which can run code when they are opened; "
-                "if you trust them, convert them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+                "if you trust them, convert them: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
             )
         raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; download the safetensors weights")
     names = sorted(set(_weight_map(folder).values()))

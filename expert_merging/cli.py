@@ -294,7 +294,7 @@ class _Job:
         for number, question in enumerate(self.backbone.test_questions):
             sample = Sample("test", "", question, None, str(number))
             inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
-            answer = generate(model, processor, {name: value.to(self.device) for name, value in inputs.items()}, 128)
+            answer, _ = generate(model, processor, {name: value.to(self.device) for name, value in inputs.items()}, 128)
             logger.info("question: %s\nanswer: %s", question, answer.strip())
 
 

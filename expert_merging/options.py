@@ -89,7 +89,7 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="model_merging.py",
-        description=f"Merge experts of {backbone.base_folder}, or of a base given with --base_model_path, into one model.",
+        description=f"Merge experts of {backbone.base_folder}, or of another base, into one model.",
         formatter_class=RichHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

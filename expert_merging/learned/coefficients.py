@@ -27,9 +27,7 @@ def chunk_length(elements: int, chunks: int) -> int:
 
 
 def chunk_count(elements: int, wanted: int) -> int:
-    """Chunks that really result (`torch.chunk` may give fewer than asked), so that every coefficient multiplies
-    something.
-    """
+    """Chunks that really result: `torch.chunk` may give fewer than asked, and each coefficient must have entries."""
     return math.ceil(elements / chunk_length(elements, wanted)) if elements else 1
 
 

@@ -115,7 +115,9 @@ class TargetMaker:
         """Model inputs of prompt, response and end token, and the number of prompt tokens."""
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
         tokenizer = getattr(processor, "tokenizer", processor)
-        response = tokenizer(sample.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        response = tokenizer(sample.response, add_special_tokens=False)["input_ids"]
+        if sample.finished:
+            response = [*response, tokenizer.eos_token_id]
         prompt_tokens = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([response])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -140,22 +142,22 @@ class TargetMaker:
                 if key not in kept:
                     kept[key] = self._generate(model, processor, sample)
                     write_atomically(self.responses, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
-                sample = replace(sample, response=kept[key])
+                sample = replace(sample, **kept[key])
                 advance(1, sample.expert)
             answered.append(sample)
         return answered
 
-    @torch.no_grad()
-    def _generate(self, model: Any, processor: Any, sample: Sample) -> str:
-        """The expert's greedy answer, at most ``max_new_tokens`` long."""
+    def _generate(self, model: Any, processor: Any, sample: Sample) -> dict[str, Any]:
+        """The expert's answer as fields of `Sample`."""
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        return generate(model, processor, inputs, self.max_new_tokens)
+        response, finished = generate(model, processor, inputs, self.max_new_tokens)
+        return {"response": response, "finished": finished}
 
 
 @torch.no_grad()
-def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> str:
-    """Greedy continuation of a prompt as text."""
+def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[str, bool]:
+    """Greedy continuation of a prompt as text, and whether it came to its end within the bound."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens = model.generate(
         **inputs,
@@ -167,7 +169,7 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_t
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     written = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(written, skip_special_tokens=True))
+    return str(tokenizer.decode(written, skip_special_tokens=True)), len(written) < max_new_tokens
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

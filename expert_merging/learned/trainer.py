@@ -60,8 +60,9 @@ def prepare(plan: Plan, context: Context, options: LearningOptions) -> Work:
 
 
 def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
-    """Order of the samples in one epoch: every expert equally often, its samples repeated where it has fewer, then
-    shuffled.
+    """Order of the samples in one epoch.
+
+    Every expert comes equally often, its samples repeated where it has fewer; then all are shuffled.
 
     Args:
         experts: the expert of each sample.
@@ -230,8 +231,10 @@ class Trainer:
         self._note(sums, penalty.item(), last=last)
 
     def _collect(self, group: list[Target], advance: Advance) -> Tensor:
-        """Backward passes over this process's share of the samples; sums of the losses, ``(tasks, [logits, hidden,
-        count])``.
+        """Backward passes over this process's share of the samples.
+
+        Returns:
+            Sums of logit losses, hidden-state losses and samples per task, ``(tasks, 3)``.
         """
         accelerator, options = self.accelerator, self.settings.options
         sums = torch.zeros(len(self.tasks), 3, device=accelerator.device)

@@ -88,12 +88,12 @@ def expert_merging(plan: Plan, context: Context, **options: object) -> Work:
 
 
 @register(learns=True, elementwise=True, keeps_single=False)
-def coefficients(plan: Plan, context: Context, *, coefficients: str | None = None) -> Work:
+def coefficients(plan: Plan, _context: Context, *, coefficients: str | None = None) -> Work:
     """Coefficients of an earlier run, applied without learning.
 
     Args:
         plan: checkpoints and parameters.
-        context: unused.
+        _context: unused.
         coefficients: run folder or coefficients.safetensors file to take the coefficients from.
 
     Raises:
