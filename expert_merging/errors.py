@@ -55,4 +55,4 @@ def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
     close = difflib.get_close_matches(normal(name), list(by_normal), n=1, cutoff=0.6)
     if close:
         return f"Did you mean {by_normal[close[0]]!r}?"
-    return f"Known: {', '.join(sorted(known))}."
+    return f"Known: {', '.join(sorted(known))}." if known else "None is known."

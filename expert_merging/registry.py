@@ -73,13 +73,13 @@ class Option:
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _is_percentage(value: str | int | float) -> bool:
     try:
         return 1 < float(value) <= 100
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
 
 
@@ -114,8 +114,10 @@ def _convert(value: object, annotation: Any) -> Any:
         number = _convert(value, arguments[0])
         if all(number in interval for interval in arguments[1:]):
             return number
-    elif origin is Literal and value in arguments:
-        return value
+    elif origin is Literal:
+        value = "no" if value is False else value  # as YAML reads a bare no
+        if value in arguments:
+            return value
     elif origin in (typing.Union, types.UnionType):
         return _convert_union(value, annotation, arguments)
     elif origin is dict and isinstance(parsed := _parse_json(value), dict):
@@ -131,14 +133,22 @@ def _convert_plain(value: object, annotation: Any) -> Any:
     if annotation is str and isinstance(value, str):
         return value
     parsed = _parse_json(value)
-    is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool) and math.isfinite(parsed)
-    if annotation is float and is_number:
+    if annotation is float and _is_number(parsed):
         return float(parsed)
-    if annotation is int and is_number and parsed == int(parsed):
+    if annotation is int and _is_number(parsed) and parsed == int(parsed):
         return int(parsed)
     if annotation is bool and isinstance(parsed, bool):
         return parsed
     raise ValueError(describe_type(annotation))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _convert_union(value: object, annotation: Any, arguments: tuple[Any, ...]) -> Any:

@@ -27,6 +27,30 @@ SIZES = {
 }
 
 
+def write_checkpoint(
+    folder: Path,
+    *shards: Mapping[str, torch.Tensor],
+    config: Mapping[str, object] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A checkpoint of the given tensors that no model class knows: one file, or shards with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "mistral"}), encoding="utf-8")
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, tensors in zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True):
+        save_file(dict(tensors), folder / name, metadata=dict(metadata or {"format": "pt"}))
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    """The index of a sharded checkpoint."""
+    content = json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+
+
 def save_tokenizer(folder: Path) -> None:
     """A character tokenizer that adds the start token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
 from tests.checkpoints import make_zoo
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")
+# Tests run side by side and are small; more threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with a random base and three experts; tests must not write to it."""
     return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the developer's own settings reaches a test."""
+    for name in ("CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)

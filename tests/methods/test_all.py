@@ -1,0 +1,139 @@
+"""What every closed-form method promises; a method is tested by being registered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_merging.registry import Method, all_methods
+
+METHODS = [method for method in all_methods().values() if not method.learns]
+SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def those(trait: str) -> list[Method]:
+    return [method for method in METHODS if getattr(method, trait)]
+
+
+def each(methods: list[Method] = METHODS) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.name)
+
+
+def task_vectors(shape: tuple[int, ...], experts: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(experts, *shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tensor:
+    defaults = {name: option.default for name, option in method.options.items()}
+    known = {name: value for name, value in options.items() if name in defaults}
+    result = method.function(given, **{**defaults, **known})
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+@each()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_shape_and_type_are_kept(method, shape, experts):
+    merged = apply(method, task_vectors(shape, experts))
+    assert merged.shape == shape
+    assert merged.dtype == torch.float32
+    assert merged.isfinite().all()
+
+
+@each()
+@pytest.mark.parametrize("device", DEVICES)
+def test_device_is_kept(method, device):
+    assert apply(method, task_vectors((4, 3)).to(device)).device.type == device
+
+
+@each()
+@pytest.mark.parametrize("shape", [(7,), (5, 3)], ids=str)
+def test_the_task_vectors_given_are_not_modified(method, shape):
+    given = task_vectors(shape)
+    before = given.clone()
+    merged = apply(method, given)
+    assert given.equal(before)
+    merged.add_(1)
+    assert given.equal(before), "the result shares memory with the task vectors"
+
+
+@each()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zero_task_vectors_give_zero(method, shape):
+    merged = apply(method, torch.zeros(3, *shape))
+    assert merged.equal(torch.zeros(shape))
+
+
+@each()
+def test_the_result_depends_on_every_expert(method):
+    """Without this, a method that returns zeros would pass everything else."""
+    given = task_vectors((6, 5))
+    merged = apply(method, given)
+    for expert in range(3):
+        changed = given.clone()
+        changed[expert] *= -3
+        assert not apply(method, changed).allclose(merged)
+
+
+@each(those("keeps_single"))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_expert_with_coefficient_one_is_that_expert(method, shape):
+    given = task_vectors(shape, experts=1)
+    torch.testing.assert_close(apply(method, given, scaling_coefficient=1.0), given[0], rtol=1e-4, atol=1e-6)
+
+
+@each(those("order_free"))
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1], [2, 1, 0]], ids=str)
+def test_the_order_of_experts_does_not_matter(method, order):
+    given = task_vectors((6, 5))
+    torch.testing.assert_close(apply(method, given[order]), apply(method, given), rtol=1e-4, atol=1e-6)
+
+
+@each(those("elementwise"))
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=4))
+def test_blocks_give_the_bytes_of_the_whole(method, cuts):
+    given = task_vectors((1000,))
+    bounds = sorted({0, *cuts, 1000})
+    blocks = [apply(method, given[:, start:stop].clone()) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    assert torch.cat(blocks).equal(apply(method, given))
+
+
+@each(those("elementwise"))
+def test_the_shape_does_not_matter_to_an_elementwise_method(method):
+    given = task_vectors((6, 5))
+    assert apply(method, given).flatten().equal(apply(method, given.flatten(1)))
+
+
+@each()
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
+def test_the_same_inputs_give_the_same_bytes(method, shape):
+    torch.manual_seed(1)
+    first = apply(method, task_vectors(shape))
+    torch.manual_seed(2)
+    assert apply(method, task_vectors(shape)).equal(first)
+
+
+@each()
+def test_a_merge_leaves_the_global_random_state_alone(method):
+    before = torch.get_rng_state()
+    apply(method, task_vectors((5, 3)))
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)
+def test_summary_and_options_are_described(method):
+    assert method.summary.endswith(".")
+    assert len(method.summary) <= 120
+    for option in method.options.values():
+        assert option.help.endswith("."), option.name
+        assert option.convert(option.default) == option.default, option.name
+
+
+@pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)
+def test_options_left_to_the_family_exist(method):
+    assert set(method.family_defaults) <= set(method.options)
