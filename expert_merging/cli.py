@@ -70,6 +70,7 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
     from expert_merging.console import Terminal
 
     terminal = Terminal(quiet=not _is_main_process())
+    job = None
     try:
         job = _Job(resolved, backbone, terminal)
         if resolved.general["dry_run"]:
@@ -79,6 +80,8 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
             return 0
         return job.run_all()
     finally:
+        if job is not None:
+            job.run.release()
         terminal.close()
 
 
@@ -182,7 +185,6 @@ class _Job:
         self._report(summary, time.monotonic() - start)
         if self.resolved.general["run_tests"]:
             self._ask_questions()
-        self.run.release()
         return 0
 
     def _log_start(self) -> None:

@@ -210,9 +210,11 @@ class CoefficientVector(torch.nn.Module):
                 self.places[name] = slice(position, position + count * self.experts)
                 position += count * self.experts
                 rows.append(self.initial[:, None].expand(-1, count).reshape(-1))
-        self.register_buffer("start", torch.cat(rows))
+        self.raw = torch.nn.Parameter(torch.logit(torch.cat(rows)))
+        # Not the given values but what rounding leaves of them: so the distance from the start begins at exactly 0, and
+        # the sign of a rounding error cannot steer the first update, whose step size Adam takes from signs alone.
         self.start: Tensor
-        self.raw = torch.nn.Parameter(torch.logit(self.start))
+        self.register_buffer("start", self().detach())
 
     def forward(self) -> Tensor:
         """Values of all trainable coefficients, ``(coefficients,)``."""

@@ -169,7 +169,7 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_t
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     written = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(written, skip_special_tokens=True)), len(written) < max_new_tokens
+    return str(tokenizer.decode(written, skip_special_tokens=True)), tokenizer.eos_token_id in written
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

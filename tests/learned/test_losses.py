@@ -1,0 +1,71 @@
+"""The losses against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from expert_merging.learned.losses import hidden_alignment, kl_divergence, logit_alignment, regularisation
+
+
+def test_kl_by_hand():
+    expert = torch.tensor([[math.log(3.0), 0.0]])  # probabilities 3/4 and 1/4
+    merged = torch.tensor([[0.0, 0.0]])  # one half each
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_divergence(expert, merged, 1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@given(temperature=st.floats(0.2, 8.0), tokens=st.integers(1, 9), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_kl_has_the_gradient_of_the_soft_cross_entropy_and_vanishes_where_models_agree(temperature, tokens, seed):
+    torch.manual_seed(seed)
+    expert, merged = torch.randn(tokens, 11), torch.randn(tokens, 11, requires_grad=True)
+    probabilities = functional.softmax(expert / temperature, dim=-1)
+    published = -(probabilities * functional.log_softmax(merged / temperature, dim=-1)).sum() * temperature**2
+    (expected,) = torch.autograd.grad(published, merged)
+    (actual,) = torch.autograd.grad(kl_divergence(expert, merged, temperature), merged)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert kl_divergence(expert, expert, temperature).item() == pytest.approx(0.0, abs=1e-4)
+    assert kl_divergence(expert, merged, temperature).item() >= -1e-4
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 3, 7, 100])
+def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(slice_tokens):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 13)
+    expert, merged = torch.randn(7, 6), torch.randn(7, 6, requires_grad=True)
+    whole = kl_divergence(head(expert), head(merged), 2.0) / 7
+    sliced = logit_alignment(expert, merged, head, head, temperature=2.0, slice_tokens=slice_tokens)
+    torch.testing.assert_close(sliced, whole)
+    for variable in (merged, head.weight):
+        expected = torch.autograd.grad(
+            kl_divergence(head(expert).detach(), head(merged), 2.0) / 7, variable, retain_graph=True
+        )
+        torch.testing.assert_close(torch.autograd.grad(sliced, variable, retain_graph=True), expected)
+
+
+def test_vocabularies_of_different_size_are_compared_on_shared_tokens():
+    torch.manual_seed(0)
+    small, large = torch.nn.Linear(4, 5), torch.nn.Linear(4, 8)
+    large.load_state_dict(
+        {"weight": torch.cat([small.weight, torch.ones(3, 4)]), "bias": torch.cat([small.bias, torch.ones(3)])}
+    )
+    hidden = torch.randn(3, 4)
+    assert logit_alignment(hidden, hidden, large, small, temperature=1.0, slice_tokens=9).item() == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_hidden_alignment_is_the_mean_over_entries_and_layers():
+    ones, zeros = torch.ones(2, 3), torch.zeros(2, 3)
+    assert hidden_alignment([ones, 3 * ones], [zeros, zeros]).item() == pytest.approx((1 + 9) / 2)
+
+
+def test_regularisation_has_the_published_scale():
+    values, start = torch.tensor([0.5, 0.1, 0.3, 0.3]), torch.full((4,), 0.3)
+    assert regularisation(values, start, experts=2).item() == pytest.approx((0.2 + 0.2) * 2 / 4)

@@ -1,0 +1,167 @@
+"""Options of methods that learn: what is refused before any work, and `--method coefficients`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_merging.cli import main
+from expert_merging.learned.figures import by_submodule, coefficient_map
+from Mistral.backbone import BACKBONE, encode_prompt, load_processor
+from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
+from tests.learned.test_coefficients import make_coefficients
+
+
+@pytest.fixture
+def command(tiny_zoo: Path, tmp_path: Path):
+    """Run the command on the tiny zoo with more arguments."""
+
+    def run(*arguments: str) -> int:
+        fixed = ["--cache_dir", str(tiny_zoo), "--output_path", str(tmp_path / "out"), "--max_new_tokens", "4"]
+        data = [] if "--data_dir" in arguments else ["--data_dir", str(tiny_zoo / "dataset")]
+        return main(BACKBONE, [*fixed, *data, *arguments])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scaling_coefficient", "1"], "must lie strictly between 0 and 1, got 1"),
+        (["--scaling_coefficient", "[0.1, 0.2]"], "has 2 values for 3 experts (Chat, Math, Code)"),
+        (["--task_vector_coeffs_dict", '{"Maths": 1}'], "there is no expert 'Maths'. Did you mean 'Math'?"),
+        (["--coeffs_size_dict", '{"*z_proj*": 2}'], "'*z_proj*' matches no merged parameter"),
+        (["--hidden_states_layers", "1,9"], "the model has 3 layers (0 to 3), got 9"),
+        (["--mixed_precision", "fp16"], "fp16 needs a GPU; on a CPU use bf16 or no"),
+        (["--mixed_precision", "fp8"], "--mixed_precision must be 'auto' or 'no' or 'fp16' or 'bf16', got fp8"),
+        (["--log_with", "tensorbord"], "Did you mean 'tensorboard'?"),
+        (["--log_with", "wandb"], "--log_with wandb: that tracker is not available. pip install wandb"),
+        (["--prompt_template", "[INST] [/INST]"], "--prompt_template must contain {question}"),
+        (["--loss_alphas", '{"Chart": 2}'], "names the task 'Chart', which has no samples. Did you mean 'Chat'?"),
+        (["--samples_per_task_dict", '{"Chart": 2}'], "names the task 'Chart'"),
+        (["--task_expert", "Chat=Chatt"], "there is no expert 'Chatt'. Did you mean 'Chat'?"),
+        (["--learning_rate", "0"], "--learning_rate must be a number in (0, inf), got 0"),
+        (["--data_dir", "/nowhere"], "calibration folder /nowhere does not exist"),
+        (["--method", "coefficients"], "--method coefficients needs --coefficients RUN_OR_FILE"),
+    ],
+)
+def test_refused_before_any_work(arguments, message, command, tmp_path, capsys):
+    assert command(*arguments) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert all(line.startswith("error: ") for line in shown.splitlines())
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_are_told_at_once(command, capsys):
+    assert command("--scaling_coefficient", "2", "--hidden_states_layers", "7", "--coeffs_size_dict", '{"x": 1}') == 1
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_pictures_are_refused_by_a_language_model(command, tmp_path, capsys):
+    write_tasks(tmp_path / "dataset")
+    (tmp_path / "dataset" / "a.png").write_bytes(b"picture")
+    (tmp_path / "dataset" / "Math.json").write_text(json.dumps([{"question": "?", "image_path": "a.png"}]))
+    assert command("--data_dir", str(tmp_path / "dataset")) == 1
+    assert "Math.json has an image_path, and Mistral is a language model" in capsys.readouterr().err
+
+
+def test_a_base_without_a_layer_count_needs_an_explicit_choice(tiny_zoo, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    for file in (tiny_zoo / BASE).iterdir():
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    arguments = ["--cache_dir", str(tiny_zoo), "--base_model_path", str(tmp_path / "base"), "--dry_run"]
+    assert main(BACKBONE, [*arguments, "--data_dir", str(tiny_zoo / "dataset")]) == 1
+    assert "does not say how many layers it has; give --hidden_states_layers none" in capsys.readouterr().err
+
+
+def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(command, tmp_path):
+    assert (
+        command(
+            "--run_name", "learned", "--coeffs_size_dict", '{"*mlp*": 3}', "--task_vector_coeffs_dict", '{"Math": 0.5}'
+        )
+        == 0
+    )
+    learned = tmp_path / "out" / "expert_merging" / "learned"
+    for source in (learned, learned / "coefficients.safetensors"):
+        assert command("--method", "coefficients", "--coefficients", str(source), "--run_name", source.name) == 0
+        again = tmp_path / "out" / "coefficients" / source.name / "model" / "model.safetensors"
+        assert again.read_bytes() == (learned / "model" / "model.safetensors").read_bytes()
+
+
+def test_written_weights_are_base_plus_coefficients_times_task_vectors(command, tiny_zoo, tmp_path):
+    assert command("--run_name", "r", "--task_vector_coeffs_dict", '{"Math": 0.5}') == 0
+    run = tmp_path / "out" / "expert_merging" / "r"
+    published = json.loads((run / "weight_coeffs.json").read_text())
+    base, merged = tensors_of(tiny_zoo / BASE), tensors_of(run / "model")
+    experts = [tensors_of(tiny_zoo / folder) for folder in EXPERTS.values()]
+    for name, weight in base.items():
+        expected = weight.clone()
+        for expert, scale, value in zip(
+            experts, (1, 0.5, 1), published.get(name.replace(".", "_"), [0] * 3), strict=True
+        ):
+            expected += value * scale * (expert[name] - weight)
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_coefficients_of_other_experts_or_parameters_are_refused(command, tmp_path, capsys):
+    make_coefficients().save(tmp_path / "coefficients.safetensors")
+    assert command("--method", "coefficients", "--coefficients", str(tmp_path)) == 1
+    shown = capsys.readouterr().err
+    assert "belong to the experts x, y, given are Chat, Math, Code" in shown
+    assert "has none for model.layers.0" in shown
+    assert "has w, which is not merged (2 in all)" in shown
+
+
+def test_the_dry_run_tells_what_would_be_learned(command, tmp_path, capsys):
+    assert command("--dry_run", "--samples_per_task_dict", '{"Math": 2}') == 0
+    shown = capsys.readouterr().out
+    assert "63 coefficients learned from 12 samples, 1 epochs" in shown
+    assert "hidden states aligned: 1" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_calibration_data_is_a_different_run(command, tmp_path, capsys):
+    write_tasks(tmp_path / "data")
+    arguments = ["--data_dir", str(tmp_path / "data"), "--run_name", "r", "--samples_per_task", "1"]
+    assert command(*arguments) == 0
+    write_tasks(tmp_path / "data", responses={"Math": "other"})
+    assert command(*arguments) == 1
+    assert "holds a different run (calibration:" in capsys.readouterr().err
+
+
+def test_questions_are_answered_after_merging(command, capsys):
+    assert command("--method", "weight_average", "--run_tests") == 0
+    shown = capsys.readouterr().out
+    assert all(f"question: {question}" in shown for question in BACKBONE.test_questions)
+
+
+def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):
+    from expert_merging.calibration import Sample
+
+    tokenizer = load_processor(tiny_zoo / BASE)
+    sample = Sample("t", "e", "ab", None, "0")
+
+    def text(template):
+        return tokenizer.decode(encode_prompt(tokenizer, sample, template)["input_ids"][0])
+
+    assert text(None) == "<s>ab"
+    assert text("Q: {question}?") == "<s>Q: ab?"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}({{ m.content }}){% endfor %}={% if add_generation_prompt %}+{% endif %}"
+    )
+    assert text(None) == "<s>(ab)=+"
+
+
+def test_the_map_has_a_panel_per_submodule(tmp_path):
+    table = by_submodule(make_coefficients())
+    assert set(table) == {"w", "v"}
+    picture = coefficient_map(make_coefficients(), tmp_path / "map.png")
+    assert picture.shape[2] == 3
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,481 @@
+"""The trainer against its plain twin, and what users rely on while it runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from expert_merging.errors import InputError
+from expert_merging.learned import Context
+from expert_merging.learned import trainer as trainer_module
+from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.live import LiveModel, TaskVectors
+from expert_merging.learned.settings import check
+from expert_merging.learned.trainer import Trainer, TrainingState, epoch_order
+from expert_merging.merge import make_plan
+from expert_merging.methods.learned import LearningOptions
+from expert_merging.run import Run
+from Mistral.backbone import BACKBONE, load_model
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
+from tests.learned.twin import Example, Twin
+
+EXCLUDED = list(BACKBONE.exclude_params)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state per process; each test starts its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def no_progress(title, total, unit):
+    yield lambda count, note="": None
+
+
+def make_trainer(cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", **options):
+    plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
+    run = Run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    context = Context(BACKBONE, run, 3, "cpu", log_with, no_progress)
+    settings = check(
+        plan, context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options})
+    )
+    return Trainer(plan, context, settings)
+
+
+def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
+    plan, settings = trainer.plan, trainer.settings
+    twin = Twin(
+        base=plan.base.folder,
+        experts={name: checkpoint.folder for name, checkpoint in plan.experts.items()},
+        merged=list(plan.merged),
+        initial=list(settings.initial),
+        layers=list(settings.layers),
+        **options,
+    )
+    answers = json.loads(trainer.context.run.responses.read_text()) if trainer.context.run.responses.exists() else {}
+    examples = [
+        Example(
+            sample.expert,
+            sample.task,
+            sample.question,
+            sample.response or answers[f"{sample.task}/{sample.identity}/{sample.question}"]["response"],
+        )
+        for sample in settings.samples
+    ]
+    return twin, examples
+
+
+@pytest.fixture(scope="session")
+def answered_zoo(tiny_zoo: Path, tmp_path_factory) -> Path:
+    """The tiny checkpoints with calibration files that have every response."""
+    cache = tmp_path_factory.mktemp("answered")
+    for folder in [BASE, *EXPERTS.values()]:
+        (cache / folder).symlink_to(tiny_zoo / folder)
+    write_tasks(cache / "dataset", responses={"Chat": "Certainly", "Math": "42", "Code": "def f():"})
+    return cache
+
+
+VARIANTS = {
+    "published": ({"sparsity_reg_weight": 0.8}, {"regularisation": 0.8}),
+    "temperature": ({"temperature": 2.5, "sparsity_reg_weight": 0.0}, {"temperature": 2.5}),
+    "response tokens": ({"loss_tokens": "response", "sparsity_reg_weight": 0.0}, {"response_only": True}),
+    "no hidden states": ({"hidden_states_layers": "none", "sparsity_reg_weight": 0.0}, {}),
+    "several layers": (
+        {"hidden_states_layers": [0, 2, 3], "hidden_states_weight": 2.0},
+        {"hidden_weight": 2.0, "regularisation": 0.8},
+    ),
+    "task weights": (
+        {"loss_alphas": {"Math": 2.5, "Code": 0.0}},
+        {"task_weights": {"Math": 2.5, "Code": 0.0}, "regularisation": 0.8},
+    ),
+    "scaled task vectors": (
+        {"task_vector_coeffs_dict": {"Chat": 0.5}},
+        {"scale": [0.5, 1.0, 1.0], "regularisation": 0.8},
+    ),
+    "initial per expert": ({"scaling_coefficient": [0.1, 0.3, 0.8]}, {"regularisation": 0.8}),
+    "other accumulation": (
+        {"gradient_accumulation_steps": 4, "num_epochs": 2, "learning_rate": 0.1},
+        {"accumulation": 4, "learning_rate": 0.1, "regularisation": 0.8},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_gives_the_coefficients_of_the_plain_twin(name, answered_zoo, tmp_path):
+    options, twin_options = VARIANTS[name]
+    trainer = make_trainer(answered_zoo, tmp_path, **options)
+    coefficients = trainer.train()
+    twin, examples = make_twin(trainer, **twin_options)
+    twin.train(examples, options.get("num_epochs", 1), seed=3)
+    for parameter, values in coefficients.values.items():
+        torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path):
+    sizes = {"*mlp*": 3, "*q_proj*": 5, "*layers.0*": 0}
+    trainer = make_trainer(answered_zoo, tmp_path, coeffs_size_dict=sizes, sparsity_reg_weight=0.0)
+    coefficients = trainer.train()
+    chunks = dict(trainer.settings.chunks)
+    assert {0, 1, 3, 5} == set(chunks.values())
+    twin, examples = make_twin(trainer, chunks=chunks)
+    twin.train(examples, 1, seed=3)
+    for parameter, values in coefficients.values.items():
+        torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=2e-5)
+    assert set(coefficients.fixed) == {name for name in chunks if ".layers.0." in name}
+
+
+def prepared(trainer: Trainer):
+    """The live model and the targets of a trainer, as `train` makes them."""
+    from expert_merging.learned.coefficients import CoefficientVector
+
+    targets = trainer._make_targets(torch.device("cpu"))
+    trainer.vector = CoefficientVector(trainer.settings.chunks, trainer.settings.initial)
+    base = load_model(trainer.plan.base.folder, torch.float32)
+    trainer.live = LiveModel(
+        base, TaskVectors(trainer.plan, trainer.settings.scale, torch.device("cpu")), trainer.vector, lambda name: name
+    )
+    trainer.live.rebuild()
+    return targets
+
+
+def twin_gradients(twin: Twin, group: list[Example]) -> torch.Tensor:
+    """The twin's gradient with respect to coefficients (not raw ones), laid out like the trainer's."""
+    gradients = twin.update(group)
+    return torch.cat([(gradients[name] / (start * (1 - start))).flatten() for name, start in twin.start.items()])
+
+
+def test_losses_and_gradients_equal_the_twins(answered_zoo, tmp_path):
+    from expert_merging.learned.live import alignment_losses
+
+    trainer = make_trainer(answered_zoo, tmp_path)
+    targets = prepared(trainer)
+    twin, examples = make_twin(trainer)
+    for target, example in zip(targets, examples, strict=True):
+        ours = alignment_losses(trainer.live, target, trainer.settings.layers, 1.0)
+        theirs = twin.losses(example)
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-5, atol=1e-7)
+        (sum(ours) / 8).backward()
+    expected = twin_gradients(twin, examples)
+    torch.testing.assert_close(trainer.live.gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embeddings_train_exactly_also_where_they_share_a_weight(tied, tmp_path):
+    """A weight that is used twice gets the sum of both uses' gradients, once."""
+    save_model(tmp_path / BASE, 5, tie_word_embeddings=tied)
+    for number, folder in enumerate(EXPERTS.values()):
+        perturb(tmp_path / BASE, tmp_path / folder, 6 + number)
+    write_tasks(tmp_path / "dataset", responses=dict.fromkeys(EXPERTS, "abc"))
+    trainer = make_trainer(tmp_path, tmp_path / "run", exclude=[])
+    targets = prepared(trainer)
+    assert any("embed_tokens" in name for name in trainer.plan.merged)
+    twin, examples = make_twin(trainer)
+    trainer._collect(targets, lambda *_: None)
+    torch.testing.assert_close(trainer.live.gradient, twin_gradients(twin, examples), rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_is_the_same_with_gradient_checkpointing(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path)
+    targets = prepared(trainer)
+    trainer._collect(targets, lambda *_: None)
+    plain = trainer.live.gradient.clone()
+    for reentrant in (False, True):
+        trainer.live.rebuild()
+        trainer.live.model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            trainer.live.model.enable_input_require_grads()
+        trainer._collect(targets, lambda *_: None)
+        torch.testing.assert_close(trainer.live.gradient, plain, rtol=1e-5, atol=1e-8)
+
+
+def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatch):
+    trainer = make_trainer(answered_zoo, tmp_path)
+    targets = prepared(trainer)
+    trainer._collect(targets, lambda *_: None)
+    whole = trainer.live.gradient.clone()
+    monkeypatch.setattr("expert_merging.learned.live._SLICE_TOKENS", 4)
+    trainer.live.rebuild()
+    trainer._collect(targets, lambda *_: None)
+    torch.testing.assert_close(trainer.live.gradient, whole, rtol=1e-5, atol=1e-8)
+
+
+def test_streamed_task_vectors_give_the_same_coefficients(answered_zoo, tmp_path, monkeypatch):
+    kept = make_trainer(answered_zoo, tmp_path / "a").train()
+    monkeypatch.setattr("expert_merging.learned.live._free_memory", lambda device: 0)
+    trainer = make_trainer(answered_zoo, tmp_path / "b")
+    streamed = trainer.train()
+    assert not trainer.live.task_vectors.kept
+    assert all(torch.equal(kept.values[name], streamed.values[name]) for name in kept.values)
+
+
+def test_weight_gradients_are_freed_as_they_come(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path)
+    targets = prepared(trainer)
+    trainer._collect(targets[:1], lambda *_: None)
+    assert all(parameter.grad is None for parameter in trainer.live.model.parameters())
+
+
+def test_strong_regularisation_keeps_task_arithmetic(answered_zoo, tmp_path):
+    free = make_trainer(answered_zoo, tmp_path / "free", learning_rate=0.05, sparsity_reg_weight=0.0).train()
+    held = make_trainer(answered_zoo, tmp_path / "held", learning_rate=0.05, sparsity_reg_weight=1e4).train()
+    distance = {
+        kind: max(float((value - 0.3).abs().max()) for value in result.values.values())
+        for kind, result in {"free": free, "held": held}.items()
+    }
+    assert distance["held"] < distance["free"]
+
+
+def test_a_single_expert_is_recovered(tiny_zoo, tmp_path):
+    """With one expert and no regulariser, the best coefficients are 1."""
+    (tmp_path / BASE).symlink_to(tiny_zoo / BASE)
+    perturb(tiny_zoo / BASE, tmp_path / EXPERTS["Math"], 3, change=0.002)
+    write_tasks(tmp_path / "dataset", responses={"Math": "42"})
+    options = {"num_epochs": 60, "sparsity_reg_weight": 0.0, "gradient_accumulation_steps": 5, "learning_rate": 0.2}
+    trainer = make_trainer(tmp_path, tmp_path / "run", experts=("Math",), **options)
+    means = torch.stack([value.mean() for value in trainer.train().values.values()])
+    assert means.mean() > 0.8
+
+
+def test_a_task_weight_moves_the_balance(answered_zoo, tmp_path):
+    """What a task weighs more, the merged model matches better."""
+    from expert_merging.learned.live import alignment_losses
+
+    distances = []
+    for weight in (0.2, 5.0):
+        trainer = make_trainer(answered_zoo, tmp_path / str(weight), loss_alphas={"Math": weight}, num_epochs=4)
+        trainer.train()
+        targets = [target for target in trainer._make_targets(torch.device("cpu")) if target.sample.task == "Math"]
+        trainer.live.rebuild()
+        with torch.no_grad():
+            distances.append(sum(float(alignment_losses(trainer.live, target, (), 1.0)[0]) for target in targets))
+    assert distances[1] < distances[0]
+
+
+def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
+    full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1, mixed_precision="bf16").train()
+    change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
+    change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
+    assert torch.nn.functional.cosine_similarity(change, change_half, dim=0) > 0.95
+    assert all(value.dtype == torch.float32 for value in half.values.values())
+
+
+def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_zoo, tmp_path, samples_per_task=2)
+    first = trainer._make_targets(torch.device("cpu"))
+    written = json.loads(trainer.context.run.responses.read_text())
+    assert len(written) == 6
+
+    def refuse(*_):
+        raise AssertionError("a kept response must not be written again")
+
+    monkeypatch.setattr("expert_merging.learned.targets.generate", refuse)
+    second = trainer._make_targets(torch.device("cpu"))
+    assert [target.sample for target in first] == [target.sample for target in second]
+
+
+def test_a_response_that_was_cut_off_gets_no_end_token(tiny_zoo, tmp_path):
+    trainer = make_trainer(tiny_zoo, tmp_path, samples_per_task=3, max_new_tokens=1)
+    for target in trainer._make_targets(torch.device("cpu")):
+        assert (int(target.inputs["input_ids"][0, -1]) == 1) == target.sample.finished
+
+
+def test_every_expert_comes_equally_often_in_an_order_of_the_seed():
+    experts = ["a", "a", "a", "b", "c", "c"]
+    order = epoch_order(experts, seed=1, epoch=0)
+    assert sorted(experts[index] for index in order) == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    assert set(order) == set(range(6))
+    assert order == epoch_order(experts, seed=1, epoch=0)
+    assert order != epoch_order(experts, seed=1, epoch=1)
+    assert order != epoch_order(experts, seed=2, epoch=0)
+
+
+def test_training_stops_after_three_epochs_without_a_better_mean_loss(answered_zoo, tmp_path, monkeypatch):
+    trainer = make_trainer(answered_zoo, tmp_path, num_epochs=50, samples_per_task=1, learning_rate=1e-12)
+    updates = []
+    monkeypatch.setattr(TrainingState, "end_epoch", _never_better(updates))
+    trainer.train()
+    assert len(updates) == 3
+
+
+def _never_better(calls):
+    def end_epoch(state):
+        calls.append(state.updates)
+        state.epochs_without_better += 1
+
+    return end_epoch
+
+
+def test_epoch_means_decide_what_is_better():
+    state = TrainingState()
+    for mean, waiting in ((2.0, 0), (2.5, 1), (1.0, 0), (1.0, 1)):
+        state.epoch_loss, state.epoch_samples = 4 * mean, 4
+        state.end_epoch()
+        assert state.epochs_without_better == waiting
+
+
+def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path, log_with="tensorboard", num_epochs=2)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"loss/total", "loss/logits", "loss/hidden_states", "loss/regularisation", "learning_rate"} <= scalars
+    assert {f"task_logits/{task}" for task in EXPERTS} <= scalars
+    assert {f"coefficient_{kind}/{expert}" for kind in ("mean", "spread") for expert in EXPERTS} <= scalars
+    assert [point.step for point in events.Scalars("loss/total")] == [1, 2, 3, 4]
+    assert events.Tags()["images"]
+    assert (tmp_path / "coefficients.png").stat().st_size > 1000
+
+
+def test_files_of_a_finished_training(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path, coeffs_size_dict={"*q_proj*": 2})
+    coefficients = trainer.train()
+    published = json.loads((tmp_path / "weight_coeffs.json").read_text())
+    assert set(published) == {name.replace(".", "_") for name in trainer.plan.merged}
+    assert torch.tensor(published["model_layers_0_self_attn_q_proj_weight"]).shape == (3, 2)
+    assert torch.tensor(published["model_layers_0_self_attn_k_proj_weight"]).shape == (3,)
+    loaded = load_coefficients(tmp_path)
+    assert loaded.experts == tuple(EXPERTS)
+    assert all(torch.equal(loaded.values[name], coefficients.values[name]) for name in coefficients.values)
+    assert not (tmp_path / "state").exists()
+
+
+def scale_losses(trainer: Trainer, scale: float) -> torch.amp.GradScaler:
+    """Give the trainer what accelerate sets up for fp16, which it refuses to do on a CPU."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    return trainer.accelerator.scaler
+
+
+def test_half_precision_overflow_is_skipped_and_counted(answered_zoo, tmp_path):
+    """A scaler like the one accelerate uses for fp16 skips an update whose gradient is not finite."""
+    trainer = make_trainer(answered_zoo, tmp_path, samples_per_task=1, num_epochs=2)
+    scaler = scale_losses(trainer, 4.0)
+    original = Trainer._collect
+
+    def overflow_first(self, group, advance):
+        sums = original(self, group, advance)
+        if self.state.updates == 0:
+            self.live.gradient.fill_(float("inf"))
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_collect", overflow_first)
+        trainer.train()
+    assert trainer.state.skipped == 1
+    assert trainer.state.updates == 2
+    assert scaler.get_scale() == 2.0
+
+
+def test_loss_scaling_does_not_change_the_result(answered_zoo, tmp_path):
+    plain = make_trainer(answered_zoo, tmp_path / "plain").train()
+    trainer = make_trainer(answered_zoo, tmp_path / "scaled")
+    scale_losses(trainer, 1024.0)
+    scaled = trainer.train()
+    for name in plain.values:
+        torch.testing.assert_close(plain.values[name], scaled.values[name], rtol=1e-5, atol=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from expert_merging.cli import main
+from expert_merging.learned.trainer import Trainer
+from Mistral.backbone import BACKBONE
+save = Trainer._save_state
+def die_after(self):
+    if self.state.updates == {updates} and {inside}:
+        self.accelerator.save_state = lambda folder: (os.mkdir(folder), os.kill(os.getpid(), signal.SIGKILL))
+    save(self)
+    if self.state.updates == {updates}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._save_state = die_after
+sys.exit(main(BACKBONE, {arguments!r}))
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["after saving", "while saving"])
+def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tmp_path):
+    root = str(Path(__file__).parents[2])
+
+    def arguments(output):
+        return [
+            "--cache_dir",
+            str(tiny_zoo),
+            "--data_dir",
+            str(tiny_zoo / "dataset"),
+            "--output_path",
+            str(tmp_path / output),
+            "--num_epochs",
+            "3",
+            "--max_new_tokens",
+            "6",
+            "--run_name",
+            "r",
+            "--method",
+            "expert_merging",
+        ]
+
+    from expert_merging.cli import main
+
+    assert main(BACKBONE, arguments("whole")) == 0
+    script = KILLED.format(root=root, updates=3, inside=inside, arguments=arguments("killed"))
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
+    killed = tmp_path / "killed" / "expert_merging" / "r"
+    assert not (killed / "model").exists()
+    assert (killed / "state").is_dir()
+    assert main(BACKBONE, arguments("killed")) == 0
+    whole = tmp_path / "whole" / "expert_merging" / "r"
+    assert "continuing after update" in (killed / "merge.log").read_text()
+    for name in ("coefficients.safetensors", "weight_coeffs.json", "model/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp_path, monkeypatch):
+    from expert_merging.cli import main
+
+    arguments = [
+        "--cache_dir",
+        str(answered_zoo),
+        "--data_dir",
+        str(answered_zoo / "dataset"),
+        "--output_path",
+        str(tmp_path),
+        "--run_name",
+        "r",
+        "--log_with",
+        "none",
+    ]
+    monkeypatch.setattr("expert_merging.merge.write_merged", _interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        main(BACKBONE, arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer_module, "Trainer", None)
+    assert main(BACKBONE, arguments) == 0
+
+
+def _interrupted(*_args, **_keywords):
+    raise RuntimeError("interrupted")
+
+
+def test_a_merged_buffer_is_refused_with_its_name(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path)
+    trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "chunks": {"model.layers.9.missing": 1}})
+    with pytest.raises(InputError, match=r"model\.layers\.9\.missing is in the checkpoint but is no parameter"):
+        trainer.train()

@@ -1,0 +1,134 @@
+"""The plain way to learn coefficients, written for clarity alone: what the trainer must equal.
+
+All experts stay in memory, every forward pass merges all weights again through `functional_call`, logits are whole,
+and torch's autograd does the rest.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass
+class Example:
+    expert: str
+    task: str
+    prompt: str
+    response: str
+
+
+@dataclass
+class Twin:
+    base: Path
+    experts: dict[str, Path]
+    merged: list[str]
+    initial: list[float]
+    layers: list[int]
+    scale: list[float] | None = None
+    chunks: dict[str, int] = field(default_factory=dict)
+    temperature: float = 1.0
+    hidden_weight: float = 1.0
+    regularisation: float = 0.0
+    task_weights: dict[str, float] = field(default_factory=dict)
+    response_only: bool = False
+    learning_rate: float = 0.5
+    accumulation: int = 8
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+        self.teachers = [
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in self.experts.values()
+        ]
+        self.base_weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        scale = self.scale or [1.0] * len(self.teachers)
+        self.task_vectors = {
+            name: [
+                factor * (dict(teacher.named_parameters())[name].detach() - self.base_weights[name])
+                for factor, teacher in zip(scale, self.teachers, strict=True)
+            ]
+            for name in self.merged
+        }
+        # One raw coefficient per expert and chunk, each a parameter of its own; 0 chunks: a constant.
+        self.raw = {
+            name: torch.nn.Parameter(
+                torch.logit(torch.tensor(self.initial))[:, None].repeat(1, self.chunks.get(name, 1))
+            )
+            for name in self.merged
+            if self.chunks.get(name, 1) > 0
+        }
+        self.start = {name: torch.sigmoid(raw).detach() for name, raw in self.raw.items()}
+        self.optimizer = torch.optim.AdamW(
+            list(self.raw.values()), lr=self.learning_rate, weight_decay=1e-5, betas=(0.9, 0.999)
+        )
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            self.optimizer, T_0=50, T_mult=2, eta_min=0.1 * self.learning_rate
+        )
+
+    def coefficients(self, name: str) -> torch.Tensor:
+        if name in self.raw:
+            return torch.sigmoid(self.raw[name])
+        return torch.tensor(self.initial)[:, None]
+
+    def merged_weights(self) -> dict[str, torch.Tensor]:
+        weights = dict(self.base_weights)
+        for name in self.merged:
+            for coefficients, task_vector in zip(self.coefficients(name), self.task_vectors[name], strict=True):
+                chunks = torch.chunk(task_vector.flatten(), len(coefficients))
+                assert len(chunks) == len(coefficients)
+                scaled = torch.cat([value * chunk for value, chunk in zip(coefficients, chunks, strict=True)])
+                weights[name] = weights[name] + scaled.view_as(task_vector)
+        return weights
+
+    def losses(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = self.tokenizer(example.prompt)["input_ids"]
+        response = self.tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([[*prompt, *response, self.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            teacher = self.teachers[list(self.experts).index(example.expert)](tokens, output_hidden_states=True)
+        student = functional_call(self.model, self.merged_weights(), (tokens,), {"output_hidden_states": True})
+        where = slice(len(prompt) - 1, -1) if self.response_only else slice(None)
+        soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
+        log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
+        kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1).mean() * self.temperature**2
+        hidden = torch.zeros(())
+        for layer in self.layers:
+            difference = student.hidden_states[layer][0, where] - teacher.hidden_states[layer][0, where]
+            hidden = hidden + (difference**2).mean() / len(self.layers)
+        return kl, self.hidden_weight * hidden
+
+    def penalty(self) -> torch.Tensor:
+        distance = sum((torch.sigmoid(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
+        count = sum(raw.numel() for raw in self.raw.values())
+        return self.regularisation * distance * len(self.experts) / count
+
+    def update(self, group: list[Example]) -> dict[str, torch.Tensor]:
+        """One optimizer step; the gradient of every raw coefficient before clipping."""
+        self.optimizer.zero_grad()
+        for example in group:
+            kl, hidden = self.losses(example)
+            weight = self.task_weights.get(example.task, 1.0)
+            ((weight * (kl + hidden) + self.penalty()) / self.accumulation).backward()
+        gradients = {name: raw.grad.clone() for name, raw in self.raw.items()}
+        torch.nn.utils.clip_grad_norm_(list(self.raw.values()), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        return gradients
+
+    def train(self, examples: list[Example], epochs: int, seed: int) -> None:
+        for epoch in range(epochs):
+            own: dict[str, list[Example]] = {}
+            for example in examples:
+                own.setdefault(example.expert, []).append(example)
+            longest = max(map(len, own.values()))
+            order = [group[turn % len(group)] for turn in range(longest) for group in own.values()]
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+            for first in range(0, len(order), self.accumulation):
+                self.update(order[first : first + self.accumulation])
