@@ -53,6 +53,7 @@ def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
     normal: Callable[[str], str] = lambda text: text.lower().replace("-", "_")  # noqa: E731
     by_normal = {normal(candidate): candidate for candidate in known}
     close = difflib.get_close_matches(normal(name), list(by_normal), n=1, cutoff=0.6)
+    close = close or [candidate for candidate in by_normal if name and candidate.startswith(normal(name))][:1]
     if close:
         return f"Did you mean {by_normal[close[0]]!r}?"
     return f"Known: {', '.join(sorted(known))}." if known else "None is known."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class GeneralOptions:
     cache_dir: str | None = None
     base_model_path: str | None = None
     expert: dict[str, str] | None = None
-    exclude_params: list[str] | Literal["none"] | None = None
+    exclude_params: Literal["none"] | list[str] | None = None
     output_path: str | None = None
     run_name: str | None = None
     seed: int = 0
@@ -118,7 +119,10 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, users in _option_users().items():
             if learns == all(method.learns for method in users):
-                option = replace(users[0].options[name], help=_shown_help(name, users))
+                widest = max(
+                    (user.options[name].annotation for user in users), key=lambda kind: len(describe_type(kind))
+                )
+                option = replace(users[0].options[name], annotation=widest, help=_shown_help(name, users))
                 _add_flag(group, option, _shown_default(name, users, backbone))
     return parser
 
@@ -139,7 +143,7 @@ def _shown_help(name: str, users: list[Method]) -> str:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         return next(iter(by_text)) + "."
-    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
+    return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 
 def _shown_default(name: str, users: list[Method], backbone: Backbone) -> str:
@@ -251,7 +255,8 @@ def read_config(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = _parse_json(text) or yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"--config {file} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -259,13 +264,22 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold options by name, such as 'method: expert_merging'")
     if isinstance(content.get("options"), dict):
-        content = {"method": content["method"], **content["options"], "seed": content["seed"]}
+        record = {name: content[name] for name in ("method", "seed") if name in content}
+        content = {**content["options"], **record}
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
     known = [*GENERAL, *_option_users()]
     problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
     if problems:
         raise InputError(*problems)
     return {name: value for name, value in content.items() if value is not None}
+
+
+def _parse_json(text: str) -> Any:
+    """The text's value, None where it is no JSON; not all JSON is YAML (tabs, numbers such as 1e-05)."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> Resolved:
@@ -314,14 +328,14 @@ def _absolute(name: str, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {key: _absolute(name, path) for key, path in value.items()}
-    return str(Path(value).expanduser().resolve())
+    return str(Path(os.path.expanduser(value)).resolve())  # which leaves the name of an unknown user as it is
 
 
 def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[Path, dict[str, Path]]:
     """Folders of the base and of the experts.
 
     Raises:
-        InputError: neither paths nor a cache folder are given.
+        InputError: neither paths nor a cache folder are given, or an expert has an unusable name.
     """
     cache, experts = general["cache_dir"], general["expert"]
     if cache is None and not (experts and general["base_model_path"]):
@@ -329,6 +343,9 @@ def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[
             "where are the checkpoints? Give --cache_dir DIR (or CACHE_DIR in the environment or in .env), or "
             "--base_model_path PATH and --expert NAME=PATH for each expert"
         )
+    for name in experts or {}:
+        if not name.strip() or name == "base":
+            raise InputError(f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH")
     base = Path(general["base_model_path"] or Path(cache) / backbone.base_folder)
     folders = experts or {name: str(Path(cache) / folder) for name, folder in backbone.expert_folders.items()}
     return base, {name: Path(folder) for name, folder in folders.items()}

@@ -8,6 +8,7 @@ torch is.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -111,9 +112,10 @@ def _convert(value: object, annotation: Any) -> Any:
     """The value as the annotated type, or a ValueError that says what is allowed."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        number = _convert(value, arguments[0])
-        if all(number in interval for interval in arguments[1:]):
-            return number
+        with contextlib.suppress(ValueError):
+            number = _convert(value, arguments[0])
+            if all(number in interval for interval in arguments[1:]):
+                return number
     elif origin is Literal:
         value = "no" if value is False else value  # as YAML reads a bare no
         if value in arguments:

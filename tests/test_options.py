@@ -1,0 +1,350 @@
+"""Flags, configuration file, environment and defaults become one set of options."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_merging import options
+from expert_merging.errors import InputError
+from expert_merging.options import build_parser, checkpoint_folders, merge_entries, parse, read_config, resolve, show
+from Mistral.backbone import BACKBONE
+
+PUBLISHED = [
+    "--method",
+    "--cache_dir",
+    "--output_path",
+    "--run_name",
+    "--scaling_coefficient",
+    "--exclude_params",
+    "--run_tests",
+    "--data_dir",
+    "--samples_per_task",
+    "--samples_per_task_dict",
+    "--num_epochs",
+    "--temperature",
+    "--learning_rate",
+    "--mixed_precision",
+    "--gradient_accumulation_steps",
+    "--seed",
+    "--base_model_path",
+    "--sparsity_reg_weight",
+    "--hidden_states_layers",
+    "--hidden_states_weight",
+    "--loss_alphas",
+    "--task_vector_coeffs_dict",
+    "--coeffs_size_dict",
+]
+OURS = ["--expert", "--config", "--dry_run", "--device", "--log_with", "--list_methods"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """A repository root without the developer's .env."""
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    return tmp_path
+
+
+def resolved(*arguments, environment=None):
+    return resolve(parse([str(argument) for argument in arguments], BACKBONE), environment or {}, BACKBONE)
+
+
+def general(*arguments, **environment):
+    return resolved(*arguments, environment=environment).general
+
+
+def method_options(method, *arguments):
+    return resolved("--method", method, *arguments).options
+
+
+def problems(*arguments):
+    with pytest.raises(InputError) as caught:
+        resolved(*arguments)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("flag", [*PUBLISHED, *OURS])
+def test_every_flag_exists_and_is_explained(flag):
+    (action,) = (action for action in build_parser(BACKBONE)._actions if flag in action.option_strings)
+    assert action.help
+    assert action.help[0].isupper()
+    assert action.help.endswith(".")
+
+
+def test_dashes_count_as_underscores_in_flags_but_not_in_values():
+    given = parse(["--cache-dir=/a-b", "--run-name", "my-run", "--dry-run"], BACKBONE)
+    assert given == {"cache_dir": "/a-b", "run_name": "my-run", "dry_run": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", 1.0), ("1.0", 1.0), ("0.3", 0.3), ("-0.5", -0.5), ("[0.2,0.3,0.4]", [0.2, 0.3, 0.4])]
+)
+def test_a_coefficient_is_a_number_or_one_per_expert(text, value):
+    given = method_options("task_arithmetic", "--scaling_coefficient", text)["scaling_coefficient"]
+    assert given == value
+    assert type(given) is type(value)
+
+
+def test_the_last_of_repeated_flags_counts():
+    assert general("--seed", 1, "--seed", 2)["seed"] == 2
+    assert general("--seed", -1)["seed"] == -1
+
+
+def test_experts_are_given_one_by_one_or_as_an_object(tmp_path):
+    expected = {"A": str(tmp_path / "a=1"), "B": str(tmp_path / "b")}
+    assert general("--expert", f"A={tmp_path}/a=1", "--expert", f"B={tmp_path}/b")["expert"] == expected
+    assert general("--expert", json.dumps(expected))["expert"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["A"], "--expert takes NAME=VALUE or a JSON object, got 'A'"),
+        (["=a"], "--expert takes NAME=VALUE or a JSON object, got '=a'"),
+        (["A="], "--expert takes NAME=VALUE or a JSON object, got 'A='"),
+        (["A=1", '{"A": 2}'], "--expert gives 'A' twice"),
+    ],
+)
+def test_entries_that_cannot_be_used(given, problem):
+    with pytest.raises(InputError, match=re.escape(problem)):
+        merge_entries("expert", given)
+
+
+def test_an_object_that_is_not_json():
+    with pytest.raises(InputError, match=r"^--coeffs_size_dict is not valid JSON \(.*\): {'\*': 2}$"):
+        parse(["--coeffs_size_dict", "{'*': 2}"], BACKBONE)
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Za-z_]\w{0,5}", fullmatch=True), st.text(min_size=1), min_size=1))
+def test_entries_come_back_as_they_were_given(entries):
+    assert merge_entries("expert", [f"{name}={value}" for name, value in entries.items()]) == entries
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        ([], list(BACKBONE.exclude_params)),
+        (["--exclude_params", "none"], []),
+        (["--exclude_params"], []),
+        (["--exclude_params", ".*norm.*"], [".*norm.*"]),
+        (["--exclude_params", "a.*", "b"], ["a.*", "b"]),
+        (["--exclude_params", "a", "--exclude_params", "b"], ["a", "b"]),
+        (["--exclude_params", '["a", "b"]'], ["a", "b"]),
+        (["--exclude_params", "[ab]"], ["[ab]"]),
+    ],
+    ids=str,
+)
+def test_excluded_parameters(arguments, patterns):
+    assert general(*arguments)["exclude_params"] == patterns
+
+
+def test_paths_are_absolute_whatever_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = general("--cache_dir", "c", "--output_path", "~/o", "--expert", "A=../a", "--base_model_path", "~nobody_/b")
+    assert given["cache_dir"] == str(tmp_path / "c")
+    assert given["output_path"] == str(tmp_path / "home" / "o")
+    assert given["expert"] == {"A": str(tmp_path.parent / "a")}
+    assert given["base_model_path"] == str(tmp_path / "~nobody_" / "b")
+
+
+def test_results_and_calibration_files_lie_at_the_root_by_default(root):
+    assert general()["output_path"] == str(root / "results" / "logs")
+    assert method_options("expert_merging")["data_dir"] == str(root / "dataset")
+
+
+def test_defaults_are_the_family_s():
+    assert method_options("expert_merging")["sparsity_reg_weight"] == 0.8
+    assert method_options("task_arithmetic") == {"scaling_coefficient": 0.3}
+    assert method_options("weight_average") == {"scaling_coefficient": 1.0}
+
+
+def test_flags_win_over_config_over_environment_over_dotenv(root):
+    def cache(*arguments, **environment):
+        return general(*arguments, **environment)["cache_dir"]
+
+    assert cache() is None
+    (root / ".env").write_text('CACHE_DIR="/dotenv"\n')
+    (root / "options.yaml").write_text("cache_dir: /config\n")
+    assert cache() == "/dotenv"
+    assert cache(CACHE_DIR="/environment") == "/environment"
+    assert cache("--config", root / "options.yaml", CACHE_DIR="/environment") == "/config"
+    assert cache("--config", root / "options.yaml", "--cache_dir", "/flag") == "/flag"
+
+
+YAML = """
+method: task-arithmetic
+scaling-coefficient: [0.1, 0.2]
+exclude_params:
+  - .*norm.*
+expert: {A: /a, B: /b}
+seed: 3
+run_tests: true
+run_name: null
+"""
+JSON = """{
+\t"method": "task-arithmetic", "scaling-coefficient": [0.1, 0.2], "exclude_params": [".*norm.*"],
+\t"expert": {"A": "/a", "B": "/b"}, "seed": 3, "run_tests": true, "run_name": null}"""
+
+
+@pytest.mark.parametrize("text", [YAML, JSON], ids=["yaml", "json"])
+def test_a_configuration_file_holds_options_by_name(root, text):
+    (root / "file").write_text(text)
+    both = resolved("--config", root / "file")
+    assert both.method.name == "task_arithmetic"
+    assert both.options == {"scaling_coefficient": [0.1, 0.2]}
+    assert both.general["exclude_params"] == [".*norm.*"]
+    assert both.general["expert"] == {"A": "/a", "B": "/b"}
+    assert (both.general["seed"], both.general["run_tests"], both.general["run_name"]) == (3, True, None)
+
+
+def test_numbers_and_words_that_yaml_reads_in_its_own_way(root):
+    (root / "file").write_text("learning_rate: 1e-5\nmixed_precision: no\nlog_with: none\n")
+    both = resolved("--config", root / "file")
+    assert both.options["learning_rate"] == 1e-5
+    assert both.options["mixed_precision"] == "no"
+    assert both.general["log_with"] == "none"
+
+
+def test_flags_win_over_a_configuration_file(root):
+    (root / "file").write_text(YAML)
+    both = resolved("--config", root / "file", "--seed", 5, "--scaling_coefficient", 1, "--exclude_params", "none")
+    assert (both.general["seed"], both.options["scaling_coefficient"]) == (5, 1.0)
+    assert both.general["exclude_params"] == []
+
+
+def test_a_run_s_own_record_is_a_configuration_file(root):
+    record = {
+        "family": "Mistral",
+        "method": "task_arithmetic",
+        "options": {"scaling_coefficient": 0.2, "seed": -1, "base_model_path": "/base", "expert": {"A": "/a"}},
+        "seed": 77,
+        "versions": {"torch": "2"},
+    }
+    (root / "config.json").write_text(json.dumps(record))
+    assert read_config(root / "config.json") == {**record["options"], "method": "task_arithmetic", "seed": 77}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("- 1", r"--config {file} must hold options by name, such as 'method: expert_merging'"),
+        ("", r"--config {file} must hold options by name, such as 'method: expert_merging'"),
+        ("a: [1", r"--config {file} is neither YAML nor JSON: while parsing .*"),
+        (b"\xff\xfe\xfa", r"--config {file} is neither YAML nor JSON: .*"),
+        ("sede: 1", r"{file}: no option 'sede'\. Did you mean 'seed'\?"),
+        ("options: {a: 1}", r"{file}: no option 'a'\. Known: .*"),
+    ],
+)
+def test_configuration_files_that_cannot_be_used(root, text, problem):
+    file = root / "options.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    (found,) = problems("--config", file)
+    assert re.fullmatch(problem.format(file=re.escape(str(file))), found)
+
+
+def test_a_configuration_file_that_is_not_there(root):
+    assert problems("--config", root / "no.yaml") == [
+        f"--config {root / 'no.yaml'} cannot be read: No such file or directory"
+    ]
+    assert problems("--config", root) == [f"--config {root} cannot be read: Is a directory"]
+
+
+def test_all_unknown_names_of_a_configuration_file_are_reported(root):
+    (root / "file").write_text("metod: a\nsede: 2\nseed: 1\n")
+    assert [line.split(": ")[1] for line in problems("--config", root / "file")] == [
+        "no option 'metod'. Did you mean 'method'?",
+        "no option 'sede'. Did you mean 'seed'?",
+    ]
+
+
+def test_unknown_flags_are_answered_with_the_near_name():
+    assert problems("--scaling-coeficient", "1", "--sede=3") == [
+        "no flag --scaling_coeficient. Did you mean 'scaling_coefficient'?",
+        "no flag --sede. Did you mean 'seed'?",
+    ]
+    assert problems("--listmethods") == ["no flag --listmethods. Did you mean 'list_methods'?"]
+
+
+def test_flags_are_not_abbreviated():
+    assert problems("--scaling", "1") == ["no flag --scaling. Did you mean 'scaling_coefficient'?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["stray"], "unexpected argument 'stray'; --help shows all options"),
+        (["-m", "ties"], "unexpected argument '-m'; --help shows all options"),
+        (["--seed"], "argument --seed: expected 1 argument; --help shows all options"),
+        (["--method", "task-arithmetik"], "no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?"),
+        (["--seed", "x"], "--seed must be a whole number, got x"),
+    ],
+)
+def test_a_command_line_that_cannot_be_used(arguments, problem):
+    assert problems(*arguments) == [problem]
+
+
+def test_all_values_that_do_not_fit_are_reported_together():
+    assert problems("--method", "expert_merging", "--seed", "x", "--num_epochs", "0", "--temperature", "cold") == [
+        "--seed must be a whole number, got x",
+        "--num_epochs must be a whole number in [1, inf), got 0",
+        "--temperature must be a number in (0, inf), got cold",
+    ]
+
+
+def test_flags_of_other_methods_are_noted_and_not_even_read():
+    both = resolved("--method", "weight_average", "--num_epochs", "0", "--loss_alphas", "{}")
+    assert both.ignored == ("num_epochs", "loss_alphas")
+
+
+def test_checkpoints_lie_under_the_published_names():
+    base, experts = checkpoint_folders(general("--cache_dir", "/cache"), BACKBONE)
+    assert str(base) == "/cache/Mistral-7B-v0.1"
+    assert {name: str(folder) for name, folder in experts.items()} == {
+        "Chat": "/cache/Mistral-7B-Instruct-v0.1",
+        "Math": "/cache/MAmmoTH2-7B",
+        "Code": "/cache/Mistral-7B-codealpaca-lora",
+    }
+
+
+def test_given_experts_replace_the_family_s():
+    base, experts = checkpoint_folders(general("--cache_dir", "/cache", "--expert", "Z=/z"), BACKBONE)
+    assert str(base) == "/cache/Mistral-7B-v0.1"
+    assert {name: str(folder) for name, folder in experts.items()} == {"Z": "/z"}
+    base, _ = checkpoint_folders(general("--base_model_path", "/b", "--expert", "Z=/z"), BACKBONE)
+    assert str(base) == "/b"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--base_model_path", "/b"], ["--expert", "A=/a"]])
+def test_without_checkpoints_the_command_says_how_to_give_them(arguments):
+    with pytest.raises(InputError) as caught:
+        checkpoint_folders(general(*arguments), BACKBONE)
+    assert str(caught.value) == (
+        "where are the checkpoints? Give --cache_dir DIR (or CACHE_DIR in the environment or in .env), or "
+        "--base_model_path PATH and --expert NAME=PATH for each expert"
+    )
+
+
+@pytest.mark.parametrize("name", ["", " ", "base"])
+def test_an_expert_needs_a_name_of_its_own(name):
+    with pytest.raises(InputError, match=f"^an expert cannot be called {name!r}; "):
+        checkpoint_folders(general("--cache_dir", "/c", "--expert", json.dumps({name: "/a", "A": "/b"})), BACKBONE)
+
+
+@pytest.mark.parametrize("value", [None, "text", 0.3, [1, 2], {"a": 1}, True])
+def test_values_are_shown_as_they_would_be_given(value):
+    shown = show(value)
+    assert shown == "none" if value is None else shown == value or json.loads(shown) == value
+
+
+def test_help_says_what_an_option_takes_for_all_its_methods():
+    text = " ".join(build_parser(BACKBONE).format_help().split())
+    assert "With weight_average: factor on the average task vector; with task_arithmetic: factor on each" in text
+    assert "Takes a number or a list of numbers. Default: 1.0 (weight_average), 0.3 (task_arithmetic" in text
+    assert "Takes a whole number in [1, inf). Default: 5." in text
+    assert "Chat=Mistral-7B-Instruct-v0.1" in text
+    assert "Default: .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*." in text
