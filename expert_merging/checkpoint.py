@@ -202,7 +202,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} holds {type(config).__name__}, not a JSON object; download it again")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise InputError(
             f"{file} has a quantization_config: quantized weights cannot be merged exactly; use the unquantized ones"
         )
@@ -239,6 +239,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map:
+            raise ValueError("empty")
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder / INDEX} is not a JSON object with a weight_map; download it again") from None
@@ -274,7 +276,7 @@ def _read_header(file: Path) -> tuple[bytes, list[Entry]]:
     try:
         described = json.loads(header)
         entries = [_entry(name, value, file, 8 + length) for name, value in described.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise broken from None
     end = 8 + length
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size)):
@@ -289,8 +291,10 @@ def _read_header(file: Path) -> tuple[bytes, list[Entry]]:
 
 
 def _entry(name: str, described: Mapping[str, Any], file: Path, data_start: int) -> Entry:
-    dtype, shape = str(described["dtype"]), tuple(int(side) for side in described["shape"])
+    dtype, shape = str(described["dtype"]), tuple(described["shape"])
     start, stop = described["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, stop - start)):
+        raise ValueError("numbers")
     width = FLOATS[dtype][1] if dtype in FLOATS else OTHERS.get(dtype)
     if width is not None and stop - start != prod(shape) * width:
         raise ValueError("size")
@@ -302,11 +306,28 @@ def other_files(folder: Path) -> Iterator[Path]:
 
     Weights in other formats (or unused safetensors files) are left out: beside merged weights they would be the base's.
     """
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in {".git", ".cache", "__pycache__"})
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root).resolve()
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in {".git", ".cache", "__pycache__"}
+            and not here.is_relative_to((here / name).resolve())  # a link back up would never end
+        )
         for name in sorted(names):
             if name == INDEX or not _OTHER_WEIGHTS.match(name):
                 yield (Path(root) / name).relative_to(folder)
+
+
+def check_other_files(folder: Path) -> None:
+    """Check that every other file can be copied.
+
+    Raises:
+        InputError: a link leads nowhere, as in a download cache that was cleaned up.
+    """
+    gone = [folder / relative for relative in other_files(folder) if not (folder / relative).is_file()]
+    if gone:
+        raise InputError(*(f"{file} is a link to a file that is gone; download it again" for file in gone))
 
 
 def weights_in_other_formats(checkpoint: Checkpoint) -> list[str]:

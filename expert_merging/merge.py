@@ -26,6 +26,7 @@ from expert_merging.checkpoint import (
     Checkpoint,
     Entry,
     check_experts,
+    check_other_files,
     other_files,
     read_exactly,
 )
@@ -120,6 +121,8 @@ def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: l
         problems.add("there is nothing to merge: give at least one --expert NAME=PATH")
     if len(opened) > 1 and "" in opened:
         base = opened.pop("")
+        with problems.collecting():
+            check_other_files(base.folder)
         with problems.collecting():
             merged = check_experts(base, opened, excluded)
     problems.check()
