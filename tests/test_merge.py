@@ -1,0 +1,424 @@
+"""The streaming driver against its plain twin, and what it leaves in the merged folder."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_merging import merge
+from expert_merging.errors import InputError
+from expert_merging.merge import Plan, make_plan, working_memory, write_merged
+from expert_merging.methods.linear import task_arithmetic, weight_average
+from tests.checkpoints import tensors_of, write_checkpoint
+from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
+
+EXCLUDED = [".*norm.*"]
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+CPU = torch.device("cpu")
+
+
+class Bar:
+    """A progress bar that remembers."""
+
+    def __init__(self):
+        self.totals, self.counts = [], []
+
+    @contextlib.contextmanager
+    def __call__(self, title, total, unit):
+        self.totals.append(total)
+        self.counts.append(0.0)
+        yield self.advance
+
+    def advance(self, count, note=""):
+        self.counts[-1] += count
+
+
+def close(plan: Plan) -> None:
+    for checkpoint in (plan.base, *plan.experts.values()):
+        checkpoint.close()
+
+
+def merge_folders(base, experts, output, rule=task_arithmetic, *, elementwise=True, excluded=EXCLUDED):
+    plan = make_plan(base, {f"E{number}": folder for number, folder in enumerate(experts)}, list(excluded))
+    try:
+        return write_merged(
+            plan, lambda task_vectors, _part: rule(task_vectors), output,
+            elementwise=elementwise, device=CPU, progress=Bar(),
+        )  # fmt: skip
+    finally:
+        close(plan)
+
+
+def random_tensors(shapes, dtypes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtypes[number % len(dtypes)])
+        for number, (name, shape) in enumerate(shapes.items())
+    }
+
+
+SHAPES = {
+    "layers.0.weight": (9, 5),
+    "layers.0.norm.weight": (9,),
+    "layers.1.weight": (33,),
+    "scalar": (),
+    "empty": (0, 4),
+    "cube": (2, 3, 4),
+    "one": (1,),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_checkpoint(tmp_path / "base", random_tensors(SHAPES, TYPES, 0))
+
+
+@pytest.fixture
+def experts(tmp_path):
+    return [
+        write_checkpoint(tmp_path / f"expert{number}", random_tensors(SHAPES, TYPES[number:] + TYPES[:number], number))
+        for number in range(1, 4)
+    ]
+
+
+def whole_tensor_rule(task_vectors: torch.Tensor) -> torch.Tensor:
+    """A rule that needs the tensor as a whole."""
+    mean = task_vectors.mean(0)
+    return (
+        mean - mean.mean() if mean.dim() < 2 else mean * mean.flatten(1).norm(dim=1).view(-1, *[1] * (mean.dim() - 1))
+    )
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_streaming_gives_the_bytes_of_the_plain_twin(data):
+    """Any shapes, types, shards, blocks and numbers of threads."""
+    draw = data.draw
+    shapes = draw(
+        st.dictionaries(st.sampled_from("abcdefg"), st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=5)
+    )
+    types = st.lists(st.sampled_from([*TYPES, torch.float64]), min_size=1, max_size=3)
+    counts = [draw(st.integers(1, min(3, len(shapes)))) for _ in range(3)]
+    elementwise = draw(st.booleans())
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "BLOCK", draw(st.integers(1, 50)))
+        patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
+        patch.setattr(merge, "_worker_count", lambda: draw(st.integers(1, 4)))
+        folders = []
+        for seed, count in enumerate(counts):
+            tensors = random_tensors(shapes, draw(types), seed)
+            shards = [dict(list(tensors.items())[start::count]) for start in range(count)]
+            folders.append(write_checkpoint(Path(folder) / str(seed), *shards))
+        rule = task_arithmetic if elementwise else whole_tensor_rule
+        excluded = draw(st.sampled_from([[], [sorted(shapes)[0]] if len(shapes) > 1 else []]))
+        output = Path(folder) / "output"
+        merge_folders(folders[0], folders[1:], output, rule, elementwise=elementwise, excluded=excluded)
+        assert_same_bytes(tensors_of(output), merge_plainly(folders[0], folders[1:], rule, excluded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_rounded_once(tmp_path, dtype):
+    """Arithmetic in the file's own type would round task vectors and their sum as well."""
+    folders = [
+        write_checkpoint(
+            tmp_path / str(seed), {"a": torch.randn(5000, generator=torch.Generator().manual_seed(seed)).to(dtype)}
+        )
+        for seed in range(4)
+    ]
+    merge_folders(folders[0], folders[1:], tmp_path / "output", weight_average)
+    merged = tensors_of(tmp_path / "output")["a"]
+    exact = torch.stack([tensors_of(folder)["a"].double() for folder in folders[1:]]).mean(0)
+    assert merged.dtype == dtype
+    assert ((merged.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
+def test_one_expert_with_coefficient_one_is_that_expert_to_the_bit_in_half_precision(tmp_path):
+    folders = [
+        write_checkpoint(
+            tmp_path / str(seed), {"a": torch.randn(5000, generator=torch.Generator().manual_seed(seed)).bfloat16()}
+        )
+        for seed in range(2)
+    ]
+    merge_folders(
+        folders[0], folders[1:], tmp_path / "output", lambda given: task_arithmetic(given, scaling_coefficient=1.0)
+    )
+    assert tensors_of(tmp_path / "output")["a"].equal(tensors_of(folders[1])["a"])
+
+
+def test_types_of_experts_may_differ_from_the_base_s(base, experts, tmp_path):
+    merge_folders(base, experts, tmp_path / "output")
+    merged = tensors_of(tmp_path / "output")
+    assert {name: tensor.dtype for name, tensor in merged.items()} == {
+        name: tensor.dtype for name, tensor in tensors_of(base).items()
+    }
+    assert_same_bytes(merged, merge_plainly(base, experts, task_arithmetic, EXCLUDED))
+
+
+def test_what_is_not_merged_is_kept(tmp_path):
+    kept = {"position_ids": torch.arange(9), "mask": torch.tensor([True, False]), "norm": torch.tensor([float("nan")])}
+    base = write_checkpoint(tmp_path / "base", {**kept, "a": torch.ones(3)})
+    expert = write_checkpoint(
+        tmp_path / "expert", {"a": torch.ones(3) * 2, "position_ids": torch.arange(5), "norm": torch.zeros(7)}
+    )
+    merge_folders(base, [expert], tmp_path / "output")
+    merged = tensors_of(tmp_path / "output")
+    assert_same_bytes({name: merged[name] for name in kept}, kept)
+    assert merged["a"].tolist() == pytest.approx([1.3] * 3)
+
+
+def test_headers_and_metadata_are_the_base_s_byte_for_byte(tmp_path):
+    shards = [{"b": torch.ones(3), "a": torch.ones(2, 2)}, {"c": torch.ones(4).half()}]
+    base = write_checkpoint(tmp_path / "base", *shards, metadata={"format": "pt", "made by": "Zoë"})
+    expert = write_checkpoint(
+        tmp_path / "expert", {name: tensor * 3 for shard in shards for name, tensor in shard.items()}
+    )
+    merge_folders(base, [expert], tmp_path / "output")
+    for file in base.glob("*.safetensors"):
+        original, merged = file.read_bytes(), (tmp_path / "output" / file.name).read_bytes()
+        length = 8 + int.from_bytes(original[:8], "little")
+        assert "Zoë".encode() in original[:length]
+        assert merged[:length] == original[:length]
+        assert merged[length:] != original[length:]
+        assert len(merged) == len(original)
+
+
+OTHERS = {
+    "README.md": b"# Base", "chat_template.jinja": b"{{ x }}", "generation_config.json": b"{}",
+    "modeling_x.py": b"x = 1", "nested/deeper/notes.txt": b"\xff\x00", "tokenizer.model": b"spm", "empty.txt": b"",
+    "model.safetensors.index.json": b"left over",
+}  # fmt: skip
+WEIGHTS = ["pytorch_model.bin", "model.gguf", "original/consolidated.00.pth", "consolidated.safetensors"]
+
+
+def add_files(folder: Path) -> None:
+    for name, content in {**OTHERS, **dict.fromkeys(WEIGHTS, b"weights")}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def test_every_other_file_is_copied_byte_for_byte(base, experts, tmp_path):
+    add_files(base)
+    (base / "modeling_x.py").chmod(0o755)
+    merge_folders(base, experts, tmp_path / "output")
+    expected = {name: content for name, content in OTHERS.items() if not name.endswith((".index.json", "README.md"))}
+    expected |= {"README.base.md": b"# Base", "config.json": (base / "config.json").read_bytes()}
+    written = contents(tmp_path / "output")
+    del written["model.safetensors"]
+    assert written == expected
+
+
+def test_the_base_s_own_card_is_kept_where_the_base_is_a_merged_model_itself(base, experts, tmp_path):
+    (base / "README.md").write_text("merged")
+    (base / "README.base.md").write_text("first")
+    merge_folders(base, experts, tmp_path / "output")
+    assert (tmp_path / "output" / "README.base.md").read_text() == "merged"
+
+
+def test_the_index_of_shards_is_copied(experts, tmp_path):
+    tensors = tensors_of(experts[0])
+    base = write_checkpoint(tmp_path / "shards", {"one": tensors.pop("one")}, tensors)
+    merge_folders(base, experts, tmp_path / "output")
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "output" / index).read_bytes() == (base / index).read_bytes()
+
+
+def test_checkpoints_are_never_modified(base, experts, tmp_path):
+    add_files(base)
+    before = [snapshot(folder) for folder in (base, *experts)]
+    merge_folders(base, experts, tmp_path / "output")
+    assert [snapshot(folder) for folder in (base, *experts)] == before
+
+
+def test_a_download_cache_of_links_is_merged_like_its_files(base, experts, tmp_path):
+    """As huggingface_hub lays it out: a snapshot of links to blobs."""
+    add_files(base)
+    snapshot_folder = tmp_path / "models--x" / "snapshots" / "abc"
+    (tmp_path / "models--x" / "blobs").mkdir(parents=True)
+    for number, (name, content) in enumerate(contents(base).items()):
+        (tmp_path / "models--x" / "blobs" / str(number)).write_bytes(content)
+        (snapshot_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        depth = 2 + name.count("/")
+        (snapshot_folder / name).symlink_to("../" * depth + f"blobs/{number}")
+    before = snapshot(tmp_path / "models--x")
+    merge_folders(base, experts, tmp_path / "plain")
+    merge_folders(snapshot_folder, experts, tmp_path / "linked")
+    assert contents(tmp_path / "linked") == contents(tmp_path / "plain")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
+    assert snapshot(tmp_path / "models--x") == before
+
+
+def test_finished_shards_are_kept_and_partial_ones_written_again(experts, tmp_path):
+    tensors = tensors_of(experts[0])
+    base = write_checkpoint(tmp_path / "shards", {"one": tensors.pop("one")}, {"cube": tensors.pop("cube")}, tensors)
+    merge_folders(base, experts, tmp_path / "whole")
+    output = tmp_path / "output"
+    merge_folders(base, experts, output)
+    first, second, third = sorted(output.glob("*.safetensors"))
+    second.rename(f"{second}.partial")
+    third.unlink()
+    before = (first.stat().st_ino, first.stat().st_mtime_ns)
+    summary = merge_folders(base, experts, output)
+    assert summary.kept_shards == 1
+    assert summary.changes.keys() == tensors.keys() - {"layers.0.norm.weight"} | {"cube"}
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == before
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_relative_changes_are_reported(tmp_path):
+    base = write_checkpoint(
+        tmp_path / "base", {"a": torch.full((40,), 2.0), "zero": torch.zeros(3), "empty": torch.zeros(0)}
+    )
+    expert = write_checkpoint(
+        tmp_path / "expert", {"a": torch.full((40,), 3.0), "zero": torch.ones(3), "empty": torch.zeros(0)}
+    )
+    summary = merge_folders(base, [expert], tmp_path / "output", weight_average)
+    assert summary.changes == {"a": pytest.approx(0.5), "zero": 0.0, "empty": 0.0}
+    assert summary.kept_shards == 0
+
+
+def test_progress_ends_at_its_total(base, experts, tmp_path):
+    plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
+    for _again in range(2):
+        bar = Bar()
+        write_merged(plan, lambda given, _: given[0], tmp_path / "o", elementwise=True, device=CPU, progress=bar)
+        assert bar.counts == pytest.approx(bar.totals)
+        assert bar.totals == [sum(entry.size for entry in plan.base.entries.values()) * 4]
+    close(plan)
+
+
+def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "BLOCK", 10)
+    plan = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED)
+    lock, seen = threading.Lock(), []
+
+    def rule(task_vectors, part):
+        assert task_vectors.dtype == torch.float32
+        assert part.shape == SHAPES[part.name]
+        with lock:
+            seen.append((part.name, part.start, part.stop, tuple(task_vectors.shape)))
+        return task_vectors[0]
+
+    write_merged(plan, rule, tmp_path / "blocks", elementwise=True, device=CPU, progress=Bar())
+    assert sorted(entry for entry in seen if entry[0] == "layers.1.weight") == [
+        ("layers.1.weight", 0, 10, (2, 10)),
+        ("layers.1.weight", 10, 20, (2, 10)),
+        ("layers.1.weight", 20, 30, (2, 10)),
+        ("layers.1.weight", 30, 33, (2, 3)),
+    ]
+    seen.clear()
+    write_merged(plan, rule, tmp_path / "whole", elementwise=False, device=CPU, progress=Bar())
+    assert {entry[0]: entry[3] for entry in seen} == {
+        name: (2, *shape) for name, shape in SHAPES.items() if "norm" not in name and 0 not in shape
+    }
+    assert len(seen) == 5
+    close(plan)
+
+
+def test_memory_is_estimated_by_blocks_or_by_the_largest_tensor(base, experts, monkeypatch):
+    monkeypatch.setattr(merge, "_worker_count", lambda: 2)
+    plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
+    assert working_memory(plan, elementwise=False) == 4 * 7 * 45
+    monkeypatch.setattr(merge, "BLOCK", 10)
+    assert working_memory(plan, elementwise=True) == 4 * 7 * 10 * 2
+    assert plan.output_bytes == (base / "model.safetensors").stat().st_size
+    assert plan.merged_elements == 45 + 33 + 1 + 24 + 1
+
+
+def test_the_number_of_torch_s_threads_is_restored(base, experts, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge_folders(base, experts, tmp_path / "output")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_nan_and_infinity_are_refused_by_expert_and_tensor(tmp_path, dtype, culprit, value):
+    folders = []
+    for seed in range(3):
+        tensors = random_tensors({"a": (20,), "b": (30,)}, [dtype], seed)
+        if seed == culprit:
+            tensors["b"][7:9] = value
+        folders.append(write_checkpoint(tmp_path / str(seed), {"a": tensors["a"]}, {"b": tensors["b"]}))
+    with pytest.raises(InputError) as caught:
+        merge_folders(folders[0], folders[1:], tmp_path / "output")
+    who = {0: "the base", 2: "expert E1"}[culprit]
+    file = folders[culprit] / "model-00002-of-00002.safetensors"
+    assert str(caught.value) == f"{who} has 2 NaN or infinite values in b ({file})"
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_results_beyond_the_base_s_type_are_refused(tmp_path, dtype):
+    largest = torch.finfo(dtype).max
+    base = write_checkpoint(tmp_path / "base", {"a": torch.tensor([0.0, 0.9 * largest]).to(dtype)})
+    expert = write_checkpoint(tmp_path / "expert", {"a": torch.tensor([0.0, largest]).to(dtype)})
+    with pytest.raises(InputError) as caught:
+        merge_folders(base, [expert], tmp_path / "output", lambda given: given[0] * 3)
+    name = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    assert str(caught.value) == (f"the merged a does not fit into {name} (the base's type); use a smaller coefficient")
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_large_values_that_only_a_sum_cannot_hold_are_merged(tmp_path):
+    base = write_checkpoint(tmp_path / "base", {"a": torch.zeros(4)})
+    expert = write_checkpoint(tmp_path / "expert", {"a": torch.full((4,), 3e38)})
+    merge_folders(base, [expert], tmp_path / "output")
+    assert tensors_of(tmp_path / "output")["a"].tolist() == pytest.approx([9e37] * 4)
+
+
+def test_an_error_in_a_rule_reaches_the_caller_and_leaves_no_file(base, experts, tmp_path):
+    def fail(task_vectors):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        merge_folders(base, experts, tmp_path / "output", fail)
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_problems_of_all_checkpoints_are_reported_together(base, tmp_path):
+    with pytest.raises(InputError) as caught:
+        make_plan(tmp_path / "no base", {"A": tmp_path / "no a", "B": base}, ["("])
+    assert caught.value.problems == (
+        f"checkpoint folder {tmp_path / 'no base'} does not exist",
+        f"checkpoint folder {tmp_path / 'no a'} does not exist",
+    )
+    with pytest.raises(InputError) as caught:
+        make_plan(base, {"A": tmp_path / "no a", "B": write_checkpoint(tmp_path / "b", {"one": torch.ones(3)})}, [])
+    assert caught.value.problems[0] == f"checkpoint folder {tmp_path / 'no a'} does not exist"
+    assert f"expert B ({tmp_path / 'b'}): one has shape [3], the base's has [1]" in caught.value.problems
+
+
+def test_without_experts_there_is_nothing_to_merge(base):
+    with pytest.raises(InputError, match=r"^there is nothing to merge: give at least one --expert NAME=PATH$"):
+        make_plan(base, {}, [])
+
+
+def test_dead_links_of_the_base_are_found_before_anything_is_read(base, experts):
+    (base / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(InputError, match=r"tokenizer.json is a link to a file that is gone; download it again$"):
+        make_plan(base, {"A": experts[0]}, [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_nearly_the_same(base, experts, tmp_path):
+    plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
+    device = torch.device("cuda")
+    write_merged(
+        plan, lambda given, _: weight_average(given), tmp_path / "o", elementwise=True, device=device, progress=Bar()
+    )
+    close(plan)
+    expected = merge_plainly(base, experts, weight_average, EXCLUDED)
+    for name, tensor in tensors_of(tmp_path / "o").items():
+        torch.testing.assert_close(tensor, expected[name])
