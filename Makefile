@@ -1,0 +1,43 @@
+# Every target runs from nothing: the virtual environment is made when it is missing.
+PYTHON ?= python3
+FAMILY ?= mistral
+METHODS ?= weight_average task_arithmetic expert_merging
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+setup: .venv/.installed  ## install what merging needs into .venv
+
+demo: setup  ## train a small base and its experts, merge them, print accuracies (FAMILY=, METHODS=, SEED=)
+	$(BIN)/python -m zoo demo $(FAMILY) --methods $(METHODS) --seed $(SEED)
+
+test: .venv/.installed-dev  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev  ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## measure speed and memory against the limits of the machine
+	$(BIN)/python -m benchmarks.speed
+
+clean:  ## remove what was installed, trained, merged and measured
+	rm -rf .venv zoo/models benchmarks/work .pytest_cache .mypy_cache .ruff_cache
+	find results -mindepth 1 ! -name README.md -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +
