@@ -64,7 +64,7 @@ def load_samples(
         raise InputError(
             f"calibration folder {data_dir} does not exist; give --data_dir a folder with one JSON file per task"
         )
-    tasks = {file.stem: file for file in sorted(data_dir.glob("*.json"))}
+    tasks = {file.stem: file for file in sorted(data_dir.glob("*.json")) if file.is_file()}
     problems = Problems()
     for flag, named in {"samples_per_task_dict": counts, "task_expert": task_expert}.items():
         for task in named:
@@ -81,8 +81,9 @@ def load_samples(
         if expert in experts:
             with problems.collecting():
                 samples += _read_task(file, expert, counts.get(task, default_count))
+    served = {task_expert.get(task, task) for task in tasks}
     for expert in experts:
-        if not problems.found and all(sample.expert != expert for sample in samples):
+        if expert not in served:
             problems.add(
                 f"expert {expert} has no calibration samples: {data_dir} has no {expert}.json, and no --task_expert "
                 f"TASK={expert} assigns it another file"

@@ -59,7 +59,7 @@ def model_card(description: Mapping[str, Any], *, title: str, merged: int, tenso
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
     return _CARD.format(
-        sources="\n".join(f"- {_name(path)}" for path in names.values()),
+        sources="\n".join(f"- {json.dumps(_name(path), ensure_ascii=False)}" for path in names.values()),
         title=title,
         base=_name(base),
         count=len(experts),

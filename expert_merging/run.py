@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.errors import InputError
-from expert_merging.writing import sync_folder, write_atomically
+from expert_merging.writing import partial_name, sync_folder, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
 _DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
@@ -57,13 +57,19 @@ class Run:
         Raises:
             InputError: the folder holds something else; what differs is named.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"{existing} is a file where the run needs a folder; move it away")
+        # A run that was stopped in its first moments, or that another process is just beginning, is no other run.
+        if existing != self.folder or {path.name for path in self.folder.iterdir()} <= {partial_name(self.config).name}:
             return None
         advice = "choose another --run_name, or move the folder away"
         try:
-            earlier: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            earlier = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}") from None
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}")
         differing = _differences(earlier, description)
         if differing:
             raise InputError(f"{self.folder} holds a different run ({'; '.join(differing)}); {advice}")

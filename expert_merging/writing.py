@@ -28,6 +28,11 @@ def check_free_disk(folder: Path, needed: int) -> None:
         )
 
 
+def partial_name(target: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return target.with_name(target.name + ".partial")
+
+
 class ShardWriter:
     """Writes one safetensors file under a temporary name and gives it its own name when it is complete.
 
@@ -42,7 +47,7 @@ class ShardWriter:
 
     def __init__(self, target: Path, header: bytes, size: int) -> None:
         self.target = target
-        self.temporary = target.with_name(target.name + ".partial")
+        self.temporary = partial_name(target)
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.truncate(self.descriptor, size)
         self.write(memoryview(header), 0)
@@ -77,7 +82,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(target: Path, content: bytes) -> None:
     """Replace a small file as a whole: a reader sees the old content or the new, never a part."""
-    temporary = target.with_name(target.name + ".partial")
+    temporary = partial_name(target)
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()

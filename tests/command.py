@@ -33,11 +33,12 @@ def merged(output: Path, *arguments: object) -> Run:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
     """The errors of a command that must end with exit code 1 and nothing but error lines on stderr."""
     capsys.readouterr()
+    handlers = list(logging.getLogger("expert_merging").handlers)
     assert merge(*arguments) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines
     assert all(line.startswith("error: ") for line in lines), lines
-    assert not logging.getLogger("expert_merging").handlers
+    assert logging.getLogger("expert_merging").handlers == handlers
     return [line.removeprefix("error: ") for line in lines]
 
 

@@ -1,0 +1,58 @@
+"""The model card says what the model was made of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from expert_merging.card import model_card
+
+DESCRIPTION = {
+    "method": "task_arithmetic",
+    "options": {
+        "base_model_path": "/home/someone/models/Mistral-7B-v0.1",
+        "expert": {"Chat": "/home/someone/models/Chat-7B/", "Math": "/home/someone/models/Math-7B"},
+        "scaling_coefficient": [0.2, 0.3],
+        "seed": -1,
+    },
+    "seed": 77,
+}
+
+
+@pytest.fixture(scope="module")
+def card():
+    return model_card(DESCRIPTION, title="my-run", merged=21, tensors=30)
+
+
+def test_the_front_matter_names_all_sources(card):
+    _, front, _ = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": ["Mistral-7B-v0.1", "Chat-7B", "Math-7B"],
+        "tags": ["merge", "expert-merging"],
+    }
+
+
+@pytest.mark.parametrize("name", ["7", "a: b", "#1", "[x]", "- y", "Zoë", "'q'", "no", '"quoted"'])
+def test_any_folder_name_can_stand_in_the_front_matter(name):
+    description = {**DESCRIPTION, "options": {"base_model_path": "/b", "expert": {"A": f"/x/{name}"}}}
+    _, front, _ = model_card(description, title="t", merged=1, tensors=1).split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == ["b", name]
+
+
+def test_the_text_says_what_was_merged_and_how(card):
+    assert "# my-run" in card
+    assert "`Mistral-7B-v0.1` merged with 2 experts by `task_arithmetic`." in card
+    assert "| base | `Mistral-7B-v0.1` |\n| Chat | `Chat-7B` |\n| Math | `Math-7B` |" in card
+    assert "21 of 30 tensors were merged" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_the_options_are_those_that_were_used(card):
+    options = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert options == {"scaling_coefficient": [0.2, 0.3], "seed": 77}
+
+
+def test_the_folders_of_the_machine_stay_private(card):
+    assert "someone" not in card

@@ -1,0 +1,84 @@
+"""The terminal shows progress, and plain lines where it is none."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import closing
+
+import pytest
+
+from expert_merging.console import Terminal
+
+logger = logging.getLogger("expert_merging.test")
+
+
+def work(terminal):
+    with terminal.progress("merging", 100.0, "B") as advance:
+        advance(60.0, "layer 1")
+        advance(40.0)
+
+
+def test_lines_and_progress_are_plain_where_output_is_no_terminal(capsys):
+    with closing(Terminal()) as terminal:
+        logger.info("hello [bold]you[/bold]")
+        work(terminal)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "hello [bold]you[/bold]"
+    assert re.fullmatch(r"merging took \d+\.\d s", lines[1])
+    assert len(lines) == 2
+
+
+def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    with closing(Terminal()) as terminal:
+        logger.info("hello [bold]you[/bold]")
+        work(terminal)
+        with terminal.progress("learning", 3, "update") as advance:
+            advance(3)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "hello [bold]you[/bold]" in shown
+    assert "100/100 bytes" in shown
+    assert "3/3 updates" in shown
+    assert "━━━" in shown
+
+
+def test_other_processes_show_nothing(capsys):
+    with closing(Terminal(quiet=True)) as terminal:
+        logger.info("hello")
+        work(terminal)
+        terminal.console.print("plan")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_the_log_file_has_times_and_is_continued(tmp_path):
+    (tmp_path / "merge.log").write_text("earlier\n")
+    with closing(Terminal()) as terminal:
+        terminal.log_to(tmp_path / "merge.log")
+        logger.info("hellö")
+        logger.warning("careful")
+    earlier, hello, careful = (tmp_path / "merge.log").read_text(encoding="utf-8").splitlines()
+    assert earlier == "earlier"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hellö", hello)
+    assert careful.endswith(" WARNING careful")
+
+
+def test_a_closed_terminal_is_silent(capsys, tmp_path):
+    before = list(logging.getLogger("expert_merging").handlers)
+    terminal = Terminal()
+    terminal.log_to(tmp_path / "merge.log")
+    terminal.close()
+    logger.info("hello")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "merge.log").read_text() == ""
+    assert logging.getLogger("expert_merging").handlers == before
+
+
+def test_how_long_it_took_is_not_said_of_work_that_failed(capsys):
+    with closing(Terminal()) as terminal:
+        logger.info("started")
+        with pytest.raises(ZeroDivisionError), terminal.progress("merging", 1, "B"):
+            raise ZeroDivisionError
+    assert capsys.readouterr().out == "started\n"

@@ -1,0 +1,80 @@
+"""Nothing half-written has its final name, and a full disk is noticed before."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_merging.errors import InputError
+from expert_merging.writing import ShardWriter, check_free_disk, write_atomically
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_disk_is_refused_with_both_sizes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 2_000_000_000))
+    check_free_disk(tmp_path / "not" / "yet", 2_000_000_000)
+    with pytest.raises(InputError) as caught:
+        check_free_disk(tmp_path / "not" / "yet", 3_500_000_000)
+    assert str(caught.value) == (
+        f"the result needs 3.5 GB and the disk of {tmp_path / 'not' / 'yet'} has 2.0 GB free; "
+        "make room or choose another --output_path"
+    )
+    assert asked == [tmp_path, tmp_path]
+
+
+@given(size=st.integers(1, 100), order=st.randoms())
+def test_blocks_may_be_written_in_any_order(tmp_path_factory, size, order):
+    target = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    content = bytes(number % 251 for number in range(1000))
+    writer = ShardWriter(target, content[:10], len(content))
+    starts = list(range(10, 1000, size))
+    order.shuffle(starts)
+    for start in starts:
+        writer.write(memoryview(content)[start : start + size], start)
+    assert not target.exists()
+    writer.finish()
+    assert target.read_bytes() == content
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    import os
+
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, view, offset: whole(file, view[:3], offset))
+    writer = ShardWriter(tmp_path / "x", b"0123456789", 10)
+    writer.finish()
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+
+
+def test_what_an_interrupted_run_left_is_written_over(tmp_path):
+    (tmp_path / "x.partial").write_bytes(b"old and longer")
+    writer = ShardWriter(tmp_path / "x", b"new", 5)
+    writer.finish()
+    assert (tmp_path / "x").read_bytes() == b"new\0\0"
+
+
+def test_an_abandoned_file_is_removed(tmp_path):
+    ShardWriter(tmp_path / "x", b"header", 100).abandon()
+    assert not list(tmp_path.iterdir())
+
+
+def test_small_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    import os
+
+    target = tmp_path / "config.json"
+    write_atomically(target, b"first")
+    monkeypatch.setattr(os, "rename", lambda *names: pytest.fail("stopped", pytrace=False))
+    with pytest.raises(pytest.fail.Exception):
+        write_atomically(target, b"second")
+    assert target.read_bytes() == b"first"
+    monkeypatch.undo()
+    write_atomically(target, b"second")
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
