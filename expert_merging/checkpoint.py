@@ -101,6 +101,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._descriptors: dict[Path, int] = {}
         self.folder = folder
         self.config = _read_config(folder)
         self.files = _weight_files(folder)
@@ -114,7 +115,9 @@ class Checkpoint:
                 self._add(entries)
         problems.check()
         _check_index(folder, self.entries)
-        self._descriptors: dict[Path, int] = {}
+
+    def __del__(self) -> None:
+        self.close()
 
     def _add(self, entries: list[Entry]) -> None:
         for entry in entries:

@@ -69,14 +69,14 @@ def _is_main_process() -> bool:
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
     from expert_merging.console import Terminal
 
+    if not _is_main_process() and not resolved.method.learns:
+        return 0  # before any check, which could stumble over what the main process is just writing
     terminal = Terminal(quiet=not _is_main_process())
     job = None
     try:
         job = _Job(resolved, backbone, terminal)
         if resolved.general["dry_run"]:
             job.print_plan()
-            return 0
-        if not _is_main_process() and not resolved.method.learns:
             return 0
         return job.run_all()
     finally:
@@ -138,15 +138,18 @@ class _Job:
         from expert_merging.writing import check_free_disk
 
         general, method = self.resolved.general, self.resolved.method
-        output, problems = Path(general["output_path"]), Problems()
-        with problems.collecting():
-            _check_output(output, [self.plan.base.folder, *self.experts.values()])
-        run_name = general["run_name"]
+        problems = Problems()
+        parent, run_name = Path(general["output_path"]) / method.name, general["run_name"]
         if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
-            problems.add(f"--run_name is the name of a folder inside {output / method.name}, got {run_name!r}")
+            problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
+            run_name = None
+        run = Run(parent / (run_name or default_name(self.backbone.name, self.description)))
+        with problems.collecting():
+            _check_output(run.folder, [self.plan.base.folder, *self.experts.values()])
         problems.check()
+        if general["seed"] < 0:
+            self.description["seed"] = run.recorded_seed(self.description["seed"])
         work = None
-        run = Run(output / method.name / (run_name or default_name(self.backbone.name, self.description)))
         if method.learns:
             context = Context(
                 self.backbone, run, self.description["seed"], self.device, general["log_with"], self.terminal.progress
@@ -324,15 +327,16 @@ def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
         )
 
 
-def _check_output(output: Path, checkpoints: list[Path]) -> None:
-    for folder in checkpoints:
-        if output.resolve().is_relative_to(folder.resolve()):
+def _check_output(folder: Path, checkpoints: list[Path]) -> None:
+    for checkpoint in checkpoints:
+        if folder.resolve().is_relative_to(checkpoint.resolve()):
             raise InputError(
-                f"--output_path {output} lies inside the checkpoint folder {folder}, which is never written to"
+                f"the run folder {folder} would lie inside the checkpoint folder {checkpoint}, which is never written "
+                "to; choose another --output_path"
             )
-    existing = next(parent for parent in [output, *output.parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--output_path {output} cannot be written to")
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{existing} cannot be written to; choose another --output_path")
 
 
 def _list_methods(backbone: Backbone) -> None:

@@ -64,16 +64,26 @@ class Run:
         if existing != self.folder or {path.name for path in self.folder.iterdir()} <= {partial_name(self.config).name}:
             return None
         advice = "choose another --run_name, or move the folder away"
-        try:
-            earlier = json.loads(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            earlier = None
-        if not isinstance(earlier, dict):
+        earlier = self._record()
+        if earlier is None:
             raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}")
         differing = _differences(earlier, description)
         if differing:
             raise InputError(f"{self.folder} holds a different run ({'; '.join(differing)}); {advice}")
         return earlier
+
+    def recorded_seed(self, default: int) -> int:
+        """The seed that an earlier part of the run used, the default where there was none."""
+        seed = (self._record() or {}).get("seed")
+        return seed if isinstance(seed, int) else default
+
+    def _record(self) -> dict[str, Any] | None:
+        """``config.json`` of an earlier part, None where there is none or something else."""
+        try:
+            record = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.
