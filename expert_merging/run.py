@@ -96,7 +96,7 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            self.release()
             raise InputError(
                 f"another process is writing to {self.folder}; wait for it or choose another --run_name"
             ) from None

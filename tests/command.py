@@ -24,7 +24,7 @@ def merge(*arguments: object) -> int:
 
 def merged(output: Path, *arguments: object) -> Run:
     """Run the command with its results in ``output``; the run that it left, which must be the only one there."""
-    assert merge("--output_path", output, *arguments) == 0
+    assert merge(*arguments, "--output_path", output) == 0
     folders = [config.parent for config in output.glob("*/*/config.json")]
     assert len(folders) == 1, folders
     return Run(folders[0])

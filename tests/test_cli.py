@@ -1,0 +1,591 @@
+"""The command from its flags to the merged folder, and every way it refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expert_merging import options, registry
+from expert_merging.backbone import import_transformers
+from expert_merging.learned import Work
+from expert_merging.learned.coefficients import Coefficients
+from expert_merging.methods.linear import task_arithmetic, weight_average
+from expert_merging.registry import all_methods, register
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint
+from tests.command import (
+    assert_same_bytes,
+    contents,
+    flags,
+    merge,
+    merge_plainly,
+    merged,
+    refusal,
+    refused,
+    snapshot,
+)
+
+TENSORS = {
+    "layers.0.weight": torch.arange(12.0).view(4, 3),
+    "layers.1.weight": torch.ones(5),
+    "norm.weight": torch.ones(3),
+    "embed_tokens.weight": torch.ones(6, 3),
+}
+COMMAND = ("--method", "task_arithmetic")
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Flags for a base and two experts that no model class knows, at ``tmp_path / base``, ``a`` and ``b``."""
+    base = write_checkpoint(tmp_path / "base", TENSORS)
+    experts = {
+        name: write_checkpoint(tmp_path / name.lower(), {key: tensor + shift for key, tensor in TENSORS.items()})
+        for name, shift in {"A": 0.5, "B": -2.0}.items()
+    }
+    return [*COMMAND, *flags(base, **experts)]
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """The flags of ``tiny`` with results in ``tmp_path / out``."""
+    return [*tiny, "--output_path", tmp_path / "out"]
+
+
+# What is written
+
+
+def test_a_merge_of_real_models_is_the_plain_twin_s(tiny_zoo, tmp_path):
+    before = snapshot(tiny_zoo)
+    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo)
+    experts = [tiny_zoo / folder for folder in EXPERTS.values()]
+    assert_same_bytes(tensors_of(run.model), merge_plainly(tiny_zoo / BASE, experts, task_arithmetic))
+    assert snapshot(tiny_zoo) == before
+
+
+def test_weight_average_is_an_average_unless_a_coefficient_is_given(tiny_zoo, tmp_path):
+    experts = [tiny_zoo / folder for folder in EXPERTS.values()]
+    whole = merged(tmp_path / "1", "--method", "weight-average", "--cache_dir", tiny_zoo)
+    assert_same_bytes(tensors_of(whole.model), merge_plainly(tiny_zoo / BASE, experts, weight_average))
+    part = merged(tmp_path / "2", "--method", "weight_average", "--cache_dir", tiny_zoo, "--scaling_coefficient", "0.1")
+    expected = merge_plainly(tiny_zoo / BASE, experts, lambda given: weight_average(given, scaling_coefficient=0.1))
+    assert_same_bytes(tensors_of(part.model), expected)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1.0), ("0.3", 0.3), ("[0.2,0.3,0.4]", [0.2, 0.3, 0.4])])
+def test_coefficients_reach_the_method_and_the_record(tiny_zoo, tmp_path, text, value):
+    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--scaling-coefficient", text)
+    experts = [tiny_zoo / folder for folder in EXPERTS.values()]
+    expected = merge_plainly(tiny_zoo / BASE, experts, lambda given: task_arithmetic(given, scaling_coefficient=value))
+    assert_same_bytes(tensors_of(run.model), expected)
+    assert json.loads(run.config.read_text())["options"]["scaling_coefficient"] == value
+
+
+def loads_strictly(folder, **expected):
+    model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    for name, value in expected.items():
+        assert getattr(model, name) == value
+    return model
+
+
+def test_the_merged_folder_loads_strictly_and_generates(tiny_zoo, tmp_path):
+    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo)
+    model = loads_strictly(run.model, dtype=torch.float32)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(run.model)
+    inputs = tokenizer("hello", return_tensors="pt")
+    tokens = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
+    assert tokens.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_tied_embeddings_and_shards_in_half_precision(tmp_path):
+    base = tmp_path / "base"
+    save_model(base, 0, tie_word_embeddings=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    for file in base.glob("*.safetensors"):
+        save_file(
+            {name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
+        )
+    assert "lm_head.weight" not in tensors_of(base)
+    perturb(base, tmp_path / "a", 1, dtype=torch.float32)
+    head = {"lm_head.weight": tensors_of(tmp_path / "a")["model.embed_tokens.weight"].clone()}
+    sharded = write_checkpoint(tmp_path / "b", tensors_of(tmp_path / "a"), head)
+    run = merged(tmp_path / "out", *COMMAND, *flags(base, A=tmp_path / "a", B=sharded))
+    model = loads_strictly(run.model, dtype=torch.bfloat16)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert_same_bytes(tensors_of(run.model), merge_plainly(base, [tmp_path / "a", sharded], task_arithmetic))
+
+
+def test_shards_of_base_and_experts_may_differ(tmp_path):
+    base = tmp_path / "base"
+    save_model(base, 0, max_shard_size="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    experts = {}
+    for seed, name in enumerate("AB"):
+        perturb(base, tmp_path / "sharded" / name, seed)
+        experts[name] = write_checkpoint(tmp_path / name, tensors_of(tmp_path / "sharded" / name))
+    run = merged(tmp_path / "out", *COMMAND, *flags(base, **experts))
+    assert {file.name for file in run.model.glob("*.safetensors")} == {file.name for file in base.glob("*.safetensors")}
+    assert_same_bytes(tensors_of(run.model), merge_plainly(base, experts.values(), task_arithmetic))
+    loads_strictly(run.model)
+
+
+def test_more_vocabulary_rows_are_fine_while_embeddings_keep_the_base_s(command, tmp_path, capsys):
+    more = {**TENSORS, "embed_tokens.weight": torch.ones(8, 3)}
+    write_checkpoint(tmp_path / "b", {name: tensor + 1 for name, tensor in more.items()})
+    assert refusal(capsys, *command, "--exclude_params", "none") == (
+        f"expert B ({tmp_path / 'b'}): embed_tokens.weight has shape [8, 3], the base's has [6, 3]"
+    )
+    run = merged(tmp_path / "out", *command)
+    assert tensors_of(run.model)["embed_tokens.weight"].equal(TENSORS["embed_tokens.weight"])
+
+
+def test_patterns_given_replace_the_family_s(command, tmp_path):
+    run = merged(tmp_path / "out", *command, "--exclude_params", "layers.0", "embed.*")
+    tensors = tensors_of(run.model)
+    assert {name for name in TENSORS if tensors[name].equal(TENSORS[name])} == {
+        "layers.0.weight",
+        "embed_tokens.weight",
+    }
+
+
+# The run folder
+
+
+def test_the_run_folder_has_its_files(command, tmp_path):
+    (tmp_path / "base" / "README.md").write_text("# The base")
+    run = merged(tmp_path / "out", *command, "--run_name", "my-run")
+    assert run.folder == tmp_path / "out" / "task_arithmetic" / "my-run"
+    assert sorted(contents(run.folder)) == [
+        "config.json",
+        "merge.log",
+        "model/README.base.md",
+        "model/README.md",
+        "model/config.json",
+        "model/model.safetensors",
+    ]
+    assert "# my-run" in (run.model / "README.md").read_text()
+    assert (run.model / "README.base.md").read_text() == "# The base"
+
+
+def test_the_record_holds_everything(command, tmp_path):
+    run = merged(tmp_path / "out", *command)
+    record = json.loads(run.config.read_text())
+    assert record["options"] == {
+        "base_model_path": str(tmp_path / "base"),
+        "expert": {"A": str(tmp_path / "a"), "B": str(tmp_path / "b")},
+        "exclude_params": [".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"],
+        "seed": 0,
+        "scaling_coefficient": 0.3,
+    }
+    assert (record["family"], record["method"], record["seed"]) == ("Mistral", "task_arithmetic", 0)
+    assert record["checkpoints"].keys() == {"base", "A", "B"}
+    assert len(set(record["checkpoints"].values())) == 3
+    assert {"expert_merging", "python", "torch", "transformers", "accelerate", "safetensors"} <= record[
+        "versions"
+    ].keys()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["git_revision"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", record["started"])
+
+
+def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command)
+    lines = run.log.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
+    texts = [line.split(" INFO ")[1] for line in lines]
+    assert texts == capsys.readouterr().out.splitlines()
+    assert texts[:6] == [
+        f"method task_arithmetic, run folder {run.folder}",
+        f"base {tmp_path / 'base'}",
+        f"expert A {tmp_path / 'a'}",
+        f"expert B {tmp_path / 'b'}",
+        "option scaling_coefficient 0.3",
+        "2 of 4 tensors are merged (0.0M parameters), 2 keep the base's value",
+    ]
+    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MB of memory on \S+", texts[6])
+    assert re.fullmatch(r"merging took \d\.\d s", texts[7])
+    assert texts[8] == "largest relative change: 0.45 in layers.1.weight"
+    assert texts[10] == f"merged model: {run.model}"
+    assert f'from_pretrained("{run.model}"' in texts[11]
+    assert f"pretrained={run.model}" in texts[12]
+    assert "\x1b" not in run.log.read_text()
+
+
+def test_weights_in_other_formats_are_left_out_and_named(command, tmp_path):
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"")
+    run = merged(tmp_path / "out", *command)
+    assert not (run.model / "pytorch_model.bin").exists()
+    assert "not copied, since they hold the base's weights: pytorch_model.bin" in run.log.read_text()
+
+
+def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command, "--num_epochs", "none", "--loss_alphas", "Chat=much")
+    for name in ("num_epochs", "loss_alphas"):
+        assert f" WARNING --{name} is ignored: task_arithmetic has no such option\n" in run.log.read_text()
+    capsys.readouterr()
+    assert merge(*command, "--num_epochs", "3", "--dry_run") == 0
+    assert "--num_epochs is ignored: task_arithmetic has no such option" in capsys.readouterr().out
+
+
+# The same command again
+
+
+def test_a_complete_run_is_not_repeated(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command)
+    before = snapshot(run.folder)
+    assert merged(tmp_path / "out", *command).folder == run.folder
+    assert snapshot(run.folder) == before
+    assert "this run is complete already; remove its folder to repeat it" in capsys.readouterr().out
+
+
+def test_the_same_command_has_the_same_name_and_another_has_not(command, tmp_path):
+    run = merged(tmp_path / "out", *command)
+    assert merge(*command, "--device", "cpu", "--log_with", "none") == 0
+    assert merge(*command, "--scaling_coefficient", "0.3", "--seed", "0") == 0
+    assert len(list(run.folder.parent.iterdir())) == 1
+    assert merge(*command, "--scaling_coefficient", "0.4") == 0
+    assert len(list(run.folder.parent.iterdir())) == 2
+
+
+def test_a_changed_checkpoint_is_another_run(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command, "--run_name", "x")
+    write_checkpoint(tmp_path / "a", {name: tensor + 9 for name, tensor in TENSORS.items()})
+    assert re.fullmatch(
+        rf'{run.folder} holds a different run \(A: "\w+" there, "\w+" now\); choose another --run_name, or move .*',
+        refusal(capsys, *command, "--run_name", "x"),
+    )
+
+
+def test_two_runs_give_the_same_bytes(command, tmp_path):
+    assert merge(*command, "--run_name", "x") == 0
+    assert merge(*command, "--run_name", "y") == 0
+    first, second = (contents(tmp_path / "out" / "task_arithmetic" / name / "model") for name in "xy")
+    assert first.pop("README.md") == second.pop("README.md").replace(b"# y", b"# x")
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", ["config.json", "yaml"])
+def test_a_run_is_reproduced_from_a_configuration_file(command, tmp_path, kind):
+    run = merged(tmp_path / "out", *command, "--scaling_coefficient", "[0.5, 0.25]", "--exclude_params", "none")
+    file = run.config
+    if kind == "yaml":
+        file = tmp_path / "options.yaml"
+        file.write_text(
+            f"method: task-arithmetic\nbase-model-path: {tmp_path}/base\nexpert: {{A: {tmp_path}/a, B: {tmp_path}/b}}\n"
+            "scaling_coefficient: [0.5, 0.25]\nexclude_params: none\n"
+        )
+    again = merged(tmp_path / "again", "--config", file)
+    assert again.folder.name == run.folder.name
+    assert contents(again.model) == contents(run.model)
+    other = merged(tmp_path / "other", "--config", file, "--scaling_coefficient", "1")
+    assert not tensors_of(other.model)["layers.0.weight"].equal(tensors_of(run.model)["layers.0.weight"])
+
+
+def test_seed_minus_one_draws_and_records_a_seed(command, tmp_path):
+    run = merged(tmp_path / "out", *command, "--seed", "-1")
+    record = json.loads(run.config.read_text())
+    assert record["options"]["seed"] == -1
+    assert 0 <= record["seed"] < 2**31
+    other = merged(tmp_path / "other", *command, "--seed", "-1")
+    assert json.loads(other.config.read_text())["seed"] != record["seed"]
+    assert f'"seed": {record["seed"]}' in (run.model / "README.md").read_text()
+    merged(tmp_path / "out", *command, "--seed", "-1")
+    assert json.loads(run.config.read_text()) == record
+
+
+@pytest.fixture
+def learning(monkeypatch):
+    """A method that learns and is stopped the first time; the seeds that it was given."""
+    table = registry._Table(dict(all_methods()), {})
+    monkeypatch.setattr(registry, "_TABLE", table)
+    seeds = []
+
+    def work() -> Coefficients:
+        raise KeyboardInterrupt
+
+    @register(learns=True, elementwise=True)
+    def stopping(plan, context):
+        """Learn nothing."""
+        seeds.append(context.seed)
+        return Work(work, {"data": "1"})
+
+    return seeds
+
+
+def test_a_resumed_run_learns_with_the_recorded_seed(command, tmp_path, capsys, learning):
+    arguments = [*command, "--method", "stopping", "--seed", "-1"]
+    assert [merge(*arguments) for _ in range(3)] == [130] * 3
+    assert "interrupted; the same command continues where this one stopped" in capsys.readouterr().err
+    (config,) = (tmp_path / "out").glob("stopping/*/config.json")
+    record = json.loads(config.read_text())
+    assert learning[1:] == [record["seed"]] * 2
+    assert record["inputs"] == {"data": "1"}
+
+
+# Without writing
+
+
+def test_a_dry_run_checks_and_tells_and_writes_nothing(command, tmp_path, capsys):
+    before = snapshot(tmp_path)
+    assert merge(*command, "--dry_run") == 0
+    assert snapshot(tmp_path) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        f"method task_arithmetic, run folder {tmp_path / 'out' / 'task_arithmetic' / 'Mistral-'}"
+    )
+    assert lines[1] == f"base {tmp_path / 'base'}"
+    assert "2 of 4 tensors are merged" in lines[5]
+    assert "writes" in lines[6]
+    assert lines[-1] == "dry run: all checks passed, nothing was written"
+
+
+def test_a_dry_run_of_a_method_that_learns_writes_nothing(tiny_zoo, tmp_path, capsys):
+    before = snapshot(tiny_zoo)
+    arguments = ["--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--output_path", tmp_path / "out"]
+    assert merge(*arguments, "--method", "expert_merging", "--dry_run") == 0
+    assert snapshot(tiny_zoo) == before
+    assert not list(tmp_path.iterdir())
+    assert "learning holds one model" in capsys.readouterr().out
+
+
+def test_a_dry_run_finds_problems_too(command, tmp_path, capsys):
+    (tmp_path / "a" / "config.json").unlink()
+    assert "has no config.json" in refusal(capsys, *command, "--dry_run")
+
+
+def test_methods_are_listed_with_options_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert merge("--list-methods") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for method in all_methods().values():
+        assert method.name in shown
+        assert method.summary in shown
+        assert all(f"--{name} " in shown for name in method.options)
+    assert "--scaling_coefficient 1.0" in shown
+    assert "--scaling_coefficient 0.3" in shown
+
+
+def test_help_tells_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_:
+        merge("--help")
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    every = {*options.GENERAL, *(name for method in all_methods().values() for name in method.options)}
+    for name in {*every, "config", "list_methods"}:
+        assert f"--{name} " in shown
+    assert "Default: 0.8." in shown
+
+
+def test_processes_beside_the_main_one_leave_closed_forms_to_it(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert merge(*command) == 0
+    (tmp_path / "a" / "config.json").unlink()
+    assert merge(*command) == 0
+    assert merge(*command, "--sede", "1") == 1
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    assert not (tmp_path / "out").exists()
+
+
+# What is refused
+
+
+def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base", TENSORS)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    cut = write_checkpoint(tmp_path / "cut", TENSORS)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    experts = {
+        "Gone": tmp_path / "gone",
+        "Pickled": tmp_path / "pickled",
+        "Lora": tmp_path / "lora",
+        "Quantized": write_checkpoint(tmp_path / "quantized", TENSORS, config={"quantization_config": {"bits": 4}}),
+        "Cut": cut,
+        "Other": write_checkpoint(tmp_path / "other", {**TENSORS, "layers.1.weight": torch.ones(7)}),
+    }
+    lines = refused(capsys, *COMMAND, *flags(base, **experts), "--output_path", tmp_path / "out", "--device", "cuda:99")
+    assert [re.sub(r"^\S+/|[;:(,].*", "", line).strip() for line in lines] == [
+        "--device cuda",
+        "checkpoint folder " + str(tmp_path / "gone") + " does not exist",
+        "pickled has its weights in pickle files",
+        "lora holds a LoRA adapter",
+        "config.json has a quantization_config",
+        f"model.safetensors has {(cut / 'model.safetensors').stat().st_size} bytes but its header describes "
+        f"{(cut / 'model.safetensors').stat().st_size + 1}",
+        "expert Other",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [
+        ("gpu", "--device must be auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        ("meta", "--device must be auto, cpu, cuda or cuda:NUMBER, got 'meta'"),
+        ("", "--device must be auto, cpu, cuda or cuda:NUMBER, got ''"),
+        ("cuda:99", r"--device cuda:99: this machine has \d+ GPUs that torch can use"),
+    ],
+)
+def test_devices_that_are_not_there(command, capsys, device, problem):
+    assert re.fullmatch(problem, refusal(capsys, *command, "--device", device))
+
+
+def test_a_coefficient_for_each_expert_is_needed(command, capsys):
+    assert refusal(capsys, *command, "--scaling_coefficient", "[0.1, 0.2, 0.3]") == (
+        "--scaling_coefficient has 3 values for 2 experts (A, B)"
+    )
+
+
+def test_no_checkpoints_given(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    assert refusal(capsys, *COMMAND).startswith("where are the checkpoints? Give --cache_dir DIR")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/"])
+def test_a_run_name_is_no_path(command, tmp_path, capsys, name):
+    assert refusal(capsys, *command, "--run_name", name) == (
+        f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, got {name!r}"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["base", "a", "b/deeper"])
+def test_checkpoint_folders_are_never_written_to(tiny, tmp_path, capsys, inside):
+    before = snapshot(tmp_path)
+    found = refusal(capsys, *tiny, "--output_path", tmp_path / inside, "--run_name", "x")
+    checkpoint = tmp_path / inside.split("/")[0]
+    assert found == (
+        f"the run folder {tmp_path / inside / 'task_arithmetic' / 'x'} would lie inside the checkpoint folder "
+        f"{checkpoint}, which is never written to; choose another --output_path"
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_checkpoint_folders_are_never_written_to_by_way_of_links_and_names(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "task_arithmetic", TENSORS)
+    expert = write_checkpoint(tmp_path / "expert", TENSORS)
+    arguments = [*COMMAND, *flags(base, A=expert), "--run_name", "x"]
+    (tmp_path / "link").symlink_to(expert)
+    before = snapshot(tmp_path)
+    assert "would lie inside the checkpoint folder" in refusal(capsys, *arguments, "--output_path", tmp_path)
+    assert "would lie inside the checkpoint folder" in refusal(capsys, *arguments, "--output_path", tmp_path / "link")
+    assert snapshot(tmp_path) == before
+
+
+def test_an_output_path_that_is_a_file_or_locked_up(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert refusal(capsys, *tiny, "--output_path", tmp_path / "file") == (
+        f"{tmp_path / 'file'} is a file where the run needs a folder; move it away"
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refusal(capsys, *tiny, "--output_path", tmp_path / "new") == (
+        f"{tmp_path} cannot be written to; choose another --output_path"
+    )
+
+
+def test_a_run_folder_with_something_else(command, tmp_path, capsys):
+    folder = tmp_path / "out" / "task_arithmetic" / "x"
+    folder.mkdir(parents=True)
+    (folder / "holiday.jpg").write_text("sea")
+    before = snapshot(tmp_path)
+    assert refusal(capsys, *command, "--run_name", "x") == (
+        f"{folder} is in use and has no readable config.json of a run; "
+        "choose another --run_name, or move the folder away"
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_folder_with_a_different_run(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command, "--run_name", "x")
+    before = snapshot(run.folder)
+    assert refusal(capsys, *command, "--run_name", "x", "--scaling_coefficient", "0.5") == (
+        f"{run.folder} holds a different run (scaling_coefficient: 0.3 there, 0.5 now); "
+        "choose another --run_name, or move the folder away"
+    )
+    assert snapshot(run.folder) == before
+
+
+def test_a_run_folder_that_another_process_writes_to(command, tmp_path, capsys):
+    folder = tmp_path / "out" / "task_arithmetic" / "x"
+    folder.mkdir(parents=True)
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert refusal(capsys, *command, "--run_name", "x") == (
+        f"another process is writing to {folder}; wait for it or choose another --run_name"
+    )
+    os.close(other)
+    assert merge(*command, "--run_name", "x") == 0
+
+
+def test_too_little_disk_is_found_before_anything_is_written(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10))
+    assert refusal(capsys, *command).startswith("the result needs 0.0 GB and the disk of ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_shards_need_no_room_again(tmp_path, capsys, monkeypatch):
+    shards = [{name: tensor} for name, tensor in TENSORS.items()]
+    base = write_checkpoint(tmp_path / "base", *shards)
+    command = [*COMMAND, *flags(base, A=base), "--run_name", "x", "--output_path", tmp_path / "out"]
+    run = merged(tmp_path / "out", *command)
+    run.model.rename(run.partial_model)
+    last = max(run.partial_model.glob("*.safetensors"))
+    size = last.stat().st_size
+    last.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, size - 1))
+    assert "make room" in refusal(capsys, *command)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, size))
+    assert merge(*command) == 0
+    assert "kept 3 finished shards of an earlier, interrupted run" in run.log.read_text()
+
+
+@pytest.mark.parametrize("who", ["base", "a"])
+def test_nan_is_named_and_leaves_nothing_that_looks_finished(command, tmp_path, capsys, who):
+    tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    tensors["layers.1.weight"][3] = float("nan")
+    write_checkpoint(tmp_path / who, tensors)
+    name = {"base": "the base", "a": "expert A"}[who]
+    assert refusal(capsys, *command) == (
+        f"{name} has 1 NaN or infinite values in layers.1.weight ({tmp_path / who / 'model.safetensors'})"
+    )
+    assert not list((tmp_path / "out").rglob("*.safetensors*"))
+    assert not list((tmp_path / "out").rglob("model"))
+    write_checkpoint(tmp_path / who, TENSORS)
+    assert merge(*command) == 0, "the run folder was not let go"
+
+
+def test_half_precision_that_overflows(command, tmp_path, capsys):
+    tensors = {"layers.0.weight": torch.full((4,), 6e4).half()}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    expert = write_checkpoint(tmp_path / "a", {name: tensor + 5000 for name, tensor in tensors.items()})
+    arguments = [*COMMAND, *flags(base, A=expert), "--output_path", tmp_path / "out"]
+    assert refusal(capsys, *arguments, "--scaling_coefficient", "2") == (
+        "the merged layers.0.weight does not fit into F16 (the base's type); use a smaller coefficient"
+    )
+
+
+def test_coefficients_are_needed_for_the_method_of_that_name(command, capsys):
+    assert refusal(capsys, *command, "--method", "coefficients") == (
+        "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
+    )
+
+
+def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
+    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests", "--device", "cpu")
+    text = run.log.read_text()
+    assert text.count("question: ") == text.count("\nanswer:") == 3
