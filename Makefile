@@ -15,6 +15,10 @@ help:  ## show the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
+	@# A torchvision built for another torch cannot be loaded, and neither timm nor `accelerate launch` survives finding it.
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || { \
+		echo "torchvision does not fit this torch: removing it and timm, which only checkpoints with code of their own need"; \
+		$(BIN)/pip uninstall --quiet --yes torchvision timm; }
 	touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed

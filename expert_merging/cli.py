@@ -149,6 +149,8 @@ class _Job:
         problems.check()
         if general["seed"] < 0:
             self.description["seed"] = run.recorded_seed(self.description["seed"])
+            if method.learns:  # other methods have only the main process at work
+                self.description["seed"] = _from_main_process(self.description["seed"], self.device)
         work = None
         if method.learns:
             context = Context(
@@ -158,9 +160,11 @@ class _Job:
                 work = method.function(self.plan, context, **self.resolved.options)
                 self.description["inputs"] = dict(work.inputs)
         earlier = None
-        with problems.collecting():
-            earlier = run.check(self.description) if not problems.found else None
-        if not run.is_complete:
+        # The main process writes to the folder while the others start, so it alone looks at it.
+        if _is_main_process() and not problems.found:
+            with problems.collecting():
+                earlier = run.check(self.description)
+        if _is_main_process() and not run.is_complete:
             with problems.collecting():
                 check_free_disk(run.folder, self._missing_bytes(run))
         problems.check()
@@ -186,7 +190,7 @@ class _Job:
                 return 0
             summary = self._write(rule)
         self._report(summary, time.monotonic() - start)
-        if self.resolved.general["run_tests"]:
+        if _is_main_process() and self.resolved.general["run_tests"]:
             self._ask_questions()
         return 0
 
@@ -301,6 +305,19 @@ class _Job:
             inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
             answer, _ = generate(model, processor, {name: value.to(self.device) for name, value in inputs.items()}, 128)
             logger.info("question: %s\nanswer: %s", question, answer.strip())
+
+
+def _from_main_process(value: int, device: str) -> int:
+    """The main process's value, in every process of a parallel run."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return value
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=device == "cpu")
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
 
 
 def _choose_device(asked: str) -> str:

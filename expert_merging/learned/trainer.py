@@ -154,7 +154,14 @@ class Trainer:
         self.live = LiveModel(base, task_vectors, self.vector, self.context.backbone.file_name)
         self._resume()
         self._start_tracker()
-        logger.info("learning %d coefficients from %d samples", self.vector.raw.numel(), len(targets))
+        count = self.accelerator.num_processes
+        logger.info(
+            "learning %d coefficients from %d samples in %d process%s",
+            self.vector.raw.numel(),
+            len(targets),
+            count,
+            "es" if count > 1 else "",
+        )
         self._run_epochs(targets)
         coefficients = self._result()
         if self.accelerator.is_main_process:
