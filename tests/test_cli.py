@@ -481,9 +481,12 @@ def test_checkpoint_folders_are_never_written_to_by_way_of_links_and_names(tmp_p
     expert = write_checkpoint(tmp_path / "expert", TENSORS)
     arguments = [*COMMAND, *flags(base, A=expert), "--run_name", "x"]
     (tmp_path / "link").symlink_to(expert)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "task_arithmetic").symlink_to(expert)
     before = snapshot(tmp_path)
     assert "would lie inside the checkpoint folder" in refusal(capsys, *arguments, "--output_path", tmp_path)
     assert "would lie inside the checkpoint folder" in refusal(capsys, *arguments, "--output_path", tmp_path / "link")
+    assert "would lie inside the checkpoint folder" in refusal(capsys, *arguments, "--output_path", tmp_path / "out")
     assert snapshot(tmp_path) == before
 
 

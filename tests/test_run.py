@@ -133,6 +133,13 @@ def test_a_folder_that_another_process_writes_to_is_refused(run):
     run.release()
 
 
+def test_two_runs_cannot_hold_one_folder(run):
+    run.begin(DESCRIPTION)
+    with pytest.raises(InputError, match=r"^another process is writing to "):
+        Run(run.folder).begin(DESCRIPTION)
+    run.release()
+
+
 def test_a_released_folder_can_be_taken_again(begun):
     begun.release()
     again = Run(begun.folder)
