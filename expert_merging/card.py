@@ -55,6 +55,8 @@ def model_card(description: Mapping[str, Any], *, title: str, merged: int, tenso
         tensors: number of all tensors.
     """
     options = dict(description["options"])
+    for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
+        options.pop(place, None)
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}

@@ -364,6 +364,9 @@ def check_experts(base: Checkpoint, experts: Mapping[str, Checkpoint], excluded:
             problems.add(f"--exclude_params {pattern!r} is not a regular expression: {error}")
     problems.check()
 
+    # Older checkpoints hold this table, which follows from config.json and is no parameter.
+    patterns.append(re.compile(r".*rotary_emb\.inv_freq$"))
+
     def is_excluded(name: str) -> bool:
         return any(pattern.match(name) for pattern in patterns)
 

@@ -5,6 +5,7 @@ With `console`, the only module that prints, exits or reads the environment.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
@@ -57,6 +58,11 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("error: the disk is full; make room, then the same command continues where it stopped", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
@@ -94,10 +100,11 @@ class _Job:
         self.resolved, self.backbone, self.terminal = resolved, backbone, terminal
         problems = Problems()
         with problems.collecting():
-            self.device = _choose_device(resolved.general["device"])
-        with problems.collecting():
             self.base, self.experts = checkpoint_folders(resolved.general, backbone)
             self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"])
+        if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
+            with problems.collecting():
+                self.device = _choose_device(resolved.general["device"])
         problems.check()
         _check_one_per_expert(resolved, tuple(self.plan.experts))
         self.description = self._describe()

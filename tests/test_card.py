@@ -56,3 +56,8 @@ def test_the_options_are_those_that_were_used(card):
 
 def test_the_folders_of_the_machine_stay_private(card):
     assert "someone" not in card
+
+
+def test_places_on_this_machine_are_left_out():
+    options = {**DESCRIPTION["options"], "data_dir": "/home/me/dataset", "coefficients": "/home/me/run"}
+    assert "/home/me" not in model_card({**DESCRIPTION, "options": options}, title="t", merged=1, tensors=1)

@@ -438,6 +438,11 @@ def test_an_expert_may_differ_in_what_is_not_merged(compare):
     assert compare({name: BASE[name] for name in ("a.weight", "b.weight")}) == ["a.weight", "b.weight"]
 
 
+def test_tables_of_old_checkpoints_are_no_parameters(compare):
+    table = {"layers.0.rotary_emb.inv_freq": torch.ones(2)}
+    assert compare({**BASE, **table}) == ["a.weight", "b.weight"]
+
+
 def test_everything_that_differs_is_reported_together(tmp_path, compare):
     tensors = {"a.weight": torch.ones(4, 4), "c.weight": torch.ones(1), "lm_head.weight": torch.ones(6, 3).long()}
     assert differences(tmp_path, compare, tensors, []) == [

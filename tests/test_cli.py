@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -420,7 +421,6 @@ def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys)
     }
     lines = refused(capsys, *COMMAND, *flags(base, **experts), "--output_path", tmp_path / "out", "--device", "cuda:99")
     assert [re.sub(r"^\S+/|[;:(,].*", "", line).strip() for line in lines] == [
-        "--device cuda",
         "checkpoint folder " + str(tmp_path / "gone") + " does not exist",
         "pickled has its weights in pickle files",
         "lora holds a LoRA adapter",
@@ -428,6 +428,7 @@ def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys)
         f"model.safetensors has {(cut / 'model.safetensors').stat().st_size} bytes but its header describes "
         f"{(cut / 'model.safetensors').stat().st_size + 1}",
         "expert Other",
+        "--device cuda",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -539,6 +540,17 @@ def test_too_little_disk_is_found_before_anything_is_written(command, tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10))
     assert refusal(capsys, *command).startswith("the result needs 0.0 GB and the disk of ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_finished(command, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert refusal(capsys, *command).startswith("the disk is full; make room")
+    assert not list((tmp_path / "out").glob("*/*/model"))
+    assert merge(*command) == 0
 
 
 def test_finished_shards_need_no_room_again(tmp_path, capsys, monkeypatch):
