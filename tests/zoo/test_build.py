@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from expert_merging.calibration import load_samples
+from expert_merging.errors import InputError
+from Mistral.backbone import BACKBONE
+from tests.command import contents, snapshot
+from tests.zoo.conftest import BRIEF, brief_family
+from zoo import build as build_module
+from zoo.build import Job, build, train_model, work
+from zoo.family import Schedule
+from zoo.progress import progress
+from zoo.train import learning_rate_factor
+
+MODELS = (BACKBONE.base_folder, *BACKBONE.expert_folders.values())
+
+
+def unusable_model() -> object:
+    raise SystemExit(3)
+
+
+def test_same_seed_gives_the_same_bytes(built_zoo: Path, tmp_path: Path) -> None:
+    build(brief_family(), tmp_path / "again", workers=0)
+    assert contents(tmp_path / "again") == contents(built_zoo)
+
+
+def test_another_seed_gives_another_zoo(built_zoo: Path, tmp_path: Path) -> None:
+    build(brief_family(), tmp_path / "other", seed=1, workers=0)
+    files, others = contents(built_zoo), contents(tmp_path / "other")
+    same = {name for name in files if files[name] == others[name]}
+    assert all("token" in name or name.endswith("config.json") for name in same), same
+
+
+def test_zoo_is_a_cache_dir_and_a_data_dir(built_zoo: Path) -> None:
+    assert {path.name for path in built_zoo.iterdir()} == {*MODELS, "dataset", "test", "zoo.json"}
+    for name in MODELS:
+        files = {path.name for path in (built_zoo / name).iterdir()}
+        assert files >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
+    experts = tuple(BACKBONE.expert_folders)
+    samples = load_samples(built_zoo / "dataset", experts, default_count=100, counts={}, task_expert={})
+    assert len(samples) == 300
+    assert all(sample.response is None for sample in samples)
+
+
+def test_expert_differs_from_the_base_where_it_is_trained(built_zoo: Path) -> None:
+    base = load_file(built_zoo / BACKBONE.base_folder / "model.safetensors")
+    for name in BACKBONE.expert_folders.values():
+        expert = load_file(built_zoo / name / "model.safetensors")
+        assert expert.keys() == base.keys()
+        for tensor in base:
+            assert expert[tensor].equal(base[tensor]) == ("norm" in tensor), tensor
+
+
+def test_finished_models_are_left_alone(own_zoo: Path) -> None:
+    before = snapshot(own_zoo)
+    build(brief_family(), own_zoo, workers=0)
+    assert snapshot(own_zoo) == before
+
+
+def test_interrupted_build_continues_with_what_is_missing(
+    built_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo, expert = tmp_path / "zoo", BACKBONE.expert_folders["Math"]
+
+    def interrupted(job: Job, report: object) -> None:
+        if job.task == "Math":
+            half = zoo / f"{expert}.partial"
+            half.mkdir()
+            (half / "half").write_text("half")
+            raise KeyboardInterrupt
+        train_model(job, report)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build_module, "train_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(brief_family(), zoo, workers=0)
+    monkeypatch.undo()
+    assert not (zoo / expert).exists()
+    finished = snapshot(zoo / BACKBONE.base_folder)
+
+    (zoo / "test" / "Code.json").unlink()
+    build(brief_family(), zoo, workers=0)
+    assert snapshot(zoo / BACKBONE.base_folder) == finished
+    assert contents(zoo) == contents(built_zoo)
+
+
+def test_folder_of_another_zoo_is_refused(own_zoo: Path) -> None:
+    for family, seed in ((brief_family(), 1), (replace(brief_family(), base_schedule=replace(BRIEF, steps=4)), 0)):
+        with pytest.raises(InputError, match=r"holds a zoo of another family, seed or recipe .*; remove it, or choose"):
+            build(family, own_zoo, seed=seed, workers=0)
+
+
+def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
+    removed = own_zoo / BACKBONE.expert_folders["Code"]
+    removed.rename(own_zoo.with_name("removed"))
+    shown: list[tuple[str, int, int]] = []
+    build(brief_family(), own_zoo, workers=2, show=lambda *state: shown.append(state))
+    assert shown == [("Code expert", step, 3) for step in (1, 2, 3)]
+    assert contents(own_zoo) == contents(built_zoo)
+
+
+def test_worker_that_fails_ends_the_build(tmp_path: Path) -> None:
+    family = replace(brief_family(), new_model=unusable_model)
+    with pytest.raises(InputError, match="training the base stopped with exit code 3; the same command goes on"):
+        build(family, tmp_path / "zoo")
+    assert not (tmp_path / "zoo" / BACKBONE.base_folder).exists()
+
+
+@pytest.fixture
+def interrupt_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt_handler")
+def test_worker_stops_when_its_build_is_gone(tmp_path: Path) -> None:
+    reports, sender = multiprocessing.Pipe(duplex=False)
+    reports.close()
+    work(Job(brief_family(), tmp_path, 0, None), sender)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_description_names_the_models(built_zoo: Path) -> None:
+    description = json.loads((built_zoo / "zoo.json").read_text())
+    assert description["family"] == "mistral"
+    assert description["seed"] == 0
+    assert [description["base"], *description["experts"].values()] == list(MODELS)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    schedule = Schedule(steps=10, learning_rate=1, warmup_steps=3, decay_steps=4)
+    factors = [learning_rate_factor(schedule, step) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_progress_is_plain_where_there_is_no_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with progress(console) as show:
+        for step in (1, 2):
+            show("base", step, 2)
+    assert console.file.getvalue() == "training the base: 2 steps\ntrained the base in 0 s\n"
+
+
+def test_progress_is_a_bar_in_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress(console) as show:
+        for step in (1, 2):
+            show("base", step, 2)
+    assert "Training the base" in console.file.getvalue()
+    assert "2/2" in console.file.getvalue()

@@ -1,0 +1,61 @@
+"""The demo merges as a user would and shows what came of it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from expert_merging.errors import InputError
+from tests.zoo.conftest import brief_family
+from zoo import demo as module
+from zoo.demo import demo
+
+
+@pytest.fixture
+def run_demo(own_zoo, tmp_path, monkeypatch):
+    """The demo on a hardly trained zoo; its numbers and what it shows."""
+    monkeypatch.setattr(module, "load_family", lambda name: brief_family())
+    monkeypatch.setattr(module, "default_folder", lambda name, seed: own_zoo)
+    monkeypatch.setattr(module, "COEFFICIENTS", (0.2, 0.5))
+
+    def run(*methods):
+        shown = io.StringIO()
+        console = Console(file=shown, width=200)
+        return demo("mistral", seed=0, methods=methods, console=console, results=tmp_path / "logs"), shown.getvalue()
+
+    return run
+
+
+def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_demo, tmp_path):
+    scores, shown = run_demo("task-arithmetic")
+    assert list(scores) == [
+        "base", "Chat expert", "Math expert", "Code expert", "task_arithmetic", "task_arithmetic, best coefficient",
+    ]  # fmt: skip
+    assert all(set(found) == {"Chat", "Math", "Code", "mean"} for found in scores.values())
+    assert "the best of 2 on these very questions" in shown
+    assert "Mistral/model_merging.py --method task_arithmetic" in shown
+    configs = [json.loads(file.read_text()) for file in tmp_path.glob("logs/task_arithmetic/*/config.json")]
+    assert sorted(config["options"]["scaling_coefficient"] for config in configs) == [0.2, 0.3, 0.5]
+
+
+def test_runs_are_found_again_unless_their_options_change(own_zoo, tmp_path):
+    merging = module._Merging(brief_family(), own_zoo, 0, tmp_path)
+    _, first = merging.command("weight_average")
+    assert merging.command("weight_average")[1] == first
+    assert merging.command("weight_average", "--exclude_params", "none")[1] != first
+
+
+def test_a_failed_merge_says_why(run_demo, own_zoo):
+    (own_zoo / "MAmmoTH2-7B" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(
+        InputError, match=r"merging with weight_average failed: error: .*model\.safetensors is truncated"
+    ):
+        run_demo("weight_average")
+
+
+def test_an_unknown_method_is_answered_before_anything_is_built(run_demo):
+    with pytest.raises(InputError, match="Did you mean 'weight_average'"):
+        run_demo("weight_averge")

@@ -1,0 +1,204 @@
+"""Build a zoo: write its questions, train the base, then the experts, each in a process of its own.
+
+A folder appears under its final name only when it is complete, so that a build that was stopped goes on with what is
+missing. A worker whose build is gone stops at its next report.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from expert_merging.backbone import import_transformers
+from expert_merging.errors import InputError
+from expert_merging.writing import partial_name, write_atomically
+from zoo.family import Family, Schedule
+from zoo.progress import Show, silent
+
+DESCRIPTION = "zoo.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train: the base (``task`` is ``None``) or the expert for a task."""
+
+    family: Family
+    zoo: Path
+    seed: int
+    task: str | None
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base is."""
+        return self.zoo / self.family.backbone.base_folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the model is when it is complete."""
+        return self.base_folder if self.task is None else self.zoo / self.family.backbone.expert_folders[self.task]
+
+    @property
+    def schedule(self) -> Schedule:
+        """How it is trained."""
+        return self.family.base_schedule if self.task is None else self.family.expert_schedules[self.task]
+
+    @property
+    def label(self) -> str:
+        """What the user is told."""
+        return "base" if self.task is None else f"{self.task} expert"
+
+
+def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, show: Show = silent) -> None:
+    """Make what is missing of the zoo in folder ``zoo``.
+
+    Args:
+        family: What to build.
+        zoo: Folder of the zoo, made if needed.
+        seed: Decides the questions, the initial weights and the order of training.
+        workers: Processes that train at once, one thread each; 0 trains in this process.
+        show: Told of every step.
+
+    Raises:
+        InputError: The folder holds another zoo, or a worker failed.
+    """
+    zoo.mkdir(parents=True, exist_ok=True)
+    describe(family, zoo, seed)
+    family.write_data(zoo, seed)
+    for tasks in ([None], list(family.backbone.expert_folders)):
+        jobs = [Job(family, zoo, seed, task) for task in tasks]
+        train_all([job for job in jobs if not job.folder.is_dir()], workers, show)
+
+
+def describe(family: Family, zoo: Path, seed: int) -> None:
+    """Write what the folder holds, or check that it is the same.
+
+    Raises:
+        InputError: The folder holds another zoo.
+    """
+    description = {
+        "family": family.name,
+        "seed": seed,
+        "base": family.backbone.base_folder,
+        "experts": dict(family.backbone.expert_folders),
+        "base_schedule": asdict(family.base_schedule),
+        "expert_schedules": {task: asdict(schedule) for task, schedule in family.expert_schedules.items()},
+    }
+    text = json.dumps(description, indent=2) + "\n"
+    path = zoo / DESCRIPTION
+    if not path.exists():
+        write_atomically(path, text.encode())
+    elif path.read_text(encoding="utf-8") != text:
+        raise InputError(
+            f"{zoo} holds a zoo of another family, seed or recipe (see {path.name} there); "
+            "remove it, or choose another folder with --output"
+        )
+
+
+def train_all(jobs: Sequence[Job], workers: int, show: Show) -> None:
+    """Train the models of ``jobs``, ``workers`` at once, or one after another in this process for 0 workers.
+
+    Raises:
+        InputError: A worker failed; what it had to say is on standard error.
+    """
+    if workers == 0:
+        for job in jobs:
+            train_model(job, partial(show_step, job, show))
+        return
+    waiting = list(jobs)
+    running: list[Worker] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(Worker(waiting.pop(0)))
+            ready = wait([worker.reports for worker in running])
+            for worker in [worker for worker in running if worker.reports in ready]:
+                step = worker.next_report()
+                if step is None:
+                    running.remove(worker)
+                else:
+                    show_step(worker.job, show, step)
+    finally:
+        for worker in running:
+            worker.process.terminate()
+
+
+def show_step(job: Job, show: Show, step: int) -> None:
+    """Tell ``show`` how far a job is."""
+    show(job.label, step, job.schedule.steps)
+
+
+class Worker:
+    """A process that trains one model and reports its steps."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.job = job
+        self.reports, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=work, args=(job, sender), name=job.label)
+        self.process.start()
+        # Only the worker may hold the sending end, or its death would not be seen.
+        sender.close()
+
+    def next_report(self) -> int | None:
+        """The number of finished steps, or ``None`` at the end.
+
+        Raises:
+            InputError: The worker ended without its model.
+        """
+        try:
+            step: int = self.reports.recv()
+        except EOFError:
+            self.process.join()
+            if self.process.exitcode:
+                raise InputError(
+                    f"training the {self.job.label} stopped with exit code {self.process.exitcode}; "
+                    "the same command goes on from there"
+                ) from None
+            return None
+        return step
+
+
+def work(job: Job, reports: Connection) -> None:
+    """Train on one thread until done or until the build is gone.
+
+    An interrupt from the keyboard reaches the build too, which then ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+    with suppress(BrokenPipeError):
+        train_model(job, reports.send)
+
+
+def train_model(job: Job, report: Callable[[int], None]) -> None:
+    """Train the model of ``job`` and save it under its name."""
+    import torch
+
+    from zoo.train import train
+
+    torch.manual_seed(job.seed)
+    family = job.family
+    model = family.new_model() if job.task is None else family.backbone.load_model(job.base_folder, torch.float32)
+    train(model, family.batches(job.task, job.seed, job.schedule.batch_size), job.schedule, report)
+    save(model, family.new_processor(), job.folder)
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Write ``folder`` under a temporary name and rename it, so that a folder of its name is a whole model."""
+    unfinished = partial_name(folder)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    import_transformers()  # which turns its progress bars off
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    unfinished.rename(folder)

@@ -1,0 +1,118 @@
+"""Build a zoo, merge its experts with several methods, and compare them with the base and the experts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from expert_merging.errors import InputError
+from expert_merging.options import ROOT
+from expert_merging.registry import all_methods, find_method
+from zoo.build import build
+from zoo.evaluate import Scores, exact_match
+from zoo.family import Family, default_folder, load_family
+from zoo.progress import progress
+from zoo.report import evaluate, table, with_mean
+
+# Task arithmetic is what Expert Merging starts from; it is shown at its best coefficient as well, chosen with the very
+# questions that it is measured on, which no other row may do.
+TUNED = "task_arithmetic"
+RESULTS = ROOT / "results" / "logs"
+COEFFICIENTS = tuple(round(0.1 * step, 1) for step in range(1, 11))
+NOT_ALONE = ("coefficients",)
+
+
+def demo(
+    family_name: str, *, seed: int, methods: Sequence[str], console: Console, results: Path = RESULTS
+) -> dict[str, Scores]:
+    """Build, merge, evaluate; the numbers of the table that is printed.
+
+    Args:
+        family_name: model family.
+        seed: decides the zoo and the merging.
+        methods: registry names, or ``all``.
+        console: shows the commands and the table.
+        results: folder for the runs.
+
+    Raises:
+        InputError: an unknown family or method, or a merge that failed.
+    """
+    family = load_family(family_name)
+    names = list(all_methods()) if "all" in methods else [find_method(name).name for name in methods]
+    zoo = default_folder(family_name, seed)
+    with progress(console) as show:
+        build(family, zoo, seed=seed, show=show)
+    merge = _Merging(family, zoo, seed, results)
+    runs = [merge.run(name, console=console) for name in names if name not in NOT_ALONE]
+    console.print("answering the held-out questions ...")
+    scores = evaluate(zoo, runs)
+    note = ""
+    if TUNED in names:
+        best, scores[f"{TUNED}, best coefficient"] = merge.best_coefficient()
+        note = f"best coefficient: {best:g}, the best of {len(COEFFICIENTS)} on these very questions"
+    console.print(table(scores))
+    console.print(note, highlight=False)
+    for run in runs:
+        console.print(f"merged model: {os.path.relpath(run / 'model')}", highlight=False, soft_wrap=True)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """Runs the merge command on one zoo."""
+
+    family: Family
+    zoo: Path
+    seed: int
+    results: Path
+
+    def run(self, method: str, *more: str, console: Console | None = None) -> Path:
+        """Merge in a process of its own, as a user would; the run's folder."""
+        command, run = self.command(method, *more)
+        start = time.monotonic()
+        if console is not None:
+            words = ["python", *(os.path.relpath(word) if Path(word).is_absolute() else word for word in command[1:])]
+            console.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
+        # Models this small gain nothing from more threads.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"merging with {method} failed: {done.stderr.strip()}")
+        if console is not None:
+            console.print(f"  {time.monotonic() - start:.0f} s", highlight=False)
+        return run
+
+    def command(self, method: str, *more: str) -> tuple[list[str], Path]:
+        """The command, and the folder of its run.
+
+        The run is named after all that decides it: the same demo finds its runs again, a changed one gets new ones.
+        """
+        config = ROOT / "zoo" / f"{self.family.name}.yaml"
+        decisive = [config.read_bytes(), (self.zoo / "zoo.json").read_bytes(), " ".join(more).encode()]
+        name = f"zoo-{self.family.name}-seed{self.seed}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:6]}"
+        script = ROOT / self.family.backbone.name / "model_merging.py"
+        arguments = ["--method", method, "--cache_dir", str(self.zoo), "--data_dir", str(self.zoo / "dataset")]
+        arguments += ["--config", str(config), "--seed", str(self.seed), *more]
+        if self.results != RESULTS:
+            arguments += ["--output_path", str(self.results)]
+        return [sys.executable, str(script), *arguments, "--run_name", name], self.results / method / name
+
+    def best_coefficient(self) -> tuple[float, Scores]:
+        """Task arithmetic's best coefficient on the test questions, and its scores."""
+        found = {}
+        for coefficient in COEFFICIENTS:
+            scores = exact_match(
+                self.run(TUNED, "--scaling_coefficient", f"{coefficient:g}") / "model", self.zoo / "test"
+            )
+            found[coefficient] = with_mean({task: scores[task] for task in self.family.backbone.expert_folders})
+        best = max(found, key=lambda coefficient: found[coefficient]["mean"])
+        return best, found[best]

@@ -1,0 +1,103 @@
+"""Compare runs with the base and the experts of a zoo, as a table or as numbers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.errors import InputError
+from zoo.build import DESCRIPTION
+from zoo.evaluate import Scores, cached_exact_match, exact_match, require_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def read_description(zoo: Path) -> dict[str, Any]:
+    """What ``zoo`` holds.
+
+    Raises:
+        InputError: There is no zoo, or it is not complete; the message says which command builds it.
+    """
+    path = zoo / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build mistral --output {zoo}")
+    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    missing = [name for name in _model_names(description).values() if not (zoo / name).is_dir()]
+    if missing:
+        command = f"python -m zoo build {description['family']} --seed {description['seed']} --output {zoo}"
+        raise InputError(f"the zoo in {zoo} is not complete ({', '.join(missing)} missing); go on with: {command}")
+    return description
+
+
+def _model_names(description: Mapping[str, Any]) -> dict[str, str]:
+    experts = {f"{task} expert": name for task, name in description["experts"].items()}
+    return {"base": description["base"], **experts}
+
+
+def model_folder(run: Path) -> Path:
+    """The folder of the model of a run, or ``run`` itself when it is one.
+
+    Raises:
+        InputError: There is no model.
+    """
+    folder = run / "model" if (run / "model").is_dir() else run
+    require_model(folder)
+    return folder
+
+
+def run_labels(runs: Sequence[Path]) -> list[str]:
+    """A short label for each run: its method, with the run's name where several runs share the method.
+
+    A run is known by its ``model`` folder, which may be what is given; anything else is labelled with its own name.
+    """
+    names = [_method_and_name(run) for run in runs]
+    shared = Counter(method for method, _ in names)
+    labels = [f"{method} ({name})" if shared[method] > 1 and name else method for method, name in names]
+    repeated = Counter(labels)
+    return [str(run) if repeated[label] > 1 else label for label, run in zip(labels, runs, strict=True)]
+
+
+def _method_and_name(run: Path) -> tuple[str, str]:
+    folder = run.resolve()
+    if folder.name == "model":
+        folder = folder.parent
+    elif not (folder / "model").is_dir():
+        return folder.name, ""
+    return folder.parent.name, folder.name
+
+
+def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
+    """Exact match in percent for the base, the experts and ``runs``: ``{label: {task: percentage, "mean": ...}}``.
+
+    Raises:
+        InputError: The zoo or the model of a run is missing.
+    """
+    description = read_description(zoo)
+    folders = [model_folder(run) for run in runs]
+    scores = {label: cached_exact_match(zoo / name, zoo) for label, name in _model_names(description).items()}
+    for label, folder in zip(run_labels(runs), folders, strict=True):
+        scores[label] = exact_match(folder, zoo / "test")
+    tasks = list(description["experts"])
+    return {label: with_mean({task: found[task] for task in tasks}) for label, found in scores.items()}
+
+
+def with_mean(scores: Scores) -> Scores:
+    """The scores with their mean over tasks."""
+    return {**scores, "mean": sum(scores.values()) / len(scores)}
+
+
+def table(scores: Mapping[str, Scores]) -> Table:
+    """The numbers of ``evaluate`` with one decimal, a row for each model."""
+    from rich.table import Table
+
+    columns = list(next(iter(scores.values())))
+    result = Table("", title="Exact match on held-out questions (%)")
+    for column in columns:
+        result.add_column(column, justify="right")
+    for label, found in scores.items():
+        result.add_row(label, *(f"{found[column]:.1f}" for column in columns))
+    return result
