@@ -210,10 +210,14 @@ class _Job:
 
     def _rule(self) -> Rule:
         """The method's rule; learning happens here."""
-        function, options = self.resolved.method.function, self.resolved.options
-        if self.work is None:
-            return lambda task_vectors, _part: function(task_vectors, **options)
-        return self.work.run().rule
+        if self.work is not None:
+            return self.work.run().rule
+        import torch
+
+        from expert_merging.merge import Passes
+
+        passes = Passes(self.plan, torch.device(self.device), self.terminal.progress)
+        return self.resolved.method.rule(passes, self.description["seed"], self.resolved.options)
 
     def _write(self, rule: Rule) -> Summary:
         import torch

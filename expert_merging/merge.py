@@ -61,6 +61,11 @@ class Part:
     start: int
     stop: int
 
+    @property
+    def elements(self) -> int:
+        """Number of entries of the whole tensor."""
+        return math.prod(self.shape)
+
 
 class Rule(Protocol):
     """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector."""
@@ -234,34 +239,12 @@ class _Merger:
                 advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
         try:
-            self._run(work, self._blocks(file))
+            _work_through(self._blocks(file), work, workers=self.workers, alone=self.elementwise)
         except BaseException:
             writer.abandon()
             raise
         writer.finish()
         return {name: math.sqrt(change / size) if size else 0.0 for name, (change, size) in norms.items()}
-
-    def _run(self, work: Callable[[Entry, int, int], None], blocks: Iterator[tuple[Entry, int, int]]) -> None:
-        """Work through the blocks with a few threads, at most a few blocks ahead, and stop at the first error."""
-        import torch
-
-        # Blocks are spread over threads, so each one computes alone; whole tensors use torch's own threads.
-        settings = (torch.set_num_threads, (1,)) if self.elementwise else (None, ())
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self.workers, "merge", *settings) as pool:
-            pending: set[Future[None]] = set()
-            try:
-                for block in blocks:
-                    pending.add(pool.submit(work, *block))
-                    if len(pending) >= 4 * self.workers:
-                        done, pending = wait(pending, return_when="FIRST_COMPLETED")
-                        for future in done:
-                            future.result()
-                for future in wait(pending, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                torch.set_num_threads(threads)
 
     def _blocks(self, file: Path) -> Iterator[tuple[Entry, int, int]]:
         """Pieces of the file's tensors: blocks of entries, whole tensors for other rules, bytes for copies."""
@@ -284,14 +267,7 @@ class _Merger:
         """Merge entries ``[start, stop)`` and write them; squared norms of the change and of the base."""
         import torch
 
-        base = self.plan.base.read(entry.name, start, stop).to(self.device).float()
-        task_vectors = torch.empty(len(self.plan.experts), stop - start, device=self.device)
-        for row, expert in zip(task_vectors, self.plan.experts.values(), strict=True):
-            # Converting and subtracting apart is faster than one subtraction of mixed types.
-            row.copy_(expert.read(entry.name, start, stop)).sub_(base)
-        # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for.
-        if not torch.isfinite(task_vectors.sum()):
-            self._refuse_non_finite(entry.name, start, stop)
+        base, task_vectors = _read_task_vectors(self.plan, entry.name, start, stop, self.device)
         part = Part(entry.name, entry.shape, start, stop)
         shaped = task_vectors if self.elementwise else task_vectors.view(len(task_vectors), *entry.shape)
         change = self.rule(shaped, part).reshape(-1)
@@ -306,15 +282,118 @@ class _Merger:
         writer.write(data, entry.offset + start * merged.element_size())
         return squares, base_squares
 
-    def _refuse_non_finite(self, name: str, start: int, stop: int) -> None:
-        """Say which checkpoint has NaN or infinite values; return where only the float32 sum overflowed."""
-        import torch
 
-        for expert, checkpoint in {"the base": self.plan.base, **self.plan.experts}.items():
-            bad = ~torch.isfinite(checkpoint.read(name, start, stop).double())
-            if bad.any():
-                who = expert if checkpoint is self.plan.base else f"expert {expert}"
-                count = int(bad.sum())
-                raise InputError(
-                    f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})"
-                )
+def _read_task_vectors(plan: Plan, name: str, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The base's entries ``[start, stop)``, ``(entries,)``, and all task vectors', ``(experts, entries)``; float32."""
+    import torch
+
+    base = plan.base.read(name, start, stop).to(device).float()
+    task_vectors = torch.empty(len(plan.experts), stop - start, device=device)
+    for row, expert in zip(task_vectors, plan.experts.values(), strict=True):
+        # Converting and subtracting apart is faster than one subtraction of mixed types.
+        row.copy_(expert.read(name, start, stop)).sub_(base)
+    # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for.
+    if not torch.isfinite(task_vectors.sum()):
+        _refuse_non_finite(plan, name, start, stop)
+    return base, task_vectors
+
+
+def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
+    """Say which checkpoint has NaN or infinite values; return where only the float32 sum overflowed."""
+    import torch
+
+    for expert, checkpoint in {"the base": plan.base, **plan.experts}.items():
+        bad = ~torch.isfinite(checkpoint.read(name, start, stop).double())
+        if bad.any():
+            who = expert if checkpoint is plan.base else f"expert {expert}"
+            count = int(bad.sum())
+            raise InputError(f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})")
+
+
+def _work_through(
+    blocks: Iterator[tuple[Entry, int, int]], work: Callable[[Entry, int, int], None], *, workers: int, alone: bool
+) -> None:
+    """Work through blocks with a few threads, at most a few blocks ahead, and stop at the first error.
+
+    Args:
+        blocks: arguments of the work.
+        work: called once for each block, from any thread.
+        workers: number of threads.
+        alone: each call computes with one thread, as many calls run side by side; otherwise with torch's own threads.
+    """
+    import torch
+
+    settings = (torch.set_num_threads, (1,)) if alone else (None, ())
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, "merge", *settings) as pool:
+        pending: set[Future[None]] = set()
+        try:
+            for block in blocks:
+                pending.add(pool.submit(work, *block))
+                if len(pending) >= 4 * workers:
+                    done, pending = wait(pending, return_when="FIRST_COMPLETED")
+                    for future in done:
+                        future.result()
+            for future in wait(pending, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Streaming passes over all task vectors, for methods that need something of the whole model before they merge.
+
+    Args:
+        plan: checkpoints and parameters.
+        device: where the arithmetic is done.
+        progress: shows throughput in bytes read.
+    """
+
+    plan: Plan
+    device: torch.device
+    progress: Progress
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the experts, in the order of the rows."""
+        return tuple(self.plan.experts)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of entries of every merged tensor by name."""
+        return {name: self.plan.base.entries[name].elements for name in self.plan.merged}
+
+    def total(self, function: Callable[[Tensor, Part], Tensor], title: str, only: str | None = None) -> Tensor | None:
+        """Sum of a function over all blocks of all merged tensors, or of a single one.
+
+        Args:
+            function: ``(task_vectors (experts, entries), part) -> tensor`` of one shape and an exact type (whole
+                numbers or float64), so that the sum does not depend on the order of the blocks.
+            title: shown beside the progress bar.
+            only: name of the single tensor.
+
+        Returns:
+            The sum, None where there is no entry.
+        """
+        entries = [self.plan.base.entries[name] for name in ([only] if only else self.plan.merged)]
+        totals: list[Tensor] = []
+        lock = threading.Lock()
+        width = 1 + len(self.plan.experts)
+
+        def work(entry: Entry, start: int, stop: int) -> None:
+            _, task_vectors = _read_task_vectors(self.plan, entry.name, start, stop, self.device)
+            value = function(task_vectors, Part(entry.name, entry.shape, start, stop))
+            with lock:
+                totals[:] = [totals[0].add_(value)] if totals else [value]
+                advance(width * entry.size * (stop - start) / entry.elements, entry.name)
+
+        blocks = (
+            (entry, start, min(start + BLOCK, entry.elements))
+            for entry in entries
+            for start in range(0, entry.elements, BLOCK)
+        )
+        with self.progress(title, width * sum(entry.size for entry in entries), "B") as advance:
+            _work_through(blocks, work, workers=_worker_count(), alone=True)
+        return totals[0] if totals else None

@@ -188,8 +188,8 @@ class Method:
 
     Args:
         name: registry name and value of ``--method``.
-        function: for a closed form, ``(task_vectors, **options) -> merged task vector``; for a method that learns,
-            ``(plan, context, **options) -> work`` as `expert_merging.methods.learned` describes.
+        function: for a closed form, ``(task_vectors, *needs, **options) -> merged task vector``; for a method that
+            learns, ``(plan, context, **options) -> work`` as `expert_merging.methods.learned` describes.
         options: its flags by name.
         summary: first line of the docstring.
         aliases: other names that the command line accepts.
@@ -199,6 +199,10 @@ class Method:
         order_free: the order of the experts does not change the result.
         keeps_single: one expert with coefficient 1 gives that expert.
         family_defaults: options whose default the model family sets.
+        survey: ``(passes, seed, **options) -> values``, run before merging by a method that needs something of the
+            whole model first; ``passes`` is an `expert_merging.merge.Passes`.
+        needs: what else the function takes, by name: ``part`` (an `expert_merging.merge.Part`), ``seed``, ``experts``
+            (names), and values of the survey. They are its positional parameters after the task vectors.
     """
 
     name: str
@@ -211,6 +215,8 @@ class Method:
     order_free: bool = True
     keeps_single: bool = True
     family_defaults: tuple[str, ...] = ()
+    survey: Callable[..., Mapping[str, Any]] | None = None
+    needs: tuple[str, ...] = ()
 
     def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
         """Default of every option, with the family's value where the method leaves it to the family."""
@@ -218,6 +224,29 @@ class Method:
             name: family[name] if name in self.family_defaults and name in family else option.default
             for name, option in self.options.items()
         }
+
+    def rule(self, passes: Any, seed: int, options: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
+        """The rule that merges a part's task vectors; a survey is made first if the method has one.
+
+        Args:
+            passes: streaming passes over all task vectors.
+            seed: seed of the run.
+            options: value of every option.
+
+        Returns:
+            ``(task_vectors, part) -> merged task vector``
+        """
+        known = {
+            "seed": seed,
+            "experts": passes.expert_names,
+            **(self.survey(passes, seed, **options) if self.survey else {}),
+        }
+
+        def rule(task_vectors: Any, part: Any) -> Any:
+            needed = [part if name == "part" else known[name] for name in self.needs]
+            return self.function(task_vectors, *needed, **options)
+
+        return rule
 
 
 @dataclass
@@ -247,6 +276,7 @@ def register(
             function=function,
             options=read_options(options or function),
             summary=(function.__doc__ or "").strip().split("\n")[0],
+            needs=_needs(function),
             **traits,
         )
         _TABLE.methods[method.name] = method
@@ -254,6 +284,12 @@ def register(
         return function
 
     return enter
+
+
+def _needs(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the positional parameters after the first."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(entry.name for entry in parameters if entry.kind is not inspect.Parameter.KEYWORD_ONLY)[1:]
 
 
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:

@@ -2,3 +2,4 @@
 
 from expert_merging.methods import learned as learned
 from expert_merging.methods import linear as linear
+from expert_merging.methods import sparse as sparse

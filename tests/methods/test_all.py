@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_merging.merge import Part
 from expert_merging.registry import Method, all_methods
 
 METHODS = [method for method in all_methods().values() if not method.learns]
@@ -28,10 +30,30 @@ def task_vectors(shape: tuple[int, ...], experts: int = 3, seed: int = 0) -> tor
     return torch.randn(experts, *shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tensor:
+class OneTensor:
+    """Passes over a model that is a single tensor, as `expert_merging.merge.Passes` makes them over files."""
+
+    def __init__(self, task_vectors: torch.Tensor) -> None:
+        self.task_vectors = task_vectors
+        self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
+        self.sizes = {"weight": task_vectors[0].numel()}
+        self.part = Part("weight", tuple(task_vectors.shape[1:]), 0, task_vectors[0].numel())
+
+    def total(self, function, title, only=None):
+        return function(self.task_vectors.reshape(-1, self.part.elements), self.part) if self.part.elements else None
+
+
+def rule_for(method: Method, given: torch.Tensor, **options: object):
+    """The method's rule for a model that is one tensor, and the part that is all of it."""
     defaults = {name: option.default for name, option in method.options.items()}
     known = {name: value for name, value in options.items() if name in defaults}
-    result = method.function(given, **{**defaults, **known})
+    passes = OneTensor(given)
+    return method.rule(passes, 3, {**defaults, **known}), passes.part
+
+
+def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tensor:
+    rule, part = rule_for(method, given, **options)
+    result = rule(given, part)
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -101,7 +123,10 @@ def test_the_order_of_experts_does_not_matter(method, order):
 def test_blocks_give_the_bytes_of_the_whole(method, cuts):
     given = task_vectors((1000,))
     bounds = sorted({0, *cuts, 1000})
-    blocks = [apply(method, given[:, start:stop].clone()) for start, stop in pairwise(bounds)]
+    rule, part = rule_for(method, given)
+    blocks = [
+        rule(given[:, start:stop].clone(), replace(part, start=start, stop=stop)) for start, stop in pairwise(bounds)
+    ]
     assert torch.cat(blocks).equal(apply(method, given))
 
 

@@ -1,0 +1,287 @@
+"""Methods that leave out part of every task vector: TIES and DARE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from expert_merging.methods.linear import weighted_sum
+from expert_merging.registry import Fraction, Interval, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expert_merging.merge import Part, Passes
+
+    Change = Callable[[Tensor, Part], Tensor]
+
+# Random numbers are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
+# alone. Part of what decides a result's bytes: changing it changes every mask.
+_SEGMENT = 1 << 16
+
+DropRate = Annotated[float, Interval("[0, 1)")]
+
+
+def drop_and_rescale(task_vectors: Tensor, part: Part, seed: int, experts: tuple[str, ...], drop_rate: float) -> Tensor:
+    """Set each entry to zero with probability ``drop_rate`` and divide the others by 1 - ``drop_rate`` (DARE).
+
+    The mask depends on the seed, the expert's name, the tensor's name and the entry's position alone, and is drawn on
+    the
+    CPU: blocks, devices, the order of shards and a restart do not change it.
+
+    Args:
+        task_vectors: ``(experts, *shape)``.
+        part: where the entries stand.
+        seed: seed of the run.
+        experts: names of the experts, one per row.
+        drop_rate: probability in [0, 1).
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    import torch
+
+    if drop_rate == 0:
+        return task_vectors.clone()
+    kept = torch.empty(len(task_vectors), part.stop - part.start)
+    for row, expert in zip(kept, experts, strict=True):
+        _draw(row, part, f"{seed}/{expert}/{part.name}")
+    # floor(u + (1 - p)) is 1 with probability 1 - p; arithmetic is several times faster than comparing and selecting.
+    kept.add_(1 - drop_rate).floor_().div_(1 - drop_rate)
+    return task_vectors * kept.to(task_vectors.device).view_as(task_vectors)
+
+
+def _draw(row: Tensor, part: Part, key: str) -> None:
+    """Fill a row with the uniform random numbers in [0, 1) that belong to the part's entries."""
+    import torch
+
+    elements = max(1, part.elements)
+    generator = torch.Generator()
+    for segment in range(part.start // _SEGMENT, -(-part.stop // _SEGMENT)):
+        first = segment * _SEGMENT
+        digest = hashlib.sha256(f"{key}/{segment}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "little"))
+        numbers = torch.rand(min(_SEGMENT, elements - first), generator=generator)
+        low, high = max(first, part.start), min(first + _SEGMENT, part.stop)
+        row[low - part.start : high - part.start] = numbers[low - first : high - first]
+
+
+def trim_thresholds(passes: Passes, change: Change, density: float, only: str | None = None) -> Tensor:
+    """Magnitude of the k-th smallest entry of every expert, k = floor((1 - density) * entries), exactly.
+
+    Two streaming passes over the bits of the magnitudes, which are ordered like the magnitudes themselves: one counts
+    the upper 16 bits, one the lower 16 bits of the entries in the bucket that holds the k-th. Nothing of the size of a
+    model is kept.
+
+    Args:
+        passes: passes over all task vectors.
+        change: applied to task vectors first.
+        density: fraction of entries to keep, in (0, 1].
+        only: a single tensor instead of all together.
+
+    Returns:
+        ``(experts,)`` float32; an entry is kept where its magnitude is not smaller.
+    """
+    import torch
+
+    sizes = passes.sizes
+    # In decimals, so that a tenth of ten entries is one entry.
+    rank = int((1 - Decimal(str(density))) * (sizes[only] if only else sum(sizes.values())))
+    upper = passes.total(lambda rows, part: _count_upper(change(rows, part)), "counting magnitudes", only)
+    if upper is None or rank == 0:
+        return torch.zeros(len(passes.expert_names))
+    below = upper.cumsum(1)
+    buckets = (below < rank).sum(1)
+    before = torch.where(buckets > 0, below.gather(1, (buckets - 1).clamp(min=0)[:, None])[:, 0], 0)
+    lower = passes.total(lambda rows, part: _count_lower(change(rows, part), buckets), "finding thresholds", only)
+    assert lower is not None  # noqa: S101  (the same entries as in the first pass)
+    remainders = (lower.cumsum(1) < (rank - before)[:, None]).sum(1)
+    return (buckets << 16 | remainders).to(torch.int32).view(torch.float32)
+
+
+def _magnitude_bits(task_vectors: Tensor) -> Tensor:
+    import torch
+
+    return task_vectors.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _count_upper(task_vectors: Tensor) -> Tensor:
+    """How many magnitudes of ``(experts, entries)`` have each value of the upper bits, ``(experts, 2 ** 15)``."""
+    import torch
+
+    return torch.stack([torch.bincount(row >> 16, minlength=1 << 15) for row in _magnitude_bits(task_vectors)]).cpu()
+
+
+def _count_lower(task_vectors: Tensor, buckets: Tensor) -> Tensor:
+    """How many magnitudes of each expert's bucket have each value of the lower 16 bits, ``(experts, 2 ** 16)``."""
+    import torch
+
+    rows = zip(_magnitude_bits(task_vectors), buckets.tolist(), strict=True)
+    inside = [row[row >> 16 == bucket] & 0xFFFF for row, bucket in rows]
+    return torch.stack([torch.bincount(row, minlength=1 << 16) for row in inside]).cpu()
+
+
+def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
+    """Set entries with a smaller magnitude than their expert's threshold to zero.
+
+    Args:
+        task_vectors: ``(experts, *shape)``.
+        thresholds: ``(experts,)``.
+    """
+    import torch
+    from torch.nn import functional
+
+    # hardshrink keeps what is *above* its bound: the next smaller number makes that "not below the threshold".
+    bounds = torch.nextafter(thresholds, torch.tensor(-torch.inf)).tolist()
+    return torch.stack([functional.hardshrink(row, bound) for row, bound in zip(task_vectors, bounds, strict=True)])
+
+
+def elected_signs(trimmed: Tensor, majority: float) -> Tensor:
+    """Sign of the sum over experts, ``(*shape)``; the majority's sign where the sum is zero."""
+    import torch
+
+    signs = trimmed.sum(0).sign_()
+    return torch.where(signs == 0, majority, signs) if majority else signs
+
+
+def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:
+    """Mean over the experts whose entry has the elected sign, ``(*shape)``; zero where there is none."""
+    agreeing = (trimmed * signs).relu_()
+    total = agreeing.sum(0)
+    return total.mul_(signs).div_(agreeing.sign_().sum(0).clamp_(min=1))
+
+
+def _survey_ties(passes: Passes, change: Change, density: float, ties_scope: str) -> dict[str, Any]:
+    """Thresholds and majority signs by tensor name; the same for all of them in the global scope."""
+    groups: list[str | None] = [*passes.sizes] if ties_scope == "tensor" else [None]
+    thresholds, majorities = {}, {}
+    for only in groups:
+        found = trim_thresholds(passes, change, density, only)
+
+        def votes(task_vectors: Tensor, part: Part, found: Tensor = found) -> Tensor:
+            return elected_signs(trim(change(task_vectors, part), found), 0.0).double().sum().cpu()
+
+        balance = passes.total(votes, "electing signs", only)
+        majority = 0.0 if balance is None else float(balance.sign())
+        for name in [only] if only else passes.sizes:
+            thresholds[name], majorities[name] = found, majority
+    return {"thresholds": thresholds, "majorities": majorities}
+
+
+def _unchanged(task_vectors: Tensor, _part: Part) -> Tensor:
+    return task_vectors
+
+
+def survey_ties(passes: Passes, _seed: int, *, density: float, ties_scope: str, **_: object) -> dict[str, Any]:
+    """What TIES needs of the whole model before it merges."""
+    return _survey_ties(passes, _unchanged, density, ties_scope)
+
+
+@register(elementwise=True, keeps_single=False, survey=survey_ties)
+def ties(
+    task_vectors: Tensor,
+    part: Part,
+    thresholds: Mapping[str, Tensor],
+    majorities: Mapping[str, float],
+    *,
+    density: Fraction = 0.2,
+    ties_scope: Literal["global", "tensor"] = "global",
+    scaling_coefficient: float = 1.0,
+) -> Tensor:
+    """Trim, elect signs, average what agrees (Yadav et al., 2023, arXiv 2306.01708).
+
+    Every expert keeps its entries of largest magnitude; for each entry the sign of the kept sum is elected, and the
+    experts that agree with it are averaged. Where the sum is zero, the sign that was elected most often counts.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        part: where the entries stand.
+        thresholds: smallest magnitude kept, ``(experts,)`` by tensor name.
+        majorities: sign for sums of zero, by tensor name.
+        density: fraction of the entries that each expert keeps.
+        ties_scope: whether entries are ranked over all merged parameters together (as in the paper) or in each tensor.
+        scaling_coefficient: factor on the merged task vector.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    del density, ties_scope  # they went into the thresholds
+    trimmed = trim(task_vectors, thresholds[part.name])
+    return disjoint_mean(trimmed, elected_signs(trimmed, majorities[part.name])).mul_(scaling_coefficient)
+
+
+@register(elementwise=True, order_free=False, keeps_single=False, family_defaults=("scaling_coefficient",))
+def dare_ta(
+    task_vectors: Tensor,
+    part: Part,
+    seed: int,
+    experts: tuple[str, ...],
+    *,
+    drop_rate: DropRate = 0.2,
+    scaling_coefficient: float | list[float] = 0.3,
+) -> Tensor:
+    """Drop entries at random, rescale the rest, then task arithmetic (Yu et al., 2024, arXiv 2311.03099).
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        part: where the entries stand.
+        seed: seed of the run.
+        experts: names of the experts.
+        drop_rate: probability with which an entry of a task vector is dropped.
+        scaling_coefficient: factor on each task vector, one for all or a list with one per expert.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    dropped = drop_and_rescale(task_vectors, part, seed, experts, drop_rate)
+    weights = scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * len(experts)
+    return weighted_sum(dropped, weights)
+
+
+def survey_dare_ties(
+    passes: Passes, seed: int, *, density: float, ties_scope: str, drop_rate: float, **_: object
+) -> dict[str, Any]:
+    """What TIES needs of the whole model whose entries were dropped."""
+
+    def change(task_vectors: Tensor, part: Part) -> Tensor:
+        return drop_and_rescale(task_vectors, part, seed, passes.expert_names, drop_rate)
+
+    return _survey_ties(passes, change, density, ties_scope)
+
+
+@register(elementwise=True, order_free=False, keeps_single=False, survey=survey_dare_ties)
+def dare_ties(
+    task_vectors: Tensor,
+    part: Part,
+    seed: int,
+    experts: tuple[str, ...],
+    thresholds: Mapping[str, Tensor],
+    majorities: Mapping[str, float],
+    *,
+    drop_rate: DropRate = 0.2,
+    density: Fraction = 0.2,
+    ties_scope: Literal["global", "tensor"] = "global",
+    scaling_coefficient: float = 1.0,
+) -> Tensor:
+    """Drop entries at random, rescale the rest, then TIES (Yu et al., 2024, arXiv 2311.03099).
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        part: where the entries stand.
+        seed: seed of the run.
+        experts: names of the experts.
+        thresholds: smallest magnitude kept, ``(experts,)`` by tensor name.
+        majorities: sign for sums of zero, by tensor name.
+        drop_rate: probability with which an entry of a task vector is dropped.
+        density: fraction of the entries that each expert keeps.
+        ties_scope: whether entries are ranked over all merged parameters together (as in the paper) or in each tensor.
+        scaling_coefficient: factor on the merged task vector.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    dropped = drop_and_rescale(task_vectors, part, seed, experts, drop_rate)
+    options = {"density": density, "ties_scope": ties_scope, "scaling_coefficient": scaling_coefficient}
+    return ties(dropped, part, thresholds, majorities, **options)  # type: ignore[no-any-return]

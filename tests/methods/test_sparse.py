@@ -1,0 +1,213 @@
+"""TIES and DARE against peft, plain references and their definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.merge_utils import dare_linear
+from peft.utils.merge_utils import ties as peft_ties
+
+from expert_merging.merge import Part
+from expert_merging.methods.sparse import drop_and_rescale, trim, trim_thresholds
+from expert_merging.registry import find_method
+from tests.checkpoints import tensors_of, write_checkpoint
+from tests.command import flags, merged, refusal
+from tests.methods.test_all import OneTensor, apply, task_vectors
+
+NAMES = ("a", "b", "c")
+
+
+def plain_ties(given: torch.Tensor, density: float, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """TIES of task vectors ``(experts, entries)`` by sorting; entries are ranked among ``counted``, or themselves."""
+    everything = given if counted is None else counted
+    rank = int(round((1 - density) * everything.shape[1], 6))
+    ordered = everything.abs().sort(dim=1).values
+    thresholds = ordered[:, rank - 1] if rank else torch.zeros(len(given))
+    kept = torch.where(given.abs() >= thresholds[:, None], given, 0.0)
+    all_kept = torch.where(everything.abs() >= thresholds[:, None], everything, 0.0)
+    majority = all_kept.sum(0).sign().sum().sign()
+    signs = kept.sum(0).sign()
+    signs = torch.where(signs == 0, majority, signs)
+    agreeing = torch.where(kept.sign() == signs, kept, 0.0)
+    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
+
+
+@given(
+    experts=st.integers(1, 5),
+    entries=st.integers(1, 300),
+    density=st.sampled_from([0.1, 0.2, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 999),
+    rounded=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_ties_is_what_sorting_gives(experts, entries, density, seed, rounded):
+    """Rounded task vectors, as bfloat16 checkpoints have, bring ties in rank and sums that cancel."""
+    given_vectors = task_vectors((entries,), experts, seed)
+    if rounded:
+        given_vectors = (given_vectors * 20).round() / 20
+    torch.testing.assert_close(
+        apply(find_method("ties"), given_vectors, density=density), plain_ties(given_vectors, density)
+    )
+
+
+def test_ties_agrees_with_peft():
+    given_vectors = task_vectors((40, 25), experts=4)
+    # peft keeps exactly the given share; the published rule keeps the entry of rank k itself, which is one more.
+    theirs = peft_ties(list(given_vectors), torch.ones(4), density=0.3011)
+    torch.testing.assert_close(apply(find_method("ties"), given_vectors, density=0.3), theirs)
+
+
+@given(
+    exponent=st.integers(-30, 30),
+    entries=st.integers(1, 400),
+    density=st.floats(0.01, 1.0),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_thresholds_are_exact_at_any_magnitude(exponent, entries, density, seed):
+    given_vectors = task_vectors((entries,), 2, seed) * 10.0**exponent
+    found = trim_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
+    rank = int((1 - Decimal(str(density))) * entries)
+    expected = given_vectors.abs().kthvalue(rank, dim=1).values if rank else torch.zeros(2)
+    assert found.equal(expected)
+
+
+def test_what_equals_the_threshold_is_kept():
+    row = torch.tensor([[-0.5, 0.25, 0.5, 0.0, -0.25]])
+    assert trim(row, torch.tensor([0.5])).tolist() == [[-0.5, 0.0, 0.5, 0.0, 0.0]]
+    assert trim(row, torch.tensor([0.0])).equal(row)
+
+
+def test_density_one_averages_what_agrees():
+    given_vectors = torch.tensor([[1.0, -2.0, 3.0], [3.0, 1.0, -3.0]])
+    # Sums 4, -1, 0: the signs +, - and, for the zero, the majority's, which is 0 here, so nothing agrees.
+    assert apply(find_method("ties"), given_vectors, density=1.0).tolist() == [2.0, -2.0, 0.0]
+    more = torch.cat([given_vectors, torch.ones(2, 1)], dim=1)
+    assert apply(find_method("ties"), more, density=1.0).tolist() == [2.0, -2.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_entries_are_ranked_over_the_model_or_in_each_tensor(scope, tmp_path):
+    shapes = {"a.weight": (30, 20), "b.weight": (500,), "c.norm.weight": (9,)}
+    generator = torch.Generator().manual_seed(0)
+    base_tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    base = write_checkpoint(tmp_path / "base", base_tensors)
+    experts = {}
+    for number, name in enumerate(NAMES):
+        # The second tensor changes much more than the first, so that global ranks differ from ranks in each tensor.
+        tensors = {
+            key: value + 10.0**position * 0.01 * torch.randn(value.shape, generator=generator)
+            for position, (key, value) in enumerate(base_tensors.items())
+        }
+        experts[name] = write_checkpoint(tmp_path / f"expert{number}", tensors)
+    run = merged(tmp_path / "out", "--method", "ties", "--ties_scope", scope, *flags(base, **experts))
+    vectors = {
+        key: torch.stack([(tensors_of(folder)[key] - value).flatten() for folder in experts.values()])
+        for key, value in base_tensors.items()
+        if "norm" not in key
+    }
+    result = tensors_of(run.model)
+    for key, rows in vectors.items():
+        counted = torch.cat(list(vectors.values()), dim=1) if scope == "global" else None
+        expected = base_tensors[key] + plain_ties(rows, 0.2, counted).view(shapes[key])
+        torch.testing.assert_close(result[key], expected, rtol=1e-5, atol=1e-6)
+    assert result["c.norm.weight"].equal(base_tensors["c.norm.weight"])
+
+
+def part_of(entries: int, name: str = "w") -> Part:
+    return Part(name, (entries,), 0, entries)
+
+
+def mask(entries: int, rate: float, seed: int = 0, name: str = "w", experts=("a",)) -> torch.Tensor:
+    return drop_and_rescale(torch.ones(len(experts), entries), part_of(entries, name), seed, experts, rate)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
+def test_the_share_that_is_dropped_and_the_mean_that_is_kept(rate):
+    drawn = mask(1_000_000, rate)
+    assert drawn.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
+    assert (drawn == 0).float().mean().item() == pytest.approx(rate, abs=0.002)
+    assert drawn.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_masks_depend_on_seed_expert_and_name_alone():
+    drawn = mask(1000, 0.5)
+    assert drawn.equal(mask(1000, 0.5))
+    assert not drawn.equal(mask(1000, 0.5, seed=1))
+    assert not drawn.equal(mask(1000, 0.5, name="v"))
+    assert not drawn.equal(mask(1000, 0.5, experts=("b",)))
+    both, swapped = mask(1000, 0.5, experts=("a", "b")), mask(1000, 0.5, experts=("b", "a"))
+    assert both[0].equal(drawn[0])
+    assert both.equal(swapped.flip(0))
+
+
+def test_any_block_of_a_large_tensor_is_drawn_alone():
+    """Blocks that begin, end and pass over the segments that random numbers are drawn in."""
+    whole, part = mask(200_000, 0.5), part_of(200_000)
+    for start, stop in [(0, 10), (65_530, 65_540), (65_536, 131_072), (100_000, 199_999), (131_072, 200_000)]:
+        block = drop_and_rescale(torch.ones(1, stop - start), replace(part, start=start, stop=stop), 0, ("a",), 0.5)
+        assert block.equal(whole[:, start:stop])
+
+
+def test_nothing_dropped_is_the_plain_method():
+    given_vectors = task_vectors((6, 5))
+    for name, plain in {"dare_ta": "task_arithmetic", "dare_ties": "ties"}.items():
+        dropped = apply(find_method(name), given_vectors, drop_rate=0.0, scaling_coefficient=0.7)
+        assert dropped.equal(apply(find_method(plain), given_vectors, scaling_coefficient=0.7))
+
+
+def test_dare_with_its_own_masks_agrees_with_peft(monkeypatch):
+    """peft draws its masks itself; given ours, it computes the same."""
+    given_vectors = task_vectors((30, 20))
+    part = Part("weight", (30, 20), 0, 600)
+    masks = drop_and_rescale(torch.ones_like(given_vectors), part, 3, ("expert 0", "expert 1", "expert 2"), 0.25) > 0
+    drawn = iter(masks.float())
+    monkeypatch.setattr(torch, "bernoulli", lambda *_args, **_keywords: next(drawn))
+    theirs = dare_linear(list(given_vectors), torch.full((3,), 0.4), density=0.75)
+    ours = apply(find_method("dare_ta"), given_vectors, drop_rate=0.25, scaling_coefficient=0.4)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dare_ties_trims_what_was_not_dropped():
+    given_vectors = task_vectors((400,))
+    dropped = drop_and_rescale(
+        given_vectors, Part("weight", (400,), 0, 400), 3, tuple(f"expert {k}" for k in range(3)), 0.3
+    )
+    ours = apply(find_method("dare_ties"), given_vectors, drop_rate=0.3, density=0.4)
+    torch.testing.assert_close(ours, plain_ties(dropped, 0.4))
+
+
+@pytest.mark.parametrize("method", ["dare_ta", "dare_ties", "ties"])
+def test_shards_do_not_change_the_result(method, tiny_zoo, tmp_path):
+    """The same tensors in one file or in many give the same bytes."""
+    folders = {}
+    for name, source in {"base": "Mistral-7B-v0.1", "a": "MAmmoTH2-7B", "b": "Mistral-7B-codealpaca-lora"}.items():
+        tensors = tensors_of(tiny_zoo / source)
+        folders[name] = write_checkpoint(tmp_path / name, *({key: value} for key, value in sorted(tensors.items())))
+    arguments = ["--method", method, "--seed", "5"]
+    sharded = merged(tmp_path / "sharded", *arguments, *flags(folders["base"], a=folders["a"], b=folders["b"]))
+    single = merged(
+        tmp_path / "single",
+        *arguments,
+        *flags(tiny_zoo / "Mistral-7B-v0.1", a=tiny_zoo / "MAmmoTH2-7B", b=tiny_zoo / "Mistral-7B-codealpaca-lora"),
+    )
+    expected = tensors_of(single.model)
+    assert all(tensor.equal(expected[name]) for name, tensor in tensors_of(sharded.model).items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--density", "80", "--density must be a number in (0, 1], got 80; for 80 % write 0.8"),
+        ("--density", "0", "--density must be a number in (0, 1], got 0"),
+        ("--drop_rate", "1", "--drop_rate must be a number in [0, 1), got 1"),
+        ("--ties_scope", "layer", "--ties_scope must be 'global' or 'tensor', got layer"),
+    ],
+)
+def test_options_out_of_range_are_refused(flag, value, message, tiny_zoo, capsys):
+    assert refusal(capsys, "--method", "dare_ties", "--cache_dir", tiny_zoo, flag, value) == message
