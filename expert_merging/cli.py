@@ -28,8 +28,10 @@ from expert_merging.registry import all_methods
 if TYPE_CHECKING:
     from expert_merging.console import Terminal
     from expert_merging.learned import Work
-    from expert_merging.merge import Rule, Summary
+    from expert_merging.merge import Summary
+    from expert_merging.plan import Rule
     from expert_merging.run import Run
+    from expert_merging.streaming import Team
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,7 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         return _merge(resolve(given, os.environ, backbone), backbone)
     except InputError as error:
         if _is_main_process():
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+            _tell(error)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -68,6 +69,11 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _tell(error: InputError) -> None:
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+
+
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -75,8 +81,6 @@ def _is_main_process() -> bool:
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
     from expert_merging.console import Terminal
 
-    if not _is_main_process() and not resolved.method.learns:
-        return 0  # before any check, which could stumble over what the main process is just writing
     terminal = Terminal(quiet=not _is_main_process())
     job = None
     try:
@@ -85,6 +89,10 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
             job.print_plan()
             return 0
         return job.run_all()
+    except InputError as error:
+        if job is not None and not _is_main_process():
+            _tell(error)  # found while working on this process's share
+        raise
     finally:
         if job is not None:
             job.run.release()
@@ -95,7 +103,7 @@ class _Job:
     """One run from its checked options to its result."""
 
     def __init__(self, resolved: Resolved, backbone: Backbone, terminal: Terminal) -> None:
-        from expert_merging.merge import make_plan
+        from expert_merging.plan import make_plan
 
         self.resolved, self.backbone, self.terminal = resolved, backbone, terminal
         problems = Problems()
@@ -106,6 +114,7 @@ class _Job:
             with problems.collecting():
                 self.device = _choose_device(resolved.general["device"])
         problems.check()
+        self.team = _join_processes(resolved.method.learns, self.device)
         _check_one_per_expert(resolved, tuple(self.plan.experts))
         self.description = self._describe()
         self.run, self.work, earlier = self._open_run()
@@ -156,8 +165,7 @@ class _Job:
         problems.check()
         if general["seed"] < 0:
             self.description["seed"] = run.recorded_seed(self.description["seed"])
-            if method.learns:  # other methods have only the main process at work
-                self.description["seed"] = _from_main_process(self.description["seed"], self.device)
+            self.description["seed"] = _from_main_process(self.description["seed"])
         work = None
         if method.learns:
             context = Context(
@@ -192,12 +200,15 @@ class _Job:
                 self.run.begin(self.description)
                 self.terminal.log_to(self.run.log)
             self._log_start()
+            self.team.wait()
             rule = self._rule()
-            if not _is_main_process():
-                return 0
+            if not _is_main_process() and self.team.size == 1:
+                return 0  # has learned with the others; the main process merges
             summary = self._write(rule)
+        if not _is_main_process():
+            return 0
         self._report(summary, time.monotonic() - start)
-        if _is_main_process() and self.resolved.general["run_tests"]:
+        if self.resolved.general["run_tests"]:
             self._ask_questions()
         return 0
 
@@ -214,9 +225,9 @@ class _Job:
             return self.work.run().rule
         import torch
 
-        from expert_merging.merge import Passes
+        from expert_merging.streaming import Passes
 
-        passes = Passes(self.plan, torch.device(self.device), self.terminal.progress)
+        passes = Passes(self.plan, torch.device(self.device), self.terminal.progress, self.team)
         return self.resolved.method.rule(passes, self.description["seed"], self.resolved.options)
 
     def _write(self, rule: Rule) -> Summary:
@@ -233,7 +244,10 @@ class _Job:
             elementwise=self.resolved.method.elementwise,
             device=torch.device(self.device),
             progress=self.terminal.progress,
+            team=self.team,
         )
+        if not _is_main_process():
+            return summary
         card = model_card(
             self.description,
             title=self.run.folder.name,
@@ -318,16 +332,35 @@ class _Job:
             logger.info("question: %s\nanswer: %s", question, answer.strip())
 
 
-def _from_main_process(value: int, device: str) -> int:
-    """The main process's value, in every process of a parallel run."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return value
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+def _join_processes(learns: bool, device: str) -> Team:
+    """Meet the other processes of a parallel run; the team that merges, which for a method that learns is one process.
 
-    PartialState(cpu=device == "cpu")
+    Learning runs on what accelerate sets up for the device. Merging exchanges little, and always between CPUs.
+    """
+    from expert_merging.streaming import Team
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    if learns:
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu")
+        return Team()
+    import torch
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return Team(int(os.environ["RANK"]), size)
+
+
+def _from_main_process(value: int) -> int:
+    """The main process's value, in every process of a parallel run."""
+    import torch
+
     shared = [value]
-    broadcast_object_list(shared)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared)
     return shared[0]
 
 
@@ -335,7 +368,8 @@ def _choose_device(asked: str) -> str:
     import torch
 
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return own if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:

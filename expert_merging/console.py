@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from expert_merging.merge import Advance
+from expert_merging.plan import Advance
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
@@ -68,7 +68,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Advance]:
-        """A bar with throughput and time left; see `expert_merging.merge.Progress`."""
+        """A bar with throughput and time left; see `expert_merging.plan.Progress`."""
         start = time.monotonic()
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]

@@ -8,130 +8,25 @@ the shards that are missing.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from expert_merging.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    Entry,
-    check_experts,
-    check_other_files,
-    other_files,
-    read_exactly,
-)
-from expert_merging.errors import InputError, Problems
+from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, other_files, read_exactly
+from expert_merging.errors import InputError
+from expert_merging.plan import Advance, Part, Plan, Progress, Rule
+from expert_merging.streaming import ALONE, BLOCK, Block, Team, read_task_vectors, work_through, worker_count
 from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-# Entries of one block. Few enough that the blocks of base and experts stay in a core's cache, enough to keep calls
-# rare.
-BLOCK = 1 << 17
 _COPY_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which entries of which tensor a rule is given.
-
-    Args:
-        name: tensor name.
-        shape: shape of the whole tensor.
-        start: first entry of the flattened tensor.
-        stop: end of the entries.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def elements(self) -> int:
-        """Number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-
-class Rule(Protocol):
-    """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector."""
-
-    def __call__(self, task_vectors: Tensor, part: Part, /) -> Tensor:
-        """Merge one part."""
-        ...
-
-
-Advance = Callable[..., None]
-
-
-class Progress(Protocol):
-    """Shows how far a piece of work is: ``with progress(title, total, unit) as advance: advance(count, note)``."""
-
-    def __call__(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
-        """Start a piece of work of ``total`` units."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is merged, checked from headers alone.
-
-    Args:
-        base: the base model.
-        experts: expert checkpoints by name, in order.
-        merged: names of the tensors to merge, in the order of the base's files.
-    """
-
-    base: Checkpoint
-    experts: Mapping[str, Checkpoint]
-    merged: tuple[str, ...]
-
-    @property
-    def output_bytes(self) -> int:
-        """Size of the merged weight files."""
-        return sum(file.stat().st_size for file in self.base.files)
-
-    @property
-    def merged_elements(self) -> int:
-        """Number of entries that are merged."""
-        return sum(self.base.entries[name].elements for name in self.merged)
-
-
-def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: list[str]) -> Plan:
-    """Open all checkpoints and check that they fit together.
-
-    Raises:
-        InputError: every problem found in any of them.
-    """
-    problems = Problems()
-    opened: dict[str, Checkpoint] = {}
-    for name, folder in {"": base_folder, **expert_folders}.items():
-        with problems.collecting():
-            opened[name] = Checkpoint(folder)
-    if not expert_folders:
-        problems.add("there is nothing to merge: give at least one --expert NAME=PATH")
-    if len(opened) > 1 and "" in opened:
-        base = opened.pop("")
-        with problems.collecting():
-            check_other_files(base.folder)
-        with problems.collecting():
-            merged = check_experts(base, opened, excluded)
-    problems.check()
-    return Plan(base, opened, tuple(merged))
 
 
 @dataclass
@@ -151,15 +46,18 @@ def working_memory(plan: Plan, *, elementwise: bool) -> int:
     """Bytes of float32 working memory that merging needs, whatever the size of the model for element-wise rules."""
     largest = max(plan.base.entries[name].elements for name in plan.merged)
     copies = len(plan.experts) + 4
-    return 4 * copies * (min(BLOCK, largest) * _worker_count() if elementwise else largest)
-
-
-def _worker_count() -> int:
-    return max(2, min(8, os.cpu_count() or 1))
+    return 4 * copies * (min(BLOCK, largest) * worker_count() if elementwise else largest)
 
 
 def write_merged(
-    plan: Plan, rule: Rule, folder: Path, *, elementwise: bool, device: torch.device, progress: Progress
+    plan: Plan,
+    rule: Rule,
+    folder: Path,
+    *,
+    elementwise: bool,
+    device: torch.device,
+    progress: Progress,
+    team: Team = ALONE,
 ) -> Summary:
     """Merge every parameter and write a complete checkpoint folder.
 
@@ -173,13 +71,14 @@ def write_merged(
         elementwise: the rule may be fed blocks.
         device: where the arithmetic is done.
         progress: shows throughput in bytes read.
+        team: the processes that share the work; each calls this function.
 
     Raises:
         InputError: NaN or infinite values, named by expert and tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    merger = _Merger(plan, rule, elementwise, device)
+    merger = _Merger(plan, rule, elementwise, device, team)
     per_element = {
         file: sum(entry.size for entry in plan.base.in_file(file)) * (1 + len(plan.experts)) for file in plan.base.files
     }
@@ -191,7 +90,8 @@ def write_merged(
                 advance(per_element[file], file.name)
                 continue
             summary.changes |= merger.write(file, target, advance)
-    copy_other_files(plan.base, folder)
+    if team.rank == 0:
+        copy_other_files(plan.base, folder)
     return summary
 
 
@@ -211,42 +111,60 @@ def copy_other_files(base: Checkpoint, folder: Path) -> None:
 class _Merger:
     """Merges the tensors of one file after another, a few blocks at a time."""
 
-    def __init__(self, plan: Plan, rule: Rule, elementwise: bool, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rule: Rule, elementwise: bool, device: torch.device, team: Team) -> None:
         self.plan = plan
         self.rule = rule
         self.elementwise = elementwise
         self.device = device
+        self.team = team
         self.merged = set(plan.merged)
         self.lock = threading.Lock()
-        self.workers = _worker_count() if elementwise else 1
+        self.workers = worker_count() if elementwise else 1
 
     def write(self, file: Path, target: Path, advance: Advance) -> dict[str, float]:
-        """Write one shard; the relative change of each merged tensor."""
+        """Write one shard together with the team; the relative change of each merged tensor."""
+        import torch
+
         base = self.plan.base
-        norms = {entry.name: [0.0, 0.0] for entry in base.in_file(file) if entry.name in self.merged}
-        writer = ShardWriter(target, base.headers[file.name], file.stat().st_size)
+        names = [entry.name for entry in base.in_file(file) if entry.name in self.merged]
+        squares = torch.zeros(len(names), 2, dtype=torch.float64)
+        writer = self._open(file, target)
 
         def work(entry: Entry, start: int, stop: int) -> None:
             if entry.name in self.merged:
-                change, size = self._merge(entry, start, stop, writer)
+                change_and_size = torch.tensor(self._merge(entry, start, stop, writer), dtype=torch.float64)
                 with self.lock:
-                    norms[entry.name][0] += change
-                    norms[entry.name][1] += size
+                    squares[names.index(entry.name)] += change_and_size
             else:
                 self._copy(entry, start, stop, writer)
             with self.lock:
-                share = (stop - start) / max(1, self._length(entry))
+                share = self.team.size * (stop - start) / max(1, self._length(entry))
                 advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
         try:
-            _work_through(self._blocks(file), work, workers=self.workers, alone=self.elementwise)
+            work_through(self.team.share(self._blocks(file)), work, workers=self.workers, alone=self.elementwise)
         except BaseException:
             writer.abandon()
             raise
-        writer.finish()
-        return {name: math.sqrt(change / size) if size else 0.0 for name, (change, size) in norms.items()}
+        totals = self.team.add(squares)  # and by that, all processes have written their blocks
+        assert totals is not None  # noqa: S101  (every process brings a tensor)
+        if self.team.rank == 0:
+            writer.finish()
+        else:
+            writer.leave()
+        return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(names, totals, strict=True)}
 
-    def _blocks(self, file: Path) -> Iterator[tuple[Entry, int, int]]:
+    def _open(self, file: Path, target: Path) -> ShardWriter:
+        """The shard being written: made by the first process, joined by the others."""
+        header, size = self.plan.base.headers[file.name], file.stat().st_size
+        if self.team.rank == 0:
+            writer = ShardWriter(target, header, size)
+            self.team.wait()
+            return writer
+        self.team.wait()
+        return ShardWriter(target)
+
+    def _blocks(self, file: Path) -> Iterator[Block]:
         """Pieces of the file's tensors: blocks of entries, whole tensors for other rules, bytes for copies."""
         for entry in self.plan.base.in_file(file):
             length = self._length(entry)
@@ -267,7 +185,7 @@ class _Merger:
         """Merge entries ``[start, stop)`` and write them; squared norms of the change and of the base."""
         import torch
 
-        base, task_vectors = _read_task_vectors(self.plan, entry.name, start, stop, self.device)
+        base, task_vectors = read_task_vectors(self.plan, entry.name, start, stop, self.device)
         part = Part(entry.name, entry.shape, start, stop)
         shaped = task_vectors if self.elementwise else task_vectors.view(len(task_vectors), *entry.shape)
         change = self.rule(shaped, part).reshape(-1)
@@ -281,119 +199,3 @@ class _Merger:
         data = memoryview(merged.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
         writer.write(data, entry.offset + start * merged.element_size())
         return squares, base_squares
-
-
-def _read_task_vectors(plan: Plan, name: str, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The base's entries ``[start, stop)``, ``(entries,)``, and all task vectors', ``(experts, entries)``; float32."""
-    import torch
-
-    base = plan.base.read(name, start, stop).to(device).float()
-    task_vectors = torch.empty(len(plan.experts), stop - start, device=device)
-    for row, expert in zip(task_vectors, plan.experts.values(), strict=True):
-        # Converting and subtracting apart is faster than one subtraction of mixed types.
-        row.copy_(expert.read(name, start, stop)).sub_(base)
-    # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for.
-    if not torch.isfinite(task_vectors.sum()):
-        _refuse_non_finite(plan, name, start, stop)
-    return base, task_vectors
-
-
-def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
-    """Say which checkpoint has NaN or infinite values; return where only the float32 sum overflowed."""
-    import torch
-
-    for expert, checkpoint in {"the base": plan.base, **plan.experts}.items():
-        bad = ~torch.isfinite(checkpoint.read(name, start, stop).double())
-        if bad.any():
-            who = expert if checkpoint is plan.base else f"expert {expert}"
-            count = int(bad.sum())
-            raise InputError(f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})")
-
-
-def _work_through(
-    blocks: Iterator[tuple[Entry, int, int]], work: Callable[[Entry, int, int], None], *, workers: int, alone: bool
-) -> None:
-    """Work through blocks with a few threads, at most a few blocks ahead, and stop at the first error.
-
-    Args:
-        blocks: arguments of the work.
-        work: called once for each block, from any thread.
-        workers: number of threads.
-        alone: each call computes with one thread, as many calls run side by side; otherwise with torch's own threads.
-    """
-    import torch
-
-    settings = (torch.set_num_threads, (1,)) if alone else (None, ())
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, "merge", *settings) as pool:
-        pending: set[Future[None]] = set()
-        try:
-            for block in blocks:
-                pending.add(pool.submit(work, *block))
-                if len(pending) >= 4 * workers:
-                    done, pending = wait(pending, return_when="FIRST_COMPLETED")
-                    for future in done:
-                        future.result()
-            for future in wait(pending, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Streaming passes over all task vectors, for methods that need something of the whole model before they merge.
-
-    Args:
-        plan: checkpoints and parameters.
-        device: where the arithmetic is done.
-        progress: shows throughput in bytes read.
-    """
-
-    plan: Plan
-    device: torch.device
-    progress: Progress
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        """Names of the experts, in the order of the rows."""
-        return tuple(self.plan.experts)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of entries of every merged tensor by name."""
-        return {name: self.plan.base.entries[name].elements for name in self.plan.merged}
-
-    def total(self, function: Callable[[Tensor, Part], Tensor], title: str, only: str | None = None) -> Tensor | None:
-        """Sum of a function over all blocks of all merged tensors, or of a single one.
-
-        Args:
-            function: ``(task_vectors (experts, entries), part) -> tensor`` of one shape and an exact type (whole
-                numbers or float64), so that the sum does not depend on the order of the blocks.
-            title: shown beside the progress bar.
-            only: name of the single tensor.
-
-        Returns:
-            The sum, None where there is no entry.
-        """
-        entries = [self.plan.base.entries[name] for name in ([only] if only else self.plan.merged)]
-        totals: list[Tensor] = []
-        lock = threading.Lock()
-        width = 1 + len(self.plan.experts)
-
-        def work(entry: Entry, start: int, stop: int) -> None:
-            _, task_vectors = _read_task_vectors(self.plan, entry.name, start, stop, self.device)
-            value = function(task_vectors, Part(entry.name, entry.shape, start, stop))
-            with lock:
-                totals[:] = [totals[0].add_(value)] if totals else [value]
-                advance(width * entry.size * (stop - start) / entry.elements, entry.name)
-
-        blocks = (
-            (entry, start, min(start + BLOCK, entry.elements))
-            for entry in entries
-            for start in range(0, entry.elements, BLOCK)
-        )
-        with self.progress(title, width * sum(entry.size for entry in entries), "B") as advance:
-            _work_through(blocks, work, workers=_worker_count(), alone=True)
-        return totals[0] if totals else None

@@ -200,8 +200,8 @@ class Method:
         keeps_single: one expert with coefficient 1 gives that expert.
         family_defaults: options whose default the model family sets.
         survey: ``(passes, seed, **options) -> values``, run before merging by a method that needs something of the
-            whole model first; ``passes`` is an `expert_merging.merge.Passes`.
-        needs: what else the function takes, by name: ``part`` (an `expert_merging.merge.Part`), ``seed``, ``experts``
+            whole model first; ``passes`` is an `expert_merging.streaming.Passes`.
+        needs: what else the function takes, by name: ``part`` (an `expert_merging.plan.Part`), ``seed``, ``experts``
             (names), and values of the survey. They are its positional parameters after the task vectors.
     """
 

@@ -41,16 +41,19 @@ class ShardWriter:
 
     Args:
         target: final path.
-        header: length field and header, as read from the base's file.
+        header: length field and header, as read from the base's file; None to write to a file that another process has
+            made and will finish.
         size: final size in bytes.
     """
 
-    def __init__(self, target: Path, header: bytes, size: int) -> None:
+    def __init__(self, target: Path, header: bytes | None = None, size: int = 0) -> None:
         self.target = target
         self.temporary = partial_name(target)
-        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.truncate(self.descriptor, size)
-        self.write(memoryview(header), 0)
+        flags = os.O_RDWR if header is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        self.descriptor = os.open(self.temporary, flags, 0o644)
+        if header is not None:
+            os.truncate(self.descriptor, size)
+            self.write(memoryview(header), 0)
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view at the offset."""
@@ -64,6 +67,10 @@ class ShardWriter:
         os.close(self.descriptor)
         os.rename(self.temporary, self.target)
         sync_folder(self.target.parent)
+
+    def leave(self) -> None:
+        """Close the file for the process that made it to finish."""
+        os.close(self.descriptor)
 
     def abandon(self) -> None:
         """Close and remove the temporary file."""

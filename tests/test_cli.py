@@ -388,15 +388,11 @@ def test_help_tells_every_option(capsys, monkeypatch):
     assert "Default: 0.8." in shown
 
 
-def test_processes_beside_the_main_one_leave_closed_forms_to_it(command, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_by_the_main_process_alone(command, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert merge(*command) == 0
-    (tmp_path / "a" / "config.json").unlink()
-    assert merge(*command) == 0
     assert merge(*command, "--sede", "1") == 1
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-    assert not (tmp_path / "out").exists()
 
 
 # What is refused

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from expert_merging import merge
 from expert_merging.errors import InputError
-from expert_merging.merge import Plan, make_plan, working_memory, write_merged
+from expert_merging.merge import working_memory, write_merged
 from expert_merging.methods.linear import task_arithmetic, weight_average
+from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
 
@@ -110,7 +111,7 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "BLOCK", draw(st.integers(1, 50)))
         patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
-        patch.setattr(merge, "_worker_count", lambda: draw(st.integers(1, 4)))
+        patch.setattr(merge, "worker_count", lambda: draw(st.integers(1, 4)))
         folders = []
         for seed, count in enumerate(counts):
             tensors = random_tensors(shapes, draw(types), seed)
@@ -322,7 +323,7 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
 
 
 def test_memory_is_estimated_by_blocks_or_by_the_largest_tensor(base, experts, monkeypatch):
-    monkeypatch.setattr(merge, "_worker_count", lambda: 2)
+    monkeypatch.setattr(merge, "worker_count", lambda: 2)
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     assert working_memory(plan, elementwise=False) == 4 * 7 * 45
     monkeypatch.setattr(merge, "BLOCK", 10)

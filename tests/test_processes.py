@@ -67,7 +67,7 @@ def test_the_script_runs_from_the_root_and_from_its_folder(tiny_zoo, tmp_path, e
     [
         (("accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1), 0),
         (("accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1), 0),
-        (("torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0), -1),
+        (("torch.distributed.run", "--standalone", "--nproc_per_node", 2), -1),
     ],
     ids=["one", "two", "torchrun"],
 )
@@ -78,6 +78,30 @@ def test_launchers_of_parallel_runs_start_it(tiny_zoo, tmp_path, expected, launc
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("merged model: ") == 1
     assert weights(contents(the_run(tmp_path).model)) == weights(expected)
+
+
+@pytest.mark.parametrize("damage", [False, True], ids=["merging", "finding a NaN"])
+def test_two_processes_write_the_bytes_of_one(damage, tmp_path):
+    """Blocks, thresholds and drawn numbers do not depend on who computes them; whoever finds a fault tells it."""
+    generator = torch.Generator().manual_seed(0)
+    folders = {}
+    for name in ("base", "a", "b"):
+        shards = [{f"{shard}.weight": torch.randn(400, 500, generator=generator)} for shard in range(3)]
+        if damage and name == "b":
+            shards[2]["2.weight"][-1, -1] = float("nan")
+        folders[name] = write_checkpoint(tmp_path / name, *shards)
+    experts = [f"--expert={name}={folders[name]}" for name in ("a", "b")]
+    command = [SCRIPT, "--method", "dare_ties", "--base_model_path", folders["base"], *experts, "--output_path"]
+    two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *command, tmp_path / "two")
+    if damage:
+        assert two.returncode != 0
+        assert "error: expert b has 1 NaN or infinite values in 2.weight" in two.stderr
+        assert not list((tmp_path / "two").glob("*/*/model"))
+        return
+    assert two.returncode == 0, two.stderr
+    assert start(*command, tmp_path / "one").returncode == 0
+    one, two = (weights(contents(the_run(tmp_path / folder).model)) for folder in ("one", "two"))
+    assert one == two
 
 
 MISTAKES = """

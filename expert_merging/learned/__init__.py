@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from expert_merging.backbone import Backbone
     from expert_merging.learned.coefficients import Coefficients
-    from expert_merging.merge import Progress
+    from expert_merging.plan import Progress
     from expert_merging.run import Run
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.merge import Part
+from expert_merging.plan import Part
 from expert_merging.writing import write_atomically
 
 
@@ -120,7 +120,7 @@ class Coefficients:
     provenance: Mapping[str, Any] | None = None
 
     def rule(self, task_vectors: Tensor, part: Part, /) -> Tensor:
-        """The merged task vector of a block, see `expert_merging.merge.Rule`."""
+        """The merged task vector of a block, see `expert_merging.plan.Rule`."""
         scale = torch.tensor(self.task_vector_scale, device=task_vectors.device)
         effective = self.values[part.name].to(task_vectors.device) * scale[:, None]
         return apply(effective, task_vectors.reshape(len(task_vectors), -1), part.start, math.prod(part.shape))

@@ -21,7 +21,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import CoefficientVector, apply, inner_products
 from expert_merging.learned.losses import hidden_alignment, logit_alignment
 from expert_merging.learned.targets import Target, hidden_states
-from expert_merging.merge import Plan
+from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
 from expert_merging.learned.coefficients import choose_chunks
-from expert_merging.merge import Plan
 from expert_merging.methods.learned import LearningOptions
+from expert_merging.plan import Plan
 
 
 @dataclass(frozen=True)

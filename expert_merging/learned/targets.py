@@ -21,7 +21,7 @@ from torch import Tensor
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.merge import Plan, Progress
+from expert_merging.plan import Plan, Progress
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)

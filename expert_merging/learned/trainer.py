@@ -22,8 +22,8 @@ from expert_merging.learned.live import LiveModel, TaskVectors, alignment_losses
 from expert_merging.learned.losses import regularisation
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.targets import Target, TargetMaker
-from expert_merging.merge import Advance, Plan
 from expert_merging.methods.learned import LearningOptions
+from expert_merging.plan import Advance, Plan
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from expert_merging.registry import Count, Interval, NotNegative, Positive, regi
 
 if TYPE_CHECKING:
     from expert_merging.learned import Context, Work
-    from expert_merging.merge import Plan
+    from expert_merging.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from expert_merging.registry import Fraction, Interval, register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.merge import Part, Passes
+    from expert_merging.plan import Part
+    from expert_merging.streaming import Passes
 
     Change = Callable[[Tensor, Part], Tensor]
 

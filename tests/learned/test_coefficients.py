@@ -19,7 +19,7 @@ from expert_merging.learned.coefficients import (
     inner_products,
     load_coefficients,
 )
-from expert_merging.merge import Part
+from expert_merging.plan import Part
 
 
 @given(elements=st.integers(1, 200), wanted=st.integers(1, 250))

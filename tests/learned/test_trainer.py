@@ -21,8 +21,8 @@ from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.live import LiveModel, TaskVectors
 from expert_merging.learned.settings import check
 from expert_merging.learned.trainer import Trainer, TrainingState, epoch_order
-from expert_merging.merge import make_plan
 from expert_merging.methods.learned import LearningOptions
+from expert_merging.plan import make_plan
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE, load_model
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks

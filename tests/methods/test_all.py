@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging.merge import Part
+from expert_merging.plan import Part
 from expert_merging.registry import Method, all_methods
 
 METHODS = [method for method in all_methods().values() if not method.learns]
@@ -31,7 +31,7 @@ def task_vectors(shape: tuple[int, ...], experts: int = 3, seed: int = 0) -> tor
 
 
 class OneTensor:
-    """Passes over a model that is a single tensor, as `expert_merging.merge.Passes` makes them over files."""
+    """Passes over a model that is a single tensor, as `expert_merging.streaming.Passes` makes them over files."""
 
     def __init__(self, task_vectors: torch.Tensor) -> None:
         self.task_vectors = task_vectors

@@ -1,0 +1,105 @@
+"""What is merged: checkpoints that fit together, and the words that rules and drivers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from expert_merging.checkpoint import Checkpoint, check_experts, check_other_files
+from expert_merging.errors import Problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which entries of which tensor a rule is given.
+
+    Args:
+        name: tensor name.
+        shape: shape of the whole tensor.
+        start: first entry of the flattened tensor.
+        stop: end of the entries.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        """Number of entries of the whole tensor."""
+        return math.prod(self.shape)
+
+
+class Rule(Protocol):
+    """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector."""
+
+    def __call__(self, task_vectors: Tensor, part: Part, /) -> Tensor:
+        """Merge one part."""
+        ...
+
+
+Advance = Callable[..., None]
+
+
+class Progress(Protocol):
+    """Shows how far a piece of work is: ``with progress(title, total, unit) as advance: advance(count, note)``."""
+
+    def __call__(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """Start a piece of work of ``total`` units."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is merged, checked from headers alone.
+
+    Args:
+        base: the base model.
+        experts: expert checkpoints by name, in order.
+        merged: names of the tensors to merge, in the order of the base's files.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    merged: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the merged weight files."""
+        return sum(file.stat().st_size for file in self.base.files)
+
+    @property
+    def merged_elements(self) -> int:
+        """Number of entries that are merged."""
+        return sum(self.base.entries[name].elements for name in self.merged)
+
+
+def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: list[str]) -> Plan:
+    """Open all checkpoints and check that they fit together.
+
+    Raises:
+        InputError: every problem found in any of them.
+    """
+    problems = Problems()
+    opened: dict[str, Checkpoint] = {}
+    for name, folder in {"": base_folder, **expert_folders}.items():
+        with problems.collecting():
+            opened[name] = Checkpoint(folder)
+    if not expert_folders:
+        problems.add("there is nothing to merge: give at least one --expert NAME=PATH")
+    if len(opened) > 1 and "" in opened:
+        base = opened.pop("")
+        with problems.collecting():
+            check_other_files(base.folder)
+        with problems.collecting():
+            merged = check_experts(base, opened, excluded)
+    problems.check()
+    return Plan(base, opened, tuple(merged))
