@@ -41,7 +41,6 @@ lint: .venv/.installed-dev  ## check format, style and types
 bench: setup  ## measure speed and memory against the limits of the machine
 	$(BIN)/python -m benchmarks.speed
 
-clean:  ## remove what was installed, trained, merged and measured
+clean:  ## remove what was installed, trained and measured; merged models in results/ stay
 	rm -rf .venv zoo/models benchmarks/work .pytest_cache .mypy_cache .ruff_cache
-	find results -mindepth 1 ! -name README.md -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +23,35 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The causal language model of the folder, in evaluation mode."""
     transformers = import_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     return model.eval()
 
 
+def parameter_names(folder: Path) -> list[str]:
+    """Names of the model's parameters in memory, from ``config.json`` alone.
+
+    Raises:
+        InputError: transformers has no causal language model for it, or only with code from the folder.
+    """
+    import torch
+
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(
+            f"{folder} is no causal language model that transformers knows, and code of checkpoints is not executed: "
+            + str(error).split("\n")[0]
+        ) from None
+    return [name for name, _ in model.named_parameters()]
+
+
 def load_processor(folder: Path) -> Any:
     """The tokenizer of the folder."""
-    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def encode_prompt(tokenizer: Any, sample: Sample, template: str | None) -> dict[str, Tensor]:
@@ -62,6 +84,7 @@ BACKBONE = Backbone(
     exclude_params=(".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={"scaling_coefficient": 0.3, "samples_per_task": 5, "sparsity_reg_weight": 0.8},
     load_model=load_model,
+    parameter_names=parameter_names,
     load_processor=load_processor,
     encode_prompt=encode_prompt,
     test_questions=(

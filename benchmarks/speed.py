@@ -8,10 +8,12 @@ leave out the start of the interpreter and of torch; memory is the process's lar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "work"
 EXPERTS = 5
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+# Peer's name of each method that both have, and the settings that make the results comparable.
+PEER_METHODS = {
+    "task_arithmetic": ("task_arithmetic", {"weight": 0.3}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.2}),
+    "dare_ties": ("dare_ties", {"weight": 1.0, "density": 0.8}),
+}
 
 _LIMIT = """
 import os, sys, time
@@ -85,7 +105,7 @@ def make_checkpoints(layers: int) -> list[Path]:
         for name, shape in parameter_shapes(layers):
             noise = torch.randn(shape, generator=generator).mul_(0.002 if number else 0.02)
             tensors[name] = (noise + base[name] if number else noise).to(torch.bfloat16)
-        (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": layers}))
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
         save_file(tensors, file.with_suffix(".partial"), metadata={"format": "pt"})
         file.with_suffix(".partial").rename(file)
     return folders
@@ -104,19 +124,101 @@ def measure(code: str, *arguments: str) -> dict[str, float]:
     return {"seconds": float(seconds), "peak_bytes": float(peak)}
 
 
+def method_arguments(method: str, folders: list[Path], output: Path) -> list[str]:
+    """Flags of a merge of everything, the embeddings included, on the CPU."""
+    arguments = ["--method", method, "--base_model_path", str(folders[0]), "--output_path", str(output)]
+    arguments += ["--exclude_params", "none", "--device", "cpu", "--run_name", "bench"]
+    for folder in folders[1:]:
+        arguments += ["--expert", f"{folder.name}={folder}"]
+    return arguments
+
+
 def run_method(method: str, folders: list[Path], repeats: int) -> dict[str, float]:
-    """Best of several merges by one method, everything but the embeddings' exclusion at its default."""
+    """Best of several merges by one method; start-up left out."""
     results = []
-    for repeat in range(repeats):
-        output = WORK / "runs"
-        shutil.rmtree(output, ignore_errors=True)
-        arguments = ["--method", method, "--base_model_path", str(folders[0]), "--output_path", str(output)]
-        arguments += ["--exclude_params", "none", "--device", "cpu", "--run_name", str(repeat)]
-        for folder in folders[1:]:
-            arguments += ["--expert", f"{folder.name}={folder}"]
+    for _ in range(repeats):
+        output = fresh_folder("runs")
+        arguments = method_arguments(method, folders, output)
         results.append(measure(_METHOD.format(root=str(ROOT), arguments=arguments)))
-    shutil.rmtree(WORK / "runs")
+    shutil.rmtree(output)
     return best(results)
+
+
+def fresh_folder(name: str) -> Path:
+    """A folder in the working place that does not exist yet."""
+    shutil.rmtree(WORK / name, ignore_errors=True)
+    return WORK / name
+
+
+def whole_process(command: list[str]) -> dict[str, float]:
+    """Run a command from start to end; its seconds and the largest anonymous memory seen, in bytes.
+
+    Anonymous memory is what the process allocated itself, without pages of mapped input files.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        peak = 0
+        while process.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+                peak = max(peak, 1024 * int(next(line for line in status if line.startswith("RssAnon")).split()[1]))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            errors = process.stderr.read().decode()[-2000:] if process.stderr else ""
+            raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
+    return {"seconds": seconds, "peak_bytes": peak}
+
+
+def peer_program() -> Path:
+    """mergekit, installed from the package index into an environment of its own."""
+    program = WORK / "mergekit" / "bin" / "mergekit-yaml"
+    if not program.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(WORK / "mergekit")], check=True)
+        packages = ["torch>=2.6,<2.14", "mergekit"]
+        subprocess.run([str(WORK / "mergekit" / "bin" / "pip"), "install", "--quiet", *packages], check=True)
+    return program
+
+
+def run_peer(method: str, folders: list[Path]) -> dict[str, float]:
+    """The same merge by mergekit, in float32 with bfloat16 output and its flags for little memory."""
+    import yaml
+
+    name, parameters = PEER_METHODS[method]
+    recipe = {
+        "merge_method": name,
+        "base_model": str(folders[0]),
+        "models": [{"model": str(folder), "parameters": parameters} for folder in folders[1:]],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    file = WORK / f"{method}.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    flags = ["--lazy-unpickle", "--low-cpu-memory", "--no-copy-tokenizer"]
+    result = whole_process([str(peer_program()), str(file), str(fresh_folder("peer")), *flags])
+    shutil.rmtree(WORK / "peer")
+    return result
+
+
+def compare_with_peer(folders: list[Path], methods: list[str]) -> dict[str, dict[str, float]]:
+    """Whole processes side by side, for the methods that both have."""
+    figures = {}
+    for method in methods:
+        output = fresh_folder("runs")
+        script = str(ROOT / "Mistral" / "model_merging.py")
+        ours = whole_process([sys.executable, script, *method_arguments(method, folders, output)])
+        shutil.rmtree(output)
+        theirs = run_peer(method, folders)
+        figures[method] = {
+            "seconds": ours["seconds"],
+            "peer_seconds": theirs["seconds"],
+            "times_faster": theirs["seconds"] / ours["seconds"],
+            "peak_bytes": ours["peak_bytes"],
+            "peer_peak_bytes": theirs["peak_bytes"],
+            "times_less_memory": theirs["peak_bytes"] / ours["peak_bytes"],
+        }
+    return figures
 
 
 def best(results: list[dict[str, float]]) -> dict[str, float]:
@@ -133,9 +235,12 @@ def main() -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", default=["weight_average", "task_arithmetic"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
+    )
     parser.add_argument("--layers", type=int, default=24, help="layers of the base, 24 in a Qwen2-0.5B (default: 24)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the fastest counts (default: 3)")
+    parser.add_argument("--peer", action="store_true", help="compare with mergekit as well, which takes many minutes")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args()
     folders = make_checkpoints(options.layers)
@@ -152,6 +257,22 @@ def main() -> None:
         size = f"{result['peak_bytes'] / 1e9:.2f} GB"
         table.add_row(method, f"{result['seconds']:.2f}", f"{figures[method]['ratio']:.2f}", size)
     Console().print(table)
+    if options.peer:
+        shared = [method for method in options.methods if method in PEER_METHODS]
+        figures["mergekit"] = compare_with_peer(folders, shared)
+        table = Table("whole process", "seconds", "mergekit", "faster", "peak memory", "mergekit", "less")
+        for method, found in figures["mergekit"].items():
+            ours, theirs = found["peak_bytes"] / 1e9, found["peer_peak_bytes"] / 1e9
+            table.add_row(
+                method,
+                f"{found['seconds']:.1f}",
+                f"{found['peer_seconds']:.1f}",
+                f"{found['times_faster']:.1f}x",
+                f"{ours:.2f} GB",
+                f"{theirs:.2f} GB",
+                f"{found['times_less_memory']:.0f}x",
+            )
+        Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -31,6 +31,7 @@ class Backbone:
         exclude_params: patterns of parameters that keep the base's value (`re.match` on file names).
         defaults: option defaults that differ from the methods' own.
         load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU.
+        parameter_names: ``(folder) -> names`` of the model's parameters in memory, without loading weights.
         load_processor: ``(folder) -> tokenizer or processor``.
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
             response starts.
@@ -46,6 +47,7 @@ class Backbone:
     exclude_params: tuple[str, ...]
     defaults: Mapping[str, Any]
     load_model: Callable[[Path, torch.dtype], Any]
+    parameter_names: Callable[[Path], list[str]]
     load_processor: Callable[[Path], Any]
     encode_prompt: Callable[[Any, Sample, str | None], dict[str, Tensor]]
     takes_images: bool = False

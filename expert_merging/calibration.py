@@ -25,7 +25,7 @@ class Sample:
         response: text that follows the prompt; None where the expert is to write it.
         identity: ``question_id`` of the entry, or its position in the file.
         images: pictures that belong to it.
-        finished: the response is whole; False for one that was cut off at its greatest length.
+        tokens: the response as an expert wrote it, its end token included; None where the file has the response.
     """
 
     task: str
@@ -34,7 +34,7 @@ class Sample:
     response: str | None
     identity: str
     images: tuple[Path, ...] = ()
-    finished: bool = True
+    tokens: tuple[int, ...] | None = None
 
 
 def load_samples(
@@ -60,6 +60,8 @@ def load_samples(
     Raises:
         InputError: a missing folder, an expert without samples, a faulty file or entry; all of them at once.
     """
+    if data_dir.is_file():
+        raise InputError(f"--data_dir {data_dir} is a file; give the folder that it lies in")
     if not data_dir.is_dir():
         raise InputError(
             f"calibration folder {data_dir} does not exist; give --data_dir a folder with one JSON file per task"
@@ -116,7 +118,8 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
         raise InputError(f"{where}: must be an object with a 'question', got {json.dumps(entry)[:60]}")
     question, response = entry.get("question"), entry.get("response")
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}")
+        fields = "" if "question" in entry else f" (its fields: {', '.join(map(str, entry)) or 'none'})"
+        raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}{fields}")
     if response is not None and not isinstance(response, str):
         raise InputError(f"{where}: 'response' must be a text (or left out), got {json.dumps(response)[:60]}")
     return Sample(

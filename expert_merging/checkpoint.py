@@ -47,6 +47,7 @@ _OTHER_WEIGHTS = re.compile(
     r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|safetensors)$|.*\.(bin|safetensors)\.index\.json$"
 )
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$")
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -161,12 +162,13 @@ class Checkpoint:
             os.close(self._descriptors.popitem()[1])
 
     def fingerprint(self) -> str:
-        """A digest that changes when weights change: all headers and evenly spaced samples of the data."""
+        """A digest that changes when weights do: of headers, sizes, times of change and samples of the data."""
         digest = hashlib.sha256()
         for file in self.files:
             header = self.headers[file.name]
             digest.update(header)
             size = file.stat().st_size
+            digest.update(f"{size} {file.stat().st_mtime_ns}".encode())
             step = max(1, (size - len(header)) // _SAMPLES)
             for position in range(len(header), size, step):
                 digest.update(os.pread(self.descriptor(file), _SAMPLE_BYTES, position))
@@ -273,7 +275,7 @@ def _read_header(file: Path) -> tuple[bytes, list[Entry]]:
         if len(length_field) < 8:
             raise broken
         length = struct.unpack("<Q", length_field)[0]
-        if 8 + length > size:
+        if 8 + length > size or length > _HEADER_BYTES:
             raise broken
         header = stream.read(length)
     try:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,13 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             _tell(error)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "the disk is full; make room, then the same command continues where it stopped"
+        elif error.filename is not None and error.strerror is not None:
+            problem = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        print("error: the disk is full; make room, then the same command continues where it stopped", file=sys.stderr)
+        _tell(InputError(problem))
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
@@ -138,7 +142,7 @@ class _Job:
                 name: checkpoint.fingerprint()
                 for name, checkpoint in {"base": self.plan.base, **self.plan.experts}.items()
             },
-            "inputs": {},
+            "inputs": {"device": self.device.split(":")[0], "version": __version__},
             "seed": seed,
             "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | {"device": self.device},
             "versions": _versions(),
@@ -173,7 +177,7 @@ class _Job:
             )
             with problems.collecting():
                 work = method.function(self.plan, context, **self.resolved.options)
-                self.description["inputs"] = dict(work.inputs)
+                self.description["inputs"] |= work.inputs
         earlier = None
         # The main process writes to the folder while the others start, so it alone looks at it.
         if _is_main_process() and not problems.found:
@@ -198,6 +202,7 @@ class _Job:
         else:
             if _is_main_process():
                 self.run.begin(self.description)
+                self.run.check(self.description)  # once more: nobody else can change it now
                 self.terminal.log_to(self.run.log)
             self._log_start()
             self.team.wait()
@@ -205,6 +210,7 @@ class _Job:
             if not _is_main_process() and self.team.size == 1:
                 return 0  # has learned with the others; the main process merges
             summary = self._write(rule)
+        self.team.part()
         if not _is_main_process():
             return 0
         self._report(summary, time.monotonic() - start)
@@ -216,8 +222,12 @@ class _Job:
         logger.info("method %s, run folder %s", self.resolved.method.name, self.run.folder)
         for line in self.plan_lines():
             logger.info("%s", line)
-        for name in self.resolved.ignored:
-            logger.warning("--%s is ignored: %s has no such option", name, self.resolved.method.name)
+        if self.resolved.ignored:
+            logger.warning("%s", self._ignored())
+
+    def _ignored(self) -> str:
+        flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
+        return f"ignored, since {self.resolved.method.name} has no such option: {flags}"
 
     def _rule(self) -> Rule:
         """The method's rule; learning happens here."""
@@ -279,8 +289,8 @@ class _Job:
         lines.append(
             f"writes {_size(plan.output_bytes)}; merging needs about {_size(memory)} of memory on {self.device}"
         )
-        if method.learns:
-            model = sum(entry.elements for entry in plan.base.entries.values())
+        if self.work and self.work.trains:
+            model = plan.base_elements
             lines.append(
                 f"learning holds one model ({_size(4 * model)} in float32, half in half precision), one sample's "
                 "activations, and task vectors where they fit"
@@ -293,10 +303,8 @@ class _Job:
     def print_plan(self) -> None:
         for line in (f"method {self.resolved.method.name}, run folder {self.run.folder}", *self.plan_lines()):
             self.terminal.console.print(line, markup=False)
-        for name in self.resolved.ignored:
-            self.terminal.console.print(
-                f"--{name} is ignored: {self.resolved.method.name} has no such option", markup=False
-            )
+        if self.resolved.ignored:
+            self.terminal.console.print(self._ignored(), markup=False)
         self.terminal.console.print("dry run: all checks passed, nothing was written")
 
     def _report(self, summary: Summary | None, seconds: float) -> None:
@@ -323,7 +331,7 @@ class _Job:
         from expert_merging.learned.targets import generate
 
         processor = self.backbone.load_processor(self.run.model)
-        dtype = torch.float32 if self.device == "cpu" else next(iter(self.plan.base.entries.values())).torch_dtype
+        dtype = torch.float32 if self.device == "cpu" else self.plan.base.entries[self.plan.merged[0]].torch_dtype
         model = self.backbone.load_model(self.run.model, dtype).to(self.device)
         for number, question in enumerate(self.backbone.test_questions):
             sample = Sample("test", "", question, None, str(number))
@@ -345,7 +353,8 @@ def _join_processes(learns: bool, device: str) -> Team:
     if learns:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu")
+        # The others wait while the main process asks the experts, which may take longer than the usual ten minutes.
+        PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
         return Team()
     import torch
 

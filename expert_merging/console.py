@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -28,6 +27,19 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints log lines above the progress bars, unwrapped, so that paths and commands can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self.console.print(self.format(record), style=style, markup=False, soft_wrap=True)
+
+
 class Terminal:
     """Shows log lines and progress of one process.
 
@@ -39,12 +51,7 @@ class Terminal:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.handlers: list[logging.Handler] = []
         if not quiet:
-            self._add(self._console_handler())
-
-    def _console_handler(self) -> logging.Handler:
-        if self.console.is_terminal:
-            return RichHandler(console=self.console, show_path=False, log_time_format="%H:%M:%S", highlighter=None)
-        return logging.StreamHandler(self.console.file)
+            self._add(_ConsoleHandler(self.console))
 
     def _add(self, handler: logging.Handler) -> None:
         package = logging.getLogger(_PACKAGE)

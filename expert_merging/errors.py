@@ -54,6 +54,12 @@ def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
     by_normal = {normal(candidate): candidate for candidate in known}
     close = difflib.get_close_matches(normal(name), list(by_normal), n=1, cutoff=0.6)
     close = close or [candidate for candidate in by_normal if name and candidate.startswith(normal(name))][:1]
+    # Initials are a common short form, such as lr.
+    close = close or [candidate for candidate in by_normal if _initials(candidate) == normal(name)][:1]
     if close:
         return f"Did you mean {by_normal[close[0]]!r}?"
     return f"Known: {', '.join(sorted(known))}." if known else "None is known."
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))

@@ -237,7 +237,7 @@ def merge_entries(name: str, values: list[str]) -> dict[str, Any]:
         else:
             key, equals, value = text.partition("=")
             if not equals or not key or not value:
-                raise InputError(f"--{name} takes NAME=VALUE or a JSON object, got {text!r}")
+                raise InputError(f'--{name} takes NAME=VALUE or a JSON object such as {{"NAME": 1}}, got {text!r}')
             entries = {key: value}
         repeated = sorted(set(entries) & set(merged))
         if repeated:
@@ -297,7 +297,9 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
 
     config = read_config(Path(given["config"])) if "config" in given else {}
     dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
-    cache_dir = environment.get("CACHE_DIR") or dotenv.get("CACHE_DIR")
+    # What .env says of a folder is meant from where .env lies, whatever folder the command runs in.
+    folder = dotenv.get("CACHE_DIR")
+    cache_dir = environment.get("CACHE_DIR") or (str(ROOT / Path(folder).expanduser()) if folder else None)
     values = {**({"cache_dir": cache_dir} if cache_dir else {}), **config, **given}
     method = find_method(str(values.get("method", GENERAL["method"].default)))
     problems = Problems()

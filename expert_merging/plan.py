@@ -77,6 +77,11 @@ class Plan:
         return sum(file.stat().st_size for file in self.base.files)
 
     @property
+    def base_elements(self) -> int:
+        """Number of entries of the base."""
+        return sum(entry.elements for entry in self.base.entries.values())
+
+    @property
     def merged_elements(self) -> int:
         """Number of entries that are merged."""
         return sum(self.base.entries[name].elements for name in self.merged)

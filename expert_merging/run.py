@@ -30,6 +30,7 @@ class Run:
         self.folder = folder
         self.log = folder / "merge.log"
         self.config = folder / "config.json"
+        self.lock = folder / ".lock"
         self.model = folder / "model"
         self.partial_model = folder / "model.partial"
         self.board = folder / "board"
@@ -61,7 +62,10 @@ class Run:
         if not existing.is_dir():
             raise InputError(f"{existing} is a file where the run needs a folder; move it away")
         # A run that was stopped in its first moments, or that another process is just beginning, is no other run.
-        if existing != self.folder or {path.name for path in self.folder.iterdir()} <= {partial_name(self.config).name}:
+        if existing != self.folder or {path.name for path in self.folder.iterdir()} <= {
+            partial_name(self.config).name,
+            self.lock.name,
+        }:
             return None
         advice = "choose another --run_name, or move the folder away"
         earlier = self._record()
@@ -92,7 +96,7 @@ class Run:
             InputError: another process is writing to the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

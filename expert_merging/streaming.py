@@ -56,6 +56,14 @@ class Team:
 
             torch.distributed.barrier()
 
+    def part(self) -> None:
+        """Close the connections; without this, a process that ends early can break one that does not."""
+        if self.size > 1:
+            import torch
+
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
     def add(self, value: Tensor | None) -> Tensor | None:
         """Sum of the processes' tensors, in every process; None counts as nothing."""
         if self.size == 1:

@@ -78,6 +78,17 @@ class ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
 
+def sync_files(folder: Path) -> None:
+    """Make the files of a folder durable, before the folder is given its final name."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -133,7 +133,8 @@ def test_a_file_without_a_list(data, content):
     [
         ("text", "must be an object with a 'question', got \"text\""),
         (["a"], "must be an object with a 'question', got [\"a\"]"),
-        ({}, "'question' must be a text that is not empty, got null"),
+        ({}, "'question' must be a text that is not empty, got null (its fields: none)"),
+        ({"prompt": "a"}, "'question' must be a text that is not empty, got null (its fields: prompt)"),
         ({"question": " \n"}, "'question' must be a text that is not empty, got \" \\n\""),
         ({"question": 3}, "'question' must be a text that is not empty, got 3"),
         ({"question": "a", "response": 3}, "'response' must be a text (or left out), got 3"),

@@ -109,10 +109,14 @@ def test_closed_files_are_opened_again_when_needed(tmp_path):
 
 def test_a_fingerprint_follows_values_names_and_types(tmp_path):
     def fingerprint(name, tensors):
-        return Checkpoint(write_checkpoint(tmp_path / name, tensors)).fingerprint()
+        folder = write_checkpoint(tmp_path / name, tensors)
+        os.utime(folder / "model.safetensors", ns=(0, 0))
+        return Checkpoint(folder).fingerprint()
 
     same = fingerprint("1", BASE)
-    assert fingerprint("2", BASE) == same
+    assert Checkpoint(tmp_path / "1").fingerprint() == same
+    os.utime(tmp_path / "1" / "model.safetensors", ns=(1, 1))
+    assert Checkpoint(tmp_path / "1").fingerprint() != same, "a change between the samples changes the file's time"
     changed = BASE["a.weight"].clone()
     changed[2, 1] += 1e-6
     others = {

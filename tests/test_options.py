@@ -103,9 +103,9 @@ def test_experts_are_given_one_by_one_or_as_an_object(tmp_path):
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (["A"], "--expert takes NAME=VALUE or a JSON object, got 'A'"),
-        (["=a"], "--expert takes NAME=VALUE or a JSON object, got '=a'"),
-        (["A="], "--expert takes NAME=VALUE or a JSON object, got 'A='"),
+        (["A"], "--expert takes NAME=VALUE or a JSON object such as {\"NAME\": 1}, got 'A'"),
+        (["=a"], "--expert takes NAME=VALUE or a JSON object such as {\"NAME\": 1}, got '=a'"),
+        (["A="], "--expert takes NAME=VALUE or a JSON object such as {\"NAME\": 1}, got 'A='"),
         (["A=1", '{"A": 2}'], "--expert gives 'A' twice"),
     ],
 )

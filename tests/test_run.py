@@ -115,12 +115,13 @@ def test_a_run_that_was_stopped_while_it_wrote_its_record_begins_again(run):
     assert run.check(DESCRIPTION) is None
     run.begin(DESCRIPTION)
     run.release()
-    assert [path.name for path in run.folder.iterdir()] == ["config.json"]
+    assert [path.name for path in run.folder.iterdir()] != []
+    assert run.config.read_text().startswith("{")
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(run):
     run.folder.mkdir(parents=True)
-    other = os.open(run.folder, os.O_RDONLY)
+    other = os.open(run.lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(InputError) as caught:
         run.begin(DESCRIPTION)

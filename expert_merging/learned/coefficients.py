@@ -180,6 +180,9 @@ def load_coefficients(place: Path) -> Coefficients:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} and {described_in.name} are not coefficients of a run ({error!r})") from None
     experts = len(coefficients.experts)
+    broken = [name for name, value in coefficients.values.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{file} has NaN or infinite coefficients for {broken[0]}; learn them again")
     wrong = [name for name, value in coefficients.values.items() if value.shape != (experts, described["chunks"][name])]
     if wrong or len(coefficients.task_vector_scale) != experts:
         raise InputError(f"{file} and {described_in.name} disagree about {wrong[0] if wrong else 'task_vector_scale'}")
@@ -195,11 +198,12 @@ class CoefficientVector(torch.nn.Module):
     Args:
         chunks: number of chunks by parameter name, 0 for one that keeps its initial value.
         initial: ``(experts,)`` initial value per expert, each in (0, 1).
+        device: where the coefficients are, from the beginning: another device's sigmoid may round differently.
     """
 
-    def __init__(self, chunks: Mapping[str, int], initial: Sequence[float]) -> None:
+    def __init__(self, chunks: Mapping[str, int], initial: Sequence[float], device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.initial = torch.tensor(initial)
+        self.initial = torch.tensor(initial, device=device)
         self.experts = len(initial)
         self.places: dict[str, slice] = {}
         self.fixed = tuple(name for name, count in chunks.items() if count == 0)
@@ -229,5 +233,4 @@ class CoefficientVector(torch.nn.Module):
         """Current values of every parameter, the fixed ones included, ``(experts, chunks)`` each."""
         values = self()
         trained = {name: self.view(values, name).detach().clone() for name in self.places}
-        start = self.initial.to(self.raw.device)[:, None]
-        return trained | {name: start.clone() for name in self.fixed}
+        return trained | {name: self.initial[:, None].clone() for name in self.fixed}

@@ -22,46 +22,58 @@ from expert_merging.learned.coefficients import CoefficientVector, apply, inner_
 from expert_merging.learned.losses import hidden_alignment, logit_alignment
 from expert_merging.learned.targets import Target, hidden_states
 from expert_merging.plan import Plan
+from expert_merging.streaming import read_task_vectors
 
 logger = logging.getLogger(__name__)
 
-_SLICE_TOKENS = 512
+# Logits that are held at a time, in bytes of float32.
+_SLICE_BYTES = 1 << 26
 
 
 class TaskVectors:
     """Base weights and task vectors as float32 on the training device.
 
-    They are kept there when they fit in a third of the free memory; otherwise each tensor is read from the checkpoint
-    files whenever it is needed, and nothing stays.
+    Tensors are kept there in the checkpoint's own type, which is exact and takes no more room than the files, one by
+    one while half of the free memory lasts. The others are read from the files whenever they are needed, and nothing of
+    them stays.
 
     Args:
         plan: the checkpoints.
         scale: factor on each expert's task vectors.
         device: training device.
+        processes: processes that share the machine's memory.
+
+    Raises:
+        InputError: a checkpoint has NaN or infinite values.
     """
 
-    def __init__(self, plan: Plan, scale: Sequence[float], device: torch.device) -> None:
+    def __init__(self, plan: Plan, scale: Sequence[float], device: torch.device, processes: int = 1) -> None:
         self.plan = plan
         self.scale = scale
         self.device = device
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
-        needed = 4 * plan.merged_elements * (1 + len(plan.experts))
-        self.keep = needed < _free_memory(device) / 3
-        where = f"kept on {device}" if self.keep else "read from the checkpoint files when needed"
-        logger.info("task vectors (%.2f GB in float32) are %s", needed / 1e9, where)
+        self.kept: dict[str, list[Tensor]] = {}
+        room = _free_memory(device) / (2 * (1 if device.type == "cuda" else processes))
+        for name in plan.merged:
+            elements = plan.base.entries[name].elements
+            read_task_vectors(plan, name, 0, elements, torch.device("cpu"))  # refuses what is not finite
+            room -= sum(checkpoint.entries[name].size for checkpoint in (plan.base, *plan.experts.values()))
+            if room > 0:
+                self.kept[name] = self._read(name)
+        logger.info("task vectors: %d of %d tensors are kept on %s", len(self.kept), len(plan.merged), device)
+
+    def _read(self, name: str) -> list[Tensor]:
+        """The base's and the experts' entries as they are in the files."""
+        return [checkpoint.read(name).to(self.device) for checkpoint in (self.plan.base, *self.plan.experts.values())]
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Flattened base weights ``(elements,)`` and task vectors ``(experts, elements)``."""
-        if name in self.kept:
-            return self.kept[name]
-        base = self.plan.base.read(name).to(self.device).float()
+        stored_base, *stored_experts = self.kept[name] if name in self.kept else self._read(name)
+        base = stored_base.float()
         task_vectors = torch.empty(len(self.scale), base.numel(), device=self.device)
-        for row, expert, scale in zip(task_vectors, self.plan.experts.values(), self.scale, strict=True):
-            torch.sub(expert.read(name).to(self.device), base, out=row)
+        for row, expert, scale in zip(task_vectors, stored_experts, self.scale, strict=True):
+            row.copy_(expert).sub_(base)
             if scale != 1:
                 row.mul_(scale)
-        if self.keep:
-            self.kept[name] = base, task_vectors
         return base, task_vectors
 
 
@@ -100,11 +112,18 @@ class LiveModel:
         if missing:
             raise InputError(f"{missing[0]} is in the checkpoint but is no parameter of the loaded model; exclude it")
         self.parameters = {name: parameters[name] for name in vector.places}
+        self.hooks = []
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(self._collector(name))
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(name)))
         for name in vector.fixed:
-            self._set(parameters[name], name, vector.initial.to(vector.raw.device)[:, None])
+            self._set(parameters[name], name, vector.initial[:, None])
+
+    def close(self) -> None:
+        """Let go of model and task vectors; the hooks hold them in a circle that Python cannot see."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        self.task_vectors.kept.clear()
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         chunks = self.vector.view(self.gradient, name).shape[1]
@@ -142,15 +161,15 @@ def alignment_losses(
     live: LiveModel, target: Target, layers: Sequence[int], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Logit and hidden-state alignment of the live model with one sample's expert, both scalars in float32."""
-    hidden = hidden_states(live.model, target.inputs)
+    hidden, last = hidden_states(live.model, target.inputs)
     own_head = live.model.get_output_embeddings()
     logits = logit_alignment(
         target.last_hidden,
-        hidden[-1][0, target.tokens],
+        last[0, target.tokens],
         target.head or own_head,
         own_head,
         temperature=temperature,
-        slice_tokens=_SLICE_TOKENS,
+        slice_tokens=max(1, _SLICE_BYTES // (4 * own_head.weight.shape[0])),
     )
     if not layers:
         return logits, torch.zeros_like(logits)

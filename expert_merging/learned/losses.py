@@ -61,7 +61,7 @@ def logit_alignment(
         return kl_divergence(expert_logits[..., :shared], merged_logits[..., :shared], temperature)
 
     tokens = len(merged_hidden)
-    if tokens <= slice_tokens:
+    if tokens <= slice_tokens:  # nothing to save
         return compare(expert_hidden, merged_hidden) / tokens
     slices = [
         checkpoint(compare, *pair, use_reentrant=False)

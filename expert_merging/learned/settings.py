@@ -13,8 +13,10 @@ from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
 from expert_merging.learned.coefficients import choose_chunks
-from expert_merging.methods.learned import LearningOptions
+from expert_merging.learned.options import LearningOptions
 from expert_merging.plan import Plan
+
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
         precision = _precision(options.mixed_precision, context.device)
     with problems.collecting():
         _check_tracker(context.log_with)
+    with problems.collecting():
+        _check_model(plan, context)
     if options.prompt_template is not None and "{question}" not in options.prompt_template:
         problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():
@@ -80,6 +84,20 @@ def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
     return Settings(options, tuple(samples), initial, scale, chunks, layers, precision)
 
 
+def _check_model(plan: Plan, context: Context) -> None:
+    """Check that the model can be loaded, that what is merged are its parameters, and that its head is all there is."""
+    names = {context.backbone.file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
+    unknown = [name for name in plan.merged if name not in names]
+    if unknown:
+        raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+    changed = [name for name in _CHANGES_LOGITS if plan.base.config.get(name) not in (None, 1, 1.0)]
+    if changed:
+        raise InputError(
+            f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "
+            "not cover; closed-form methods do"
+        )
+
+
 def _initial_values(given: float | list[float], experts: tuple[str, ...]) -> tuple[float, ...]:
     values = given if isinstance(given, list) else [given] * len(experts)
     if len(values) != len(experts):
@@ -89,8 +107,8 @@ def _initial_values(given: float | list[float], experts: tuple[str, ...]) -> tup
     outside = [value for value in values if not 0 < value < 1]
     if outside:
         raise InputError(
-            "--scaling_coefficient is the initial value of coefficients sigmoid(raw) and must lie strictly between 0 "
-            f"and 1, got {outside[0]:g}"
+            "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between 0 and 1 "
+            f"(0.3, for example), got {outside[0]:g}"
         )
     return tuple(values)
 
@@ -128,7 +146,8 @@ def _precision(asked: str, device: str) -> str:
     if asked == "auto":
         if not on_gpu:
             return "no"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if asked == "fp16" and not on_gpu:
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     return asked

@@ -8,6 +8,7 @@ input of its output head, and the head itself where it is not the merged model's
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.plan import Plan, Progress
 from expert_merging.writing import write_atomically
@@ -101,12 +103,12 @@ class TargetMaker:
         # A token is predicted at the position before it; nothing follows the last one.
         positions = range(prompt_tokens - 1, length - 1) if self.response_only else range(length)
         tokens = torch.tensor(list(positions), device=self.device)
-        hidden = hidden_states(model, inputs)
+        hidden, last = hidden_states(model, inputs)
         return Target(
             sample=sample,
             inputs=inputs,
             tokens=tokens,
-            last_hidden=hidden[-1][0, tokens],
+            last_hidden=last[0, tokens],
             layers=tuple(hidden[layer][0, tokens] for layer in self.layers),
             head=head,
         )
@@ -114,23 +116,40 @@ class TargetMaker:
     def _encode(self, processor: Any, sample: Sample) -> tuple[dict[str, Tensor], int]:
         """Model inputs of prompt, response and end token, and the number of prompt tokens."""
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        response = tokenizer(sample.response, add_special_tokens=False)["input_ids"]
-        if sample.finished:
-            response = [*response, tokenizer.eos_token_id]
+        response = list(sample.tokens) if sample.tokens is not None else self._tokens(processor, sample)
         prompt_tokens = inputs["input_ids"].shape[1]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([response])], dim=1)
+        tokens, longest = prompt_tokens + len(response), self.plan.base.config.get("max_position_embeddings")
+        where = f"{sample.task}, question {sample.identity}"
+        if not response:
+            raise InputError(f"{where}: expert {sample.expert} answered with nothing; give the sample a response")
+        if longest is not None and tokens > longest:
+            raise InputError(
+                f"{where}: prompt and response have {tokens} tokens and the model takes {longest}; "
+                "shorten the sample or lower --max_new_tokens"
+            )
+        added = torch.tensor([response], dtype=torch.long)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return {name: value.to(self.device) for name, value in inputs.items()}, prompt_tokens
 
+    def _tokens(self, processor: Any, sample: Sample) -> list[int]:
+        """Tokens of a response that the file has, with the end token if there is one."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [*tokenizer(sample.response, add_special_tokens=False)["input_ids"], *end]
+
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
         """The expert's output head where it differs from the one that the merged model will have while training."""
-        name = _head_name(self.plan)
         base, own = self.plan.base, self.plan.experts[expert]
-        if name not in self.plan.merged and name in own.entries and _same_tensor(base, own, name):
+        name, own_name = _head_name(base), _head_name(own)
+        head: torch.nn.Module = model.get_output_embeddings()
+        if (
+            name not in self.plan.merged
+            and getattr(head, "bias", None) is None
+            and _same_tensor(base, name, own, own_name)
+        ):
             return None
-        head: torch.nn.Module = copy.deepcopy(model.get_output_embeddings())
-        return head
+        return copy.deepcopy(head)
 
     def _answer(self, model: Any, processor: Any, samples: list[Sample], advance: Any) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
@@ -151,55 +170,57 @@ class TargetMaker:
         """The expert's answer as fields of `Sample`."""
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        response, finished = generate(model, processor, inputs, self.max_new_tokens)
-        return {"response": response, "finished": finished}
+        response, tokens = generate(model, processor, inputs, self.max_new_tokens)
+        # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
+        known = self.plan.base.config.get("vocab_size") or len(getattr(processor, "tokenizer", processor))
+        return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
 
 
 @torch.no_grad()
-def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[str, bool]:
-    """Greedy continuation of a prompt as text, and whether it came to its end within the bound."""
+def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[str, list[int]]:
+    """Greedy continuation of a prompt, as text and as tokens up to the end token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
         temperature=None,
         top_p=None,
         top_k=None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     written = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(written, skip_special_tokens=True)), tokenizer.eos_token_id in written
+    return str(tokenizer.decode(written, skip_special_tokens=True)), written.tolist()
 
 
-def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Hidden states of the decoder, ``(1, tokens, hidden)`` each: embeddings, every layer, the last one normalised."""
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Hidden states of the decoder, ``(1, tokens, hidden)`` each.
+
+    Returns:
+        The embeddings' output and every layer's; and the input of the output head.
+    """
     outputs = model.base_model(**inputs, output_hidden_states=True, use_cache=False)
-    states: tuple[Tensor, ...] = outputs.hidden_states
-    return states
+    return outputs.hidden_states, outputs.last_hidden_state
 
 
-def _head_name(plan: Plan) -> str:
+def _head_name(checkpoint: Checkpoint) -> str:
     """File name of the output head's weight: its own tensor, or the embeddings where the two are tied."""
     for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name in plan.base.entries:
+        for name in checkpoint.entries:
             if name.endswith(ending):
                 return name
-    raise InputError(
-        f"{plan.base.folder} has neither an lm_head nor embed_tokens; a model that learns needs an output head"
-    )
+    raise InputError(f"{checkpoint.folder} has neither an lm_head nor embed_tokens; learning needs an output head")
 
 
-def _same_tensor(first: Any, second: Any, name: str) -> bool:
-    """Whether two checkpoints hold the same values of a tensor, compared block by block."""
-    entries = first.entries[name].elements
-    if entries != second.entries[name].elements:
+def _same_tensor(first: Checkpoint, first_name: str, second: Checkpoint, second_name: str) -> bool:
+    """Whether two tensors of two checkpoints hold the same values, compared block by block."""
+    elements, step = first.entries[first_name].elements, 1 << 22
+    if elements != second.entries[second_name].elements:
         return False
-    step = 1 << 22
+    blocks = ((start, min(start + step, elements)) for start in range(0, elements, step))
     return all(
-        torch.equal(
-            first.read(name, start, min(start + step, entries)).float(),
-            second.read(name, start, min(start + step, entries)).float(),
-        )
-        for start in range(0, entries, step)
+        torch.equal(first.read(first_name, *block).float(), second.read(second_name, *block).float())
+        for block in blocks
     )

@@ -9,25 +9,36 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expert_merging.backbone import import_transformers
+from expert_merging.errors import InputError
 from expert_merging.learned import Context, Work
 from expert_merging.learned.coefficients import Coefficients, CoefficientVector, load_coefficients
 from expert_merging.learned.live import LiveModel, TaskVectors, alignment_losses
 from expert_merging.learned.losses import regularisation
+from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.targets import Target, TargetMaker
-from expert_merging.methods.learned import LearningOptions
 from expert_merging.plan import Advance, Plan
+from expert_merging.writing import sync_files
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
+# Attempts at an update in float16; each overflow halves the loss scale, which starts at 2 ** 16.
+_OVERFLOWS = 24
+# Models with fewer parameters learn with one thread: more would wait for each other, many times as long as they
+# compute.
+_SMALL_MODEL = 10_000_000
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PUBLISHED_ADAMW = {"weight_decay": 1e-5, "betas": (0.9, 0.999)}
 _PUBLISHED_CYCLE = {"T_0": 50, "T_mult": 2}
@@ -52,11 +63,18 @@ def prepare(plan: Plan, context: Context, options: LearningOptions) -> Work:
     pictures = [picture.read_bytes() for sample in settings.samples for picture in sample.images]
     digest = hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
     trained = len(plan.experts) * sum(settings.chunks.values())
+    epochs = "1 epoch" if options.num_epochs == 1 else f"{options.num_epochs} epochs"
     notes = (
-        f"{trained} coefficients learned from {len(settings.samples)} samples, {options.num_epochs} epochs",
+        f"{trained} coefficients learned from {len(settings.samples)} samples in {epochs}",
         f"hidden states aligned: {', '.join(map(str, settings.layers)) or 'none'}; precision: {settings.precision}",
     )
-    return Work(learn, {"calibration": digest}, notes)
+    # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
+    inputs = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, settings.layers))}
+    return Work(learn, inputs, notes)
+
+
+def _no_advance(_count: float, _note: str = "") -> None:
+    """Progress of a step that is tried again has been shown."""
 
 
 def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -82,7 +100,7 @@ def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 
 class TrainingState:
-    """How far training is, in the form that accelerate saves and loads."""
+    """How far training is; its numbers are saved with every update."""
 
     def __init__(self) -> None:
         self.updates = 0
@@ -91,14 +109,6 @@ class TrainingState:
         self.epoch_samples = 0
         self.best_loss = math.inf
         self.epochs_without_better = 0
-
-    def state_dict(self) -> dict[str, float]:
-        """Everything, for accelerate to save."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what was saved."""
-        vars(self).update(state)
 
     def end_epoch(self) -> None:
         """Compare the epoch's mean loss with the best so far."""
@@ -123,7 +133,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, context: Context, settings: Settings) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration
+        from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
         self.plan, self.context, self.settings = plan, context, settings
         if torch.device(context.device).index is not None:
@@ -132,7 +142,8 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=context.device == "cpu",
             mixed_precision=settings.precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            # As a plugin, since a launcher's environment variable would win over the plain argument.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=options.gradient_accumulation_steps),
             step_scheduler_with_optimizer=False,
             log_with=None if context.log_with == "none" else context.log_with,
             project_config=ProjectConfiguration(
@@ -144,14 +155,23 @@ class Trainer:
 
     def train(self) -> Coefficients:
         """Learn the coefficients, save them in the run folder and return them."""
-        device = self.accelerator.device
+        device, threads = self.accelerator.device, torch.get_num_threads()
+        if self.plan.base_elements < _SMALL_MODEL:
+            torch.set_num_threads(1)
+        task_vectors = TaskVectors(self.plan, self.settings.scale, device, self.accelerator.num_processes)
         with self.accelerator.main_process_first():
             targets = self._make_targets(device)
-        self.vector = CoefficientVector(self.settings.chunks, self.settings.initial).to(device)
+        self.vector = CoefficientVector(self.settings.chunks, self.settings.initial, device)
         self._make_optimizer()
         base = self.context.backbone.load_model(self.plan.base.folder, _DTYPES[self.settings.precision]).to(device)
-        task_vectors = TaskVectors(self.plan, self.settings.scale, device)
         self.live = LiveModel(base, task_vectors, self.vector, self.context.backbone.file_name)
+        try:
+            return self._learn(targets)
+        finally:
+            self.live.close()
+            torch.set_num_threads(threads)
+
+    def _learn(self, targets: list[Target]) -> Coefficients:
         self._resume()
         self._start_tracker()
         count = self.accelerator.num_processes
@@ -191,7 +211,6 @@ class Trainer:
             optimizer, eta_min=0.1 * rate, **_PUBLISHED_CYCLE
         )
         self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
-        self.accelerator.register_for_checkpointing(self.vector, self.state)
 
     def _run_epochs(self, targets: list[Target]) -> None:
         options = self.settings.options
@@ -215,7 +234,30 @@ class Trainer:
                     return
 
     def _update(self, group: list[Target], advance: Advance, *, last: bool) -> None:
-        """One optimizer step on a group of samples; the last of an epoch closes it."""
+        """One optimizer step on a group of samples; the last of an epoch closes it.
+
+        Where float16 overflowed, the step is tried again with the smaller loss scale that the scaler has chosen.
+
+        Raises:
+            InputError: no loss scale avoids the overflow, or the loss is not a number.
+        """
+        rate = self.scheduler.get_last_lr()[0]
+        for _ in range(_OVERFLOWS):
+            sums, penalty = self._step(group, advance)
+            advance = _no_advance
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+                self._note(sums, penalty, rate, last=last)
+                return
+            self.state.skipped += 1
+        raise InputError("float16 overflows at every loss scale; use --mixed_precision bf16 or no")
+
+    def _step(self, group: list[Target], advance: Advance) -> tuple[Tensor, float]:
+        """Backward passes and one attempt at an optimizer step.
+
+        Returns:
+            Sums of losses as `_collect` gives them, and the weighted regularisation.
+        """
         accelerator = self.accelerator
         self.live.rebuild()
         sums = self._collect(group, advance)
@@ -231,11 +273,7 @@ class Trainer:
         accelerator.clip_grad_norm_(self.vector.parameters(), max_norm=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if accelerator.optimizer_step_was_skipped:
-            self.state.skipped += 1
-        else:
-            self.scheduler.step()
-        self._note(sums, penalty.item(), last=last)
+        return sums, penalty.item()
 
     def _collect(self, group: list[Target], advance: Advance) -> Tensor:
         """Backward passes over this process's share of the samples.
@@ -255,10 +293,15 @@ class Trainer:
             advance(accelerator.num_processes, target.sample.task)
         return sums
 
-    def _note(self, sums: Tensor, penalty: float, *, last: bool) -> None:
+    def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:
         """Count the update, close the epoch if it was its last, report, and save what a restart needs."""
         logits, hidden, count = sums.sum(0).tolist()
         total = (logits + hidden) / count + penalty
+        if not (math.isfinite(total) and self.vector.raw.isfinite().all()):
+            raise InputError(
+                f"the loss is not a number after {self.state.updates} updates; lower --learning_rate, or use "
+                "--mixed_precision no"
+            )
         self.state.updates += 1
         self.state.epoch_loss += total * count
         self.state.epoch_samples += int(count)
@@ -267,7 +310,7 @@ class Trainer:
             "loss/logits": logits / count,
             "loss/hidden_states": hidden / count,
             "loss/regularisation": penalty,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": rate,
             "skipped_updates": float(self.state.skipped),
         }
         for task, (task_logits, task_hidden, task_count) in zip(self.tasks, sums.tolist(), strict=True):
@@ -293,30 +336,53 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         target = self.context.run.state
-        temporary, old = target.with_name("state.partial"), target.with_name("state.old")
+        temporary, old = self._other_states()
         shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.save_state(str(temporary))
-        shutil.rmtree(old, ignore_errors=True)
+        save_file(self.vector.state_dict(), temporary / "coefficients.safetensors")
+        (temporary / "training.json").write_text(json.dumps(vars(self.state)), encoding="utf-8")
+        sync_files(temporary)
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
         os.rename(temporary, target)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _resume(self) -> None:
+    def _other_states(self) -> tuple[Path, Path]:
+        """Where the state is written, and where the last one waits until the new one has its name."""
         state = self.context.run.state
-        for place in (state, state.with_name("state.old")):
-            if place.exists():
+        return state.with_name("state.partial"), state.with_name("state.old")
+
+    def _resume(self) -> None:
+        """Take up the last saved state; what is damaged is passed over."""
+        for place in (self.context.run.state, self._other_states()[1]):
+            if not place.exists():
+                continue
+            try:
+                training = json.loads((place / "training.json").read_text(encoding="utf-8"))
+                saved = load_file(place / "coefficients.safetensors", device=str(self.accelerator.device))
                 self.accelerator.load_state(str(place))
-                logger.info("continuing after update %d", self.state.updates)
-                return
+            except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+                logger.warning("the saved state in %s cannot be read (%s)", place, str(error).split("\n")[0])
+                continue
+            self.vector.load_state_dict(saved)
+            vars(self.state).update(training)
+            logger.info("continuing after update %d", self.state.updates)
+            return
 
     def _start_tracker(self) -> None:
         """Open the tracker; after a restart, points past the last saved update are replaced."""
-        arguments = {"tensorboard": {"purge_step": self.state.updates + 1}} if self.state.updates else {}
+        folder = self.context.run.folder
+        arguments = {
+            "tensorboard": {"purge_step": self.state.updates + 1} if self.state.updates else {},
+            "wandb": {"dir": str(folder), "name": folder.name},
+        }
         options = {
             name: value for name, value in asdict(self.settings.options).items() if isinstance(value, str | int | float)
         }
-        self.accelerator.init_trackers(self.context.run.board.name, config=options, init_kwargs=arguments)
+        # TensorBoard takes the project's name for a folder.
+        project = self.context.run.board.name if self.context.log_with == "tensorboard" else "expert_merging"
+        self.accelerator.init_trackers(project, config=options, init_kwargs=arguments)
 
     def _result(self) -> Coefficients:
         values = self.vector.by_name()
@@ -342,4 +408,5 @@ class Trainer:
             tracker = self.accelerator.get_tracker("tensorboard")
             tracker.log_images({"coefficients": image[None]}, step=self.state.updates, dataformats="NHWC")
         coefficients.save(run.coefficients)
-        shutil.rmtree(run.state, ignore_errors=True)
+        for folder in (run.state, *self._other_states()):
+            shutil.rmtree(folder, ignore_errors=True)

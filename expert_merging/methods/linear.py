@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weighted_sum(task_vectors: Tensor, weights: Sequence[float]) -> Tensor:
+def weighted_sum(task_vectors: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Sum of ``weights[k] * task_vectors[k]``, added in the order of the experts.
 
     Args:

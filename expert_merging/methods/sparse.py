@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -120,38 +120,52 @@ def _count_lower(task_vectors: Tensor, buckets: Tensor) -> Tensor:
     import torch
 
     rows = zip(_magnitude_bits(task_vectors), buckets.tolist(), strict=True)
-    inside = [row[row >> 16 == bucket] & 0xFFFF for row, bucket in rows]
-    return torch.stack([torch.bincount(row, minlength=1 << 16) for row in inside]).cpu()
+    return torch.stack([torch.bincount(_inside(row, bucket) & 0xFFFF, minlength=1 << 16) for row, bucket in rows]).cpu()
 
 
-def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
+def _inside(bits: Tensor, bucket: int) -> Tensor:
+    """The entries whose upper 16 bits are the bucket."""
+    import torch
+
+    if bits.device.type == "cpu":  # numpy compares and selects five times faster than torch does
+        array = bits.numpy()
+        return torch.from_numpy(array[array >> 16 == bucket])
+    return bits[bits >> 16 == bucket]
+
+
+def trim(task_vectors: Tensor, thresholds: Tensor) -> list[Tensor]:
     """Set entries with a smaller magnitude than their expert's threshold to zero.
 
     Args:
         task_vectors: ``(experts, *shape)``.
         thresholds: ``(experts,)``.
+
+    Returns:
+        A new tensor ``(*shape)`` per expert; they are worked through one by one, which saves passes over all of them.
     """
     import torch
     from torch.nn import functional
 
     # hardshrink keeps what is *above* its bound: the next smaller number makes that "not below the threshold".
     bounds = torch.nextafter(thresholds, torch.tensor(-torch.inf)).tolist()
-    return torch.stack([functional.hardshrink(row, bound) for row, bound in zip(task_vectors, bounds, strict=True)])
+    return [functional.hardshrink(row, bound) for row, bound in zip(task_vectors, bounds, strict=True)]
 
 
-def elected_signs(trimmed: Tensor, majority: float) -> Tensor:
+def elected_signs(trimmed: Sequence[Tensor], majority: float) -> Tensor:
     """Sign of the sum over experts, ``(*shape)``; the majority's sign where the sum is zero."""
-    import torch
-
-    signs = trimmed.sum(0).sign_()
-    return torch.where(signs == 0, majority, signs) if majority else signs
+    signs = weighted_sum(trimmed, [1.0] * len(trimmed)).sign_()
+    return signs.add_(1 - signs.abs(), alpha=majority) if majority else signs
 
 
-def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:
+def disjoint_mean(trimmed: Sequence[Tensor], signs: Tensor) -> Tensor:
     """Mean over the experts whose entry has the elected sign, ``(*shape)``; zero where there is none."""
-    agreeing = (trimmed * signs).relu_()
-    total = agreeing.sum(0)
-    return total.mul_(signs).div_(agreeing.sign_().sum(0).clamp_(min=1))
+    total = signs.new_zeros(signs.shape)
+    count = signs.new_zeros(signs.shape)
+    for row in trimmed:
+        agreeing = (row * signs).relu_()
+        total.add_(agreeing)
+        count.add_(agreeing.sign_())
+    return total.mul_(signs).div_(count.clamp_(min=1))
 
 
 def _survey_ties(passes: Passes, change: Change, density: float, ties_scope: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def command(tiny_zoo: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scaling_coefficient", "1"], "must lie strictly between 0 and 1, got 1"),
+        (["--scaling_coefficient", "1"], "must lie strictly between 0 and 1 (0.3, for example), got 1"),
         (["--scaling_coefficient", "[0.1, 0.2]"], "has 2 values for 3 experts (Chat, Math, Code)"),
         (["--task_vector_coeffs_dict", '{"Maths": 1}'], "there is no expert 'Maths'. Did you mean 'Math'?"),
         (["--coeffs_size_dict", '{"*z_proj*": 2}'], "'*z_proj*' matches no merged parameter"),
@@ -122,7 +122,7 @@ def test_coefficients_of_other_experts_or_parameters_are_refused(command, tmp_pa
 def test_the_dry_run_tells_what_would_be_learned(command, tmp_path, capsys):
     assert command("--dry_run", "--samples_per_task_dict", '{"Math": 2}') == 0
     shown = capsys.readouterr().out
-    assert "63 coefficients learned from 12 samples, 1 epochs" in shown
+    assert "63 coefficients learned from 12 samples in 1 epoch" in shown
     assert "hidden states aligned: 1" in shown
     assert not (tmp_path / "out").exists()
 

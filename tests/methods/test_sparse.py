@@ -49,7 +49,7 @@ def test_ties_is_what_sorting_gives(experts, entries, density, seed, rounded):
     """Rounded task vectors, as bfloat16 checkpoints have, bring ties in rank and sums that cancel."""
     given_vectors = task_vectors((entries,), experts, seed)
     if rounded:
-        given_vectors = (given_vectors * 20).round() / 20
+        given_vectors = (given_vectors * 16).round() / 16
     torch.testing.assert_close(
         apply(find_method("ties"), given_vectors, density=density), plain_ties(given_vectors, density)
     )
@@ -79,8 +79,8 @@ def test_thresholds_are_exact_at_any_magnitude(exponent, entries, density, seed)
 
 def test_what_equals_the_threshold_is_kept():
     row = torch.tensor([[-0.5, 0.25, 0.5, 0.0, -0.25]])
-    assert trim(row, torch.tensor([0.5])).tolist() == [[-0.5, 0.0, 0.5, 0.0, 0.0]]
-    assert trim(row, torch.tensor([0.0])).equal(row)
+    assert trim(row, torch.tensor([0.5]))[0].tolist() == [-0.5, 0.0, 0.5, 0.0, 0.0]
+    assert trim(row, torch.tensor([0.0]))[0].equal(row[0])
 
 
 def test_density_one_averages_what_agrees():
