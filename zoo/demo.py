@@ -82,9 +82,7 @@ class _Merging:
         if console is not None:
             words = ["python", *(os.path.relpath(word) if Path(word).is_absolute() else word for word in command[1:])]
             console.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
-        # Models this small gain nothing from more threads.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"merging with {method} failed: {done.stderr.strip()}")
         if console is not None:

@@ -61,10 +61,19 @@ def percentage_right(answers: Sequence[str], responses: Sequence[str]) -> float:
 
 
 def answer(model_folder: Path, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    """Greedy answers of a causal language model to the questions of ``entries``."""
+    """Greedy answers of a causal language model to the questions of ``entries``.
+
+    With one thread: models of a zoo are so small that more would wait for each other.
+    """
+    import torch
+
     transformers = import_transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, padding_side="left", trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype="float32", trust_remote_code=False
+    ).eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     longest = max(len(tokenizer(entry["response"], add_special_tokens=False)["input_ids"]) for entry in entries)
     answers: list[str] = []
     for start in range(0, len(entries), BATCH_SIZE):
@@ -73,6 +82,7 @@ def answer(model_folder: Path, entries: Sequence[Mapping[str, str]]) -> list[str
         # One token more than the longest answer, so that an answer that goes on is not mistaken for a right one.
         tokens = model.generate(**batch, max_new_tokens=longest + 1, do_sample=False)
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    torch.set_num_threads(threads)
     return answers
 
 
