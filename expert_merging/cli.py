@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from expert_merging.console import Terminal
     from expert_merging.learned import Work
     from expert_merging.merge import Summary
-    from expert_merging.plan import Rule
+    from expert_merging.plan import Plan, Rule
     from expert_merging.run import Run
     from expert_merging.streaming import Team
 
@@ -163,7 +163,8 @@ class _Job:
         if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
             problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
             run_name = None
-        run = Run(parent / (run_name or default_name(self.backbone.name, self.description)))
+        name = run_name or default_name(self.backbone.name, self.description)
+        run = Run(parent / name, several=method.per_expert)
         with problems.collecting():
             _check_output(run.folder, [self.plan.base.folder, *self.experts.values()])
         problems.check()
@@ -190,8 +191,15 @@ class _Job:
         return run, work, earlier
 
     def _missing_bytes(self, run: Run) -> int:
-        written = [run.partial_model / file.name for file in self.plan.base.files]
-        return self.plan.output_bytes - sum(file.stat().st_size for file in written if file.exists())
+        results = self._results(run)
+        written = [folder / file.name for folder in results for file in self.plan.base.files]
+        return len(results) * self.plan.output_bytes - sum(file.stat().st_size for file in written if file.exists())
+
+    def _results(self, run: Run) -> dict[Path, Plan]:
+        """The folders to write, and what is merged into each."""
+        if not self.resolved.method.per_expert:
+            return {run.partial_model: self.plan}
+        return {run.partial_model / expert: plan for expert, plan in self.plan.split().items()}
 
     def run_all(self) -> int:
         """Learn if the method learns, merge, report."""
@@ -214,7 +222,7 @@ class _Job:
         if not _is_main_process():
             return 0
         self._report(summary, time.monotonic() - start)
-        if self.resolved.general["run_tests"]:
+        if self.resolved.general["run_tests"] and not self.resolved.method.per_expert:
             self._ask_questions()
         return 0
 
@@ -241,31 +249,31 @@ class _Job:
         return self.resolved.method.rule(passes, self.description["seed"], self.resolved.options)
 
     def _write(self, rule: Rule) -> Summary:
+        """Write every resulting model; what was done, of the last one."""
         import torch
 
         from expert_merging.card import model_card
-        from expert_merging.merge import write_merged
+        from expert_merging.merge import Summary, write_merged
         from expert_merging.writing import write_atomically
 
-        summary = write_merged(
-            self.plan,
-            rule,
-            self.run.partial_model,
-            elementwise=self.resolved.method.elementwise,
-            device=torch.device(self.device),
-            progress=self.terminal.progress,
-            team=self.team,
-        )
-        if not _is_main_process():
-            return summary
-        card = model_card(
-            self.description,
-            title=self.run.folder.name,
-            merged=len(self.plan.merged),
-            tensors=len(self.plan.base.entries),
-        )
-        write_atomically(self.run.partial_model / "README.md", card.encode())
-        self.run.finish()
+        summary = Summary()
+        for folder, plan in self._results(self.run).items():
+            summary = write_merged(
+                plan,
+                rule,
+                folder,
+                elementwise=self.resolved.method.elementwise,
+                device=torch.device(self.device),
+                progress=self.terminal.progress,
+                team=self.team,
+            )
+            if _is_main_process():
+                title = self.run.folder.name + (f"-{folder.name}" if self.resolved.method.per_expert else "")
+                merged, tensors = len(plan.merged), len(plan.base.entries)
+                card = model_card(self.description, title=title, merged=merged, tensors=tensors)
+                write_atomically(folder / "README.md", card.encode())
+        if _is_main_process():
+            self.run.finish()
         return summary
 
     def plan_lines(self) -> list[str]:
@@ -286,9 +294,8 @@ class _Job:
             f"{tensors - len(plan.merged)} keep the base's value"
         )
         memory = working_memory(plan, elementwise=method.elementwise)
-        lines.append(
-            f"writes {_size(plan.output_bytes)}; merging needs about {_size(memory)} of memory on {self.device}"
-        )
+        written = len(self._results(self.run)) * plan.output_bytes
+        lines.append(f"writes {_size(written)}; merging needs about {_size(memory)} of memory on {self.device}")
         if self.work and self.work.trains:
             model = plan.base_elements
             lines.append(
@@ -316,6 +323,9 @@ class _Job:
                 logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
             logger.info("done in %.1f s", seconds)
         model = self.run.model
+        if self.resolved.method.per_expert:
+            logger.info("models: %s", ", ".join(str(model / expert) for expert in self.plan.experts))
+            return
         logger.info("merged model: %s", model)
         logger.info('load it:      AutoModelForCausalLM.from_pretrained("%s", dtype="auto")', model)
         if self.run.board.exists():

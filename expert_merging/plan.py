@@ -71,6 +71,10 @@ class Plan:
     experts: Mapping[str, Checkpoint]
     merged: tuple[str, ...]
 
+    def split(self) -> dict[str, Plan]:
+        """A plan for each expert alone, by its name."""
+        return {name: Plan(self.base, {name: expert}, self.merged) for name, expert in self.experts.items()}
+
     @property
     def output_bytes(self) -> int:
         """Size of the merged weight files."""

@@ -198,6 +198,7 @@ class Method:
             may feed blocks of a tensor.
         order_free: the order of the experts does not change the result.
         keeps_single: one expert with coefficient 1 gives that expert.
+        per_expert: the function is given one expert at a time, and each result is a model of its own.
         family_defaults: options whose default the model family sets.
         survey: ``(passes, seed, **options) -> values``, run before merging by a method that needs something of the
             whole model first; ``passes`` is an `expert_merging.streaming.Passes`.
@@ -214,6 +215,7 @@ class Method:
     elementwise: bool = False
     order_free: bool = True
     keeps_single: bool = True
+    per_expert: bool = False
     family_defaults: tuple[str, ...] = ()
     survey: Callable[..., Mapping[str, Any]] | None = None
     needs: tuple[str, ...] = ()

@@ -24,15 +24,16 @@ class Run:
 
     Args:
         folder: ``<output_path>/<method>/<run_name>``.
+        several: the result is a folder of models, ``models/``, instead of one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, several: bool = False) -> None:
         self.folder = folder
         self.log = folder / "merge.log"
         self.config = folder / "config.json"
         self.lock = folder / ".lock"
-        self.model = folder / "model"
-        self.partial_model = folder / "model.partial"
+        self.model = folder / ("models" if several else "model")
+        self.partial_model = self.model.with_name(self.model.name + ".partial")
         self.board = folder / "board"
         self.state = folder / "state"
         self.responses = folder / "responses.json"

@@ -3,3 +3,4 @@
 from expert_merging.methods import learned as learned
 from expert_merging.methods import linear as linear
 from expert_merging.methods import sparse as sparse
+from expert_merging.methods import truncation as truncation

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expert_merging.plan import Part
 from expert_merging.registry import Method, all_methods
 
-METHODS = [method for method in all_methods().values() if not method.learns]
+METHODS = [method for method in all_methods().values() if not method.learns and not method.per_expert]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
