@@ -1,0 +1,305 @@
+"""Methods that align the singular directions of the experts, without computing a singular value decomposition.
+
+Everything rests on `singular_triples`: one symmetric eigenproblem of the Gram matrix of the shorter side, in float64
+because squaring a matrix costs half the digits. Directions that the numbers given do not determine (the
+null space of a low-rank stack, whose basis a library picks as it likes) are left out, so that no result hangs on them:
+if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise the same.
+
+Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
+the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from expert_merging.methods.linear import weighted_sum
+from expert_merging.registry import Fraction, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A number rounded to float32 is off by at most half of this, relatively.
+ROUNDING = 2.0**-23
+# Singular directions of two experts that differ by less than this are the same direction: float32 task vectors do not
+# tell them apart.
+_PARALLEL = 1e-5
+# Largest over smallest kept singular value up to which a product in float32 is good to 1e-5.
+_FLOAT32_SPAN = 100
+# Entries that a core's cache holds in float64 beside some more.
+_CACHED = 1 << 16
+# Shorter side from which Newton-Schulz on a GPU is worth its launches.
+_NEWTON_SCHULZ_SIDE = 256
+
+
+def is_matrix(task_vectors: Tensor) -> bool:
+    """Whether the task vectors ``(experts, *shape)`` are those of a matrix that has entries."""
+    return task_vectors.ndim == 3 and task_vectors[0].numel() > 0
+
+
+def scaled_mean(task_vectors: Tensor, scaling_coefficient: float) -> Tensor:
+    """What tensors that are no matrices get: the mean of ``(experts, *shape)`` times the coefficient."""
+    return weighted_sum(task_vectors, [scaling_coefficient / len(task_vectors)] * len(task_vectors))
+
+
+def rounding_floor(task_vectors: Tensor) -> float:
+    """Singular values up to this may be nothing but the rounding of the task vectors ``(experts, *shape)``.
+
+    Rounding a task vector to float32 changes it by at most half of `ROUNDING` times its Frobenius norm, and a
+    matrix's singular values change by at most the norm of a change.
+    """
+    return ROUNDING * float(norms(task_vectors).sum())
+
+
+def norms(task_vectors: Tensor) -> Tensor:
+    """Frobenius norm of each task vector: ``(experts,)`` float64, without overflow or underflow."""
+    import torch
+
+    sizes = torch.stack([torch.linalg.vector_norm(entry) for entry in task_vectors]).double()
+    if not ((sizes > 1e-15) & (sizes < 1e15)).all():  # a square may have overflowed, or become zero
+        sizes = torch.stack([torch.linalg.vector_norm(entry, dtype=torch.float64) for entry in task_vectors])
+    return sizes
+
+
+def exact_sum(task_vectors: Tensor) -> Tensor:
+    """Sum over the experts in float64, rounded once, so that task vectors which cancel leave nothing behind.
+
+    Args:
+        task_vectors: ``(experts, rows, columns)``.
+    """
+    total = task_vectors[0].clone()
+    step = max(1, _CACHED // total.shape[1])
+    for start in range(0, len(total), step):
+        rows = slice(start, start + step)
+        exact = total[rows].double()
+        for task_vector in task_vectors[1:]:
+            exact += task_vector[rows]
+        total[rows] = exact
+    return total
+
+
+def singular_triples(matrix: Tensor, floor: float, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples of a matrix, largest first.
+
+    Args:
+        matrix: ``(rows, columns)``, not empty.
+        floor: singular values up to this are left out with their directions.
+        count: how many at most; by default all.
+
+    Returns:
+        Left directions ``(rows, rank)``, singular values ``(rank,)`` and right directions ``(columns, rank)``, all
+        float64. Within equal singular values the directions are any basis.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = singular_triples(matrix.mT, floor, count)
+        return left, values, right
+    working, scale = _scaled(matrix)
+    _, right = _eigenpairs(working)
+    right = right[:, :count]
+    left = working @ right
+    values = left.norm(dim=0)
+    kept = values * scale > floor
+    return left[:, kept] / values[kept], values[kept] * scale, right[:, kept]
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
+    """The matrix in float64 with Frobenius norm 1, so that squares neither overflow nor underflow, and its norm."""
+    import torch
+
+    scale = float(norms(matrix[None]))
+    return matrix.to(torch.float64, copy=True).div_(scale or 1), scale
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values ``(columns,)``, descending, and right directions of a tall float64 matrix.
+
+    In float64 the Gram matrix tells singular values apart down to 1e-8 of the largest, and float32 task vectors have
+    no digits beyond 1e-7.
+    """
+    import torch
+
+    columns = matrix.shape[1]
+    gram = matrix.new_zeros(columns, columns)
+    # Only the lower triangle is read, so that it is enough to multiply the blocks on and below the diagonal.
+    step = max(128, -(-columns // 4))
+    for start in range(0, columns, step):
+        block = slice(start, start + step)
+        gram[start:, block] = matrix[:, start:].mT @ matrix[:, block]
+    squares, right = torch.linalg.eigh(gram)
+    return squares.clamp_(min=0).flip(0), right.flip(1)
+
+
+def polar_factor(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
+    """The partial isometry of the polar decomposition: ``U @ V.T`` over the singular values above the floor.
+
+    Args:
+        matrix: ``(rows, columns)``, not empty.
+        floor: directions with singular values up to this are mapped to zero.
+
+    Returns:
+        The factor ``(rows, columns)`` float32 and the mean of those singular values, 0 if there are none.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        factor, mean = polar_factor(matrix.mT, floor)
+        return factor.mT, mean
+    if _multiplies_fast(matrix):
+        converged = newton_schulz(matrix, floor)
+        if converged is not None:
+            # The inner product with the polar factor is the sum of the singular values.
+            return converged, float((converged * matrix).sum()) / matrix.shape[1]
+    working, scale = _scaled(matrix)
+    squares, right = _eigenpairs(working)
+    kept = squares.sqrt() * scale > floor
+    squares, right = squares[kept], right[:, kept]
+    inverse_root = (right / squares.sqrt()) @ right.mT
+    # The product loses as many digits as the kept singular values span.
+    if len(squares) and squares[-1] * _FLOAT32_SPAN**2 >= squares[0]:
+        working, inverse_root = working.float(), inverse_root.float()
+    mean = float(squares.sqrt().sum()) * scale / max(1, len(squares))
+    return (working @ inverse_root).float(), mean
+
+
+def _multiplies_fast(matrix: Tensor) -> bool:
+    """Whether some fifty products cost less than one eigenproblem."""
+    return matrix.is_cuda and matrix.shape[1] >= _NEWTON_SCHULZ_SIDE
+
+
+def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
+    """Polar factor of a matrix of full rank by matrix products alone, which is what a GPU is good at.
+
+    Every step multiplies a small singular value by 1.5, and there are too few steps for one below the floor to reach
+    1. So either all singular values are above the floor and the iteration has converged, or there is no answer.
+
+    Args:
+        matrix: ``(rows, columns)`` float32, at least as high as wide.
+        floor: as for `polar_factor`.
+
+    Returns:
+        ``(rows, columns)`` float32, or None where the matrix is too close to one of lower rank.
+    """
+    import torch
+
+    scale = float(norms(matrix[None]))
+    if scale <= 2 * floor:
+        return None
+    factor = matrix / scale
+    identity = torch.eye(matrix.shape[1], device=matrix.device)
+    for _ in range(int(math.log(scale / (2 * floor), 1.5))):
+        distance = identity - factor.mT @ factor
+        if float(distance.norm()) < 1e-5 * math.sqrt(len(identity)):
+            return factor
+        factor = torch.addmm(factor, factor, distance, alpha=0.5)
+    return None
+
+
+@register(aliases=("tsv_m",))
+def svd(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
+    """TSV-M: leading singular directions of every expert, made orthogonal (Gargiulo et al., 2025, arXiv 2412.00081).
+
+    With q the shorter side, each expert keeps its q // experts leading singular triples. The left directions of all
+    experts side by side are replaced by the nearest orthonormal ones (their polar factor), the right ones likewise,
+    and put together again with the singular values. Every matrix is merged so; the published Expert Merging script
+    does it for ``lm_head.weight`` alone, which it excludes, and thus averages. Other tensors get the mean.
+
+    Where the authors' code leaves the result to the library: directions whose singular values are mere rounding are
+    left out, and directions that experts share count once (identical experts give the expert's rank-q // experts
+    part). A matrix with a side shorter than the number of experts keeps one direction per expert, not none.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        scaling_coefficient: factor on the merged task vector.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    if not is_matrix(task_vectors):
+        return scaled_mean(task_vectors, scaling_coefficient)
+    count = expert_rank(task_vectors)
+    triples = [singular_triples(entry, rounding_floor(entry[None]), count) for entry in task_vectors]
+    left, values, right = _side_by_side(triples)
+    merged: Tensor = (_orthonormal(left) * (values * scaling_coefficient)) @ _orthonormal(right).mT
+    return merged
+
+
+def expert_rank(task_vectors: Tensor) -> int:
+    """Directions of each expert when all share the shorter side of a matrix; at least one."""
+    return max(1, min(task_vectors.shape[1:]) // len(task_vectors))
+
+
+def _side_by_side(triples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Several sets of singular triples as one, in float32."""
+    import torch
+
+    left, values, right = ([part.float() for part in parts] for parts in zip(*triples, strict=True))
+    return torch.cat(left, 1), torch.cat(values), torch.cat(right, 1)
+
+
+def _orthonormal(directions: Tensor) -> Tensor:
+    """The nearest orthonormal columns; what several columns share is shared among them."""
+    return polar_factor(directions, _PARALLEL)[0] if directions.shape[1] else directions
+
+
+@register(aliases=("iso_c",), keeps_single=False)
+def iso(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
+    """Iso-C: the sum of the task vectors with all singular values made equal (Marczak et al., 2025, arXiv 2502.04959).
+
+    A matrix becomes the polar factor of the sum times the mean of the sum's singular values. Other tensors get the
+    mean, not the sum, as in the authors' code: one coefficient serves both scales.
+
+    If the sum has a rank below its shorter side (LoRA experts, experts that cancel), the mean is over the singular
+    values that are there and the result has that rank. The authors' code averages over the zeros too and fills the
+    null space with directions that the library picks.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        scaling_coefficient: factor on the merged task vector.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    if not is_matrix(task_vectors):
+        return scaled_mean(task_vectors, scaling_coefficient)
+    factor, mean = polar_factor(exact_sum(task_vectors), rounding_floor(task_vectors))
+    return factor.mul_(mean * scaling_coefficient)
+
+
+@register(keeps_single=False)
+def iso_cts(task_vectors: Tensor, *, scaling_coefficient: float = 1.0, common_space_fraction: Fraction = 0.8) -> Tensor:
+    """Iso-CTS: Iso-C with the last directions given to each expert's own (Marczak et al., 2025, arXiv 2502.04959).
+
+    The leading directions of the sum are the common space. Of what each expert has outside (its left side projected
+    away from the common left directions) the leading directions join them, equally many per expert. All are made
+    orthogonal as in TSV-M and get the mean of their singular values. Other tensors get the mean of the task vectors.
+
+    Directions whose singular values are mere rounding are left out and do not count in the mean, as for ``iso``.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32.
+        scaling_coefficient: factor on the merged task vector.
+        common_space_fraction: share of the directions that come from the sum; the rest is divided among the experts.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    if not is_matrix(task_vectors):
+        return scaled_mean(task_vectors, scaling_coefficient)
+    floor = rounding_floor(task_vectors)
+    common_count, own_count = _shares(min(task_vectors.shape[1:]), len(task_vectors), common_space_fraction)
+    common = singular_triples(exact_sum(task_vectors), floor, common_count)
+    triples = [common]
+    if own_count:
+        for task_vector in task_vectors:
+            outside = task_vector - common[0] @ (common[0].mT @ task_vector.double())
+            triples.append(singular_triples(outside, floor, own_count))
+    left, values, right = _side_by_side(triples)
+    mean = float(values.sum()) / max(1, len(values))
+    merged: Tensor = (_orthonormal(left) * (mean * scaling_coefficient)) @ _orthonormal(right).mT
+    return merged
+
+
+def _shares(side: int, experts: int, common_space_fraction: float) -> tuple[int, int]:
+    """Number of common directions and of each expert's own, which together are the shorter side of the matrix."""
+    wanted = side - int(side * common_space_fraction)
+    own = min(round(wanted / experts), side // experts)
+    return side - experts * own, own
