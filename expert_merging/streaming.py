@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -168,35 +169,51 @@ class Passes:
         """Number of entries of every merged tensor by name."""
         return {name: self.plan.base.entries[name].elements for name in self.plan.merged}
 
-    def total(self, function: Callable[[Tensor, Part], Tensor], title: str, only: str | None = None) -> Tensor | None:
-        """Sum of a function over all blocks of all merged tensors, or of a single one.
+    def total(
+        self,
+        count: Callable[[Tensor, Part, Tensor], None],
+        shape: tuple[int, ...],
+        title: str,
+        only: str | None = None,
+    ) -> Tensor:
+        """Counts over all blocks of all merged tensors, or of a single one.
 
         Args:
-            function: ``(task_vectors (experts, entries), part) -> tensor`` of one shape and an exact type (whole
-                numbers or float64), so that the sum does not depend on the order of the blocks.
+            count: ``(task_vectors (experts, entries), part, counts)``, which adds to the counts.
+            shape: shape of the counts; they are int64, so that the sum does not depend on the order of the blocks.
             title: shown beside the progress bar.
-            only: name of the single tensor.
+            only: name of the single tensor, for which no bar is shown.
 
         Returns:
-            The sum, None where there is no entry.
+            The counts, on the CPU.
         """
+        import torch
+
         entries = [self.plan.base.entries[name] for name in ([only] if only else self.plan.merged)]
-        totals: list[Tensor] = []
-        lock = threading.Lock()
+        of_threads: dict[int, Tensor] = {}
         width = 1 + len(self.plan.experts)
 
         def work(entry: Entry, start: int, stop: int) -> None:
+            # Each thread counts for itself: adding up large counts after every block would cost more than counting.
+            thread = threading.get_ident()
+            if thread not in of_threads:
+                of_threads[thread] = torch.zeros(shape, dtype=torch.int64)
             _, task_vectors = read_task_vectors(self.plan, entry.name, start, stop, self.device)
-            value = function(task_vectors, Part(entry.name, entry.shape, start, stop))
-            with lock:
-                totals[:] = [totals[0].add_(value)] if totals else [value]
-                advance(self.team.size * width * entry.size * (stop - start) / entry.elements, entry.name)
+            count(task_vectors, Part(entry.name, entry.shape, start, stop), of_threads[thread])
+            advance(self.team.size * width * entry.size * (stop - start) / entry.elements, entry.name)
 
         blocks = self.team.share(
             (entry, start, min(start + BLOCK, entry.elements))
             for entry in entries
             for start in range(0, entry.elements, BLOCK)
         )
-        with self.progress(title, width * sum(entry.size for entry in entries), "B") as advance:
+        size = width * sum(entry.size for entry in entries)
+        with self.progress(title, size, "B") if only is None else nullcontext(_no_advance) as advance:
             work_through(blocks, work, workers=worker_count(), alone=True)
-        return self.team.add(totals[0] if totals else None)
+        counts = self.team.add(sum(of_threads.values(), torch.zeros(shape, dtype=torch.int64)))
+        assert counts is not None  # noqa: S101  (every process brings counts)
+        return counts
+
+
+def _no_advance(_count: float, _note: str = "") -> None:
+    """Progress that is not shown."""

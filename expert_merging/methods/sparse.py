@@ -87,18 +87,28 @@ def trim_thresholds(passes: Passes, change: Change, density: float, only: str | 
     """
     import torch
 
-    sizes = passes.sizes
+    sizes, experts = passes.sizes, len(passes.expert_names)
     # In decimals, so that a tenth of ten entries is one entry.
     rank = int((1 - Decimal(str(density))) * (sizes[only] if only else sum(sizes.values())))
-    upper = passes.total(lambda rows, part: _count_upper(change(rows, part)), "counting magnitudes", only)
-    if upper is None or rank == 0:
-        return torch.zeros(len(passes.expert_names))
-    below = upper.cumsum(1)
+    if rank == 0:
+        return torch.zeros(experts)
+
+    def count_upper(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
+        for row, bits in zip(counts, _magnitude_bits(change(task_vectors, part)), strict=True):
+            row.add_(torch.bincount(bits >> 16, minlength=len(row)).to(row.device))
+
+    below = passes.total(count_upper, (experts, 1 << 15), "counting magnitudes", only).cumsum(1)
     buckets = (below < rank).sum(1)
     before = torch.where(buckets > 0, below.gather(1, (buckets - 1).clamp(min=0)[:, None])[:, 0], 0)
-    lower = passes.total(lambda rows, part: _count_lower(change(rows, part), buckets), "finding thresholds", only)
-    assert lower is not None  # noqa: S101  (the same entries as in the first pass)
-    remainders = (lower.cumsum(1) < (rank - before)[:, None]).sum(1)
+
+    def count_lower(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
+        rows = zip(counts, _magnitude_bits(change(task_vectors, part)), buckets.tolist(), strict=True)
+        for row, bits, bucket in rows:
+            inside = (_inside(bits, bucket) & 0xFFFF).to(row.device, torch.int64)
+            row.scatter_add_(0, inside, torch.ones_like(inside))
+
+    within = passes.total(count_lower, (experts, 1 << 16), "finding thresholds", only).cumsum(1)
+    remainders = (within < (rank - before)[:, None]).sum(1)
     return (buckets << 16 | remainders).to(torch.int32).view(torch.float32)
 
 
@@ -106,21 +116,6 @@ def _magnitude_bits(task_vectors: Tensor) -> Tensor:
     import torch
 
     return task_vectors.contiguous().view(torch.int32) & 0x7FFFFFFF
-
-
-def _count_upper(task_vectors: Tensor) -> Tensor:
-    """How many magnitudes of ``(experts, entries)`` have each value of the upper bits, ``(experts, 2 ** 15)``."""
-    import torch
-
-    return torch.stack([torch.bincount(row >> 16, minlength=1 << 15) for row in _magnitude_bits(task_vectors)]).cpu()
-
-
-def _count_lower(task_vectors: Tensor, buckets: Tensor) -> Tensor:
-    """How many magnitudes of each expert's bucket have each value of the lower 16 bits, ``(experts, 2 ** 16)``."""
-    import torch
-
-    rows = zip(_magnitude_bits(task_vectors), buckets.tolist(), strict=True)
-    return torch.stack([torch.bincount(_inside(row, bucket) & 0xFFFF, minlength=1 << 16) for row, bucket in rows]).cpu()
 
 
 def _inside(bits: Tensor, bucket: int) -> Tensor:
@@ -175,11 +170,11 @@ def _survey_ties(passes: Passes, change: Change, density: float, ties_scope: str
     for only in groups:
         found = trim_thresholds(passes, change, density, only)
 
-        def votes(task_vectors: Tensor, part: Part, found: Tensor = found) -> Tensor:
-            return elected_signs(trim(change(task_vectors, part), found), 0.0).double().sum().cpu()
+        def vote(task_vectors: Tensor, part: Part, votes: Tensor, found: Tensor = found) -> None:
+            signs = elected_signs(trim(change(task_vectors, part), found), 0.0)
+            votes += int(signs.double().sum())
 
-        balance = passes.total(votes, "electing signs", only)
-        majority = 0.0 if balance is None else float(balance.sign())
+        majority = float(passes.total(vote, (), "electing signs", only).sign())
         for name in [only] if only else passes.sizes:
             thresholds[name], majorities[name] = found, majority
     return {"thresholds": thresholds, "majorities": majorities}

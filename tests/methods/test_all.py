@@ -39,8 +39,11 @@ class OneTensor:
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part("weight", tuple(task_vectors.shape[1:]), 0, task_vectors[0].numel())
 
-    def total(self, function, title, only=None):
-        return function(self.task_vectors.reshape(-1, self.part.elements), self.part) if self.part.elements else None
+    def total(self, count, shape, title, only=None):
+        counts = torch.zeros(shape, dtype=torch.int64)
+        if self.part.elements:
+            count(self.task_vectors.reshape(-1, self.part.elements), self.part, counts)
+        return counts
 
 
 def rule_for(method: Method, given: torch.Tensor, **options: object):
