@@ -230,12 +230,16 @@ class _Job:
         logger.info("method %s, run folder %s", self.resolved.method.name, self.run.folder)
         for line in self.plan_lines():
             logger.info("%s", line)
-        if self.resolved.ignored:
-            logger.warning("%s", self._ignored())
+        for line in self._warnings():
+            logger.warning("%s", line)
 
-    def _ignored(self) -> str:
+    def _warnings(self) -> list[str]:
+        """What may not be as the user thinks, but is no mistake for certain."""
+        from expert_merging.plan import differing_settings
+
         flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
-        return f"ignored, since {self.resolved.method.name} has no such option: {flags}"
+        ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
+        return ignored + differing_settings(self.plan)
 
     def _rule(self) -> Rule:
         """The method's rule; learning happens here."""
@@ -310,8 +314,8 @@ class _Job:
     def print_plan(self) -> None:
         for line in (f"method {self.resolved.method.name}, run folder {self.run.folder}", *self.plan_lines()):
             self.terminal.console.print(line, markup=False)
-        if self.resolved.ignored:
-            self.terminal.console.print(self._ignored(), markup=False)
+        for line in self._warnings():
+            self.terminal.console.print(f"warning: {line}", markup=False)
         self.terminal.console.print("dry run: all checks passed, nothing was written")
 
     def _report(self, summary: Summary | None, seconds: float) -> None:

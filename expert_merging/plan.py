@@ -112,3 +112,30 @@ def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: l
             merged = check_experts(base, opened, excluded)
     problems.check()
     return Plan(base, opened, tuple(merged))
+
+
+# Entries of config.json that change what the same weights compute.
+_COMPUTING = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+
+
+def differing_settings(plan: Plan) -> list[str]:
+    """Where an expert's ``config.json`` makes it compute otherwise than the base, whose file the merged model gets."""
+    return [
+        f"expert {name} differs from the base in config.json: {key} {expert.config.get(key)}, base {base_value}"
+        for name, expert in plan.experts.items()
+        for key in _COMPUTING
+        if expert.config.get(key) != (base_value := plan.base.config.get(key))
+    ]

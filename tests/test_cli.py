@@ -230,6 +230,15 @@ def test_weights_in_other_formats_are_left_out_and_named(command, tmp_path):
     assert "not copied, since they hold the base's weights: pytorch_model.bin" in run.log.read_text()
 
 
+def test_an_expert_that_computes_otherwise_is_told(tmp_path):
+    base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 9})
+    expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"rope_theta": 1e6, "vocab_size": 10})
+    run = merged(tmp_path / "out", "--method", "weight_average", *flags(base, A=expert))
+    warnings = [line for line in run.log.read_text().splitlines() if " WARNING " in line]
+    assert len(warnings) == 1
+    assert "expert A differs from the base in config.json: rope_theta 1000000.0, base 10000.0" in warnings[0]
+
+
 def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, capsys):
     run = merged(tmp_path / "out", *command, "--num_epochs", "none", "--loss_alphas", "Chat=much")
     ignored = "WARNING ignored, since task_arithmetic has no such option: --num_epochs, --loss_alphas\n"
