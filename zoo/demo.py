@@ -28,7 +28,6 @@ from zoo.report import evaluate, table, with_mean
 TUNED = "task_arithmetic"
 RESULTS = ROOT / "results" / "logs"
 COEFFICIENTS = tuple(round(0.1 * step, 1) for step in range(1, 11))
-NOT_ALONE = ("coefficients",)
 
 
 def demo(
@@ -47,12 +46,12 @@ def demo(
         InputError: an unknown family or method, or a merge that failed.
     """
     family = load_family(family_name)
-    names = list(all_methods()) if "all" in methods else [find_method(name).name for name in methods]
+    names = _comparable() if "all" in methods else [find_method(name).name for name in methods]
     zoo = default_folder(family_name, seed)
     with progress(console) as show:
         build(family, zoo, seed=seed, show=show)
     merge = _Merging(family, zoo, seed, results)
-    runs = [merge.run(name, console=console) for name in names if name not in NOT_ALONE]
+    runs = [merge.run(name, console=console) for name in names]
     console.print("answering the held-out questions ...")
     scores = evaluate(zoo, runs)
     note = ""
@@ -64,6 +63,11 @@ def demo(
     for run in runs:
         console.print(f"merged model: {os.path.relpath(run / 'model')}", highlight=False, soft_wrap=True)
     return scores
+
+
+def _comparable() -> list[str]:
+    """Methods that make one model out of nothing but the experts and their calibration questions."""
+    return [name for name, method in all_methods().items() if not method.per_expert and name != "coefficients"]
 
 
 @dataclass(frozen=True)

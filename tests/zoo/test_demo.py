@@ -59,3 +59,9 @@ def test_a_failed_merge_says_why(run_demo, own_zoo):
 def test_an_unknown_method_is_answered_before_anything_is_built(run_demo):
     with pytest.raises(InputError, match="Did you mean 'weight_average'"):
         run_demo("weight_averge")
+
+
+def test_all_means_every_method_that_makes_one_model_of_its_own():
+    names = module._comparable()
+    assert {"weight_average", "ties", "svd", "wudi", "expert_merging"} <= set(names)
+    assert not {"coefficients", "svd_intermediate"} & set(names)
