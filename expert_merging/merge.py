@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING
 from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, other_files, read_exactly
 from expert_merging.errors import InputError
 from expert_merging.plan import Advance, Part, Plan, Progress, Rule
-from expert_merging.streaming import ALONE, BLOCK, Block, Team, read_task_vectors, work_through, worker_count
+from expert_merging.streaming import (
+    ALONE,
+    BLOCK,
+    SMALL_MODEL,
+    Block,
+    Team,
+    read_task_vectors,
+    work_through,
+    worker_count,
+)
 from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
 if TYPE_CHECKING:
@@ -120,6 +129,7 @@ class _Merger:
         self.merged = set(plan.merged)
         self.lock = threading.Lock()
         self.workers = worker_count() if elementwise else 1
+        self.alone = elementwise or plan.base_elements < SMALL_MODEL
 
     def write(self, file: Path, target: Path, advance: Advance) -> dict[str, float]:
         """Write one shard together with the team; the relative change of each merged tensor."""
@@ -142,7 +152,7 @@ class _Merger:
                 advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
         try:
-            work_through(self.team.share(self._blocks(file)), work, workers=self.workers, alone=self.elementwise)
+            work_through(self.team.share(self._blocks(file)), work, workers=self.workers, alone=self.alone)
         except BaseException:
             writer.abandon()
             raise

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 # Entries of one block. Few enough that the blocks of all checkpoints stay in a core's cache, enough to keep calls rare.
 BLOCK = 1 << 17
 
+# Models with fewer parameters are worked on with one thread: more would wait for each other, many times as long as they
+# compute.
+SMALL_MODEL = 10_000_000
+
 Block = tuple[Entry, int, int]
 
 

@@ -29,6 +29,7 @@ from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.targets import Target, TargetMaker
 from expert_merging.plan import Advance, Plan
+from expert_merging.streaming import SMALL_MODEL
 from expert_merging.writing import sync_files
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 PATIENCE = 3
 # Attempts at an update in float16; each overflow halves the loss scale, which starts at 2 ** 16.
 _OVERFLOWS = 24
-# Models with fewer parameters learn with one thread: more would wait for each other, many times as long as they
-# compute.
-_SMALL_MODEL = 10_000_000
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PUBLISHED_ADAMW = {"weight_decay": 1e-5, "betas": (0.9, 0.999)}
 _PUBLISHED_CYCLE = {"T_0": 50, "T_mult": 2}
@@ -156,7 +154,7 @@ class Trainer:
     def train(self) -> Coefficients:
         """Learn the coefficients, save them in the run folder and return them."""
         device, threads = self.accelerator.device, torch.get_num_threads()
-        if self.plan.base_elements < _SMALL_MODEL:
+        if self.plan.base_elements < SMALL_MODEL:
             torch.set_num_threads(1)
         task_vectors = TaskVectors(self.plan, self.settings.scale, device, self.accelerator.num_processes)
         with self.accelerator.main_process_first():
