@@ -229,6 +229,18 @@ def test_newton_schulz_has_no_answer_where_directions_are_mere_rounding(smallest
     assert newton_schulz(matrix, float(matrix.norm())) is None
 
 
+@pytest.mark.parametrize("span", [10, 1e3, 1e5])
+def test_small_singular_values_keep_their_digits(span):
+    values = torch.logspace(0, -1, 12, base=span, dtype=torch.float64).float()
+    matrix = orthogonal(30, 0)[:, :12] * values @ orthogonal(12, 1)
+    assert_near(polar_factor(matrix, 0.0)[0], polar(matrix.double(), 0.0), 2e-6)
+
+
+def test_what_experts_leave_after_cancelling_is_exact():
+    given = torch.tensor([1.0, 2.0**-30, -1.0]).view(3, 1, 1) * draw(1, 300, 400)
+    assert spectral.exact_sum(given).equal(given[1])
+
+
 @pytest.mark.parametrize("converges", [True, False])
 def test_the_way_to_the_polar_factor_does_not_matter(converges):
     matrix = draw(30, 20) if converges else low_rank(1, 30, 20, 4)[0]
