@@ -237,7 +237,7 @@ def test_small_singular_values_keep_their_digits(span):
 
 
 def test_what_experts_leave_after_cancelling_is_exact():
-    given = torch.tensor([1.0, 2.0**-30, -1.0]).view(3, 1, 1) * draw(1, 300, 400)
+    given = torch.tensor([1.0, 2.0**-20, -1.0]).view(3, 1, 1) * draw(1, 300, 400)
     assert spectral.exact_sum(given).equal(given[1])
 
 
