@@ -212,12 +212,12 @@ class Passes:
             for start in range(0, entry.elements, BLOCK)
         )
         size = width * sum(entry.size for entry in entries)
-        with self.progress(title, size, "B") if only is None else nullcontext(_no_advance) as advance:
+        with self.progress(title, size, "B") if only is None else nullcontext(no_advance) as advance:
             work_through(blocks, work, workers=worker_count(), alone=True)
         counts = self.team.add(sum(of_threads.values(), torch.zeros(shape, dtype=torch.int64)))
         assert counts is not None  # noqa: S101  (every process brings counts)
         return counts
 
 
-def _no_advance(_count: float, _note: str = "") -> None:
+def no_advance(_count: float, _note: str = "") -> None:
     """Progress that is not shown."""

@@ -29,7 +29,7 @@ from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.targets import Target, TargetMaker
 from expert_merging.plan import Advance, Plan
-from expert_merging.streaming import SMALL_MODEL
+from expert_merging.streaming import SMALL_MODEL, no_advance
 from expert_merging.writing import sync_files
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,6 @@ def prepare(plan: Plan, context: Context, options: LearningOptions) -> Work:
     # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
     inputs = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, settings.layers))}
     return Work(learn, inputs, notes)
-
-
-def _no_advance(_count: float, _note: str = "") -> None:
-    """Progress of a step that is tried again has been shown."""
 
 
 def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -242,7 +238,7 @@ class Trainer:
         rate = self.scheduler.get_last_lr()[0]
         for _ in range(_OVERFLOWS):
             sums, penalty = self._step(group, advance)
-            advance = _no_advance
+            advance = no_advance
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
                 self._note(sums, penalty, rate, last=last)
