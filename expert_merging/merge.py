@@ -43,7 +43,7 @@ class Summary:
     """What a merge did.
 
     Args:
-        changes: relative change ``norm(merged - base) / norm(base)`` of every tensor merged in this session, by name.
+        changes: relative change ``norm(merged - base) / norm(base)`` of every tensor merged by this process, by name.
         kept_shards: shards that an earlier, interrupted run had finished.
     """
 
