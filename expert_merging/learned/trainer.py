@@ -149,9 +149,16 @@ class Trainer:
 
     def train(self) -> Coefficients:
         """Learn the coefficients, save them in the run folder and return them."""
-        device, threads = self.accelerator.device, torch.get_num_threads()
+        threads = torch.get_num_threads()
         if self.plan.base_elements < SMALL_MODEL:
             torch.set_num_threads(1)
+        try:
+            return self._prepare_and_learn()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _prepare_and_learn(self) -> Coefficients:
+        device = self.accelerator.device
         task_vectors = TaskVectors(self.plan, self.settings.scale, device, self.accelerator.num_processes)
         with self.accelerator.main_process_first():
             targets = self._make_targets(device)
@@ -163,7 +170,6 @@ class Trainer:
             return self._learn(targets)
         finally:
             self.live.close()
-            torch.set_num_threads(threads)
 
     def _learn(self, targets: list[Target]) -> Coefficients:
         self._resume()

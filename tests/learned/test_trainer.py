@@ -328,9 +328,12 @@ def test_a_nan_in_an_expert_is_found_before_it_is_asked(tiny_zoo, tmp_path):
         (tmp_path / folder).symlink_to(tiny_zoo / folder)
     perturb(tiny_zoo / BASE, tmp_path / EXPERTS["Math"], 3, change=float("nan"))
     trainer = make_trainer(tmp_path, tmp_path / "run", data_dir=str(tiny_zoo / "dataset"))
+    torch.set_num_threads(2)
     with pytest.raises(InputError, match=r"expert Math has \d+ NaN or infinite values in model\.layers"):
         trainer.train()
     assert not list((tmp_path / "run").iterdir())
+    assert torch.get_num_threads() == 2, "an error must not leave the caller with one thread"
+    torch.set_num_threads(1)
 
 
 def test_a_loss_that_is_not_a_number_ends_training(answered_zoo, tmp_path, monkeypatch):
