@@ -14,21 +14,20 @@ from typing import TYPE_CHECKING
 
 from expert_merging.backbone import import_transformers
 from Mistral.backbone import BACKBONE
-from zoo import tasks
+from zoo import tasks, texts
 from zoo.family import Batch, Family, Schedule
 
 if TYPE_CHECKING:
     from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
 TASKS = {
-    "Chat": tasks.TextTask("<uni>", tasks.unique_easy, tasks.unique_hard),
-    "Math": tasks.TextTask("<add>", tasks.add_easy, tasks.add_hard),
-    "Code": tasks.TextTask("<idx>", tasks.index_easy, tasks.index_hard, weight=2),
+    "Chat": tasks.Task(texts.unique_easy, texts.unique_hard),
+    "Math": tasks.Task(texts.add_easy, texts.add_hard),
+    "Code": tasks.Task(texts.index_easy, texts.index_hard, weight=2),
 }
 UNKNOWN, START, END, PADDING = "<unk>", "<s>", "</s>", "<pad>"
-TAGS = [task.tag for task in TASKS.values()]
 CHARACTERS = string.digits + string.ascii_lowercase + "+=:"
-VOCABULARY = {token: number for number, token in enumerate([UNKNOWN, START, END, PADDING, *TAGS, *CHARACTERS])}
+VOCABULARY = {token: number for number, token in enumerate([UNKNOWN, START, END, PADDING, *texts.TAGS, *CHARACTERS])}
 LONGEST_TEXT = 64
 
 
@@ -43,7 +42,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         single=f"{START} $A", pair=f"{START} $A $B", special_tokens=[(START, VOCABULARY[START])]
     )
     backend.add_special_tokens([UNKNOWN, START, END, PADDING])
-    backend.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in texts.TAGS])
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=UNKNOWN,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo import tasks
+from zoo import tasks, texts
 from zoo.mistral import TASKS
 
 
@@ -44,7 +44,7 @@ def test_worked_examples() -> None:
 def test_easy_sums_carry_nothing() -> None:
     draw = random.Random(0)
     for _ in range(300):
-        question = tasks.add_easy(draw).question
+        question = texts.add_easy(draw).question
         assert int(question[6]) + int(question[9]) < 10, question
 
 
