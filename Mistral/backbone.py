@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from expert_merging.calibration import Sample
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -88,9 +87,9 @@ BACKBONE = Backbone(
     load_processor=load_processor,
     encode_prompt=encode_prompt,
     test_questions=(
-        "In two sentences, why does the sea look blue?",
-        "A train covers 180 km in 2.5 hours. What is its mean speed in km/h?",
-        "Write a Python function that returns the second largest number of a list.",
+        Sample.test("In two sentences, why does the sea look blue?"),
+        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
+        Sample.test("Write a Python function that returns the second largest number of a list."),
     ),
-    evaluation="lm_eval --model hf --model_args pretrained={model} --tasks gsm8k,humaneval,mbpp --batch_size auto",
+    evaluation=("lm_eval --model hf --model_args pretrained={model} --tasks gsm8k,humaneval,mbpp --batch_size auto",),
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from expert_merging.registry import Option, read_options
 
 if TYPE_CHECKING:
     import torch
@@ -16,18 +20,27 @@ if TYPE_CHECKING:
     from expert_merging.calibration import Sample
 
 
-def _same_name(name: str) -> str:
+def same_name(name: str) -> str:
+    """The name itself, for families whose checkpoints and models call parameters the same."""
     return name
+
+
+# Functions of a family whose keyword-only parameters are flags.
+_CONFIGURABLE = ("load_model", "parameter_names", "load_processor", "encode_prompt")
 
 
 @dataclass(frozen=True)
 class Backbone:
     """One model family.
 
+    Keyword-only parameters of `load_model`, `parameter_names`, `load_processor` and `encode_prompt` are flags of the
+    family's command, as those of methods are.
+
     Args:
         name: the family, as its folder is called.
         base_folder: the base's folder name under ``--cache_dir``.
         expert_folders: folder name of each expert by expert name, in order.
+        task_experts: expert by calibration task, for the family's usual tasks that are not called like their expert.
         exclude_params: patterns of parameters that keep the base's value (`re.match` on file names).
         defaults: option defaults that differ from the methods' own.
         load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU.
@@ -36,9 +49,13 @@ class Backbone:
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
             response starts.
         takes_images: samples may have pictures.
-        file_name: name in a checkpoint file of a parameter's name in memory.
+        file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
+            names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
         test_questions: what ``--run_tests`` asks the merged model.
-        evaluation: command that evaluates a merged folder, with ``{model}`` in it.
+        evaluation: commands that evaluate a merged folder, with ``{model}`` in them for the folder and ``{eval}`` for
+            VLMEvalKit's configuration.
+        vlmeval_class: VLMEvalKit's class for the family; the merged folder gets a configuration for it.
+        loading: expressions with transformers that load model and processor, with ``{model}`` for the folder.
     """
 
     name: str
@@ -50,10 +67,37 @@ class Backbone:
     parameter_names: Callable[[Path], list[str]]
     load_processor: Callable[[Path], Any]
     encode_prompt: Callable[[Any, Sample, str | None], dict[str, Tensor]]
+    task_experts: Mapping[str, str] = field(default_factory=dict)
     takes_images: bool = False
-    file_name: Callable[[str], str] = field(default=_same_name)
-    test_questions: tuple[str, ...] = ()
-    evaluation: str = ""
+    file_name: Callable[[str], str] = same_name
+    test_questions: tuple[Sample, ...] = ()
+    evaluation: tuple[str, ...] = ()
+    vlmeval_class: str = ""
+    loading: tuple[str, str] = (
+        'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
+        'AutoTokenizer.from_pretrained("{model}")',
+    )
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The family's own flags by name."""
+        return {
+            name: option for function in _CONFIGURABLE for name, option in read_options(getattr(self, function)).items()
+        }
+
+    def configured(self, values: Mapping[str, Any]) -> Backbone:
+        """The family with the values of its flags filled in."""
+
+        def fill(function: Callable[..., Any]) -> Callable[..., Any]:
+            wanted = {
+                name: values[name]
+                for name, parameter in inspect.signature(function).parameters.items()
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name in values
+            }
+            return functools.partial(function, **wanted) if wanted else function
+
+        functions: dict[str, Any] = {name: fill(getattr(self, name)) for name in _CONFIGURABLE}
+        return replace(self, **functions)
 
 
 def import_transformers() -> Any:
@@ -72,9 +116,15 @@ def import_transformers() -> Any:
     return transformers
 
 
+def language_setting(config: Mapping[str, Any], name: str) -> Any:
+    """A setting of the language model from ``config.json``, where multimodal models nest it; None if it is not said."""
+    for part in (config.get("text_config"), config.get("llm_config"), config):
+        if isinstance(part, Mapping) and part.get(name) is not None:
+            return part[name]
+    return None
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers of the language model, from ``config.json``; None where it does not say."""
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("num_hidden_layers"), int):
-            return int(part["num_hidden_layers"])
-    return None
+    count = language_setting(config, "num_hidden_layers")
+    return count if isinstance(count, int) else None

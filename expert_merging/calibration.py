@@ -36,6 +36,11 @@ class Sample:
     images: tuple[Path, ...] = ()
     tokens: tuple[int, ...] | None = None
 
+    @classmethod
+    def test(cls, question: str, *images: Path) -> Sample:
+        """A question to ask any model."""
+        return cls(task="test", expert="", question=question, response=None, identity="0", images=images)
+
 
 def load_samples(
     data_dir: Path,
@@ -44,6 +49,7 @@ def load_samples(
     default_count: int,
     counts: Mapping[str, int],
     task_expert: Mapping[str, str],
+    family_tasks: Mapping[str, str] | None = None,
 ) -> list[Sample]:
     """The first samples of every task file that belongs to an expert.
 
@@ -56,6 +62,7 @@ def load_samples(
         default_count: samples taken from each file, from its beginning.
         counts: numbers that differ, by task.
         task_expert: expert by task, where the names differ.
+        family_tasks: the same for the family's usual tasks, which may be absent; ``task_expert`` wins.
 
     Raises:
         InputError: a missing folder, an expert without samples, a faulty file or entry; all of them at once.
@@ -78,12 +85,13 @@ def load_samples(
         if expert not in experts:
             problems.add(f"--task_expert {task}={expert}: there is no expert {expert!r}. {near_name(expert, experts)}")
     samples: list[Sample] = []
+    expert_of = {**{task: task for task in tasks}, **(family_tasks or {}), **task_expert}
     for task, file in tasks.items():
-        expert = task_expert.get(task, task)
+        expert = expert_of[task]
         if expert in experts:
             with problems.collecting():
                 samples += _read_task(file, expert, counts.get(task, default_count))
-    served = {task_expert.get(task, task) for task in tasks}
+    served = {expert_of[task] for task in tasks}
     for expert in experts:
         if expert not in served:
             problems.add(

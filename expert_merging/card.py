@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _CARD = """---
@@ -39,18 +40,32 @@ This folder has the layout, tensor names and types of its base and loads the sam
 ```
 """
 
-_TEXT_EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_EXAMPLE = """from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+model = {model}
+processor = {processor}"""
+
+# VLMEvalKit's names of the public benchmarks nearest to the families' calibration tasks, and its classes for them.
+_BENCHMARKS = {
+    "VizWiz": "VizWiz",
+    "GQA_TestDev_Balanced": "ImageVQADataset",
+    "MathVista_MINI": "MathVista",
+    "MathVision_MINI": "MathVision",
+    "ChartQA_TEST": "ImageVQADataset",
+    "TextVQA_VAL": "ImageVQADataset",
+    "OCRVQA_TESTCORE": "ImageVQADataset",
+}
 
 
-def model_card(description: Mapping[str, Any], *, title: str, merged: int, tensors: int) -> str:
+def model_card(
+    description: Mapping[str, Any], *, title: str, loading: tuple[str, str], merged: int, tensors: int
+) -> str:
     """Text of the merged folder's ``README.md``.
 
     Args:
         description: the run's ``config.json``.
         title: the run's name.
+        loading: expressions that load model and processor, with ``{model}`` for the folder.
         merged: number of tensors that were merged.
         tensors: number of all tensors.
     """
@@ -60,6 +75,7 @@ def model_card(description: Mapping[str, Any], *, title: str, merged: int, tenso
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
+    model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
     return _CARD.format(
         sources="\n".join(f"- {json.dumps(_name(path), ensure_ascii=False)}" for path in names.values()),
         title=title,
@@ -70,8 +86,23 @@ def model_card(description: Mapping[str, Any], *, title: str, merged: int, tenso
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         merged=merged,
         tensors=tensors,
-        example=_TEXT_EXAMPLE,
+        example=_EXAMPLE.format(
+            classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor
+        ),
     )
+
+
+def vlmeval_config(model_class: str, name: str, folder: Path) -> bytes:
+    """Content of a file for ``python run.py --config FILE`` of VLMEvalKit.
+
+    Args:
+        model_class: VLMEvalKit's class of the model.
+        name: what the model is called in its tables.
+        folder: where the model is.
+    """
+    data = {benchmark: {"class": dataset, "dataset": benchmark} for benchmark, dataset in _BENCHMARKS.items()}
+    config = {"model": {name: {"class": model_class, "model_path": str(folder)}}, "data": data}
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _name(path: str) -> str:

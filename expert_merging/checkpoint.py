@@ -12,7 +12,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -341,13 +342,22 @@ def weights_in_other_formats(checkpoint: Checkpoint) -> list[str]:
     return [name for name in names if name != INDEX and name not in checkpoint.headers]
 
 
-def check_experts(base: Checkpoint, experts: Mapping[str, Checkpoint], excluded: Sequence[str]) -> list[str]:
+def check_experts(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    excluded: Sequence[str],
+    file_name: Callable[[str], str] = str,
+) -> list[str]:
     """Check that experts fit the base and say which tensors are merged.
+
+    An expert that was saved with another naming of the same parameters goes by the base's names from here on.
 
     Args:
         base: the base model.
         experts: expert checkpoints by name.
-        excluded: patterns of parameters that keep the base's value, matched from the start of the name (`re.match`).
+        excluded: patterns of parameters that keep the base's value, matched from the start of the name (`re.match`), as
+            it is in the file or as it was published.
+        file_name: published name of a parameter, whatever naming it was saved with.
 
     Returns:
         Names of the tensors to merge, in the order of the base's files: the floating-point ones that no pattern
@@ -370,7 +380,7 @@ def check_experts(base: Checkpoint, experts: Mapping[str, Checkpoint], excluded:
     patterns.append(re.compile(r".*rotary_emb\.inv_freq$"))
 
     def is_excluded(name: str) -> bool:
-        return any(pattern.match(name) for pattern in patterns)
+        return any(pattern.match(name) or pattern.match(file_name(name)) for pattern in patterns)
 
     merged = [
         entry.name
@@ -381,10 +391,21 @@ def check_experts(base: Checkpoint, experts: Mapping[str, Checkpoint], excluded:
     if not merged:
         problems.add(f"every parameter of {base.folder} is excluded by --exclude_params; nothing would be merged")
     for expert, checkpoint in experts.items():
+        checkpoint.entries = _by_names_of(base, checkpoint, file_name)
         for problem in _differences(base, merged, checkpoint, is_excluded):
             problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
     problems.check()
     return merged
+
+
+def _by_names_of(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str], str]) -> dict[str, Entry]:
+    """The expert's entries by the base's names, where the two name the same parameters differently."""
+    published = Counter(map(file_name, expert.entries))
+    names = {file_name(name): name for name in base.entries}
+    return {
+        name if published[file_name(name)] > 1 else names.get(file_name(name), name): entry
+        for name, entry in expert.entries.items()
+    }
 
 
 def _differences(base: Checkpoint, merged: list[str], expert: Checkpoint, is_excluded: Any) -> list[str]:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EVALUATION = "eval.json"
+
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
 
@@ -109,11 +111,11 @@ class _Job:
     def __init__(self, resolved: Resolved, backbone: Backbone, terminal: Terminal) -> None:
         from expert_merging.plan import make_plan
 
-        self.resolved, self.backbone, self.terminal = resolved, backbone, terminal
+        self.resolved, self.backbone, self.terminal = resolved, backbone.configured(resolved.family), terminal
         problems = Problems()
         with problems.collecting():
             self.base, self.experts = checkpoint_folders(resolved.general, backbone)
-            self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"])
+            self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"], backbone.file_name)
         if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
             with problems.collecting():
                 self.device = _choose_device(resolved.general["device"])
@@ -137,7 +139,7 @@ class _Job:
         return {
             "family": self.backbone.name,
             "method": self.resolved.method.name,
-            "options": {**decisive, **self.resolved.options},
+            "options": {**decisive, **self._method_options()},
             "checkpoints": {
                 name: checkpoint.fingerprint()
                 for name, checkpoint in {"base": self.plan.base, **self.plan.experts}.items()
@@ -150,6 +152,10 @@ class _Job:
             "command": command_line(),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
+
+    def _method_options(self) -> dict[str, Any]:
+        """Options that decide what the method does: its own, and the family's where it reads samples."""
+        return {**self.resolved.options, **(self.resolved.family if self.resolved.reads_samples else {})}
 
     def _open_run(self) -> tuple[Run, Work | None, dict[str, Any] | None]:
         """The run's folder, and for a method that learns the work to do; all remaining checks."""
@@ -274,11 +280,24 @@ class _Job:
             if _is_main_process():
                 title = self.run.folder.name + (f"-{folder.name}" if self.resolved.method.per_expert else "")
                 merged, tensors = len(plan.merged), len(plan.base.entries)
-                card = model_card(self.description, title=title, merged=merged, tensors=tensors)
+                loading = self.backbone.loading
+                card = model_card(self.description, title=title, loading=loading, merged=merged, tensors=tensors)
                 write_atomically(folder / "README.md", card.encode())
         if _is_main_process():
+            if self.backbone.vlmeval_class:
+                self._write_evaluation()
             self.run.finish()
         return summary
+
+    def _write_evaluation(self) -> None:
+        """Put a configuration for VLMEvalKit into every result, with the folder that it will have in the end."""
+        from expert_merging.card import vlmeval_config
+        from expert_merging.writing import write_atomically
+
+        for folder in self._results(self.run):
+            final = self.run.model / folder.relative_to(self.run.partial_model)
+            name = "-".join([self.backbone.name, self.run.folder.name, *final.relative_to(self.run.model).parts])
+            write_atomically(folder / EVALUATION, vlmeval_config(self.backbone.vlmeval_class, name, final.resolve()))
 
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
@@ -291,7 +310,7 @@ class _Job:
             f"base {plan.base.folder}",
             *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
         ]
-        lines += [f"option {name} {show(value)}" for name, value in self.resolved.options.items() if value is not None]
+        lines += [f"option {name} {show(value)}" for name, value in self._method_options().items() if value is not None]
         lines += list(self.work.notes) if self.work else []
         lines.append(
             f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
@@ -331,27 +350,26 @@ class _Job:
             logger.info("models: %s", ", ".join(str(model / expert) for expert in self.plan.experts))
             return
         logger.info("merged model: %s", model)
-        logger.info('load it:      AutoModelForCausalLM.from_pretrained("%s", dtype="auto")', model)
+        logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
         if self.run.board.exists():
             logger.info("curves:       tensorboard --logdir %s", self.run.board)
-        if self.backbone.evaluation:
-            logger.info("evaluate it:  %s", self.backbone.evaluation.format(model=model))
+        for command in self.backbone.evaluation:
+            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
 
     def _ask_questions(self) -> None:
         """Let the merged model answer the family's test questions."""
         import torch
 
-        from expert_merging.calibration import Sample
-        from expert_merging.learned.targets import generate
+        from expert_merging.learned.targets import generate, place
 
         processor = self.backbone.load_processor(self.run.model)
         dtype = torch.float32 if self.device == "cpu" else self.plan.base.entries[self.plan.merged[0]].torch_dtype
         model = self.backbone.load_model(self.run.model, dtype).to(self.device)
-        for number, question in enumerate(self.backbone.test_questions):
-            sample = Sample("test", "", question, None, str(number))
+        for sample in self.backbone.test_questions:
             inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
-            answer, _ = generate(model, processor, {name: value.to(self.device) for name, value in inputs.items()}, 128)
-            logger.info("question: %s\nanswer: %s", question, answer.strip())
+            answer, _ = generate(model, processor, place(inputs, torch.device(self.device), dtype), 128)
+            pictures = "".join(f" [{picture.name}]" for picture in sample.images)
+            logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())
 
 
 def _join_processes(learns: bool, device: str) -> Team:

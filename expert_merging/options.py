@@ -70,13 +70,20 @@ class Resolved:
         general: value of every general option.
         method: the method.
         options: value of every option of the method.
+        family: value of every option of the family's own.
         ignored: options that were given and that the method does not have.
     """
 
     general: Mapping[str, Any]
     method: Method
     options: Mapping[str, Any]
+    family: Mapping[str, Any]
     ignored: tuple[str, ...]
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether the method reads calibration samples, for which the family's own options are."""
+        return "data_dir" in self.options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,7 +131,17 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
                 )
                 option = replace(users[0].options[name], annotation=widest, help=_shown_help(name, users))
                 _add_flag(group, option, _shown_default(name, users, backbone))
+    if backbone.options:
+        group = parser.add_argument_group(f"options of {backbone.name}, for methods that learn and --run_tests")
+        for option in backbone.options.values():
+            _add_flag(group, option, option.default)
     return parser
+
+
+def _all_options(backbone: Backbone) -> dict[str, Option]:
+    """Every option that the family's command has, by name."""
+    of_methods = {name: users[0].options[name] for name, users in _option_users().items()}
+    return {**backbone.options, **of_methods, **GENERAL}
 
 
 def _option_users() -> dict[str, list[Method]]:
@@ -197,13 +214,14 @@ def parse(arguments: Sequence[str], backbone: Backbone) -> dict[str, Any]:
     parser = build_parser(backbone)
     given, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     flags = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
-    known = [*GENERAL, *_option_users(), "config", "list_methods"]
+    options = _all_options(backbone)
+    known = [*options, "config", "list_methods"]
     problems = [f"no flag --{flag[2:]}. {near_name(flag[2:], known)}" for flag in flags]
     if unknown and not flags:
         problems = [f"unexpected argument {unknown[0]!r}; --help shows all options"]
     if problems:
         raise InputError(*problems)
-    return {name: _single(name, value) for name, value in vars(given).items()}
+    return {name: _single(options, name, value) for name, value in vars(given).items()}
 
 
 def _with_underscores(argument: str) -> str:
@@ -213,9 +231,8 @@ def _with_underscores(argument: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
-def _single(name: str, value: Any) -> Any:
+def _single(options: Mapping[str, Option], name: str, value: Any) -> Any:
     """The value of a flag: the last one given, or all of them where a flag is repeated to add entries."""
-    options = {**GENERAL, **{key: users[0].options[key] for key, users in _option_users().items()}}
     if not isinstance(value, list) or name not in options:
         return value
     if name == "exclude_params":
@@ -246,8 +263,12 @@ def merge_entries(name: str, values: list[str]) -> dict[str, Any]:
     return merged
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     """Options from a YAML or JSON file; of a run's ``config.json``, its options.
+
+    Args:
+        file: the file.
+        backbone: the family, for the options of its own.
 
     Raises:
         InputError: it cannot be read, or has a name that is no option.
@@ -267,7 +288,7 @@ def read_config(file: Path) -> dict[str, Any]:
         record = {name: content[name] for name in ("method", "seed") if name in content}
         content = {**content["options"], **record}
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
-    known = [*GENERAL, *_option_users()]
+    known = [*_all_options(backbone)]
     problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
     if problems:
         raise InputError(*problems)
@@ -295,7 +316,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     """
     from dotenv import dotenv_values
 
-    config = read_config(Path(given["config"])) if "config" in given else {}
+    config = read_config(Path(given["config"]), backbone) if "config" in given else {}
     dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
     # What .env says of a folder is meant from where .env lies, whatever folder the command runs in.
     folder = dotenv.get("CACHE_DIR")
@@ -305,13 +326,18 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems = Problems()
     general = {name: option.default for name, option in GENERAL.items()} | {"method": method.name}
     options = method.defaults(backbone.defaults)
+    family = {name: option.default for name, option in backbone.options.items()}
+    used_by_family = backbone.options if "data_dir" in options or values.get("run_tests") else {}
+    tables = ((GENERAL, general), (method.options, options), (used_by_family, family))
     ignored = []
     for name, value in values.items():
-        table, target = (GENERAL, general) if name in GENERAL else (method.options, options)
-        if name in table and name != "method":
+        if name in ("method", "config", "list_methods"):
+            continue
+        table, target = next(((table, target) for table, target in tables if name in table), ({}, {}))
+        if name in table:
             with problems.collecting():
                 target[name] = _absolute(name, table[name].convert(value))
-        elif name not in ("method", "config", "list_methods"):
+        else:
             ignored.append(name)
     problems.check()
     if general["exclude_params"] is None:
@@ -321,7 +347,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
     if "data_dir" in options:
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
-    return Resolved(general, method, options, tuple(ignored))
+    return Resolved(general, method, options, family, tuple(ignored))
 
 
 def _absolute(name: str, value: Any) -> Any:

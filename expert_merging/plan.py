@@ -91,8 +91,19 @@ class Plan:
         return sum(self.base.entries[name].elements for name in self.merged)
 
 
-def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: list[str]) -> Plan:
+def make_plan(
+    base_folder: Path,
+    expert_folders: Mapping[str, Path],
+    excluded: list[str],
+    file_name: Callable[[str], str] = str,
+) -> Plan:
     """Open all checkpoints and check that they fit together.
+
+    Args:
+        base_folder: the base model.
+        expert_folders: the experts by name.
+        excluded: patterns of parameters that keep the base's value.
+        file_name: published name of a parameter, whatever naming it was saved with.
 
     Raises:
         InputError: every problem found in any of them.
@@ -109,7 +120,7 @@ def make_plan(base_folder: Path, expert_folders: Mapping[str, Path], excluded: l
         with problems.collecting():
             check_other_files(base.folder)
         with problems.collecting():
-            merged = check_experts(base, opened, excluded)
+            merged = check_experts(base, opened, excluded, file_name)
     problems.check()
     return Plan(base, opened, tuple(merged))
 

@@ -28,9 +28,14 @@ def data(tmp_path):
     return write
 
 
-def load(folder, experts=("Chat",), *, default_count=5, counts=None, task_expert=None):
+def load(folder, experts=("Chat",), *, default_count=5, counts=None, task_expert=None, family_tasks=None):
     return load_samples(
-        folder, tuple(experts), default_count=default_count, counts=counts or {}, task_expert=task_expert or {}
+        folder,
+        tuple(experts),
+        default_count=default_count,
+        counts=counts or {},
+        task_expert=task_expert or {},
+        family_tasks=family_tasks,
     )
 
 
@@ -78,6 +83,20 @@ def test_files_can_be_assigned_to_experts(data):
         ("Math", "Chat"),
         ("gsm8k", "Math"),
     ]
+
+
+def test_usual_tasks_of_a_family_belong_to_their_experts(data):
+    data("GQA", QUESTIONS)
+    data("VizWiz", QUESTIONS)
+    folder = data("Chart", QUESTIONS)
+    usual = {"GQA": "VQA", "VizWiz": "VQA", "TextVQA": "OCR", "Chart": "Chart"}
+
+    def owners(experts, **given):
+        return {sample.task: sample.expert for sample in load(folder, experts, family_tasks=usual, **given)}
+
+    assert owners(["VQA", "Chart"]) == {"Chart": "Chart", "GQA": "VQA", "VizWiz": "VQA"}
+    assert owners(["VQA", "Chart"], task_expert={"GQA": "Chart"}) == {"Chart": "Chart", "GQA": "Chart", "VizWiz": "VQA"}
+    assert owners(["Chart"]) == {"Chart": "Chart"}, "tasks of experts that are not merged are left alone"
 
 
 def test_shorter_files_are_used_whole_and_that_is_said(data, caplog):

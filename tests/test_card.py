@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from expert_merging.card import model_card
+from expert_merging.card import model_card, vlmeval_config
 
 DESCRIPTION = {
     "method": "task_arithmetic",
@@ -20,10 +20,12 @@ DESCRIPTION = {
     "seed": 77,
 }
 
+LOADING = ('AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")', 'AutoTokenizer.from_pretrained("{model}")')
+
 
 @pytest.fixture(scope="module")
 def card():
-    return model_card(DESCRIPTION, title="my-run", merged=21, tensors=30)
+    return model_card(DESCRIPTION, title="my-run", loading=LOADING, merged=21, tensors=30)
 
 
 def test_the_front_matter_names_all_sources(card):
@@ -37,7 +39,7 @@ def test_the_front_matter_names_all_sources(card):
 @pytest.mark.parametrize("name", ["7", "a: b", "#1", "[x]", "- y", "Zoë", "'q'", "no", '"quoted"'])
 def test_any_folder_name_can_stand_in_the_front_matter(name):
     description = {**DESCRIPTION, "options": {"base_model_path": "/b", "expert": {"A": f"/x/{name}"}}}
-    _, front, _ = model_card(description, title="t", merged=1, tensors=1).split("---\n", 2)
+    _, front, _ = model_card(description, title="t", loading=LOADING, merged=1, tensors=1).split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == ["b", name]
 
 
@@ -60,4 +62,13 @@ def test_the_folders_of_the_machine_stay_private(card):
 
 def test_places_on_this_machine_are_left_out():
     options = {**DESCRIPTION["options"], "data_dir": "/home/me/dataset", "coefficients": "/home/me/run"}
-    assert "/home/me" not in model_card({**DESCRIPTION, "options": options}, title="t", merged=1, tensors=1)
+    assert "/home/me" not in model_card(
+        {**DESCRIPTION, "options": options}, title="t", loading=LOADING, merged=1, tensors=1
+    )
+
+
+def test_vlmevalkit_gets_the_model_and_its_benchmarks(tmp_path):
+    config = json.loads(vlmeval_config("Qwen2VLChat", "run-7", tmp_path))
+    assert config["model"] == {"run-7": {"class": "Qwen2VLChat", "model_path": str(tmp_path)}}
+    assert config["data"]["MathVista_MINI"] == {"class": "MathVista", "dataset": "MathVista_MINI"}
+    assert all(set(entry) == {"class", "dataset"} for entry in config["data"].values())

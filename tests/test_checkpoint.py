@@ -413,7 +413,7 @@ def test_weights_in_other_formats_are_named(tmp_path):
 def compare(tmp_path):
     """What is merged of ``BASE`` with an expert that has the given tensors."""
 
-    def check(tensors, excluded=(".*lm_head.*",)):
+    def check(tensors, excluded=(".*lm_head.*",), **names):
         base = Checkpoint(write_checkpoint(tmp_path / "base", BASE))
         expert = Checkpoint(write_checkpoint(tmp_path / "expert", tensors))
         return check_experts(base, {"Math": expert}, excluded)
@@ -445,6 +445,31 @@ def test_an_expert_may_differ_in_what_is_not_merged(compare):
 def test_tables_of_old_checkpoints_are_no_parameters(compare):
     table = {"layers.0.rotary_emb.inv_freq": torch.ones(2)}
     assert compare({**BASE, **table}) == ["a.weight", "b.weight"]
+
+
+def newer(name):
+    return name.removeprefix("model.")
+
+
+def test_an_expert_saved_with_other_names_goes_by_those_of_the_base(tmp_path):
+    base = Checkpoint(write_checkpoint(tmp_path / "base", BASE))
+    values = {name: tensor + number for number, (name, tensor) in enumerate(BASE.items())}
+    saved = write_checkpoint(tmp_path / "expert", {f"model.{name}": tensor for name, tensor in values.items()})
+    for first, second in ((base, Checkpoint(saved)), (Checkpoint(saved), base)):
+        assert check_experts(first, {"Math": second}, [r"lm_head\..*"], newer) == [
+            name for name in first.entries if "lm_head" not in name
+        ], "patterns match the published name too"
+        assert list(second.entries) == list(first.entries)
+    expert = Checkpoint(saved)
+    check_experts(base, {"Math": expert}, [], newer)
+    assert all(torch.equal(expert.read(name).view_as(value), value) for name, value in values.items())
+
+
+def test_an_expert_that_has_a_tensor_under_both_names_is_refused(tmp_path):
+    base = Checkpoint(write_checkpoint(tmp_path / "base", BASE))
+    twice = {**BASE, "model.a.weight": torch.ones(4, 3)}
+    with pytest.raises(InputError, match=r"has the tensor model\.a\.weight, which the base lacks"):
+        check_experts(base, {"Math": Checkpoint(write_checkpoint(tmp_path / "expert", twice))}, [], newer)
 
 
 def test_everything_that_differs_is_reported_together(tmp_path, compare):

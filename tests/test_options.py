@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -226,7 +227,7 @@ def test_a_run_s_own_record_is_a_configuration_file(root):
         "versions": {"torch": "2"},
     }
     (root / "config.json").write_text(json.dumps(record))
-    assert read_config(root / "config.json") == {**record["options"], "method": "task_arithmetic", "seed": 77}
+    assert read_config(root / "config.json", BACKBONE) == {**record["options"], "method": "task_arithmetic", "seed": 77}
 
 
 @pytest.mark.parametrize(
@@ -355,3 +356,46 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
     assert "Takes a whole number in [1, inf). Default: 5." in text
     assert "Chat=Mistral-7B-Instruct-v0.1" in text
     assert "Default: .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*." in text
+
+
+def encode(processor, sample, template, *, max_tiles: int = 6, words: dict[str, int] | None = None):
+    """Encode.
+
+    Args:
+        processor: a processor.
+        sample: a sample.
+        template: a template.
+        max_tiles: tiles of a picture.
+        words: words by task.
+    """
+    return processor, sample, template, max_tiles, words
+
+
+FAMILY = replace(BACKBONE, encode_prompt=encode)
+
+
+def family_resolved(*arguments):
+    return resolve(parse(arguments, FAMILY), {}, FAMILY)
+
+
+def test_a_family_has_flags_of_its_own():
+    found = family_resolved("--max-tiles", "12", "--words", "Chart=3")
+    assert found.family == {"max_tiles": 12, "words": {"Chart": 3}}
+    assert not found.ignored
+    assert family_resolved().family == {"max_tiles": 6, "words": None}
+    assert FAMILY.configured(found.family).encode_prompt(1, 2, 3) == (1, 2, 3, 12, {"Chart": 3})
+    help_text = " ".join(build_parser(FAMILY).format_help().split())
+    assert "Tiles of a picture. Takes a whole number. Default: 6." in help_text
+
+
+def test_flags_of_a_family_are_for_methods_that_read_samples(root):
+    assert family_resolved("--method", "ties", "--max_tiles", "2").ignored == ("max_tiles",)
+    assert family_resolved("--method", "ties", "--max_tiles", "2", "--run_tests").family["max_tiles"] == 2
+    (root / "c.yaml").write_text("max_tiles: 3")
+    assert family_resolved("--config", str(root / "c.yaml")).family["max_tiles"] == 3
+    with pytest.raises(InputError, match=r"--max_tiles must be a whole number, got many"):
+        family_resolved("--max_tiles", "many")
+    with pytest.raises(InputError, match=r"no flag --max_tile\. Did you mean 'max_tiles'\?"):
+        family_resolved("--max_tile", "1")
+    with pytest.raises(InputError, match="no flag --max_tiles"):
+        parse(["--max_tiles", "1"], BACKBONE)

@@ -82,23 +82,20 @@ def apply(coefficients: Tensor, task_vectors: Tensor, start: int, elements: int)
     return merged
 
 
-def inner_products(gradient: Tensor, task_vectors: Tensor, chunks: int) -> Tensor:
-    """Gradient of the loss with respect to the coefficients: ``<dL/dW, task vector>`` per expert and chunk.
+def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, start: int = 0) -> None:
+    """Add ``<dL/dW, task vector>`` per expert and chunk, the gradient of the loss with respect to the coefficients.
 
     Args:
-        gradient: ``(elements,)``, dL/dW of the flattened tensor.
-        task_vectors: ``(experts, elements)``.
-        chunks: number of chunks.
-
-    Returns:
-        ``(experts, chunks)``
+        total: ``(experts, chunks)``, added to.
+        gradient: ``(entries,)``, dL/dW of a run of the flattened tensor.
+        task_vectors: ``(experts, elements)`` of the whole tensor.
+        start: position of the first of the entries.
     """
-    length = chunk_length(gradient.numel(), chunks)
-    parts = [
-        torch.mv(task_vectors[:, first : first + length], gradient[first : first + length])
-        for first in range(0, gradient.numel(), length)
-    ]
-    return torch.stack(parts, dim=1)
+    length = chunk_length(task_vectors.shape[1], total.shape[1])
+    stop = start + gradient.numel()
+    for chunk in range(start // length, math.ceil(stop / length)):
+        first, last = max(chunk * length, start), min((chunk + 1) * length, stop)
+        total[:, chunk] += torch.mv(task_vectors[:, first:last], gradient[first - start : last - start])
 
 
 @dataclass(frozen=True)

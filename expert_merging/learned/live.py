@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import CoefficientVector, apply, inner_products
+from expert_merging.learned.coefficients import CoefficientVector, add_inner_products, apply
 from expert_merging.learned.losses import hidden_alignment, logit_alignment
 from expert_merging.learned.targets import Target, hidden_states
 from expert_merging.plan import Plan
@@ -107,17 +107,23 @@ class LiveModel:
         self.task_vectors = task_vectors
         self.vector = vector
         self.gradient = torch.zeros_like(vector.raw)
-        parameters = {file_name(name): parameter for name, parameter in model.named_parameters()}
-        missing = [name for name in (*vector.places, *vector.fixed) if name not in parameters]
+        pieces: dict[str, list[Any]] = {}
+        for name, parameter in model.named_parameters():
+            pieces.setdefault(file_name(name), []).append(parameter)
+        missing = [name for name in (*vector.places, *vector.fixed) if file_name(name) not in pieces]
         if missing:
             raise InputError(f"{missing[0]} is in the checkpoint but is no parameter of the loaded model; exclude it")
-        self.parameters = {name: parameters[name] for name in vector.places}
+        # The parameters that make up each merged tensor: itself, or the rows that it is cut into in memory.
+        self.pieces = {name: pieces[file_name(name)] for name in (*vector.places, *vector.fixed)}
         self.hooks = []
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(True)
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(name)))
+        for name in vector.places:
+            start = 0
+            for parameter in self.pieces[name]:
+                parameter.requires_grad_(True)
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(name, start)))
+                start += parameter.numel()
         for name in vector.fixed:
-            self._set(parameters[name], name, vector.initial[:, None])
+            self._set(name, vector.initial[:, None])
 
     def close(self) -> None:
         """Let go of model and task vectors; the hooks hold them in a circle that Python cannot see."""
@@ -125,8 +131,8 @@ class LiveModel:
             self.hooks.pop().remove()
         self.task_vectors.kept.clear()
 
-    def _collector(self, name: str) -> Callable[[Tensor], None]:
-        chunks = self.vector.view(self.gradient, name).shape[1]
+    def _collector(self, name: str, start: int) -> Callable[[Tensor], None]:
+        """What takes the gradient of the parameter that holds the merged tensor's entries from ``start``."""
 
         def collect(parameter: Tensor) -> None:
             """Turn dL/dW into the coefficients' gradient and free it.
@@ -137,8 +143,8 @@ class LiveModel:
             if parameter.grad is not None:
                 weight_gradient = parameter.grad.reshape(-1).float()
                 parameter.grad = None
-                products = inner_products(weight_gradient, self.task_vectors[name][1], chunks)
-                self.vector.view(self.gradient, name).add_(products)
+                task_vectors = self.task_vectors[name][1]
+                add_inner_products(self.vector.view(self.gradient, name), weight_gradient, task_vectors, start)
 
         return collect
 
@@ -146,15 +152,17 @@ class LiveModel:
     def rebuild(self) -> None:
         """Write the merged weights of the current coefficients into the model and forget the collected gradient."""
         values = self.vector()
-        for name, parameter in self.parameters.items():
-            self._set(parameter, name, self.vector.view(values, name))
+        for name in self.vector.places:
+            self._set(name, self.vector.view(values, name))
         self.gradient.zero_()
 
     @torch.no_grad()
-    def _set(self, parameter: Tensor, name: str, values: Tensor) -> None:
+    def _set(self, name: str, values: Tensor) -> None:
         base, task_vectors = self.task_vectors[name]
         merged = apply(values, task_vectors, 0, base.numel()).add_(base)
-        parameter.copy_(merged.view_as(parameter))
+        pieces = self.pieces[name]
+        for parameter, entries in zip(pieces, torch.split(merged, [piece.numel() for piece in pieces]), strict=True):
+            parameter.copy_(entries.view_as(parameter))
 
 
 def alignment_losses(

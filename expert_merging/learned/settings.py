@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from expert_merging.backbone import layer_count
+from expert_merging.backbone import language_setting, layer_count
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
@@ -72,6 +72,7 @@ def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
             default_count=options.samples_per_task,
             counts=options.samples_per_task_dict or {},
             task_expert=options.task_expert or {},
+            family_tasks=context.backbone.task_experts,
         )
         if any(sample.images for sample in samples) and not context.backbone.takes_images:
             with_image = next(sample for sample in samples if sample.images)
@@ -86,11 +87,12 @@ def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
 
 def _check_model(plan: Plan, context: Context) -> None:
     """Check that the model can be loaded, that what is merged are its parameters, and that its head is all there is."""
-    names = {context.backbone.file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
-    unknown = [name for name in plan.merged if name not in names]
+    file_name = context.backbone.file_name
+    names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
+    unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
-    changed = [name for name in _CHANGES_LOGITS if plan.base.config.get(name) not in (None, 1, 1.0)]
+    changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed:
         raise InputError(
             f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.backbone import Backbone
+from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
@@ -118,7 +118,7 @@ class TargetMaker:
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
         response = list(sample.tokens) if sample.tokens is not None else self._tokens(processor, sample)
         prompt_tokens = inputs["input_ids"].shape[1]
-        tokens, longest = prompt_tokens + len(response), self.plan.base.config.get("max_position_embeddings")
+        tokens, longest = prompt_tokens + len(response), self._limit("max_position_embeddings")
         where = f"{sample.task}, question {sample.identity}"
         if not response:
             raise InputError(f"{where}: expert {sample.expert} answered with nothing; give the sample a response")
@@ -127,10 +127,12 @@ class TargetMaker:
                 f"{where}: prompt and response have {tokens} tokens and the model takes {longest}; "
                 "shorten the sample or lower --max_new_tokens"
             )
-        added = torch.tensor([response], dtype=torch.long)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return {name: value.to(self.device) for name, value in inputs.items()}, prompt_tokens
+        return place(with_response(inputs, response), self.device, self.dtype), prompt_tokens
+
+    def _limit(self, name: str) -> int | None:
+        """A number from the base's ``config.json``."""
+        value: int | None = language_setting(self.plan.base.config, name)
+        return value
 
     def _tokens(self, processor: Any, sample: Sample) -> list[int]:
         """Tokens of a response that the file has, with the end token if there is one."""
@@ -168,12 +170,37 @@ class TargetMaker:
 
     def _generate(self, model: Any, processor: Any, sample: Sample) -> dict[str, Any]:
         """The expert's answer as fields of `Sample`."""
-        inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs = place(self.backbone.encode_prompt(processor, sample, self.prompt_template), self.device, self.dtype)
         response, tokens = generate(model, processor, inputs, self.max_new_tokens)
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
-        known = self.plan.base.config.get("vocab_size") or len(getattr(processor, "tokenizer", processor))
+        known = self._limit("vocab_size") or len(getattr(processor, "tokenizer", processor))
         return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
+
+
+def with_response(inputs: Mapping[str, Tensor], response: Sequence[int]) -> dict[str, Tensor]:
+    """Model inputs of a prompt and the response that follows it.
+
+    Args:
+        inputs: inputs of the prompt, batch of one; those with a number per token get zeros for the response.
+        response: tokens.
+    """
+    prompt = inputs["input_ids"]
+    added = torch.tensor([response], dtype=torch.long)
+    extended = {
+        name: torch.cat([value, value.new_zeros(added.shape)], dim=1)
+        for name, value in inputs.items()
+        if value.shape == prompt.shape and not value.is_floating_point()
+    }
+    tokens = torch.cat([prompt, added], dim=1)
+    return {**inputs, **extended, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def place(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Model inputs on a device, pictures in the type of the weights."""
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in inputs.items()
+    }
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def test_changed_calibration_data_is_a_different_run(command, tmp_path, capsys):
 def test_questions_are_answered_after_merging(command, capsys):
     assert command("--method", "weight_average", "--run_tests") == 0
     shown = capsys.readouterr().out
-    assert all(f"question: {question}" in shown for question in BACKBONE.test_questions)
+    assert all(f"question: {sample.question}" in shown for sample in BACKBONE.test_questions)
 
 
 def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):

@@ -620,8 +620,10 @@ def test_overflow_at_every_loss_scale_ends_training(answered_zoo, tmp_path, monk
 
 
 def test_what_is_merged_must_be_parameters_of_the_model(answered_zoo, tmp_path, monkeypatch):
+    names = BACKBONE.parameter_names
     monkeypatch.setattr(
-        "tests.learned.test_trainer.BACKBONE", replace(BACKBONE, file_name=lambda name: name.replace("q_proj", "query"))
+        "tests.learned.test_trainer.BACKBONE",
+        replace(BACKBONE, parameter_names=lambda folder: [name.replace("q_proj", "query") for name in names(folder)]),
     )
     with pytest.raises(
         InputError, match=r"q_proj\.weight is in the checkpoint but is no parameter of the model; exclude"
