@@ -1,44 +1,20 @@
-"""The command: resolve options, check everything, merge, say where the result is.
+"""The command: resolve options, run the job, tell the user what went wrong.
 
-With `console`, the only module that prints, exits or reads the environment.
+With `console`, the only module that prints or exits.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import platform
-import secrets
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from expert_merging import __version__
 from expert_merging.backbone import Backbone
-from expert_merging.errors import InputError, Problems
-from expert_merging.options import ROOT, Resolved, checkpoint_folders, command_line, parse, resolve, show
+from expert_merging.errors import InputError
+from expert_merging.job import Job, is_main_process
+from expert_merging.options import Resolved, parse, resolve, show
 from expert_merging.registry import all_methods
-
-if TYPE_CHECKING:
-    from expert_merging.console import Terminal
-    from expert_merging.learned import Work
-    from expert_merging.merge import Summary
-    from expert_merging.plan import Plan, Rule
-    from expert_merging.run import Run
-    from expert_merging.streaming import Team
-
-logger = logging.getLogger(__name__)
-
-EVALUATION = "eval.json"
-
-# Options that decide where and how a run is done but not its result.
-_INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
 
 
 def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +34,7 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             return 0
         return _merge(resolve(given, os.environ, backbone), backbone)
     except InputError as error:
-        if _is_main_process():
+        if is_main_process():
             _tell(error)
         return 1
     except OSError as error:
@@ -80,366 +56,25 @@ def _tell(error: InputError) -> None:
         print(f"error: {problem}", file=sys.stderr)
 
 
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
     from expert_merging.console import Terminal
 
-    terminal = Terminal(quiet=not _is_main_process())
+    terminal = Terminal(quiet=not is_main_process())
     job = None
     try:
-        job = _Job(resolved, backbone, terminal)
+        job = Job(resolved, backbone, terminal)
         if resolved.general["dry_run"]:
             job.print_plan()
             return 0
         return job.run_all()
     except InputError as error:
-        if job is not None and not _is_main_process():
+        if job is not None and not is_main_process():
             _tell(error)  # found while working on this process's share
         raise
     finally:
         if job is not None:
             job.run.release()
         terminal.close()
-
-
-class _Job:
-    """One run from its checked options to its result."""
-
-    def __init__(self, resolved: Resolved, backbone: Backbone, terminal: Terminal) -> None:
-        from expert_merging.plan import make_plan
-
-        self.resolved, self.backbone, self.terminal = resolved, backbone.configured(resolved.family), terminal
-        problems = Problems()
-        with problems.collecting():
-            self.base, self.experts = checkpoint_folders(resolved.general, backbone)
-            self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"], backbone.file_name)
-        if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
-            with problems.collecting():
-                self.device = _choose_device(resolved.general["device"])
-        problems.check()
-        self.team = _join_processes(resolved.method.learns, self.device)
-        _check_one_per_expert(resolved, tuple(self.plan.experts))
-        self.description = self._describe()
-        self.run, self.work, earlier = self._open_run()
-        if earlier is not None:
-            self.description = earlier
-
-    def _describe(self) -> dict[str, Any]:
-        """The run's ``config.json``."""
-        general = self.resolved.general
-        decisive = {name: value for name, value in general.items() if name not in _INDIFFERENT}
-        decisive |= {
-            "base_model_path": str(self.base.resolve()),
-            "expert": {name: str(folder.resolve()) for name, folder in self.experts.items()},
-        }
-        seed = general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31)
-        return {
-            "family": self.backbone.name,
-            "method": self.resolved.method.name,
-            "options": {**decisive, **self._method_options()},
-            "checkpoints": {
-                name: checkpoint.fingerprint()
-                for name, checkpoint in {"base": self.plan.base, **self.plan.experts}.items()
-            },
-            "inputs": {"device": self.device.split(":")[0], "version": __version__},
-            "seed": seed,
-            "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | {"device": self.device},
-            "versions": _versions(),
-            "git_revision": _git_revision(),
-            "command": command_line(),
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-
-    def _method_options(self) -> dict[str, Any]:
-        """Options that decide what the method does: its own, and the family's where it reads samples."""
-        return {**self.resolved.options, **(self.resolved.family if self.resolved.reads_samples else {})}
-
-    def _open_run(self) -> tuple[Run, Work | None, dict[str, Any] | None]:
-        """The run's folder, and for a method that learns the work to do; all remaining checks."""
-        from expert_merging.learned import Context
-        from expert_merging.run import Run, default_name
-        from expert_merging.writing import check_free_disk
-
-        general, method = self.resolved.general, self.resolved.method
-        problems = Problems()
-        parent, run_name = Path(general["output_path"]) / method.name, general["run_name"]
-        if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
-            problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
-            run_name = None
-        name = run_name or default_name(self.backbone.name, self.description)
-        run = Run(parent / name, several=method.per_expert)
-        with problems.collecting():
-            _check_output(run.folder, [self.plan.base.folder, *self.experts.values()])
-        problems.check()
-        if general["seed"] < 0:
-            self.description["seed"] = run.recorded_seed(self.description["seed"])
-            self.description["seed"] = _from_main_process(self.description["seed"])
-        work = None
-        if method.learns:
-            context = Context(
-                self.backbone, run, self.description["seed"], self.device, general["log_with"], self.terminal.progress
-            )
-            with problems.collecting():
-                work = method.function(self.plan, context, **self.resolved.options)
-                self.description["inputs"] |= work.inputs
-        earlier = None
-        # The main process writes to the folder while the others start, so it alone looks at it.
-        if _is_main_process() and not problems.found:
-            with problems.collecting():
-                earlier = run.check(self.description)
-        if _is_main_process() and not run.is_complete:
-            with problems.collecting():
-                check_free_disk(run.folder, self._missing_bytes(run))
-        problems.check()
-        return run, work, earlier
-
-    def _missing_bytes(self, run: Run) -> int:
-        results = self._results(run)
-        written = [folder / file.name for folder in results for file in self.plan.base.files]
-        return len(results) * self.plan.output_bytes - sum(file.stat().st_size for file in written if file.exists())
-
-    def _results(self, run: Run) -> dict[Path, Plan]:
-        """The folders to write, and what is merged into each."""
-        if not self.resolved.method.per_expert:
-            return {run.partial_model: self.plan}
-        return {run.partial_model / expert: plan for expert, plan in self.plan.split().items()}
-
-    def run_all(self) -> int:
-        """Learn if the method learns, merge, report."""
-        start = time.monotonic()
-        summary = None
-        if self.run.is_complete:
-            logger.info("this run is complete already; remove its folder to repeat it")
-        else:
-            if _is_main_process():
-                self.run.begin(self.description)
-                self.run.check(self.description)  # once more: nobody else can change it now
-                self.terminal.log_to(self.run.log)
-            self._log_start()
-            self.team.wait()
-            rule = self._rule()
-            if not _is_main_process() and self.team.size == 1:
-                return 0  # has learned with the others; the main process merges
-            summary = self._write(rule)
-        self.team.part()
-        if not _is_main_process():
-            return 0
-        self._report(summary, time.monotonic() - start)
-        if self.resolved.general["run_tests"] and not self.resolved.method.per_expert:
-            self._ask_questions()
-        return 0
-
-    def _log_start(self) -> None:
-        logger.info("method %s, run folder %s", self.resolved.method.name, self.run.folder)
-        for line in self.plan_lines():
-            logger.info("%s", line)
-        for line in self._warnings():
-            logger.warning("%s", line)
-
-    def _warnings(self) -> list[str]:
-        """What may not be as the user thinks, but is no mistake for certain."""
-        from expert_merging.plan import differing_settings
-
-        flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
-        ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
-        return ignored + differing_settings(self.plan)
-
-    def _rule(self) -> Rule:
-        """The method's rule; learning happens here."""
-        if self.work is not None:
-            return self.work.run().rule
-        import torch
-
-        from expert_merging.streaming import Passes
-
-        passes = Passes(self.plan, torch.device(self.device), self.terminal.progress, self.team)
-        return self.resolved.method.rule(passes, self.description["seed"], self.resolved.options)
-
-    def _write(self, rule: Rule) -> Summary:
-        """Write every resulting model; what was done, of the last one."""
-        import torch
-
-        from expert_merging.card import model_card
-        from expert_merging.merge import Summary, write_merged
-        from expert_merging.writing import write_atomically
-
-        summary = Summary()
-        for folder, plan in self._results(self.run).items():
-            summary = write_merged(
-                plan,
-                rule,
-                folder,
-                elementwise=self.resolved.method.elementwise,
-                device=torch.device(self.device),
-                progress=self.terminal.progress,
-                team=self.team,
-            )
-            if _is_main_process():
-                title = self.run.folder.name + (f"-{folder.name}" if self.resolved.method.per_expert else "")
-                merged, tensors = len(plan.merged), len(plan.base.entries)
-                loading = self.backbone.loading
-                card = model_card(self.description, title=title, loading=loading, merged=merged, tensors=tensors)
-                write_atomically(folder / "README.md", card.encode())
-        if _is_main_process():
-            if self.backbone.vlmeval_class:
-                self._write_evaluation()
-            self.run.finish()
-        return summary
-
-    def _write_evaluation(self) -> None:
-        """Put a configuration for VLMEvalKit into every result, with the folder that it will have in the end."""
-        from expert_merging.card import vlmeval_config
-        from expert_merging.writing import write_atomically
-
-        for folder in self._results(self.run):
-            final = self.run.model / folder.relative_to(self.run.partial_model)
-            name = "-".join([self.backbone.name, self.run.folder.name, *final.relative_to(self.run.model).parts])
-            write_atomically(folder / EVALUATION, vlmeval_config(self.backbone.vlmeval_class, name, final.resolve()))
-
-    def plan_lines(self) -> list[str]:
-        """The plan in words: experts, parameters, memory and disk."""
-        from expert_merging.checkpoint import weights_in_other_formats
-        from expert_merging.merge import working_memory
-
-        plan, method = self.plan, self.resolved.method
-        tensors = len(plan.base.entries)
-        lines = [
-            f"base {plan.base.folder}",
-            *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
-        ]
-        lines += [f"option {name} {show(value)}" for name, value in self._method_options().items() if value is not None]
-        lines += list(self.work.notes) if self.work else []
-        lines.append(
-            f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
-            f"{tensors - len(plan.merged)} keep the base's value"
-        )
-        memory = working_memory(plan, elementwise=method.elementwise)
-        written = len(self._results(self.run)) * plan.output_bytes
-        lines.append(f"writes {_size(written)}; merging needs about {_size(memory)} of memory on {self.device}")
-        if self.work and self.work.trains:
-            model = plan.base_elements
-            lines.append(
-                f"learning holds one model ({_size(4 * model)} in float32, half in half precision), one sample's "
-                "activations, and task vectors where they fit"
-            )
-        unread = weights_in_other_formats(plan.base)
-        if unread:
-            lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
-        return lines
-
-    def print_plan(self) -> None:
-        for line in (f"method {self.resolved.method.name}, run folder {self.run.folder}", *self.plan_lines()):
-            self.terminal.console.print(line, markup=False)
-        for line in self._warnings():
-            self.terminal.console.print(f"warning: {line}", markup=False)
-        self.terminal.console.print("dry run: all checks passed, nothing was written")
-
-    def _report(self, summary: Summary | None, seconds: float) -> None:
-        if summary is not None:
-            if summary.kept_shards:
-                logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
-            if summary.changes:
-                name = max(summary.changes, key=lambda key: summary.changes[key])
-                logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
-            logger.info("done in %.1f s", seconds)
-        model = self.run.model
-        if self.resolved.method.per_expert:
-            logger.info("models: %s", ", ".join(str(model / expert) for expert in self.plan.experts))
-            return
-        logger.info("merged model: %s", model)
-        logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
-        if self.run.board.exists():
-            logger.info("curves:       tensorboard --logdir %s", self.run.board)
-        for command in self.backbone.evaluation:
-            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
-
-    def _ask_questions(self) -> None:
-        """Let the merged model answer the family's test questions."""
-        import torch
-
-        from expert_merging.learned.targets import generate, place
-
-        processor = self.backbone.load_processor(self.run.model)
-        dtype = torch.float32 if self.device == "cpu" else self.plan.base.entries[self.plan.merged[0]].torch_dtype
-        model = self.backbone.load_model(self.run.model, dtype).to(self.device)
-        for sample in self.backbone.test_questions:
-            inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
-            answer, _ = generate(model, processor, place(inputs, torch.device(self.device), dtype), 128)
-            pictures = "".join(f" [{picture.name}]" for picture in sample.images)
-            logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())
-
-
-def _join_processes(learns: bool, device: str) -> Team:
-    """Meet the other processes of a parallel run; the team that merges, which for a method that learns is one process.
-
-    Learning runs on what accelerate sets up for the device. Merging exchanges little, and always between CPUs.
-    """
-    from expert_merging.streaming import Team
-
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return Team()
-    if learns:
-        from accelerate import PartialState
-
-        # The others wait while the main process asks the experts, which may take longer than the usual ten minutes.
-        PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
-        return Team()
-    import torch
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return Team(int(os.environ["RANK"]), size)
-
-
-def _from_main_process(value: int) -> int:
-    """The main process's value, in every process of a parallel run."""
-    import torch
-
-    shared = [value]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(shared)
-    return shared[0]
-
-
-def _choose_device(asked: str) -> str:
-    import torch
-
-    if asked == "auto":
-        own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-        return own if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {asked}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
-    return asked
-
-
-def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
-    given = resolved.options.get("scaling_coefficient")
-    if isinstance(given, list) and len(given) != len(experts):
-        raise InputError(
-            f"--scaling_coefficient has {len(given)} values for {len(experts)} experts ({', '.join(experts)})"
-        )
-
-
-def _check_output(folder: Path, checkpoints: list[Path]) -> None:
-    for checkpoint in checkpoints:
-        if folder.resolve().is_relative_to(checkpoint.resolve()):
-            raise InputError(
-                f"the run folder {folder} would lie inside the checkpoint folder {checkpoint}, which is never written "
-                "to; choose another --output_path"
-            )
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{existing} cannot be written to; choose another --output_path")
 
 
 def _list_methods(backbone: Backbone) -> None:
@@ -452,30 +87,3 @@ def _list_methods(backbone: Backbone) -> None:
         defaults = method.defaults(backbone.defaults).items()
         table.add_row(names, method.summary, "\n".join(f"--{name} {show(value)}" for name, value in defaults))
     Console().print(table)
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "accelerate", "safetensors")
-    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
-    return {"expert_merging": __version__, "python": platform.python_version()} | {
-        name: found[name] for name in names if name in found
-    }
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

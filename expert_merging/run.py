@@ -6,10 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import subprocess
 from collections.abc import Mapping
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from expert_merging import __version__
 from expert_merging.errors import InputError
 from expert_merging.writing import partial_name, sync_folder, write_atomically
 
@@ -39,13 +44,19 @@ class Run:
         self.responses = folder / "responses.json"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
-        self.coefficient_map = folder / "coefficients.png"
+        self.analysis = folder / "analysis"
         self._lock: int | None = None
 
     @property
     def is_complete(self) -> bool:
         """Whether the merged model is there."""
         return self.model.is_dir()
+
+    def stage(self, name: str) -> Run:
+        """A folder inside for what is learned on the way; the experts' answers stay where they are."""
+        stage = Run(self.folder / name)
+        stage.responses = self.responses
+        return stage
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:
         """Check that the folder is free or holds an earlier part of the same run.
@@ -141,3 +152,30 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, the repository's revision and the time, for the record."""
+    names = ("torch", "transformers", "accelerate", "safetensors")
+    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    versions = {"expert_merging": __version__, "python": platform.python_version()}
+    return {
+        "versions": versions | {name: found[name] for name in names if name in found},
+        "git_revision": _git_revision(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
