@@ -1,0 +1,258 @@
+"""The Qwen2-VL family: Qwen2-VL-7B and its OCR, VQA, Geometry, Chart and Grounding experts; Qwen2.5-VL loads as well.
+
+Pictures always go through the checkpoint's image processor in its Pillow form, whatever is installed: the same file
+gives the same pixels everywhere. transformers' own processor class would also want a video processor, which needs
+torchvision, so what it does with pictures and text is put together here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.errors import InputError
+from expert_merging.registry import Count
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from expert_merging.calibration import Sample
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+
+# A picture in a prompt; the middle one is repeated for every token that the picture takes.
+PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# What a question may not contain, since the model would take it for a picture or a video.
+_RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
+# Where a picture belongs in a question; without it, pictures come first.
+_MARK = "<image>"
+
+
+def file_name(name: str) -> str:
+    """Name of a parameter in the published checkpoints: ``model.layers...``, ``visual...``, ``lm_head.weight``.
+
+    Newer ones, and models in memory, have ``model.language_model.layers...`` and ``model.visual...``.
+    """
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of the folder, in evaluation mode.
+
+    Raises:
+        InputError: the folder lacks a tensor of the model, or has one of another shape.
+    """
+    transformers = import_transformers()
+    _config(folder)
+    try:
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # shapes that differ
+        raise InputError(f"{folder} does not fit its config.json: {str(error).splitlines()[0]}") from None
+    if report["missing_keys"]:
+        first, *others = sorted(map(file_name, report["missing_keys"]))
+        more = f" and {len(others)} more tensors" if others else ""
+        raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+    return model.eval()
+
+
+def parameter_names(folder: Path) -> list[str]:
+    """Names of the model's parameters in memory, from ``config.json`` alone.
+
+    Raises:
+        InputError: the folder has a model of another kind.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = import_transformers().AutoModelForImageTextToText.from_config(_config(folder), trust_remote_code=False)
+    return [name for name, _ in model.named_parameters()]
+
+
+def _config(folder: Path) -> Any:
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in MODEL_TYPES:
+        raise InputError(
+            f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family takes "
+            f"{' and '.join(MODEL_TYPES)}"
+        )
+    return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns questions and pictures into model inputs.
+
+    Args:
+        folder: the checkpoint that it is from.
+        tokenizer: the tokenizer, with the chat template.
+        image_processor: cuts pictures into patches.
+    """
+
+    folder: Path
+    tokenizer: Any
+    image_processor: Any
+
+
+def load_processor(folder: Path, *, min_pixels: Count | None = None, max_pixels: Count | None = None) -> Processor:
+    """Tokenizer, chat template and image processor of the folder.
+
+    Args:
+        folder: the checkpoint.
+        min_pixels: smaller pictures are enlarged to this many pixels (by default what the checkpoint says, 3136 in the
+            published ones).
+        max_pixels: larger pictures are reduced to this many pixels (by default what the checkpoint says, 12845056 in
+            the published ones); 784 make one token, so a lower bound saves memory and time.
+
+    Raises:
+        InputError: files are missing, or the bounds leave nothing between them.
+    """
+    transformers = import_transformers()
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    try:
+        images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limits)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        settings, _ = transformers.Qwen2VLProcessor.get_processor_dict(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the processor of {folder} cannot be loaded ({str(error).splitlines()[0]}); download its tokenizer and "
+            "preprocessor files again"
+        ) from None
+    low, high = images.size["shortest_edge"], images.size["longest_edge"]
+    if low > high:
+        raise InputError(f"--min_pixels {low} is above --max_pixels {high}; pictures get a size between the two")
+    # As in transformers: a template beside the processor's settings counts before the tokenizer's own.
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
+    return Processor(folder, tokenizer, images)
+
+
+def encode_prompt(processor: Processor, sample: Sample, template: str | None) -> dict[str, Tensor]:
+    """Model inputs of question and pictures.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` (1 where a picture is), ``(1, tokens)``; with
+        pictures also ``pixel_values``, ``(patches, values of a patch)``, and ``image_grid_thw``, ``(pictures, 3)``:
+        time, height and width in patches, which is what the model derives rotary positions (M-RoPE) from.
+
+    Raises:
+        InputError: the sample cannot be encoded; says which and why.
+    """
+    import torch
+
+    where = f"{sample.task}, question {sample.identity}"
+    pixels, grids = [], []
+    for path in sample.images:
+        patches = _patches(processor, path, where)
+        pixels.append(patches["pixel_values"])
+        grids.append(patches["image_grid_thw"])
+    text = _prompt(processor, _parts(sample, where), template)
+    start, *rest = text.split(PICTURE_TOKENS[1])
+    if len(rest) != len(grids):
+        raise InputError(
+            f"{where}: the chat template of {processor.folder} has a place for {len(rest)} of {len(grids)} pictures; "
+            "give a --prompt_template"
+        )
+    counts = [int(grid.prod()) // processor.image_processor.merge_size**2 for grid in grids]
+    text = start + "".join(PICTURE_TOKENS[1] * count + piece for count, piece in zip(counts, rest, strict=True))
+    tokens = torch.tensor([processor.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    picture = processor.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "mm_token_type_ids": (tokens == picture).long(),
+    }
+    return {**inputs, "pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if grids else inputs
+
+
+def _patches(processor: Processor, path: Path, where: str) -> Any:
+    """Pixels of one picture, upright, resized by the processor's rule and cut into patches."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: {path} cannot be read as a picture: {error}") from None
+    try:
+        return processor.image_processor(upright, return_tensors="pt")
+    except ValueError as error:  # sides that differ too much
+        raise InputError(f"{where}: {path} ({upright.width} x {upright.height} pixels): {error}") from None
+
+
+def _parts(sample: Sample, where: str) -> list[str | None]:
+    """The question in pieces, with None where a picture belongs."""
+    reserved = [token for token in _RESERVED if token in sample.question]
+    if reserved:
+        raise InputError(f"{where}: the question contains {reserved[0]}, which is written for pictures; remove it")
+    marks = sample.question.count(_MARK)
+    if marks == 0:
+        return [None] * len(sample.images) + [sample.question]
+    if marks != len(sample.images):
+        raise InputError(f"{where}: the question has {_MARK} {marks} times and the entry {len(sample.images)} pictures")
+    first, *rest = sample.question.split(_MARK)
+    return [first, *(part for text in rest for part in (None, text))]
+
+
+def _prompt(processor: Processor, parts: Sequence[str | None], template: str | None) -> str:
+    """Text of the prompt, with the three tokens of a picture where each belongs."""
+    if template is not None:
+        question = "".join("".join(PICTURE_TOKENS) if part is None else part for part in parts)
+        return template.replace("{question}", question)
+    if processor.tokenizer.chat_template is None:
+        raise InputError(f"{processor.folder} has no chat template; give a --prompt_template with {{question}} in it")
+    content: Any = parts[0]
+    if None in parts:  # a question without pictures is a plain text, which every template takes
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    prompt: str = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return prompt
+
+
+BACKBONE = Backbone(
+    name="Qwen2VL",
+    base_folder="Qwen2-VL-7B",
+    expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in ("OCR", "VQA", "Geometry", "Chart", "Grounding")},
+    exclude_params=("visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
+    defaults={"scaling_coefficient": 0.3, "samples_per_task": 10, "sparsity_reg_weight": 0.8},
+    load_model=load_model,
+    parameter_names=parameter_names,
+    load_processor=load_processor,
+    encode_prompt=encode_prompt,
+    takes_images=True,
+    file_name=file_name,
+    task_experts={
+        "VizWiz": "VQA",
+        "GQA": "VQA",
+        "MathVista": "Geometry",
+        "MathVision": "Geometry",
+        "OCRVQA": "OCR",
+        "TextVQA": "OCR",
+    },
+    evaluation=(
+        "accelerate launch --num_processes 8 -m lmms_eval --model qwen2_vl --batch_size 1 "
+        "--model_args pretrained={model},max_pixels=2359296 "
+        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",
+    ),
+    vlmeval_class="Qwen2VLChat",
+    loading=(
+        'AutoModelForImageTextToText.from_pretrained("{model}", dtype="auto")',
+        'AutoProcessor.from_pretrained("{model}")',
+    ),
+)
