@@ -8,7 +8,6 @@ torchvision, so what it does with pictures and text is put together here.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 # What a question may not contain, since the model would take it for a picture or a video.
 _RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
 # Where a picture belongs in a question; without it, pictures come first.
-_MARK = "<image>"
+MARK = "<image>"
 
 
 def file_name(name: str) -> str:
@@ -156,28 +155,21 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     import torch
 
     where = f"{sample.task}, question {sample.identity}"
-    pixels, grids = [], []
-    for path in sample.images:
-        patches = _patches(processor, path, where)
-        pixels.append(patches["pixel_values"])
-        grids.append(patches["image_grid_thw"])
-    text = _prompt(processor, _parts(sample, where), template)
-    start, *rest = text.split(PICTURE_TOKENS[1])
-    if len(rest) != len(grids):
-        raise InputError(
-            f"{where}: the chat template of {processor.folder} has a place for {len(rest)} of {len(grids)} pictures; "
-            "give a --prompt_template"
-        )
-    counts = [int(grid.prod()) // processor.image_processor.merge_size**2 for grid in grids]
-    text = start + "".join(PICTURE_TOKENS[1] * count + piece for count, piece in zip(counts, rest, strict=True))
-    tokens = torch.tensor([processor.tokenizer(text, add_special_tokens=False)["input_ids"]])
-    picture = processor.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
+    text = _prompt(processor, sample, template, where)
+    pictures = [_patches(processor, file, where) for file in sample.images]
+    prompt, *rest = text.split(PICTURE_TOKENS[1])
+    for picture, piece in zip(pictures, rest, strict=True):
+        count = int(picture["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
+        prompt += PICTURE_TOKENS[1] * count + piece
+    tokens = torch.tensor([processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    place = processor.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
-        "mm_token_type_ids": (tokens == picture).long(),
+        "mm_token_type_ids": (tokens == place).long(),
     }
-    return {**inputs, "pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if grids else inputs
+    pixels = {name: [picture[name] for picture in pictures] for name in ("pixel_values", "image_grid_thw")}
+    return inputs | ({name: torch.cat(values) for name, values in pixels.items()} if pictures else {})
 
 
 def _patches(processor: Processor, path: Path, where: str) -> Any:
@@ -195,34 +187,34 @@ def _patches(processor: Processor, path: Path, where: str) -> Any:
         raise InputError(f"{where}: {path} ({upright.width} x {upright.height} pixels): {error}") from None
 
 
-def _parts(sample: Sample, where: str) -> list[str | None]:
-    """The question in pieces, with None where a picture belongs."""
+def _prompt(processor: Processor, sample: Sample, template: str | None, where: str) -> str:
+    """Text of the prompt, with the three tokens of a picture where each belongs."""
     reserved = [token for token in _RESERVED if token in sample.question]
     if reserved:
-        raise InputError(f"{where}: the question contains {reserved[0]}, which is written for pictures; remove it")
-    marks = sample.question.count(_MARK)
-    if marks == 0:
-        return [None] * len(sample.images) + [sample.question]
-    if marks != len(sample.images):
-        raise InputError(f"{where}: the question has {_MARK} {marks} times and the entry {len(sample.images)} pictures")
-    first, *rest = sample.question.split(_MARK)
-    return [first, *(part for text in rest for part in (None, text))]
-
-
-def _prompt(processor: Processor, parts: Sequence[str | None], template: str | None) -> str:
-    """Text of the prompt, with the three tokens of a picture where each belongs."""
+        raise InputError(
+            f"{where}: the question contains {reserved[0]}, which stands for picture content; write {MARK}"
+        )
+    marks, pictures = ((template or "") + sample.question).count(MARK), len(sample.images)
+    if marks > pictures:
+        raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
+    question = MARK * (pictures - marks) + sample.question
     if template is not None:
-        question = "".join("".join(PICTURE_TOKENS) if part is None else part for part in parts)
-        return template.replace("{question}", question)
+        return template.replace("{question}", question).replace(MARK, "".join(PICTURE_TOKENS))
     if processor.tokenizer.chat_template is None:
-        raise InputError(f"{processor.folder} has no chat template; give a --prompt_template with {{question}} in it")
-    content: Any = parts[0]
-    if None in parts:  # a question without pictures is a plain text, which every template takes
-        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    prompt: str = processor.tokenizer.apply_chat_template(
+        raise InputError(f"{processor.folder} has no chat template; give --prompt_template with {{question}} in it")
+    content: Any = question
+    if pictures:  # a question without pictures stays a plain text, which every template takes
+        start, *rest = ({"type": "text", "text": text} for text in question.split(MARK))
+        content = [start, *(part for text in rest for part in ({"type": "image"}, text))]
+    text: str = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    return prompt
+    if text.count(PICTURE_TOKENS[1]) != pictures:
+        raise InputError(
+            f"{where}: the chat template of {processor.folder} has {text.count(PICTURE_TOKENS[1])} places for "
+            f"{pictures} pictures; give --prompt_template with {{question}} in it"
+        )
+    return text
 
 
 BACKBONE = Backbone(

@@ -147,6 +147,7 @@ def test_several_pictures_come_in_order(processor, tmp_path):
         ("Compare.", chat((3, 2), (2, 4), "Compare.")),
         ("Is <image> like <image>?", chat("Is ", (3, 2), " like ", (2, 4), "?")),
         ("<image>\n<image>\nSame?", chat((3, 2), "\n", (2, 4), "\nSame?")),
+        ("Which is it: <image>?", chat((3, 2), "Which is it: ", (2, 4), "?")),
     ):
         inputs = encode_prompt(processor, sample(question, wide, tall), None)
         assert inputs["input_ids"].tolist() == [tokens(prompt)]
@@ -165,8 +166,12 @@ def test_a_question_without_pictures_is_text_alone(processor):
 def test_a_prompt_template_takes_the_place_of_the_chat_template(processor, tmp_path):
     file = save_picture(tmp_path / "wide.png", 90, 40)
     picture = f"<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>"
-    for question, expected in (("Why?", f"Q: {picture}Why? A:"), ("Why <image>?", f"Q: Why {picture}? A:")):
-        inputs = encode_prompt(processor, sample(question, file), "Q: {question} A:")
+    for template, question, expected in (
+        ("Q: {question} A:", "Why?", f"Q: {picture}Why? A:"),
+        ("Q: {question} A:", "Why <image>?", f"Q: Why {picture}? A:"),
+        ("<image> Q: {question} A:", "Why?", f"{picture} Q: Why? A:"),
+    ):
+        inputs = encode_prompt(processor, sample(question, file), template)
         assert inputs["input_ids"].tolist() == [tokens(expected)]
 
 
@@ -232,17 +237,20 @@ def test_pictures_beyond_what_is_safe_to_open_are_refused(processor, tmp_path, m
 
 def test_questions_with_tokens_of_pictures_are_refused(processor):
     assert refused(processor, sample("What is <|image_pad|>?")) == (
-        "Chart, question 7: the question contains <|image_pad|>, which is written for pictures; remove it"
+        "Chart, question 7: question or prompt template contain <|image_pad|>, which stands for picture content; "
+        "write <image>"
     )
-    assert "contains <|video_pad|>" in refused(processor, sample("A <|video_pad|>"))
+    assert "contain <|video_pad|>" in refused(processor, sample("A <|video_pad|>"))
+    assert "contain <|vision_start|>" in refused(processor, sample("A"), "<|vision_start|>{question}")
 
 
-def test_marks_must_fit_the_pictures(processor, tmp_path):
+def test_marks_beyond_the_pictures_are_refused(processor, tmp_path):
     file = save_picture(tmp_path / "wide.png", 90, 40)
     assert refused(processor, sample("<image> or <image>?", file)) == (
-        "Chart, question 7: the question has <image> 2 times and the entry 1 pictures"
+        "Chart, question 7: 2 <image> marks for 1 pictures; add image_path or remove marks"
     )
-    assert refused(processor, sample("<image>?")).endswith("the question has <image> 1 times and the entry 0 pictures")
+    assert "1 <image> marks for 0 pictures" in refused(processor, sample("<image>?"))
+    assert "2 <image> marks for 1 pictures" in refused(processor, sample("<image>?", file), "<image>{question}")
 
 
 def test_a_chat_template_that_has_no_place_for_pictures_is_refused(base, tmp_path):
@@ -251,7 +259,8 @@ def test_a_chat_template_that_has_no_place_for_pictures_is_refused(base, tmp_pat
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     file = save_picture(tmp_path / "wide.png", 90, 40)
     assert refused(load_processor(folder), sample("?", file)) == (
-        f"Chart, question 7: the chat template of {folder} has a place for 0 of 1 pictures; give a --prompt_template"
+        f"Chart, question 7: the chat template of {folder} has 0 places for 1 pictures; give --prompt_template with "
+        "{question} in it"
     )
 
 
@@ -272,7 +281,7 @@ def test_without_any_chat_template_one_must_be_given(base, tmp_path):
     (folder / "chat_template.json").unlink()
     processor = load_processor(folder)
     assert refused(processor, sample("?")) == (
-        f"{folder} has no chat template; give a --prompt_template with {{question}} in it"
+        f"{folder} has no chat template; give --prompt_template with {{question}} in it"
     )
     assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [tokens("Why?")]
 
