@@ -1,4 +1,4 @@
-"""The command of the Mistral family as a function, for the tests."""
+"""The command of a family as a function, of Mistral unless another one is given, for the tests."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from expert_merging.backbone import Backbone
 from expert_merging.cli import main
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import tensors_of
 
 
-def merge(*arguments: object) -> int:
+def merge(*arguments: object, family: Backbone = BACKBONE) -> int:
     """Exit code of the command."""
-    return main(BACKBONE, [str(argument) for argument in arguments])
+    return main(family, [str(argument) for argument in arguments])
 
 
-def merged(output: Path, *arguments: object) -> Run:
+def merged(output: Path, *arguments: object, family: Backbone = BACKBONE) -> Run:
     """Run the command with its results in ``output``; the run that it left, which must be the only one there."""
-    assert merge(*arguments, "--output_path", output) == 0
+    assert merge(*arguments, "--output_path", output, family=family) == 0
     folders = [config.parent for config in output.glob("*/*/config.json")]
     assert len(folders) == 1, folders
     return Run(folders[0])
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, family: Backbone = BACKBONE) -> list[str]:
     """The errors of a command that must end with exit code 1 and nothing but error lines on stderr."""
     capsys.readouterr()
     handlers = list(logging.getLogger("expert_merging").handlers)
-    assert merge(*arguments) == 1
+    assert merge(*arguments, family=family) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines
     assert all(line.startswith("error: ") for line in lines), lines
@@ -42,9 +43,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]
     return [line.removeprefix("error: ") for line in lines]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, family: Backbone = BACKBONE) -> str:
     """The one error of a refused command."""
-    (line,) = refused(capsys, *arguments)
+    (line,) = refused(capsys, *arguments, family=family)
     return line
 
 

@@ -41,17 +41,30 @@ class Twin:
     learning_rate: float = 0.5
     accumulation: int = 8
 
+    def load(self, folder: Path) -> torch.nn.Module:
+        """A model of the family."""
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def in_memory(self, name: str) -> str:
+        """What the model calls the parameter of a name in the base's files."""
+        return name
+
+    def inputs(self, example: Example) -> tuple[dict[str, torch.Tensor], int]:
+        """Model inputs of prompt, response and end token, and the number of prompt tokens."""
+        prompt = self.tokenizer(example.prompt)["input_ids"]
+        response = self.tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        return {"input_ids": torch.tensor([[*prompt, *response, self.tokenizer.eos_token_id]])}, len(prompt)
+
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
-        self.teachers = [
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in self.experts.values()
-        ]
+        self.model = self.load(self.base).eval()
+        self.teachers = [self.load(folder).eval() for folder in self.experts.values()]
         self.base_weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         scale = self.scale or [1.0] * len(self.teachers)
         self.task_vectors = {
             name: [
-                factor * (dict(teacher.named_parameters())[name].detach() - self.base_weights[name])
+                factor
+                * (teacher.get_parameter(self.in_memory(name)).detach() - self.base_weights[self.in_memory(name)])
                 for factor, teacher in zip(scale, self.teachers, strict=True)
             ]
             for name in self.merged
@@ -84,17 +97,16 @@ class Twin:
                 chunks = torch.chunk(task_vector.flatten(), len(coefficients))
                 assert len(chunks) == len(coefficients)
                 scaled = torch.cat([value * chunk for value, chunk in zip(coefficients, chunks, strict=True)])
-                weights[name] = weights[name] + scaled.view_as(task_vector)
+                place = self.in_memory(name)
+                weights[place] = weights[place] + scaled.view_as(task_vector)
         return weights
 
     def losses(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
-        prompt = self.tokenizer(example.prompt)["input_ids"]
-        response = self.tokenizer(example.response, add_special_tokens=False)["input_ids"]
-        tokens = torch.tensor([[*prompt, *response, self.tokenizer.eos_token_id]])
+        inputs, prompt_tokens = self.inputs(example)
         with torch.no_grad():
-            teacher = self.teachers[list(self.experts).index(example.expert)](tokens, output_hidden_states=True)
-        student = functional_call(self.model, self.merged_weights(), (tokens,), {"output_hidden_states": True})
-        where = slice(len(prompt) - 1, -1) if self.response_only else slice(None)
+            teacher = self.teachers[list(self.experts).index(example.expert)](**inputs, output_hidden_states=True)
+        student = functional_call(self.model, self.merged_weights(), (), {**inputs, "output_hidden_states": True})
+        where = slice(prompt_tokens - 1, -1) if self.response_only else slice(None)
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
         kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1).mean() * self.temperature**2
