@@ -84,8 +84,10 @@ def training_examples(
     }
     draw = random.Random(f"training, {name}, {seed}")
     while True:
-        mixed = name is None or (rehearsal and draw.random() < rehearsal)
-        example = _mixed(tasks, draw) if mixed else tasks[name].hard(draw)
+        if name is None or (rehearsal and draw.random() < rehearsal):
+            example = _mixed(tasks, draw)
+        else:
+            example = tasks[name].hard(draw)
         if example.key not in withheld:
             yield example
 

@@ -1,0 +1,1 @@
+"""Calibration files, and what draws the pictures in them."""

@@ -1,0 +1,50 @@
+"""The calibration files that come with the project are complete and fit the families."""
+
+from __future__ import annotations
+
+import json
+
+import numpy
+import pytest
+from PIL import Image
+
+from dataset.draw.__main__ import TASKS, main
+from expert_merging.calibration import load_samples
+from expert_merging.options import ROOT
+from Mistral.backbone import BACKBONE as MISTRAL
+from Qwen2VL.backbone import BACKBONE as QWEN2VL
+
+DATASET = ROOT / "dataset"
+
+
+@pytest.mark.parametrize("backbone", [MISTRAL, QWEN2VL])
+def test_every_expert_of_a_family_has_samples(backbone):
+    experts = tuple(backbone.expert_folders)
+    samples = load_samples(
+        DATASET, experts, default_count=10, counts={}, task_expert={}, family_tasks=backbone.task_experts
+    )
+    assert {sample.expert for sample in samples} == set(experts)
+    assert len({(sample.task, sample.question) for sample in samples}) == len(samples)
+    assert all(len(sample.images) == backbone.takes_images for sample in samples)
+
+
+def test_every_picture_is_asked_about_and_small():
+    entries = [entry for task in TASKS for entry in json.loads((DATASET / f"{task}.json").read_text())]
+    pictures = {DATASET / entry["image_path"] for entry in entries}
+    assert pictures == set((DATASET / "images").iterdir())
+    assert sum(picture.stat().st_size for picture in pictures) < 1_500_000
+
+
+def test_drawing_again_gives_the_same(tmp_path):
+    main(tmp_path)
+    for task in TASKS:
+        assert (tmp_path / f"{task}.json").read_bytes() == (DATASET / f"{task}.json").read_bytes()
+    for picture in (DATASET / "images").iterdir():
+        kept, drawn = (
+            numpy.asarray(Image.open(file).convert("RGB"), dtype=int)
+            for file in (picture, tmp_path / "images" / picture.name)
+        )
+        assert kept.shape == (336, 448, 3)
+        # Other versions of matplotlib and Pillow smooth edges and place text a little differently.
+        assert abs(kept - drawn).mean() < 5, picture.name
+        assert len(numpy.unique(kept.reshape(-1, 3), axis=0)) > 4, f"{picture.name} is empty"
