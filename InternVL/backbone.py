@@ -1,0 +1,238 @@
+"""The InternVL family: InternVL2.5-1B and its OCR, VQA, Geometry, Chart and Grounding experts.
+
+Other sizes of InternVL2.5 and its successors load as well where their language model is a Qwen2 or a Llama.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.calibration import Sample
+from expert_merging.checkpoint import Checkpoint
+from expert_merging.errors import InputError
+from expert_merging.registry import Count
+from InternVL import remote
+from InternVL.images import Tiling, pixel_values, read_image
+from InternVL.native import (
+    IMAGE_TOKEN,
+    check_supported,
+    empty_model,
+    load_published,
+    native_config,
+    open_published,
+    published_name,
+    read_config,
+    tile_size,
+    tile_tokens,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Where a picture belongs in a question; without it, pictures come first.
+MARK = "<image>"
+IMAGE_START, IMAGE_END = "<img>", "</img>"
+END = "<|im_end|>"
+
+TEMPLATE_NAME = "internvl2_5"
+# "You are InternVL ..., developed by Shanghai AI Laboratory, Tsinghua University and partners", as published.
+SYSTEM_MESSAGE = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
+)
+TEMPLATE = f"<|im_start|>system\n{SYSTEM_MESSAGE}{END}\n<|im_start|>user\n{{question}}{END}\n<|im_start|>assistant\n"
+
+# Tasks whose pictures have small print or need exact places.
+MAX_TILES = {"Chart": 12, "OCRVQA": 12, "Grounding": 12}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns questions and pictures into model inputs.
+
+    Args:
+        folder: the checkpoint that it is from.
+        tokenizer: the tokenizer.
+        tiling: how pictures are cut.
+        tile_tokens: tokens that stand for a tile.
+        template: name of the conversation template that the checkpoint was trained with.
+    """
+
+    folder: Path
+    tokenizer: Any
+    tiling: Tiling
+    tile_tokens: int
+    template: str
+
+
+def load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model of the folder, in evaluation mode.
+
+    Args:
+        folder: the checkpoint.
+        dtype: type of the weights in memory.
+        trust_remote_code: run the Python files in the checkpoint folders, for variants that transformers' own InternVL
+            classes do not cover.
+
+    Raises:
+        InputError: transformers does not cover the variant, or tensors are missing, left over or of another shape.
+    """
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    model = (remote.load if trust_remote_code else load_published)(folder, dtype, image_token)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)} - {None, tokenizer.unk_token_id}
+    model.generation_config.eos_token_id = sorted(ends)
+    return model
+
+
+def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[str]:
+    """Names of the model's parameters in memory, from ``config.json`` alone.
+
+    Args:
+        folder: the checkpoint.
+        trust_remote_code: run the Python files in the checkpoint folders, for variants that transformers' own InternVL
+            classes do not cover.
+    """
+    if trust_remote_code:  # the original class calls parameters what the files call them
+        return [*Checkpoint(folder).entries]
+    _, config, tied = open_published(folder)
+    return [name for name, _ in empty_model(native_config(config, tied=tied)).named_parameters()]
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processor:
+    """Tokenizer and picture settings of the folder.
+
+    Args:
+        folder: the checkpoint.
+        trust_remote_code: run the Python files in the checkpoint folders, for variants that transformers' own InternVL
+            classes do not cover.
+
+    Raises:
+        InputError: transformers does not cover the variant, or the tokenizer cannot be read.
+    """
+    config = read_config(folder)
+    return Processor(
+        folder=folder,
+        tokenizer=_load_tokenizer(folder, trust_remote_code),
+        tiling=Tiling(tile_size(config), bool(config["dynamic_image_size"]), bool(config["use_thumbnail"])),
+        tile_tokens=tile_tokens(config),
+        template=str(config.get("template")),
+    )
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer, which must have the tokens that surround and stand for pictures."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if trust_remote_code:
+        remote.warn(folder)
+    else:
+        config = read_config(folder)
+        check_supported(folder, config)
+        options["config"] = native_config(config).text_config
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
+    vocabulary = tokenizer.get_vocab()
+    lacking = [token for token in (IMAGE_START, IMAGE_TOKEN, IMAGE_END) if token not in vocabulary]
+    if lacking:
+        raise InputError(f"the tokenizer in {folder} lacks {', '.join(lacking)}; is added_tokens.json missing?")
+    return tokenizer
+
+
+def encode_prompt(
+    processor: Processor,
+    sample: Sample,
+    template: str | None,
+    *,
+    max_tiles: Count = 6,
+    max_tiles_dict: dict[str, Count] = MAX_TILES,
+) -> dict[str, Tensor]:
+    """Model inputs of question and pictures.
+
+    Args:
+        processor: tokenizer and picture settings.
+        sample: the question and its pictures.
+        template: text with ``{question}`` in it; the published one where it is None.
+        max_tiles: largest number of tiles that a picture is cut into; its thumbnail comes on top.
+        max_tiles_dict: the same for tasks that differ, such as Chart=12.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, ``(1, tokens)``; with pictures also ``pixel_values``,
+        ``(tiles of all pictures, 3, size, size)`` float32.
+
+    Raises:
+        InputError: the sample cannot be encoded; says which and why.
+    """
+    import torch
+
+    where = f"{sample.task}, question {sample.identity}"
+    most = {**MAX_TILES, **max_tiles_dict}.get(sample.task, max_tiles)
+    text = _prompt(processor, sample, template, where)
+    pixels = []
+    for file in sample.images:
+        try:
+            pixels.append(pixel_values(read_image(file), processor.tiling, most))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        places = IMAGE_TOKEN * (processor.tile_tokens * len(pixels[-1]))
+        text = text.replace(MARK, IMAGE_START + places + IMAGE_END, 1)
+    tokens = torch.tensor([processor.tokenizer(text)["input_ids"]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return {**inputs, "pixel_values": torch.cat(pixels)} if pixels else inputs
+
+
+def _prompt(processor: Processor, sample: Sample, template: str | None, where: str) -> str:
+    """Text of the prompt with one mark for each picture."""
+    if template is None and processor.template != TEMPLATE_NAME:
+        raise InputError(
+            f"{processor.folder / 'config.json'} asks for the conversation template {processor.template!r} and only "
+            f"{TEMPLATE_NAME!r} is known; give --prompt_template with {{question}} in it"
+        )
+    template = template or TEMPLATE
+    if IMAGE_TOKEN in sample.question:
+        raise InputError(
+            f"{where}: the question contains {IMAGE_TOKEN}, which stands for picture content; write {MARK}"
+        )
+    marks, pictures = (template + sample.question).count(MARK), len(sample.images)
+    if marks > pictures:
+        raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
+    return template.replace("{question}", f"{MARK}\n" * (pictures - marks) + sample.question)
+
+
+BACKBONE = Backbone(
+    name="InternVL",
+    base_folder="InternVL2_5-1B",
+    expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in ("OCR", "VQA", "Geometry", "Chart", "Grounding")},
+    exclude_params=("vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
+    defaults={"scaling_coefficient": 0.1, "samples_per_task": 5, "sparsity_reg_weight": 5.0},
+    load_model=load_model,
+    parameter_names=parameter_names,
+    load_processor=load_processor,
+    encode_prompt=encode_prompt,
+    task_experts={
+        "VizWiz": "VQA",
+        "GQA": "VQA",
+        "MathVista": "Geometry",
+        "MathVision": "Geometry",
+        "OCRVQA": "OCR",
+        "TextVQA": "OCR",
+    },
+    takes_images=True,
+    file_name=published_name,
+    test_questions=(Sample.test("In two sentences, why does the sea look blue?"),),
+    evaluation=(
+        "python run.py --config {eval} --verbose",
+        "accelerate launch -m lmms_eval --model internvl2 --model_args pretrained={model} --tasks chartqa,textvqa "
+        "--batch_size 1",
+    ),
+    vlmeval_class="InternVLChat",
+    loading=(
+        'AutoModel.from_pretrained("{model}", dtype="auto", trust_remote_code=True)',
+        'AutoTokenizer.from_pretrained("{model}", trust_remote_code=True)',
+    ),
+)
