@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import time
 from datetime import timedelta
@@ -173,7 +174,16 @@ class Job:
 
         flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
         ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
-        return ignored + differing_settings(self.plan)
+        return ignored + self._idle_patterns() + differing_settings(self.plan)
+
+    def _idle_patterns(self) -> list[str]:
+        """Patterns of the user's own that exclude nothing; the family's may be for tensors that not all bases have."""
+        names = {published for name in self.plan.base.entries for published in (name, self.backbone.file_name(name))}
+        return [
+            f"--exclude_params {pattern!r} matches no parameter, from the start of its name (such as {min(names)})"
+            for pattern in self.resolved.general["exclude_params"]
+            if pattern not in self.backbone.exclude_params and not any(re.match(pattern, name) for name in names)
+        ]
 
     def _rule(self) -> Rule:
         """The method's rule; learning happens here."""
