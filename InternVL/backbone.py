@@ -13,6 +13,7 @@ from expert_merging.backbone import Backbone, import_transformers
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.options import ROOT
 from expert_merging.registry import Count
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values, read_image
@@ -139,6 +140,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
     vocabulary = tokenizer.get_vocab()
     lacking = [token for token in (IMAGE_START, IMAGE_TOKEN, IMAGE_END) if token not in vocabulary]
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise InputError(f"{folder} lacks the tokenizer's vocabulary (vocab.json and merges.txt, or tokenizer.json)")
     if lacking:
         raise InputError(f"the tokenizer in {folder} lacks {', '.join(lacking)}; is added_tokens.json missing?")
     return tokenizer
@@ -224,11 +227,16 @@ BACKBONE = Backbone(
     },
     takes_images=True,
     file_name=published_name,
-    test_questions=(Sample.test("In two sentences, why does the sea look blue?"),),
+    test_questions=(
+        Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
+        Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
+        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
+    ),
     evaluation=(
         "python run.py --config {eval} --verbose",
-        "accelerate launch -m lmms_eval --model internvl2 --model_args pretrained={model} --tasks chartqa,textvqa "
-        "--batch_size 1",
+        "accelerate launch --num_processes 8 -m lmms_eval --model internvl2 --batch_size 1 "
+        "--model_args pretrained={model} "
+        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",
     ),
     vlmeval_class="InternVLChat",
     loading=(
