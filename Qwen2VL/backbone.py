@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.options import ROOT
 from expert_merging.registry import Count
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from expert_merging.calibration import Sample
-
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-# What a question may not contain, since the model would take it for a picture or a video.
+# What texts may not contain, since the model would take it for a picture or a video.
 _RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
 # Where a picture belongs in a question; without it, pictures come first.
 MARK = "<image>"
@@ -67,6 +67,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         first, *others = sorted(map(file_name, report["missing_keys"]))
         more = f" and {len(others)} more tensors" if others else ""
         raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+    # A picture token in an answer would have to be given a picture when the answer is read again.
+    model.generation_config.suppress_tokens = [model.config.image_token_id, model.config.video_token_id]
     return model.eval()
 
 
@@ -189,12 +191,14 @@ def _patches(processor: Processor, path: Path, where: str) -> Any:
 
 def _prompt(processor: Processor, sample: Sample, template: str | None, where: str) -> str:
     """Text of the prompt, with the three tokens of a picture where each belongs."""
-    reserved = [token for token in _RESERVED if token in sample.question]
+    given = (template or "") + sample.question
+    reserved = [token for token in _RESERVED if token in given + (sample.response or "")]
     if reserved:
         raise InputError(
-            f"{where}: the question contains {reserved[0]}, which stands for picture content; write {MARK}"
+            f"{where}: {reserved[0]} stands for picture content and cannot be part of a question, response or prompt "
+            f"template; where a picture belongs, write {MARK}"
         )
-    marks, pictures = ((template or "") + sample.question).count(MARK), len(sample.images)
+    marks, pictures = given.count(MARK), len(sample.images)
     if marks > pictures:
         raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
     question = MARK * (pictures - marks) + sample.question
@@ -237,7 +241,13 @@ BACKBONE = Backbone(
         "OCRVQA": "OCR",
         "TextVQA": "OCR",
     },
+    test_questions=(
+        Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
+        Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
+        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
+    ),
     evaluation=(
+        "python run.py --config {eval} --verbose",
         "accelerate launch --num_processes 8 -m lmms_eval --model qwen2_vl --batch_size 1 "
         "--model_args pretrained={model},max_pixels=2359296 "
         "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",

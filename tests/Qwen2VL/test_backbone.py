@@ -235,13 +235,26 @@ def test_pictures_beyond_what_is_safe_to_open_are_refused(processor, tmp_path, m
     )
 
 
-def test_questions_with_tokens_of_pictures_are_refused(processor):
+def test_texts_with_tokens_of_pictures_are_refused(processor):
     assert refused(processor, sample("What is <|image_pad|>?")) == (
-        "Chart, question 7: question or prompt template contain <|image_pad|>, which stands for picture content; "
-        "write <image>"
+        "Chart, question 7: <|image_pad|> stands for picture content and cannot be part of a question, response or "
+        "prompt template; where a picture belongs, write <image>"
     )
-    assert "contain <|video_pad|>" in refused(processor, sample("A <|video_pad|>"))
-    assert "contain <|vision_start|>" in refused(processor, sample("A"), "<|vision_start|>{question}")
+    stands = "stands for picture content"
+    assert f"<|vision_start|> {stands}" in refused(processor, sample("A"), "<|vision_start|>{question}")
+    answered = Sample("Chart", "Chart", "A", "<|video_pad|>", "7")
+    assert f"<|video_pad|> {stands}" in refused(processor, answered)
+
+
+def test_answers_have_no_tokens_of_pictures(base, processor):
+    """Whatever the model finds most likely; the answer must be readable again."""
+    model = load_model(base, torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[6:8] *= 100
+    inputs = encode_prompt(processor, sample("What?"), None)
+    assert model(**inputs).logits[0, -1].argmax() in (6, 7)
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert not torch.isin(answer, torch.tensor([6, 7])).any()
 
 
 def test_marks_beyond_the_pictures_are_refused(processor, tmp_path):
