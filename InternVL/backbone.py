@@ -86,6 +86,8 @@ def load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     model = (remote.load if trust_remote_code else load_published)(folder, dtype, image_token)
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)} - {None, tokenizer.unk_token_id}
     model.generation_config.eos_token_id = sorted(ends)
+    # A picture token in an answer would have to be given a picture when the answer is read again.
+    model.generation_config.suppress_tokens = [image_token]
     return model
 
 
@@ -197,11 +199,13 @@ def _prompt(processor: Processor, sample: Sample, template: str | None, where: s
             f"{TEMPLATE_NAME!r} is known; give --prompt_template with {{question}} in it"
         )
     template = template or TEMPLATE
-    if IMAGE_TOKEN in sample.question:
+    given = template + sample.question
+    if IMAGE_TOKEN in given + (sample.response or ""):
         raise InputError(
-            f"{where}: the question contains {IMAGE_TOKEN}, which stands for picture content; write {MARK}"
+            f"{where}: {IMAGE_TOKEN} stands for picture content and cannot be part of a question, response or prompt "
+            f"template; where a picture belongs, write {MARK}"
         )
-    marks, pictures = (template + sample.question).count(MARK), len(sample.images)
+    marks, pictures = given.count(MARK), len(sample.images)
     if marks > pictures:
         raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
     return template.replace("{question}", f"{MARK}\n" * (pictures - marks) + sample.question)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,27 @@ def test_more_marks_than_pictures_are_refused(processor, pictures):
             encode_prompt(processor, sample(question, *images), None)
 
 
-def test_the_token_of_picture_content_is_no_text(processor):
-    with pytest.raises(InputError, match="GQA, question 7: the question contains <IMG_CONTEXT>, which stands for"):
-        encode_prompt(processor, sample("What is <IMG_CONTEXT>?"), None)
+@pytest.mark.parametrize(
+    ("question", "response", "template"),
+    [
+        ("What is <IMG_CONTEXT>?", None, None),
+        ("What?", "It is <IMG_CONTEXT>", None),
+        ("What?", None, "<IMG_CONTEXT>{question}"),
+    ],
+)
+def test_the_token_of_picture_content_is_no_text(question, response, template, processor):
+    message = "^GQA, question 7: <IMG_CONTEXT> stands for picture content and cannot be part of a question, response or"
+    with pytest.raises(InputError, match=message):
+        encode_prompt(processor, replace(sample(question), response=response), template)
+
+
+def test_answers_have_no_picture_tokens(internvl_zoo, processor):
+    model = load_model(internvl_zoo / BASE, torch.float32)
+    inputs = encode_prompt(processor, sample("Why?"), None)
+    with torch.no_grad():
+        model.lm_head.weight[TOKENS["<IMG_CONTEXT>"]] = model.base_model(**inputs).last_hidden_state[0, -1]
+    written = model.generate(**inputs, do_sample=False, max_new_tokens=5, pad_token_id=256)
+    assert TOKENS["<IMG_CONTEXT>"] not in written
 
 
 def test_an_unreadable_picture_is_named_with_its_entry(processor, tmp_path):
