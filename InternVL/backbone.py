@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
@@ -19,9 +19,9 @@ from InternVL import remote
 from InternVL.images import Tiling, pixel_values, read_image
 from InternVL.native import (
     IMAGE_TOKEN,
-    check_supported,
     empty_model,
     load_published,
+    load_tokenizer,
     native_config,
     open_published,
     published_name,
@@ -128,18 +128,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The tokenizer, which must have the tokens that surround and stand for pictures."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if trust_remote_code:
-        remote.warn(folder)
-    else:
-        config = read_config(folder)
-        check_supported(folder, config)
-        options["config"] = native_config(config).text_config
-    try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
+    tokenizer = remote.load_tokenizer(folder) if trust_remote_code else load_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
     lacking = [token for token in (IMAGE_START, IMAGE_TOKEN, IMAGE_END) if token not in vocabulary]
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

@@ -269,6 +269,24 @@ def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
     return model.eval()
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a published checkpoint.
+
+    Raises:
+        InputError: transformers does not cover the variant, or cannot read the tokenizer's files.
+    """
+    config = read_config(folder)
+    check_supported(folder, config)
+    text = native_config(config).text_config  # says which class where the tokenizer's own files do not
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(
+            folder, config=text, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
+
+
 def _check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the checkpoint has exactly the tensors of these names, with these shapes."""
     entries = {name: entry for name, entry in checkpoint.entries.items() if not name.endswith(_ROTARY_TABLE)}

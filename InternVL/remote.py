@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +20,40 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"expert_merging.{__name__}")  # below the logger that the command shows
 
 # What the published code imports besides torch and transformers.
 _PACKAGES = ("torchvision", "timm", "einops")
 
 
 @functools.cache
-def warn(folder: Path) -> None:
+def _warn(folder: Path) -> None:
     """Say once which files of a folder will be executed."""
     scripts = sorted(file.name for file in folder.glob("*.py"))
     logger.warning("--trust_remote_code: executing %s of %s", ", ".join(scripts) or "no file", folder)
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Around everything that executes code of a folder.
+
+    Raises:
+        InputError: the code does not run here.
+    """
+    _warn(folder)
+    try:
+        yield
+    except ImportError as error:
+        missing = [name for name in _PACKAGES if not _imports(name)]
+        raise InputError(
+            f"{folder}: its code does not import: {_first_line(error)}. Not installed or not working here: "
+            f"{', '.join(missing) or 'none of its usual packages'}; install a version that fits torch"
+        ) from error
+    except Exception as error:  # what foreign code raises cannot be foreseen
+        version = import_transformers().__version__
+        raise InputError(
+            f"{folder}: its code does not run with transformers {version}: {_first_line(error)}"
+        ) from error
 
 
 def load(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
@@ -38,28 +63,24 @@ def load(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
         folder: the checkpoint.
         dtype: type of the weights in memory.
         image_token: id of the token that stands for picture features.
-
-    Raises:
-        InputError: its code does not run here.
     """
-    warn(folder)
-    transformers = import_transformers()
-    try:
-        model = transformers.AutoModel.from_pretrained(
+    with running(folder):
+        model = import_transformers().AutoModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=True
         )
-    except ImportError as error:
-        missing = [name for name in _PACKAGES if not _imports(name)]
-        raise InputError(
-            f"{folder}: its code needs packages that do not import here ({', '.join(missing) or error}); install them "
-            "(a torchvision that fits torch among them), or leave out --trust_remote_code"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"{folder}: its code does not run with transformers {transformers.__version__}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    return _adapted(model, image_token).eval()
+        return _adapted(model, image_token).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer, of the checkpoint's own class if it has one."""
+    with running(folder):
+        return import_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=True
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
 def _imports(name: str) -> bool:
