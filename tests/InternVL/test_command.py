@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.trainer import Trainer
 from expert_merging.methods.linear import task_arithmetic
 from InternVL.backbone import BACKBONE, load_processor
 from tests.checkpoints import tensors_of
@@ -175,6 +176,29 @@ def test_learned_coefficients_are_the_plain_twins(name, internvl_zoo, tmp_path):
     for parameter, tensor in written.items():
         torch.testing.assert_close(tensor, weights[parameter.replace(".", "/")].detach(), rtol=1e-3, atol=1e-4)
         assert torch.equal(tensor, before[parameter]) == (parameter not in learned.values), parameter
+
+
+@pytest.mark.parametrize("name", EXCLUSIONS)
+def test_gradients_of_coefficients_equal_the_plain_twins(name, internvl_zoo, tmp_path, monkeypatch):
+    """One update from all samples: the projector's, the language model's and, where merged, the fused attention's."""
+    collected, collect = {}, Trainer._collect
+
+    def record(trainer, group, advance):
+        sums = collect(trainer, group, advance)
+        for parameter in trainer.vector.places:
+            collected[parameter] = trainer.vector.view(trainer.live.gradient, parameter).clone()
+        return sums
+
+    monkeypatch.setattr(Trainer, "_collect", record)
+    dataset = internvl_zoo / "dataset"
+    flags = [*EXCLUSIONS[name][0], "--gradient_accumulation_steps", 10]
+    run_command(tmp_path, *LEARNING, *flags, "--cache_dir", internvl_zoo, "--data_dir", dataset)
+    twin = make_twin(internvl_zoo, list(collected), accumulation=10)
+    gradients = twin.update(examples_of(dataset))
+    for parameter, gradient in collected.items():
+        expected = gradients[parameter] / (0.1 * 0.9)  # of the coefficient, not of its logit
+        assert expected.abs().min() > 0
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7, msg=parameter)
 
 
 def test_chunks_of_the_fused_attention_cross_its_three_parts(internvl_zoo, tmp_path):
