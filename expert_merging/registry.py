@@ -295,7 +295,7 @@ def _needs(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:
-    """The keyword-only parameters of a callable as options."""
+    """The keyword-only parameters of a callable as options; of a class, those that it inherits as well."""
     parameters = [
         parameter
         for parameter in inspect.signature(function).parameters.values()
@@ -304,7 +304,10 @@ def read_options(function: Callable[..., Any]) -> dict[str, Option]:
     # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
     annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
     hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
-    texts = _argument_texts(inspect.getdoc(function) or "")
+    documented = reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]
+    texts: dict[str, str] = {}
+    for entry in documented:
+        texts |= _argument_texts(inspect.cleandoc(entry.__doc__ or ""))
     return {entry.name: Option(entry.name, hints[entry.name], entry.default, texts[entry.name]) for entry in parameters}
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,27 @@ def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, st
 
 
 @dataclass(frozen=True)
+class Trimming:
+    """Task vectors as TIES leaves them before it averages: trimmed, and 0 where they disagree with the elected sign.
+
+    Args:
+        thresholds: smallest magnitude that is kept, per expert.
+        majority: the sign elected where the kept entries sum to 0.
+    """
+
+    thresholds: tuple[float, ...]
+    majority: float
+
+    def __call__(self, task_vectors: Tensor) -> Tensor:
+        """The entries that stay, the others 0; ``(experts, entries)`` to the same."""
+        from expert_merging.methods.sparse import elected_signs, trim
+
+        trimmed = trim(task_vectors, torch.tensor(self.thresholds))
+        signs = elected_signs(trimmed, self.majority)
+        return torch.stack([torch.where(row * signs > 0, row, 0.0) for row in trimmed])
+
+
+@dataclass(frozen=True)
 class Coefficients:
     """Coefficients of every merged parameter.
 
@@ -108,6 +129,7 @@ class Coefficients:
         task_vector_scale: a factor on each expert's task vectors, one per expert.
         fixed: parameters whose coefficients were not trained.
         provenance: where they come from, for the reader.
+        trimming: what is done to the task vectors before they are multiplied.
     """
 
     experts: tuple[str, ...]
@@ -115,16 +137,23 @@ class Coefficients:
     task_vector_scale: tuple[float, ...]
     fixed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None
+    trimming: Trimming | None = None
 
     def rule(self, task_vectors: Tensor, part: Part, /) -> Tensor:
         """The merged task vector of a block, see `expert_merging.plan.Rule`."""
         scale = torch.tensor(self.task_vector_scale, device=task_vectors.device)
         effective = self.values[part.name].to(task_vectors.device) * scale[:, None]
-        return apply(effective, task_vectors.reshape(len(task_vectors), -1), part.start, math.prod(part.shape))
+        entries = task_vectors.reshape(len(task_vectors), -1)
+        if self.trimming is not None:
+            entries = self.trimming(entries)
+        return apply(effective, entries, part.start, math.prod(part.shape))
 
     def fingerprint(self) -> str:
         """A digest of the values and of all that decides what they do."""
-        digest = hashlib.sha256(json.dumps([self.experts, self.task_vector_scale, list(self.values)]).encode())
+        decisive: list[Any] = [self.experts, self.task_vector_scale, list(self.values)]
+        if self.trimming is not None:
+            decisive.append(asdict(self.trimming))
+        digest = hashlib.sha256(json.dumps(decisive).encode())
         for value in self.values.values():
             digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -137,6 +166,7 @@ class Coefficients:
             "chunks": {name: value.shape[1] for name, value in self.values.items()},
             "fixed": list(self.fixed),
             "provenance": self.provenance or {},
+            **({} if self.trimming is None else {"trimming": asdict(self.trimming)}),
         }
         write_atomically(file.with_suffix(".json"), (json.dumps(described, indent=2) + "\n").encode())
         write_atomically(file, save({name: value.contiguous().cpu() for name, value in self.values.items()}))
@@ -173,6 +203,7 @@ def load_coefficients(place: Path) -> Coefficients:
             task_vector_scale=tuple(float(scale) for scale in described["task_vector_scale"]),
             fixed=tuple(described["fixed"]),
             provenance=described["provenance"],
+            trimming=_read_trimming(described),
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} and {described_in.name} are not coefficients of a run ({error!r})") from None
@@ -186,6 +217,13 @@ def load_coefficients(place: Path) -> Coefficients:
     return coefficients
 
 
+def _read_trimming(described: Mapping[str, Any]) -> Trimming | None:
+    if "trimming" not in described:
+        return None
+    thresholds = tuple(float(threshold) for threshold in described["trimming"]["thresholds"])
+    return Trimming(thresholds, float(described["trimming"]["majority"]))
+
+
 class CoefficientVector(torch.nn.Module):
     """All trainable coefficients as one vector: ``value = sigmoid(raw)``, kept in float32 (published parametrisation).
 
@@ -193,29 +231,44 @@ class CoefficientVector(torch.nn.Module):
     and the gradient is clipped over all coefficients together, so the result is the same.
 
     Args:
-        chunks: number of chunks by parameter name, 0 for one that keeps its initial value.
+        chunks: number of chunks by parameter name, 0 for one that keeps its first value.
         initial: ``(experts,)`` initial value per expert, each in (0, 1).
         device: where the coefficients are, from the beginning: another device's sigmoid may round differently.
+        start: ``(experts,)`` first values by parameter name where they are not the initial ones.
+        shared: one coefficient per expert for all parameters together.
     """
 
-    def __init__(self, chunks: Mapping[str, int], initial: Sequence[float], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        chunks: Mapping[str, int],
+        initial: Sequence[float],
+        device: torch.device | str = "cpu",
+        *,
+        start: Mapping[str, Tensor] | None = None,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.initial = torch.tensor(initial, device=device)
         self.experts = len(initial)
+        usual = torch.tensor(initial, device=device)
+        first = {name: (usual if start is None else start[name].to(device))[:, None] for name in chunks}
         self.places: dict[str, slice] = {}
         self.fixed = tuple(name for name, count in chunks.items() if count == 0)
-        rows = []
+        self.constants = {name: first[name] for name in self.fixed}
+        rows, anchors = [], []
         position = 0
         for name, count in chunks.items():
-            if count:
-                self.places[name] = slice(position, position + count * self.experts)
+            if count == 0:
+                continue
+            if not shared or position == 0:
+                rows.append(first[name].expand(-1, count).reshape(-1))
+                anchors.append(usual[:, None].expand(-1, count).reshape(-1))
                 position += count * self.experts
-                rows.append(self.initial[:, None].expand(-1, count).reshape(-1))
+            self.places[name] = slice(position - count * self.experts, position)
         self.raw = torch.nn.Parameter(torch.logit(torch.cat(rows)))
-        # Not the given values but what rounding leaves of them: so the distance from the start begins at exactly 0, and
-        # the sign of a rounding error cannot steer the first update, whose step size Adam takes from signs alone.
-        self.start: Tensor
-        self.register_buffer("start", self().detach())
+        # Not the given values but what rounding leaves of them: so the distance of initial values is exactly 0, and the
+        # sign of a rounding error cannot steer the first update, whose step size Adam takes from signs alone.
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.sigmoid(torch.logit(torch.cat(anchors))))
 
     def forward(self) -> Tensor:
         """Values of all trainable coefficients, ``(coefficients,)``."""
@@ -230,4 +283,4 @@ class CoefficientVector(torch.nn.Module):
         """Current values of every parameter, the fixed ones included, ``(experts, chunks)`` each."""
         values = self()
         trained = {name: self.view(values, name).detach().clone() for name in self.places}
-        return trained | {name: self.initial[:, None].clone() for name in self.fixed}
+        return trained | {name: value.clone() for name, value in self.constants.items()}

@@ -1,66 +1,229 @@
-"""Pictures of learned coefficients."""
+"""Pictures of learned coefficients and of the layers' importance; beside each one its data as CSV.
+
+Drawn with matplotlib's objects alone: no state of its own, no display.
+"""
 
 from __future__ import annotations
 
 import io
-import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
-from torch import Tensor
 
-from expert_merging.learned.coefficients import Coefficients
+from expert_merging.learned.importance import (
+    OTHER,
+    OUTSIDE,
+    STAGES,
+    SUBMODULES,
+    Layer,
+    load_layers,
+    save_layers,
+    write_table,
+)
 from expert_merging.writing import write_atomically
 
-_LAYER = re.compile(r"^(.*?\blayers)\.(\d+)\.(.+?)(?:\.weight)?$")
+LAYERS = "layers.csv"
+_SHADES = ("#9ecae1", "#4292c6", "#08306b", "#bdbdbd")
+_LONGEST_AXIS = 8
 
 
-def by_submodule(coefficients: Coefficients) -> dict[str, dict[int, Tensor]]:
-    """Mean coefficient ``(experts,)`` of each tensor: submodule name -> layer number -> value.
+def draw_all(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
+    """Write the table of layers, every picture and its data.
 
-    Tensors outside the numbered layers stand alone, at layer 0.
+    Args:
+        layers: as `expert_merging.learned.importance.describe_layers` makes them.
+        folder: where to, made if it does not exist.
+
+    Returns:
+        The pictures by name, ``(height, width, 3)`` uint8 arrays.
     """
-    table: dict[str, dict[int, Tensor]] = {}
-    for name, value in coefficients.values.items():
-        match = _LAYER.match(name)
-        submodule, layer = (match[3], int(match[2])) if match else (name.removesuffix(".weight"), 0)
-        table.setdefault(submodule, {})[layer] = value.mean(dim=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_layers(layers, folder / LAYERS)
+    pictures = {
+        "importance": importance_by_stage,
+        "submodules": shares_by_submodule,
+        "depth": coefficients_by_stage,
+        "coefficients": coefficient_map,
+        "chunks": chunk_map,
+    }
+    return {name: draw(layers, folder / f"{name}.png") for name, draw in pictures.items()}
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Draw everything again from the table of layers in the folder; the files written."""
+    layers = load_layers(folder / LAYERS)
+    return [folder / LAYERS, *(folder / f"{name}.{end}" for name in draw_all(layers, folder) for end in ("png", "csv"))]
+
+
+def importance_by_stage(layers: Sequence[Layer], file: Path) -> Any:
+    """Importance of each submodule in the early, middle and late third (paper, Figure 4)."""
+    table = sum_by(layers, lambda layer: layer.importance)
+    _write_stages(file, table)
+    figure, (axis,) = _figure(1, 1, width=8)
+    _bars(axis, table, "share of the importance of all layers")
+    return _finish(figure, file)
+
+
+def shares_by_submodule(layers: Sequence[Layer], file: Path) -> Any:
+    """Share of the parameters, and of the coefficients, by submodule (paper, Figure 3)."""
+    submodules = present(layers)
+    parameters = {name: sum(layer.parameters for layer in layers if layer.submodule == name) for name in submodules}
+    means = {
+        name: float(numpy.mean([_strength(layer) for layer in layers if layer.submodule == name]))
+        for name in submodules
+    }
+    columns = {"share of parameters": _normalised(parameters), "normalised coefficient": _normalised(means)}
+    rows = [[name, *(values[name] for values in columns.values())] for name in submodules]
+    write_table(file.with_suffix(".csv"), ["submodule", *columns], rows)
+    figure, axes = _figure(1, 2, width=9)
+    for axis, (title, values) in zip(axes, columns.items(), strict=True):
+        axis.bar(list(values), list(values.values()), color=_SHADES[1])
+        axis.set_ylabel(title)
+    return _finish(figure, file)
+
+
+def coefficients_by_stage(layers: Sequence[Layer], file: Path) -> Any:
+    """Share of the coefficients across depth, for each submodule (paper, Figure 5).
+
+    A share is the mean coefficient of a submodule in a third, relative to the sum of all these means.
+    """
+    sums, counts = sum_by(layers, _strength), sum_by(layers, lambda _: 1.0)
+    means = {
+        name: {stage: value / counts[name][stage] for stage, value in stages.items()} for name, stages in sums.items()
+    }
+    whole = sum(value for stages in means.values() for value in stages.values()) or 1.0
+    table = {name: {stage: value / whole for stage, value in stages.items()} for name, stages in means.items()}
+    _write_stages(file, table)
+    figure, (axis,) = _figure(1, 1, width=8)
+    _bars(axis, table, "share of the mean coefficients")
+    return _finish(figure, file)
+
+
+def coefficient_map(layers: Sequence[Layer], file: Path) -> Any:
+    """Mean coefficient of each expert at each depth, one panel for a submodule."""
+    experts = list(layers[0].coefficients)
+    rows = [[layer.name, layer.submodule, layer.depth, *layer.coefficients.values()] for layer in layers]
+    write_table(file.with_suffix(".csv"), ["name", "submodule", "depth", *experts], rows)
+    groups = _panels(layers)
+    panels = {
+        title: numpy.array([[layer.coefficients[expert] for layer in group] for expert in experts])
+        for title, group in groups.items()
+    }
+    depths = {title: _depths(group) for title, group in groups.items()}
+    return _heat_maps(panels, experts, "coefficient", file, depths=depths)
+
+
+def chunk_map(layers: Sequence[Layer], file: Path) -> Any:
+    """Number of chunks by submodule and depth, 0 where all coefficients are fixed."""
+    rows = [[layer.name, layer.submodule, layer.depth, layer.importance, layer.chunks] for layer in layers]
+    write_table(file.with_suffix(".csv"), ["name", "submodule", "depth", "importance", "chunks"], rows)
+    groups = _panels(layers)
+    depth = max((layer.depth for layer in layers if layer.depth is not None), default=0) + 1
+    grid = numpy.full((len(groups), max(depth, *map(len, groups.values()))), numpy.nan)
+    for row, (_, group) in zip(grid, groups.items(), strict=True):
+        for position, layer in enumerate(group):
+            column = position if layer.depth is None else layer.depth
+            row[column] = numpy.nan_to_num(row[column]) + layer.chunks
+    return _heat_maps({"chunks": grid}, list(groups), "chunks", file, depths={"chunks": list(range(grid.shape[1]))})
+
+
+def present(layers: Sequence[Layer]) -> list[str]:
+    """Submodules that occur, in their usual order."""
+    found = {layer.submodule for layer in layers}
+    return [name for name in (*SUBMODULES, OTHER) if name in found]
+
+
+def sum_by(layers: Sequence[Layer], value: Callable[[Layer], float]) -> dict[str, dict[str, float]]:
+    """Sum of a value over the layers of each submodule and stage that occur together."""
+    table: dict[str, dict[str, float]] = {}
+    for submodule in present(layers):
+        for stage in (*STAGES, OUTSIDE):
+            found = [value(layer) for layer in layers if (layer.submodule, layer.stage) == (submodule, stage)]
+            if found:
+                table.setdefault(submodule, {})[stage] = sum(found)
     return table
 
 
-def coefficient_map(coefficients: Coefficients, file: Path) -> Any:
-    """Draw expert x depth, one panel per submodule, and write it as PNG.
+def _strength(layer: Layer) -> float:
+    return float(numpy.mean([abs(value) for value in layer.coefficients.values()]))
 
-    Returns:
-        The picture as ``(height, width, 3)`` uint8 array.
-    """
+
+def _normalised(values: Mapping[str, float]) -> dict[str, float]:
+    whole = sum(values.values()) or 1
+    return {name: value / whole for name, value in values.items()}
+
+
+def _panels(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Layers of each submodule by depth; those outside the numbered layers stand together."""
+    numbered = [layer for layer in layers if layer.depth is not None]
+    groups = {name: [layer for layer in numbered if layer.submodule == name] for name in present(layers)}
+    groups[OUTSIDE] = [layer for layer in layers if layer.depth is None]
+    return {name: sorted(group, key=lambda layer: layer.depth or 0) for name, group in groups.items() if group}
+
+
+def _depths(group: Sequence[Layer]) -> list[int]:
+    return [position if layer.depth is None else layer.depth for position, layer in enumerate(group)]
+
+
+def _write_stages(file: Path, table: Mapping[str, Mapping[str, float]]) -> None:
+    rows = [[name, stage, value] for name, stages in table.items() for stage, value in stages.items()]
+    write_table(file.with_suffix(".csv"), ["submodule", "stage", "share"], rows)
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float = 3.6) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    table = by_submodule(coefficients)
-    experts = coefficients.experts
-    columns = min(3, len(table))
-    rows = -(-len(table) // columns)
-    figure = Figure(figsize=(4.2 * columns, (0.9 + 0.3 * len(experts)) * rows), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    low = min(float(value.min()) for value in coefficients.values.values())
-    high = max(float(value.max()) for value in coefficients.values.values())
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())
+
+
+def _bars(axis: Any, table: Mapping[str, Mapping[str, float]], label: str) -> None:
+    stages = [stage for stage in (*STAGES, OUTSIDE) if any(stage in values for values in table.values())]
+    width = 0.8 / len(stages)
+    for number, stage in enumerate(stages):
+        places = numpy.arange(len(table)) + width * (number - (len(stages) - 1) / 2)
+        values = [found.get(stage, 0.0) for found in table.values()]
+        axis.bar(places, values, width, label=stage, color=_SHADES[(*STAGES, OUTSIDE).index(stage)])
+    axis.set_xticks(range(len(table)), list(table))
+    axis.set_ylabel(label)
+    axis.legend(frameon=False)
+
+
+def _heat_maps(
+    panels: Mapping[str, Any], rows: Sequence[str], label: str, file: Path, *, depths: Mapping[str, Sequence[int]]
+) -> Any:
+    """Panels with the same rows over depth and one colour bar."""
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = _figure(
+        lines, columns, width=max(4.2 * columns, 6), height=max((0.9 + 0.3 * len(rows)) * lines, 2.4)
+    )
+    low = min(float(numpy.nanmin(grid)) for grid in panels.values())
+    high = max(float(numpy.nanmax(grid)) for grid in panels.values())
     image: Any = None
-    for axis, (submodule, layers) in zip(axes, table.items(), strict=False):
-        grid = numpy.stack([layers[layer].numpy() for layer in sorted(layers)], axis=1)
+    for axis, (title, grid) in zip(axes, panels.items(), strict=False):
         image = axis.imshow(grid, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
-        axis.set_title(submodule, fontsize=9)
-        axis.set_yticks(range(len(experts)), experts, fontsize=8)
-        axis.set_xticks(range(len(layers)) if len(layers) <= 8 else range(0, len(layers), 8))
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        step = 1 if len(depths[title]) <= _LONGEST_AXIS else _LONGEST_AXIS
+        axis.set_xticks(range(0, len(depths[title]), step), depths[title][::step])
         axis.tick_params(labelsize=8)
-    for axis in axes[len(table) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=list(axes), label="coefficient", shrink=0.9)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
     figure.supxlabel("layer", fontsize=9)
+    return _finish(figure, file)
+
+
+def _finish(figure: Any, file: Path) -> Any:
+    """Write the picture as PNG and return it as ``(height, width, 3)`` uint8 array."""
+    figure.set_dpi(110)
     written = io.BytesIO()
-    figure.savefig(written, format="png", dpi=110)
+    figure.savefig(written, format="png")
     write_atomically(file, written.getvalue())
-    canvas.draw()
-    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
+    figure.canvas.draw()
+    return numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -18,16 +18,11 @@ import torch
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import CoefficientVector, add_inner_products, apply
-from expert_merging.learned.losses import hidden_alignment, logit_alignment
-from expert_merging.learned.targets import Target, hidden_states
+from expert_merging.learned.coefficients import CoefficientVector, Trimming, add_inner_products, apply
 from expert_merging.plan import Plan
 from expert_merging.streaming import read_task_vectors
 
 logger = logging.getLogger(__name__)
-
-# Logits that are held at a time, in bytes of float32.
-_SLICE_BYTES = 1 << 26
 
 
 class TaskVectors:
@@ -37,25 +32,41 @@ class TaskVectors:
     one while half of the free memory lasts. The others are read from the files whenever they are needed, and nothing of
     them stays.
 
+    Attributes:
+        magnitudes: mean absolute entry of every task vector, per expert by tensor name.
+
     Args:
         plan: the checkpoints.
         scale: factor on each expert's task vectors.
         device: training device.
         processes: processes that share the machine's memory.
+        trimming: what is done to the task vectors first.
 
     Raises:
         InputError: a checkpoint has NaN or infinite values.
     """
 
-    def __init__(self, plan: Plan, scale: Sequence[float], device: torch.device, processes: int = 1) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        scale: Sequence[float],
+        device: torch.device,
+        processes: int = 1,
+        trimming: Trimming | None = None,
+    ) -> None:
         self.plan = plan
         self.scale = scale
+        self.trimming = trimming
+        self.magnitudes: dict[str, tuple[float, ...]] = {}
         self.device = device
         self.kept: dict[str, list[Tensor]] = {}
         room = _free_memory(device) / (2 * (1 if device.type == "cuda" else processes))
         for name in plan.merged:
             elements = plan.base.entries[name].elements
-            read_task_vectors(plan, name, 0, elements, torch.device("cpu"))  # refuses what is not finite
+            # Refuses what is not finite.
+            task_vectors = self._trimmed(read_task_vectors(plan, name, 0, elements, torch.device("cpu"))[1])
+            sums = task_vectors.abs_().sum(1, dtype=torch.float64)
+            self.magnitudes[name] = tuple((sums / max(1, elements)).tolist())
             room -= sum(checkpoint.entries[name].size for checkpoint in (plan.base, *plan.experts.values()))
             if room > 0:
                 self.kept[name] = self._read(name)
@@ -70,11 +81,16 @@ class TaskVectors:
         stored_base, *stored_experts = self.kept[name] if name in self.kept else self._read(name)
         base = stored_base.float()
         task_vectors = torch.empty(len(self.scale), base.numel(), device=self.device)
-        for row, expert, scale in zip(task_vectors, stored_experts, self.scale, strict=True):
+        for row, expert in zip(task_vectors, stored_experts, strict=True):
             row.copy_(expert).sub_(base)
+        task_vectors = self._trimmed(task_vectors)
+        for row, scale in zip(task_vectors, self.scale, strict=True):
             if scale != 1:
                 row.mul_(scale)
         return base, task_vectors
+
+    def _trimmed(self, task_vectors: Tensor) -> Tensor:
+        return task_vectors if self.trimming is None else self.trimming(task_vectors)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -123,13 +139,12 @@ class LiveModel:
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(name, start)))
                 start += parameter.numel()
         for name in vector.fixed:
-            self._set(name, vector.initial[:, None])
+            self._set(name, vector.constants[name])
 
     def close(self) -> None:
-        """Let go of model and task vectors; the hooks hold them in a circle that Python cannot see."""
+        """Let go of the model; the hooks hold it in a circle that Python cannot see."""
         while self.hooks:
             self.hooks.pop().remove()
-        self.task_vectors.kept.clear()
 
     def _collector(self, name: str, start: int) -> Callable[[Tensor], None]:
         """What takes the gradient of the parameter that holds the merged tensor's entries from ``start``."""
@@ -163,22 +178,3 @@ class LiveModel:
         pieces = self.pieces[name]
         for parameter, entries in zip(pieces, torch.split(merged, [piece.numel() for piece in pieces]), strict=True):
             parameter.copy_(entries.view_as(parameter))
-
-
-def alignment_losses(
-    live: LiveModel, target: Target, layers: Sequence[int], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Logit and hidden-state alignment of the live model with one sample's expert, both scalars in float32."""
-    hidden, last = hidden_states(live.model, target.inputs)
-    own_head = live.model.get_output_embeddings()
-    logits = logit_alignment(
-        target.last_hidden,
-        last[0, target.tokens],
-        target.head or own_head,
-        own_head,
-        temperature=temperature,
-        slice_tokens=max(1, _SLICE_BYTES // (4 * own_head.weight.shape[0])),
-    )
-    if not layers:
-        return logits, torch.zeros_like(logits)
-    return logits, hidden_alignment(target.layers, [hidden[layer][0, target.tokens] for layer in layers])

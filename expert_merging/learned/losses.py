@@ -60,13 +60,32 @@ def logit_alignment(
         shared = min(expert_logits.shape[-1], merged_logits.shape[-1])
         return kl_divergence(expert_logits[..., :shared], merged_logits[..., :shared], temperature)
 
-    tokens = len(merged_hidden)
+    return _mean_over_tokens(compare, slice_tokens, expert_hidden, merged_hidden)
+
+
+def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: int) -> Tensor:
+    """Mean over tokens of the entropy of the predicted distribution, in nats, with logits in slices as well.
+
+    Args:
+        hidden: ``(tokens, hidden)``, input of the model's output head.
+        head: the model's projection to logits.
+        slice_tokens: tokens in a slice.
+    """
+
+    def measure(part: Tensor) -> Tensor:
+        log_probabilities = functional.log_softmax(head(part).float(), dim=-1)
+        return -(log_probabilities.exp() * log_probabilities).sum()
+
+    return _mean_over_tokens(measure, slice_tokens, hidden)
+
+
+def _mean_over_tokens(measure: Callable[..., Tensor], slice_tokens: int, *hidden: Tensor) -> Tensor:
+    """Mean over tokens of what ``measure`` sums, a slice at a time that is computed again in the backward pass."""
+    tokens = len(hidden[0])
     if tokens <= slice_tokens:  # nothing to save
-        return compare(expert_hidden, merged_hidden) / tokens
-    slices = [
-        checkpoint(compare, *pair, use_reentrant=False)
-        for pair in zip(torch.split(expert_hidden, slice_tokens), torch.split(merged_hidden, slice_tokens), strict=True)
-    ]
+        return measure(*hidden) / tokens
+    parts = zip(*(torch.split(states, slice_tokens) for states in hidden), strict=True)
+    slices = [checkpoint(measure, *part, use_reentrant=False) for part in parts]
     return torch.stack(slices).sum() / tokens
 
 
@@ -81,14 +100,15 @@ def hidden_alignment(expert_layers: Sequence[Tensor], merged_layers: Sequence[Te
     return torch.stack([functional.mse_loss(merged.float(), expert.float()) for expert, merged in pairs]).mean()
 
 
-def regularisation(values: Tensor, start: Tensor, experts: int) -> Tensor:
-    """Distance of the coefficients from their start, ``experts / count * sum |value - start|``.
+def regularisation(values: Tensor, anchor: Tensor, count: float) -> Tensor:
+    """Distance of the coefficients from their initial values, ``sum |value - initial| / count``.
 
-    This is `experts` times Eq. 3, the scale that the published weights belong to.
+    This is as many times the paper's as there are experts (its Eq. 3 divides by their number too, and so does the
+    chunk-aware term of section 3.3), the scale that the published weights belong to.
 
     Args:
         values: ``(coefficients,)``, trainable ones only.
-        start: their initial values.
-        experts: number of experts.
+        anchor: their initial values.
+        count: coefficients per expert: the number of layers L, or the budget B of chunks.
     """
-    return (values - start).abs().sum() * (experts / values.numel())
+    return (values - anchor).abs().sum() / count

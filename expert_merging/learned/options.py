@@ -1,16 +1,16 @@
-"""The options that methods share which learn coefficients; read by the command line before torch is loaded."""
+"""The options of methods that learn coefficients; read by the command line before torch is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from expert_merging.registry import Count, Interval, NotNegative, Positive
+from expert_merging.registry import Count, Fraction, Interval, NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningOptions:
-    """How coefficients are learned.
+class TrainingOptions:
+    """What all of them share: the samples, and how coefficients are trained on them.
 
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
@@ -21,18 +21,11 @@ class LearningOptions:
         task_expert: expert by task (TASK=EXPERT), for task files that are not called like their expert.
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
         learning_rate: AdamW's rate at the start of each cosine cycle.
-        temperature: softens both distributions in the logit alignment.
         gradient_accumulation_steps: samples per update.
         mixed_precision: type of the weights while learning; auto is bf16 or else fp16 on a GPU and float32 on a CPU.
-        sparsity_reg_weight: weight of the coefficients' distance from their initial value.
-        hidden_states_layers: aligned hidden states; 0 is the embeddings' output, N the output of layer N, middle is
-            half the number of layers.
-        hidden_states_weight: weight of the hidden-state alignment.
-        loss_alphas: weight of a task in both alignment losses, by task; 1 where none is given.
+        loss_alphas: weight of a task in the losses, by task; 1 where none is given.
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
-        coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
-            keeps the initial value, the last matching pattern counts.
-        loss_tokens: align on all tokens (as published) or on those that predict the response; the latter helps where
+        loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
             prompts cannot be predicted.
         max_new_tokens: bound on the length of the responses that experts write where the files have none.
         prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
@@ -46,15 +39,75 @@ class LearningOptions:
     task_expert: dict[str, str] | None = None
     num_epochs: Count = 1
     learning_rate: Positive = 0.5
-    temperature: Positive = 1.0
     gradient_accumulation_steps: Count = 8
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    sparsity_reg_weight: NotNegative = 0.8
-    hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "middle"
-    hidden_states_weight: NotNegative = 1.0
     loss_alphas: dict[str, NotNegative] | None = None
     task_vector_coeffs_dict: dict[str, float] | None = None
-    coeffs_size_dict: dict[str, int] | None = None
     loss_tokens: Literal["all", "response"] = "all"
     max_new_tokens: Count = 128
     prompt_template: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentOptions(TrainingOptions):
+    """How the merged model is aligned with the experts.
+
+    Args:
+        temperature: softens both distributions in the logit alignment.
+        logits_weight: weight of the logit alignment.
+        hidden_states_weight: weight of the hidden-state alignment.
+        hidden_states_layers: aligned hidden states; 0 is the embeddings' output, N the output of layer N, middle is
+            half the number of layers.
+        sparsity_reg_weight: weight of the coefficients' distance from their initial value.
+    """
+
+    temperature: Positive = 1.0
+    logits_weight: NotNegative = 1.0
+    hidden_states_weight: NotNegative = 1.0
+    hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "middle"
+    sparsity_reg_weight: NotNegative = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions(AlignmentOptions):
+    """Options of Expert Merging.
+
+    Args:
+        coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
+            keeps the initial value, the last matching pattern counts.
+    """
+
+    coeffs_size_dict: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkingOptions(AlignmentOptions):
+    """Options of Expert Merging++.
+
+    Args:
+        coefficients: finished run of expert_merging, or its coefficients.safetensors, to start from instead of training
+            the first stage.
+        chunking: how many coefficients a parameter has in the second stage, by its importance, 2 for all, or none (one
+            each, to compare with).
+        budget: with chunking by importance, coefficients per expert, times the number of merged parameters.
+        kappa: how much more the more important parameters get; 0 spreads the budget evenly, 1 in proportion.
+        stage2_init: the second stage starts from the coefficients that the first has learned, or from the initial value
+            again; parameters that get no chunk keep it.
+    """
+
+    coefficients: str | None = None
+    chunking: Literal["importance", "all", "none"] = "importance"
+    budget: Positive = 1.0
+    kappa: NotNegative = 1.2
+    stage2_init: Literal["learned", "initial"] = "learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmingOptions(TrainingOptions):
+    """Options of AdaMerging++, which learns on task vectors that TIES has trimmed.
+
+    Args:
+        density: fraction of the entries that each expert keeps.
+    """
+
+    density: Fraction = 0.2

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from expert_merging.backbone import language_setting, layer_count
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
-from expert_merging.learned.coefficients import choose_chunks
-from expert_merging.learned.options import LearningOptions
+from expert_merging.learned.coefficients import CoefficientVector, choose_chunks
+from expert_merging.learned.objectives import Objective, alignment, prediction_entropy
+from expert_merging.learned.options import AlignmentOptions, LearningOptions, TrainingOptions
 from expert_merging.plan import Plan
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -29,34 +31,54 @@ class Settings:
         initial: initial coefficient per expert.
         scale: factor on task vectors per expert.
         chunks: number of chunks by parameter name.
-        layers: aligned hidden states.
+        objective: what is made small.
+        regularisation_weight: weight of the coefficients' distance from their initial values.
         precision: ``no``, ``fp16`` or ``bf16``.
+        budget: coefficients per expert that the regularisation counts; None for those that are trained.
+        start: ``(experts,)`` first values by parameter name; None for the initial ones.
+        shared: one coefficient per expert for all parameters together.
+        density: fraction of the task vectors' entries that TIES keeps before anything is learned; None for all.
     """
 
-    options: LearningOptions
+    options: TrainingOptions
     samples: tuple[Sample, ...]
     initial: tuple[float, ...]
     scale: tuple[float, ...]
     chunks: Mapping[str, int]
-    layers: tuple[int, ...]
+    objective: Objective
+    regularisation_weight: float
     precision: str
+    budget: float | None = None
+    start: Mapping[str, Tensor] | None = None
+    shared: bool = False
+    density: float | None = None
+
+    @property
+    def trained(self) -> int:
+        """Number of coefficients that are learned."""
+        return len(self.initial) * (1 if self.shared else sum(self.chunks.values()))
+
+    def make_vector(self, device: torch.device) -> CoefficientVector:
+        """The coefficients as training begins."""
+        return CoefficientVector(self.chunks, self.initial, device, start=self.start, shared=self.shared)
 
 
-def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
+def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
     """Resolve the options against experts, parameters and calibration files."""
     problems = Problems()
     experts = tuple(plan.experts)
     sizes = {name: plan.base.entries[name].elements for name in plan.merged}
-    initial, scale, chunks, layers = (), (), {}, ()  # type: tuple[float, ...], tuple[float, ...], dict[str, int], tuple[int, ...]
+    initial, scale, chunks = (), (), dict.fromkeys(sizes, 1)  # type: tuple[float, ...], tuple[float, ...], dict[str, int]
     samples: list[Sample] = []
     with problems.collecting():
         initial = _initial_values(options.scaling_coefficient, experts)
     with problems.collecting():
         scale = _task_vector_scale(options.task_vector_coeffs_dict or {}, experts)
+    if isinstance(options, LearningOptions):
+        with problems.collecting():
+            chunks = choose_chunks(sizes, options.coeffs_size_dict or {})
     with problems.collecting():
-        chunks = choose_chunks(sizes, options.coeffs_size_dict or {})
-    with problems.collecting():
-        layers = _aligned_layers(options, layer_count(plan.base.config))
+        objective = _objective(options, layer_count(plan.base.config))
     with problems.collecting():
         precision = _precision(options.mixed_precision, context.device)
     with problems.collecting():
@@ -82,7 +104,25 @@ def check(plan: Plan, context: Context, options: LearningOptions) -> Settings:
             if task not in tasks:
                 problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {near_name(task, tasks)}")
     problems.check()
-    return Settings(options, tuple(samples), initial, scale, chunks, layers, precision)
+    weight = options.sparsity_reg_weight if isinstance(options, AlignmentOptions) else 0.0
+    return Settings(options, tuple(samples), initial, scale, chunks, objective, weight, precision)
+
+
+def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
+    if not isinstance(options, AlignmentOptions):
+        return prediction_entropy()
+    layers = _aligned_layers(options, layer_count)
+    if not layers and options.logits_weight == 0:
+        raise InputError(
+            "neither logits nor hidden states are aligned, so there is nothing to learn; give --logits_weight or "
+            "--hidden_states_weight and --hidden_states_layers a value that is not 0 or none"
+        )
+    return alignment(
+        layers,
+        temperature=options.temperature,
+        logits_weight=options.logits_weight,
+        hidden_states_weight=options.hidden_states_weight,
+    )
 
 
 def _check_model(plan: Plan, context: Context) -> None:
@@ -124,7 +164,7 @@ def _task_vector_scale(given: Mapping[str, float], experts: tuple[str, ...]) -> 
     return tuple(given.get(name, 1.0) for name in experts)
 
 
-def _aligned_layers(options: LearningOptions, count: int | None) -> tuple[int, ...]:
+def _aligned_layers(options: AlignmentOptions, count: int | None) -> tuple[int, ...]:
     """Indices of the aligned hidden states: 0 is the embeddings' output, N that of layer N."""
     chosen = options.hidden_states_layers
     if chosen == "none" or options.hidden_states_weight == 0:

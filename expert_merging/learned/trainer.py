@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 import random
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
-from expert_merging.learned import Context, Work
-from expert_merging.learned.coefficients import Coefficients, CoefficientVector, load_coefficients
-from expert_merging.learned.live import LiveModel, TaskVectors, alignment_losses
+from expert_merging.learned import Context
+from expert_merging.learned.coefficients import Coefficients, Trimming
+from expert_merging.learned.live import LiveModel, TaskVectors
 from expert_merging.learned.losses import regularisation
-from expert_merging.learned.options import LearningOptions
-from expert_merging.learned.settings import Settings, check
+from expert_merging.learned.settings import Settings
+from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.learned.targets import Target, TargetMaker
+from expert_merging.methods.sparse import survey_ties
 from expert_merging.plan import Advance, Plan
-from expert_merging.streaming import SMALL_MODEL, no_advance
-from expert_merging.writing import sync_files
+from expert_merging.streaming import SMALL_MODEL, Passes, no_advance
 
 logger = logging.getLogger(__name__)
 
@@ -40,35 +38,6 @@ _OVERFLOWS = 24
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PUBLISHED_ADAMW = {"weight_decay": 1e-5, "betas": (0.9, 0.999)}
 _PUBLISHED_CYCLE = {"T_0": 50, "T_mult": 2}
-
-
-def prepare(plan: Plan, context: Context, options: LearningOptions) -> Work:
-    """Check everything that training needs and return the training.
-
-    Raises:
-        InputError: all problems found.
-    """
-    settings = check(plan, context, options)
-
-    def learn() -> Coefficients:
-        if context.run.coefficients.exists():
-            logger.info("coefficients were learned already: %s", context.run.coefficients)
-            return load_coefficients(context.run.folder)
-        import_transformers()
-        return Trainer(plan, context, settings).train()
-
-    contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in settings.samples]
-    pictures = [picture.read_bytes() for sample in settings.samples for picture in sample.images]
-    digest = hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
-    trained = len(plan.experts) * sum(settings.chunks.values())
-    epochs = "1 epoch" if options.num_epochs == 1 else f"{options.num_epochs} epochs"
-    notes = (
-        f"{trained} coefficients learned from {len(settings.samples)} samples in {epochs}",
-        f"hidden states aligned: {', '.join(map(str, settings.layers)) or 'none'}; precision: {settings.precision}",
-    )
-    # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
-    inputs = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, settings.layers))}
-    return Work(learn, inputs, notes)
 
 
 def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -93,24 +62,19 @@ def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:
     return order
 
 
-class TrainingState:
-    """How far training is; its numbers are saved with every update."""
+@dataclass(frozen=True)
+class Material:
+    """What is read and computed before training, and shared by the stages of a method.
 
-    def __init__(self) -> None:
-        self.updates = 0
-        self.skipped = 0
-        self.epoch_loss = 0.0
-        self.epoch_samples = 0
-        self.best_loss = math.inf
-        self.epochs_without_better = 0
+    Args:
+        targets: the samples, with what their experts say about them.
+        task_vectors: base weights and task vectors.
+        model: the base model, whose merged parameters are overwritten.
+    """
 
-    def end_epoch(self) -> None:
-        """Compare the epoch's mean loss with the best so far."""
-        mean = self.epoch_loss / self.epoch_samples
-        better = mean < self.best_loss
-        self.best_loss = min(mean, self.best_loss)
-        self.epochs_without_better = 0 if better else self.epochs_without_better + 1
-        self.epoch_loss, self.epoch_samples = 0.0, 0
+    targets: list[Target]
+    task_vectors: TaskVectors
+    model: Any
 
 
 class Trainer:
@@ -123,13 +87,14 @@ class Trainer:
         plan: checkpoints and parameters.
         context: run folder, seed, device.
         settings: checked options.
+        material: what an earlier stage has gathered.
     """
 
-    def __init__(self, plan: Plan, context: Context, settings: Settings) -> None:
+    def __init__(self, plan: Plan, context: Context, settings: Settings, material: Material | None = None) -> None:
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-        self.plan, self.context, self.settings = plan, context, settings
+        self.plan, self.context, self.settings, self.material = plan, context, settings, material
         if torch.device(context.device).index is not None:
             torch.cuda.set_device(context.device)
         options = settings.options
@@ -145,31 +110,44 @@ class Trainer:
             ),
         )
         self.state = TrainingState()
+        self.states = StateFolder(context.run.state)
         self.tasks = sorted({sample.task for sample in settings.samples})
 
     def train(self) -> Coefficients:
         """Learn the coefficients, save them in the run folder and return them."""
-        threads = torch.get_num_threads()
-        if self.plan.base_elements < SMALL_MODEL:
-            torch.set_num_threads(1)
-        try:
-            return self._prepare_and_learn()
-        finally:
-            torch.set_num_threads(threads)
+        with _fitting_threads(self.plan):
+            material = self.gather()
+            device = self.accelerator.device
+            self.vector = self.settings.make_vector(device)
+            self._make_optimizer()
+            self.live = LiveModel(material.model, material.task_vectors, self.vector, self.context.backbone.file_name)
+            try:
+                return self._learn(material.targets)
+            finally:
+                self.live.close()
 
-    def _prepare_and_learn(self) -> Coefficients:
-        device = self.accelerator.device
-        task_vectors = TaskVectors(self.plan, self.settings.scale, device, self.accelerator.num_processes)
-        with self.accelerator.main_process_first():
-            targets = self._make_targets(device)
-        self.vector = CoefficientVector(self.settings.chunks, self.settings.initial, device)
-        self._make_optimizer()
-        base = self.context.backbone.load_model(self.plan.base.folder, _DTYPES[self.settings.precision]).to(device)
-        self.live = LiveModel(base, task_vectors, self.vector, self.context.backbone.file_name)
-        try:
-            return self._learn(targets)
-        finally:
-            self.live.close()
+    def gather(self) -> Material:
+        """Task vectors, the experts' targets and the base model, from the files or from an earlier stage."""
+        if self.material is None:
+            device = self.accelerator.device
+            with _fitting_threads(self.plan):
+                trimming = self._trimming()
+                count = self.accelerator.num_processes
+                task_vectors = TaskVectors(self.plan, self.settings.scale, device, count, trimming)
+                with self.accelerator.main_process_first():
+                    targets = self._make_targets(device)
+                model = self.context.backbone.load_model(self.plan.base.folder, _DTYPES[self.settings.precision])
+                self.material = Material(targets, task_vectors, model.to(device))
+        return self.material
+
+    def _trimming(self) -> Trimming | None:
+        """What TIES needs to know of all task vectors, where they are to be trimmed."""
+        if self.settings.density is None:
+            return None
+        passes = Passes(self.plan, torch.device("cpu"), self.context.progress)
+        found = survey_ties(passes, self.context.seed, density=self.settings.density, ties_scope="global")
+        name = self.plan.merged[0]  # the same for all of them
+        return Trimming(tuple(found["thresholds"][name].tolist()), found["majorities"][name])
 
     def _learn(self, targets: list[Target]) -> Coefficients:
         self._resume()
@@ -194,7 +172,7 @@ class Trainer:
         return TargetMaker(
             backbone=self.context.backbone,
             plan=self.plan,
-            layers=self.settings.layers,
+            layers=self.settings.objective.layers,
             response_only=options.loss_tokens == "response",
             max_new_tokens=options.max_new_tokens,
             prompt_template=options.prompt_template,
@@ -265,9 +243,8 @@ class Trainer:
         sums = accelerator.reduce(sums, "sum").cpu()
         share = len(group) / self.settings.options.gradient_accumulation_steps
         values = self.vector()
-        penalty = self.settings.options.sparsity_reg_weight * regularisation(
-            values, self.vector.start, self.vector.experts
-        )
+        counted = self.settings.budget or values.numel() / self.vector.experts
+        penalty = self.settings.regularisation_weight * regularisation(values, self.vector.anchor, counted)
         scaled = penalty * share if accelerator.scaler is None else accelerator.scaler.scale(penalty * share)
         torch.autograd.backward([values, scaled], [gradient, None])
         accelerator.clip_grad_norm_(self.vector.parameters(), max_norm=1.0)
@@ -279,24 +256,22 @@ class Trainer:
         """Backward passes over this process's share of the samples.
 
         Returns:
-            Sums of logit losses, hidden-state losses and samples per task, ``(tasks, 3)``.
+            Per task, the sum of each of the objective's losses and the number of samples, ``(tasks, losses + 1)``.
         """
-        accelerator, options = self.accelerator, self.settings.options
-        sums = torch.zeros(len(self.tasks), 3, device=accelerator.device)
+        accelerator, objective = self.accelerator, self.settings.objective
+        sums = torch.zeros(len(self.tasks), len(objective.names) + 1, device=accelerator.device)
         for target in group[accelerator.process_index :: accelerator.num_processes]:
-            logits, hidden = alignment_losses(self.live, target, self.settings.layers, options.temperature)
-            hidden = hidden * options.hidden_states_weight
-            weight = (options.loss_alphas or {}).get(target.sample.task, 1.0)
-            accelerator.backward(weight * (logits + hidden))
-            row = torch.stack([weight * logits.detach(), weight * hidden.detach(), torch.ones_like(logits)])
-            sums[self.tasks.index(target.sample.task)] += row
+            weight = (self.settings.options.loss_alphas or {}).get(target.sample.task, 1.0)
+            losses = weight * torch.stack(objective.losses(self.live.model, target))
+            accelerator.backward(losses.sum())
+            sums[self.tasks.index(target.sample.task)] += torch.cat([losses.detach(), losses.new_ones(1)])
             advance(accelerator.num_processes, target.sample.task)
         return sums
 
     def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:
         """Count the update, close the epoch if it was its last, report, and save what a restart needs."""
-        logits, hidden, count = sums.sum(0).tolist()
-        total = (logits + hidden) / count + penalty
+        *losses, count = sums.sum(0).tolist()
+        total = sum(losses) / count + penalty
         if not (math.isfinite(total) and self.vector.raw.isfinite().all()):
             raise InputError(
                 f"the loss is not a number after {self.state.updates} updates; lower --learning_rate, or use "
@@ -307,16 +282,17 @@ class Trainer:
         self.state.epoch_samples += int(count)
         report = {
             "loss/total": total,
-            "loss/logits": logits / count,
-            "loss/hidden_states": hidden / count,
             "loss/regularisation": penalty,
             "learning_rate": rate,
             "skipped_updates": float(self.state.skipped),
         }
-        for task, (task_logits, task_hidden, task_count) in zip(self.tasks, sums.tolist(), strict=True):
+        names = self.settings.objective.names
+        report |= {f"loss/{name}": loss / count for name, loss in zip(names, losses, strict=True)}
+        for task, (*task_losses, task_count) in zip(self.tasks, sums.tolist(), strict=True):
             if task_count:
-                report[f"task_logits/{task}"] = task_logits / task_count
-                report[f"task_hidden_states/{task}"] = task_hidden / task_count
+                report |= {
+                    f"task_{name}/{task}": loss / task_count for name, loss in zip(names, task_losses, strict=True)
+                }
         for expert, row in zip(self.plan.experts, self._by_expert(), strict=True):
             report[f"coefficient_mean/{expert}"] = float(row.mean())
             report[f"coefficient_spread/{expert}"] = float(row.std(correction=0))
@@ -332,32 +308,17 @@ class Trainer:
         return torch.cat([self.vector.view(values, name) for name in self.vector.places], dim=1)
 
     def _save_state(self) -> None:
-        """Save under a temporary name, then swap, so that there is always one complete state."""
-        if not self.accelerator.is_main_process:
-            return
-        target = self.context.run.state
-        temporary, old = self._other_states()
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.save_state(str(temporary))
-        save_file(self.vector.state_dict(), temporary / "coefficients.safetensors")
-        (temporary / "training.json").write_text(json.dumps(vars(self.state)), encoding="utf-8")
-        sync_files(temporary)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
+        if self.accelerator.is_main_process:
+            self.states.replace(self._write_state)
 
-    def _other_states(self) -> tuple[Path, Path]:
-        """Where the state is written, and where the last one waits until the new one has its name."""
-        state = self.context.run.state
-        return state.with_name("state.partial"), state.with_name("state.old")
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        save_file(self.vector.state_dict(), folder / "coefficients.safetensors")
+        (folder / "training.json").write_text(json.dumps(vars(self.state)), encoding="utf-8")
 
     def _resume(self) -> None:
         """Take up the last saved state; what is damaged is passed over."""
-        for place in (self.context.run.state, self._other_states()[1]):
-            if not place.exists():
-                continue
+        for place in self.states.found:
             try:
                 training = json.loads((place / "training.json").read_text(encoding="utf-8"))
                 saved = load_file(place / "coefficients.safetensors", device=str(self.accelerator.device))
@@ -396,17 +357,33 @@ class Trainer:
                 "experts": {name: str(checkpoint.folder) for name, checkpoint in self.plan.experts.items()},
                 "updates": self.state.updates,
             },
+            trimming=self.gather().task_vectors.trimming,
         )
 
     def _save(self, coefficients: Coefficients) -> None:
-        from expert_merging.learned.figures import coefficient_map
+        """Write the coefficients, last of all under the name that says that training is done, and their pictures."""
+        from expert_merging.learned.figures import draw_all
+        from expert_merging.learned.importance import describe_layers
 
-        run = self.context.run
+        run, material = self.context.run, self.gather()
         coefficients.save_published(run.weight_coeffs)
-        image = coefficient_map(coefficients, run.coefficient_map)
+        sizes = {name: self.plan.base.entries[name].elements for name in self.plan.merged}
+        pictures = draw_all(describe_layers(coefficients, material.task_vectors.magnitudes, sizes), run.analysis)
         if self.context.log_with == "tensorboard":
             tracker = self.accelerator.get_tracker("tensorboard")
-            tracker.log_images({"coefficients": image[None]}, step=self.state.updates, dataformats="NHWC")
+            for name, picture in pictures.items():
+                tracker.log_images({name: picture[None]}, step=self.state.updates, dataformats="NHWC")
         coefficients.save(run.coefficients)
-        for folder in (run.state, *self._other_states()):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.states.remove()
+
+
+@contextmanager
+def _fitting_threads(plan: Plan) -> Iterator[None]:
+    """One thread for a small model, which more would slow down; as many as before afterwards."""
+    threads = torch.get_num_threads()
+    if plan.base_elements < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import (
-    add_inner_products,
     Coefficients,
     CoefficientVector,
+    add_inner_products,
     apply,
     choose_chunks,
     chunk_count,
@@ -95,7 +95,25 @@ def test_the_vector_starts_at_the_initial_values_and_keeps_fixed_ones():
     torch.testing.assert_close(values["b"], torch.tensor([[0.2], [0.7]]))
     assert vector.raw.numel() == 6
     assert vector.fixed == ("b",)
-    assert torch.equal(vector(), vector.start)
+    assert torch.equal(vector(), vector.anchor)
+
+
+def test_the_vector_starts_where_it_is_told_and_is_anchored_at_the_initial_values():
+    start = {"a": torch.tensor([0.1, 0.9]), "b": torch.tensor([0.4, 0.6])}
+    vector = CoefficientVector({"a": 2, "b": 0}, [0.2, 0.7], start=start)
+    values = vector.by_name()
+    torch.testing.assert_close(values["a"], torch.tensor([[0.1, 0.1], [0.9, 0.9]]))
+    assert torch.equal(values["b"], torch.tensor([[0.4], [0.6]]))
+    torch.testing.assert_close(vector.anchor, torch.tensor([0.2, 0.2, 0.7, 0.7]))
+
+
+def test_a_shared_vector_has_one_coefficient_per_expert():
+    vector = CoefficientVector({"a": 1, "b": 1}, [0.2, 0.7], shared=True)
+    assert vector.raw.numel() == 2
+    vector.raw.data += 1
+    values = vector.by_name()
+    assert torch.equal(values["a"], values["b"])
+    assert torch.equal(values["a"].flatten(), vector())
 
 
 def make_coefficients() -> Coefficients:

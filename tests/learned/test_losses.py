@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from expert_merging.learned.losses import hidden_alignment, kl_divergence, logit_alignment, regularisation
+from expert_merging.learned.losses import entropy, hidden_alignment, kl_divergence, logit_alignment, regularisation
 
 
 def test_kl_by_hand():
@@ -67,5 +67,23 @@ def test_hidden_alignment_is_the_mean_over_entries_and_layers():
 
 
 def test_regularisation_has_the_published_scale():
-    values, start = torch.tensor([0.5, 0.1, 0.3, 0.3]), torch.full((4,), 0.3)
-    assert regularisation(values, start, experts=2).item() == pytest.approx((0.2 + 0.2) * 2 / 4)
+    """For two experts and two layers: twice Eq. 3."""
+    values, anchor = torch.tensor([0.5, 0.1, 0.3, 0.3]), torch.full((4,), 0.3)
+    assert regularisation(values, anchor, 2).item() == pytest.approx(2 * (0.2 + 0.2) / (2 * 2))
+
+
+def test_entropy_of_certain_and_of_even_predictions():
+    head = torch.nn.Identity()
+    assert entropy(torch.zeros(3, 8), head, slice_tokens=9).item() == pytest.approx(math.log(8), rel=1e-6)
+    assert entropy(torch.tensor([[200.0, 0.0]]), head, slice_tokens=9).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 3, 100])
+def test_entropy_in_slices_has_value_and_gradient_of_the_definition(slice_tokens):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 13)
+    hidden = torch.randn(7, 6, requires_grad=True)
+    expected = torch.distributions.Categorical(logits=head(hidden)).entropy().mean()
+    actual = entropy(hidden, head, slice_tokens=slice_tokens)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, hidden), torch.autograd.grad(expected, hidden))

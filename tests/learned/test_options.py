@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from expert_merging.cli import main
-from expert_merging.learned.figures import by_submodule, coefficient_map
 from Mistral.backbone import BACKBONE, encode_prompt, load_processor
 from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
 from tests.learned.test_coefficients import make_coefficients
@@ -46,6 +45,14 @@ def command(tiny_zoo: Path, tmp_path: Path):
         (["--learning_rate", "0"], "--learning_rate must be a number in (0, inf), got 0"),
         (["--data_dir", "/nowhere"], "calibration folder /nowhere does not exist"),
         (["--method", "coefficients"], "--method coefficients needs --coefficients RUN_OR_FILE"),
+        (["--logits_weight", "0", "--hidden_states_weight", "0"], "neither logits nor hidden states are aligned"),
+        (["--method", "expert_merging++", "--budget", "0.01"], "--budget 0.01 times 21 merged parameters is less than"),
+        (["--method", "expert_merging_pp", "--chunking", "some"], "--chunking must be 'importance' or 'all' or 'none'"),
+        (
+            ["--method", "expert_merging++", "--coefficients", "/nowhere"],
+            "--coefficients /nowhere: /nowhere does not exist",
+        ),
+        (["--method", "adamerging_pp", "--density", "80"], "for 80 % write 0.8"),
     ],
 )
 def test_refused_before_any_work(arguments, message, command, tmp_path, capsys):
@@ -157,11 +164,3 @@ def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):
         "{{ bos_token }}{% for m in messages %}({{ m.content }}){% endfor %}={% if add_generation_prompt %}+{% endif %}"
     )
     assert text(None) == "<s>(ab)=+"
-
-
-def test_the_map_has_a_panel_per_submodule(tmp_path):
-    table = by_submodule(make_coefficients())
-    assert set(table) == {"w", "v"}
-    picture = coefficient_map(make_coefficients(), tmp_path / "map.png")
-    assert picture.shape[2] == 3
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -19,28 +19,21 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expert_merging.errors import InputError
-from expert_merging.learned import Context
-from expert_merging.learned import trainer as trainer_module
+from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.live import LiveModel, TaskVectors
+from expert_merging.learned.objectives import alignment_losses
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import check
-from expert_merging.learned.trainer import Trainer, TrainingState, epoch_order
+from expert_merging.learned.state import TrainingState
+from expert_merging.learned.trainer import Trainer, epoch_order
 from expert_merging.plan import make_plan
 from expert_merging.run import Run
-from Mistral.backbone import BACKBONE, load_model
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.learned.twin import Example, Twin
 
 EXCLUDED = list(BACKBONE.exclude_params)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @contextmanager
@@ -66,7 +59,7 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
         experts={name: checkpoint.folder for name, checkpoint in plan.experts.items()},
         merged=list(plan.merged),
         initial=list(settings.initial),
-        layers=list(settings.layers),
+        layers=list(settings.objective.layers),
         **options,
     )
     answers = json.loads(trainer.context.run.responses.read_text()) if trainer.context.run.responses.exists() else {}
@@ -82,20 +75,14 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
     return twin, examples
 
 
-@pytest.fixture(scope="session")
-def answered_zoo(tiny_zoo: Path, tmp_path_factory) -> Path:
-    """The tiny checkpoints with calibration files that have every response."""
-    cache = tmp_path_factory.mktemp("answered")
-    for folder in [BASE, *EXPERTS.values()]:
-        (cache / folder).symlink_to(tiny_zoo / folder)
-    write_tasks(cache / "dataset", responses={"Chat": "Certainly", "Math": "42", "Code": "def f():"})
-    return cache
-
-
 VARIANTS = {
     "published": ({"sparsity_reg_weight": 0.8}, {"regularisation": 0.8}),
     "temperature": ({"temperature": 2.5, "sparsity_reg_weight": 0.0}, {"temperature": 2.5}),
     "response tokens": ({"loss_tokens": "response", "sparsity_reg_weight": 0.0}, {"response_only": True}),
+    "no logits": (
+        {"logits_weight": 0.0, "hidden_states_layers": "all", "sparsity_reg_weight": 0.1},
+        {"logits_weight": 0.0, "regularisation": 0.1},
+    ),
     "no hidden states": ({"hidden_states_layers": "none", "sparsity_reg_weight": 0.0}, {}),
     "several layers": (
         {"hidden_states_layers": [0, 2, 3], "hidden_states_weight": 2.0},
@@ -143,16 +130,11 @@ def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path)
 
 def prepared(trainer: Trainer):
     """The live model and the targets of a trainer, as `train` makes them."""
-    from expert_merging.learned.coefficients import CoefficientVector
-
-    targets = trainer._make_targets(torch.device("cpu"))
-    trainer.vector = CoefficientVector(trainer.settings.chunks, trainer.settings.initial)
-    base = load_model(trainer.plan.base.folder, torch.float32)
-    trainer.live = LiveModel(
-        base, TaskVectors(trainer.plan, trainer.settings.scale, torch.device("cpu")), trainer.vector, lambda name: name
-    )
+    material = trainer.gather()
+    trainer.vector = trainer.settings.make_vector(torch.device("cpu"))
+    trainer.live = LiveModel(material.model, material.task_vectors, trainer.vector, lambda name: name)
     trainer.live.rebuild()
-    return targets
+    return material.targets
 
 
 def twin_gradients(twin: Twin, group: list[Example]) -> torch.Tensor:
@@ -162,13 +144,11 @@ def twin_gradients(twin: Twin, group: list[Example]) -> torch.Tensor:
 
 
 def test_losses_and_gradients_equal_the_twins(answered_zoo, tmp_path):
-    from expert_merging.learned.live import alignment_losses
-
     trainer = make_trainer(answered_zoo, tmp_path)
     targets = prepared(trainer)
     twin, examples = make_twin(trainer)
     for target, example in zip(targets, examples, strict=True):
-        ours = alignment_losses(trainer.live, target, trainer.settings.layers, 1.0)
+        ours = trainer.settings.objective.losses(trainer.live.model, target)
         theirs = twin.losses(example)
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-5, atol=1e-7)
         (sum(ours) / 8).backward()
@@ -210,7 +190,7 @@ def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatc
     targets = prepared(trainer)
     trainer._collect(targets, lambda *_: None)
     whole = trainer.live.gradient.clone()
-    monkeypatch.setattr("expert_merging.learned.live._SLICE_BYTES", 4 * 4 * 80)  # four tokens of this vocabulary
+    monkeypatch.setattr("expert_merging.learned.objectives._SLICE_BYTES", 4 * 4 * 80)  # four tokens of this vocabulary
     trainer.live.rebuild()
     trainer._collect(targets, lambda *_: None)
     torch.testing.assert_close(trainer.live.gradient, whole, rtol=1e-5, atol=1e-8)
@@ -255,8 +235,6 @@ def test_a_single_expert_is_recovered(tiny_zoo, tmp_path):
 
 def test_a_task_weight_moves_the_balance(answered_zoo, tmp_path):
     """What a task weighs more, the merged model matches better."""
-    from expert_merging.learned.live import alignment_losses
-
     distances = []
     for weight in (0.2, 5.0):
         trainer = make_trainer(answered_zoo, tmp_path / str(weight), loss_alphas={"Math": weight}, num_epochs=4)
@@ -264,7 +242,7 @@ def test_a_task_weight_moves_the_balance(answered_zoo, tmp_path):
         targets = [target for target in trainer._make_targets(torch.device("cpu")) if target.sample.task == "Math"]
         trainer.live.rebuild()
         with torch.no_grad():
-            distances.append(sum(float(alignment_losses(trainer.live, target, (), 1.0)[0]) for target in targets))
+            distances.append(sum(float(alignment_losses(trainer.live.model, target, (), 1.0)[0]) for target in targets))
     assert distances[1] < distances[0]
 
 
@@ -440,7 +418,8 @@ def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     assert {f"coefficient_{kind}/{expert}" for kind in ("mean", "spread") for expert in EXPERTS} <= scalars
     assert [point.step for point in events.Scalars("loss/total")] == [1, 2, 3, 4]
     assert events.Tags()["images"]
-    assert (tmp_path / "coefficients.png").stat().st_size > 1000
+    assert {"importance", "submodules", "depth", "coefficients", "chunks"} == set(events.Tags()["images"])
+    assert all((tmp_path / "analysis" / f"{name}.png").stat().st_size > 1000 for name in events.Tags()["images"])
 
 
 def test_files_of_a_finished_training(answered_zoo, tmp_path):
@@ -596,7 +575,7 @@ def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp
     with pytest.raises(RuntimeError, match="interrupted"):
         main(BACKBONE, arguments)
     monkeypatch.undo()
-    monkeypatch.setattr(trainer_module, "Trainer", None)
+    monkeypatch.setattr(stages.Trainer, "train", None)
     assert main(BACKBONE, arguments) == 0
 
 

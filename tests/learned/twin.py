@@ -34,12 +34,19 @@ class Twin:
     scale: list[float] | None = None
     chunks: dict[str, int] = field(default_factory=dict)
     temperature: float = 1.0
+    logits_weight: float = 1.0
     hidden_weight: float = 1.0
     regularisation: float = 0.0
     task_weights: dict[str, float] = field(default_factory=dict)
     response_only: bool = False
     learning_rate: float = 0.5
     accumulation: int = 8
+    # Where training starts, and what coefficients without a chunk stay at, if not at the initial values.
+    first: dict[str, torch.Tensor] | None = None
+    # Coefficients per expert that the regularisation counts, if not those that are trained.
+    budget: float | None = None
+    entropy: bool = False
+    density: float | None = None
 
     def load(self, folder: Path) -> torch.nn.Module:
         """A model of the family."""
@@ -69,15 +76,18 @@ class Twin:
             ]
             for name in self.merged
         }
+        if self.density is not None:
+            self.trim_like_ties(self.density)
         # One raw coefficient per expert and chunk, each a parameter of its own; 0 chunks: a constant.
         self.raw = {
-            name: torch.nn.Parameter(
-                torch.logit(torch.tensor(self.initial))[:, None].repeat(1, self.chunks.get(name, 1))
-            )
+            name: torch.nn.Parameter(torch.logit(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1)))
             for name in self.merged
             if self.chunks.get(name, 1) > 0
         }
-        self.start = {name: torch.sigmoid(raw).detach() for name, raw in self.raw.items()}
+        self.start = {
+            name: torch.sigmoid(torch.logit(torch.tensor(self.initial)))[:, None].expand_as(raw)
+            for name, raw in self.raw.items()
+        }
         self.optimizer = torch.optim.AdamW(
             list(self.raw.values()), lr=self.learning_rate, weight_decay=1e-5, betas=(0.9, 0.999)
         )
@@ -85,10 +95,29 @@ class Twin:
             self.optimizer, T_0=50, T_mult=2, eta_min=0.1 * self.learning_rate
         )
 
+    def beginning(self, name: str) -> torch.Tensor:
+        return torch.tensor(self.initial) if self.first is None else self.first[name]
+
+    def trim_like_ties(self, density: float) -> None:
+        """Keep the largest entries of each expert, then those that agree with the sign of their sum."""
+        whole = [
+            torch.cat([self.task_vectors[name][k].flatten() for name in self.merged]) for k in range(len(self.teachers))
+        ]
+        kept = [
+            torch.where(vector.abs() >= vector.abs().kthvalue(int((1 - density) * len(vector))).values, vector, 0.0)
+            for vector in whole
+        ]
+        signs = torch.stack(kept).sum(0).sign()
+        majority = signs.sum().sign()
+        signs = torch.where(signs == 0, majority, signs)
+        for k, vector in enumerate(kept):
+            agreeing = torch.where(vector.sign() == signs, vector, 0.0)
+            sizes = [self.task_vectors[name][k].numel() for name in self.merged]
+            for name, part in zip(self.merged, agreeing.split(sizes), strict=True):
+                self.task_vectors[name][k] = part.view_as(self.task_vectors[name][k])
+
     def coefficients(self, name: str) -> torch.Tensor:
-        if name in self.raw:
-            return torch.sigmoid(self.raw[name])
-        return torch.tensor(self.initial)[:, None]
+        return torch.sigmoid(self.raw[name]) if name in self.raw else self.beginning(name)[:, None]
 
     def merged_weights(self) -> dict[str, torch.Tensor]:
         weights = dict(self.base_weights)
@@ -107,6 +136,9 @@ class Twin:
             teacher = self.teachers[list(self.experts).index(example.expert)](**inputs, output_hidden_states=True)
         student = functional_call(self.model, self.merged_weights(), (), {**inputs, "output_hidden_states": True})
         where = slice(prompt_tokens - 1, -1) if self.response_only else slice(None)
+        if self.entropy:
+            distribution = torch.distributions.Categorical(logits=student.logits[0, where])
+            return distribution.entropy().mean(), torch.zeros(())
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
         kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1).mean() * self.temperature**2
@@ -114,12 +146,12 @@ class Twin:
         for layer in self.layers:
             difference = student.hidden_states[layer][0, where] - teacher.hidden_states[layer][0, where]
             hidden = hidden + (difference**2).mean() / len(self.layers)
-        return kl, self.hidden_weight * hidden
+        return self.logits_weight * kl, self.hidden_weight * hidden
 
     def penalty(self) -> torch.Tensor:
         distance = sum((torch.sigmoid(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
-        count = sum(raw.numel() for raw in self.raw.values())
-        return self.regularisation * distance * len(self.experts) / count
+        count = self.budget or sum(raw.numel() for raw in self.raw.values()) / len(self.experts)
+        return self.regularisation * distance / count
 
     def update(self, group: list[Example]) -> dict[str, torch.Tensor]:
         """One optimizer step; the gradient of every raw coefficient before clipping."""

@@ -1,0 +1,216 @@
+"""The methods that learn, as the stages that they train in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from expert_merging.backbone import import_transformers
+from expert_merging.errors import InputError, Problems
+from expert_merging.learned import Context, Work
+from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
+from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
+from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
+from expert_merging.learned.settings import Settings, check
+from expert_merging.learned.trainer import Trainer
+from expert_merging.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+# Keeps a first value of 0 or 1 where its gradient, if tiny, is not 0.
+_INSIDE = 1e-4
+
+
+def one_stage(plan: Plan, context: Context, options: TrainingOptions, *, shared: bool = False) -> Work:
+    """A method that trains its coefficients once.
+
+    Args:
+        plan: checkpoints and parameters.
+        context: run folder, seed, device.
+        options: the method's options.
+        shared: one coefficient per expert for all parameters together.
+
+    Raises:
+        InputError: all problems found.
+    """
+    density = options.density if isinstance(options, TrimmingOptions) else None
+    settings = replace(check(plan, context, options), shared=shared, density=density)
+    notes = (f"{settings.trained} coefficients learned {_amount(settings)}",)
+    return _work(context, settings, lambda: Trainer(plan, context, settings).train(), notes)
+
+
+def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
+    """Expert Merging++: learn one coefficient per parameter, then several for those that have proved important.
+
+    The paper is silent on two points. The second stage starts from what the first has learned, or from the initial
+    value again (``stage2_init``); and a parameter that gets no chunk keeps the same. The regularisation pulls towards
+    the initial value in both cases.
+
+    Args:
+        plan: checkpoints and parameters.
+        context: run folder, seed, device; the first stage works in a folder inside.
+        options: the method's options.
+
+    Raises:
+        InputError: all problems found.
+    """
+    problems = Problems()
+    given = None
+    with problems.collecting():
+        settings = check(plan, context, options)
+    with problems.collecting():
+        _check_budget(options, len(plan.merged))
+    if options.coefficients is not None:
+        with problems.collecting():
+            given = matching_coefficients(Path(options.coefficients), plan)
+    problems.check()
+    if given is not None:
+        _check_first_stage(given, settings)
+
+    def learn() -> Coefficients:
+        stage = replace(context, run=context.run.stage("stage1"))
+        first = Trainer(plan, stage, settings)
+        coefficients = given or _learned(stage, first.train)
+        material = first.gather()
+        second = second_stage(settings, options, coefficients, material.task_vectors.magnitudes, plan)
+        return Trainer(plan, context, second, material).train()
+
+    before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
+    notes = (f"stage 1: {settings.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
+    inputs = {} if given is None else {"coefficients": given.fingerprint()}
+    return _work(context, settings, learn, notes, inputs)
+
+
+def second_stage(
+    settings: Settings,
+    options: ChunkingOptions,
+    first: Coefficients,
+    magnitudes: Mapping[str, Sequence[float]],
+    plan: Plan,
+) -> Settings:
+    """Settings of the second stage: chunks by importance, first values, and what the regularisation counts."""
+    sizes = {name: plan.base.entries[name].elements for name in plan.merged}
+    budget = _budget(options, len(sizes))
+    if options.chunking == "importance":
+        importance = {layer.name: layer.importance for layer in describe_layers(first, magnitudes, sizes)}
+        chunks = allocate_chunks(importance, sizes, budget=budget, kappa=options.kappa)
+    else:
+        wanted = 2 if options.chunking == "all" else 1
+        chunks = {name: chunk_count(elements, wanted) for name, elements in sizes.items()}
+    start = None
+    if options.stage2_init == "learned":
+        start = {name: mean_coefficients(first.values[name], sizes[name]) for name in sizes}
+        start = {
+            name: value if chunks[name] == 0 else value.clamp(_INSIDE, 1 - _INSIDE) for name, value in start.items()
+        }
+    logger.info(
+        "stage 2: %d chunks per expert for a budget of %g; %d of %d parameters keep a fixed coefficient",
+        sum(chunks.values()),
+        budget,
+        sum(count == 0 for count in chunks.values()),
+        len(chunks),
+    )
+    return replace(settings, chunks=chunks, budget=budget, start=start)
+
+
+def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
+    """Coefficients of an earlier run, which must belong to the same experts and parameters.
+
+    Raises:
+        InputError: there are none, or they belong to others.
+    """
+    loaded = load_coefficients(place)
+    problems = []
+    if loaded.experts != tuple(plan.experts):
+        problems.append(
+            f"--coefficients {place} belong to the experts {', '.join(loaded.experts)}, "
+            f"given are {', '.join(plan.experts)}"
+        )
+    without = [name for name in plan.merged if name not in loaded.values]
+    unknown = [name for name in loaded.values if name not in plan.merged]
+    if without:
+        problems.append(
+            f"--coefficients {place} has none for {without[0]} ({len(without)} in all); use the same --exclude_params"
+        )
+    if unknown:
+        problems.append(f"--coefficients {place} has {unknown[0]}, which is not merged ({len(unknown)} in all)")
+    if problems:
+        raise InputError(*problems)
+    return loaded
+
+
+def _check_first_stage(given: Coefficients, settings: Settings) -> None:
+    """Check that coefficients from elsewhere can be what this run's first stage would have learned."""
+    problems = Problems()
+    if given.task_vector_scale != settings.scale or given.trimming is not None:
+        problems.add(
+            "--coefficients were learned on task vectors that were scaled or trimmed otherwise; give the "
+            "--task_vector_coeffs_dict that they were learned with"
+        )
+    outside = [name for name, value in given.values.items() if not bool(((value >= 0) & (value <= 1)).all())]
+    if outside:
+        problems.add(f"--coefficients has values outside [0, 1] for {outside[0]}; the second stage learns inside only")
+    problems.check()
+
+
+def _budget(options: ChunkingOptions, layers: int) -> float:
+    """B, coefficients per expert in the second stage."""
+    return {"importance": options.budget * layers, "all": 2.0 * layers, "none": float(layers)}[options.chunking]
+
+
+def _check_budget(options: ChunkingOptions, layers: int) -> None:
+    if _budget(options, layers) < 1:
+        raise InputError(
+            f"--budget {options.budget:g} times {layers} merged parameters is less than one coefficient per expert; "
+            f"give at least {1 / layers:.2g}"
+        )
+
+
+def _describe_chunks(options: ChunkingOptions, plan: Plan) -> str:
+    layers = len(plan.merged)
+    count = f"{_budget(options, layers):g} coefficients per expert"
+    how = f"shared out by importance (kappa {options.kappa:g})" if options.chunking == "importance" else "one"
+    start = "what stage 1 has learned" if options.stage2_init == "learned" else "the initial value"
+    if options.chunking == "importance":
+        return f"at most {count}, {how}, from {start}"
+    return f"{'2' if options.chunking == 'all' else '1'} chunks for every parameter ({count}), from {start}"
+
+
+def _amount(settings: Settings) -> str:
+    epochs = settings.options.num_epochs
+    return f"from {len(settings.samples)} samples in {epochs} epoch{'s' if epochs > 1 else ''}"
+
+
+def _work(
+    context: Context,
+    settings: Settings,
+    train: Callable[[], Coefficients],
+    notes: tuple[str, ...],
+    inputs: Mapping[str, str] | None = None,
+) -> Work:
+    """The work of a method whose options are checked."""
+
+    def learn() -> Coefficients:
+        return _learned(context, train)
+
+    layers = settings.objective.layers
+    contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in settings.samples]
+    pictures = [picture.read_bytes() for sample in settings.samples for picture in sample.images]
+    digest = hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
+    # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
+    decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
+    aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
+    return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned))
+
+
+def _learned(context: Context, train: Callable[[], Coefficients]) -> Coefficients:
+    """The coefficients in the run folder, trained first if they are not there."""
+    if context.run.coefficients.exists():
+        logger.info("coefficients were learned already: %s", context.run.coefficients)
+        return load_coefficients(context.run.folder)
+    import_transformers()
+    return train()

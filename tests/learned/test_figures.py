@@ -1,0 +1,42 @@
+"""Pictures with their data, from the table of layers alone."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from expert_merging.learned.figures import draw_all, redraw
+from tests.learned.test_importance import make_layers
+
+
+def read(file):
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_picture_has_its_data_beside_it(tmp_path):
+    layers = make_layers()
+    pictures = draw_all(layers, tmp_path / "analysis")
+    for name, picture in pictures.items():
+        assert picture.ndim == 3
+        assert picture.shape[2] == 3
+        assert len({tuple(colour) for colour in picture.reshape(-1, 3)[::50]}) > 1, "an empty picture"
+        assert (tmp_path / "analysis" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    tables = {name: read(tmp_path / "analysis" / f"{name}.csv") for name in pictures}
+    for name in ("importance", "depth"):
+        assert sum(float(row["share"]) for row in tables[name]) == pytest.approx(1)
+    for column in ("share of parameters", "normalised coefficient"):
+        assert sum(float(row[column]) for row in tables["submodules"]) == pytest.approx(1)
+    assert tables["importance"][0] == {"submodule": "q", "stage": "early", "share": str(layers[0].importance)}
+    assert [row["chunks"] for row in tables["chunks"]] == ["2", "0", "1"]
+    assert [float(row["y"]) for row in tables["coefficients"]] == [0.5, 0.75, 0.5]
+
+
+def test_drawing_again_gives_the_same_files(tmp_path):
+    draw_all(make_layers(), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    assert {file.name for file in redraw(tmp_path)} == set(before)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
