@@ -145,11 +145,14 @@ class Checkpoint:
         entry = self.entries[name]
         stop = entry.elements if stop is None else stop
         block = torch.empty(stop - start, dtype=entry.torch_dtype)
-        width = block.element_size()
-        if len(block):
-            view = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            read_exactly(self.descriptor(entry.file), view, entry.offset + start * width, entry.file)
+        self.read_into(block, name, start)
         return block
+
+    def read_into(self, block: Tensor, name: str, start: int) -> None:
+        """Fill a block ``(entries,)`` of the file's type with entries of the flattened tensor, from ``start`` on."""
+        entry = self.entries[name]
+        position = entry.offset + start * block.element_size()
+        read_exactly(self.descriptor(entry.file), as_bytes(block), position, entry.file)
 
     def descriptor(self, file: Path) -> int:
         """An open read-only file descriptor, kept until the checkpoint is closed."""
@@ -174,6 +177,13 @@ class Checkpoint:
             for position in range(len(header), size, step):
                 digest.update(os.pread(self.descriptor(file), _SAMPLE_BYTES, position))
         return digest.hexdigest()[:16]
+
+
+def as_bytes(block: Tensor) -> memoryview:
+    """The memory of a block ``(entries,)`` of any type on the CPU."""
+    import torch
+
+    return memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_exactly(descriptor: int, view: memoryview, offset: int, file: Path) -> None:

@@ -239,6 +239,8 @@ class Job:
 
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
+        import torch
+
         from expert_merging.checkpoint import weights_in_other_formats
         from expert_merging.merge import working_memory
 
@@ -254,7 +256,7 @@ class Job:
             f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
             f"{tensors - len(plan.merged)} keep the base's value"
         )
-        memory = working_memory(plan, elementwise=method.elementwise)
+        memory = working_memory(plan, elementwise=method.elementwise, device=torch.device(self.device))
         written = len(self._results(self.run)) * plan.output_bytes
         lines.append(f"writes {_size(written)}; merging needs about {_size(memory)} of memory on {self.device}")
         if self.work and self.work.trains:

@@ -13,20 +13,22 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, other_files, read_exactly
+from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly
 from expert_merging.errors import InputError
 from expert_merging.plan import Advance, Part, Plan, Progress, Rule
 from expert_merging.streaming import (
     ALONE,
-    BLOCK,
     SMALL_MODEL,
     Block,
+    Reader,
     Team,
-    read_task_vectors,
+    block_entries,
+    half_of_memory,
     work_through,
     worker_count,
 )
@@ -34,6 +36,7 @@ from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 _COPY_BYTES = 1 << 22
 
@@ -51,11 +54,15 @@ class Summary:
     kept_shards: int = 0
 
 
-def working_memory(plan: Plan, *, elementwise: bool) -> int:
-    """Bytes of float32 working memory that merging needs, whatever the size of the model for element-wise rules."""
-    largest = max(plan.base.entries[name].elements for name in plan.merged)
-    copies = len(plan.experts) + 4
-    return 4 * copies * (min(BLOCK, largest) * worker_count() if elementwise else largest)
+def working_memory(plan: Plan, *, elementwise: bool, device: torch.device) -> int:
+    """Bytes of memory that merging works with, whatever the size of the model for element-wise rules."""
+    experts = len(plan.experts)
+    entries = [plan.base.entries[name] for name in plan.merged]
+    if elementwise:
+        largest = max(entry.elements for entry in entries)
+        return 4 * (experts + 4) * min(block_entries(device), largest) * worker_count()
+    needs = sorted((_whole_memory(entry, experts) for entry in entries), reverse=True)
+    return max(needs[0], min(sum(needs[: _whole_workers(plan, device)]), half_of_memory(device)))
 
 
 def write_merged(
@@ -117,6 +124,53 @@ def copy_other_files(base: Checkpoint, folder: Path) -> None:
     sync_folder(folder)
 
 
+def _whole_memory(entry: Entry, experts: int) -> int:
+    """Bytes that merging a whole tensor takes, at most.
+
+    Base and task vectors and a few more of its size in float32; for a matrix a few in float64, and of the size of the
+    Gram matrix of its columns (or, where that is smaller, of all experts' rows) too.
+    """
+    need = 4 * (experts + 4) * entry.elements
+    if len(entry.shape) == 2:
+        rows, columns = entry.shape
+        need += 8 * (3 * entry.elements + 4 * min(columns, 2 * experts * rows) ** 2)
+    return need
+
+
+def _whole_workers(plan: Plan, device: torch.device) -> int:
+    """Number of threads that merge whole tensors side by side; on a GPU, so many that one reads while others compute.
+
+    A small model is worked on with one thread: more would wait for each other, many times as long as they compute.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return 3
+    return torch.get_num_threads() if plan.base_elements >= SMALL_MODEL else 1
+
+
+class _Room:
+    """Memory that threads share; each takes what it needs, and waits while the others leave too little."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, need: int) -> Iterator[None]:
+        """Hold that many bytes; one thread alone may hold more than there are."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + need <= self.size)
+            self.taken += need
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= need
+                self.changed.notify_all()
+
+
 class _Merger:
     """Merges the tensors of one file after another, a few blocks at a time."""
 
@@ -124,12 +178,17 @@ class _Merger:
         self.plan = plan
         self.rule = rule
         self.elementwise = elementwise
-        self.device = device
         self.team = team
         self.merged = set(plan.merged)
         self.lock = threading.Lock()
-        self.workers = worker_count() if elementwise else 1
-        self.alone = elementwise or plan.base_elements < SMALL_MODEL
+        self.reader = Reader(plan, device)
+        self.block = block_entries(device)
+        self.workers = worker_count() if elementwise else _whole_workers(plan, device)
+        self.room = _Room(half_of_memory(device) // (team.size if device.type == "cpu" else 1))
+        if device.type != "cpu":
+            import torch
+
+            torch.linalg.eigh(torch.eye(2, device=device))  # loads the library, which several threads at once must not
 
     def write(self, file: Path, target: Path, advance: Advance) -> dict[str, float]:
         """Write one shard together with the team; the relative change of each merged tensor."""
@@ -152,7 +211,7 @@ class _Merger:
                 advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
         try:
-            work_through(self.team.share(self._blocks(file)), work, workers=self.workers, alone=self.alone)
+            work_through(self.team.share(self._blocks(file)), work, self.workers)
         except BaseException:
             writer.abandon()
             raise
@@ -178,7 +237,7 @@ class _Merger:
         """Pieces of the file's tensors: blocks of entries, whole tensors for other rules, bytes for copies."""
         for entry in self.plan.base.in_file(file):
             length = self._length(entry)
-            merged_step = BLOCK if self.elementwise else max(1, length)
+            merged_step = self.block if self.elementwise else max(1, length)
             step = merged_step if entry.name in self.merged else _COPY_BYTES
             for start in range(0, length, step):
                 yield entry, start, min(start + step, length)
@@ -187,25 +246,39 @@ class _Merger:
         return entry.elements if entry.name in self.merged else entry.size
 
     def _copy(self, entry: Entry, start: int, stop: int, writer: ShardWriter) -> None:
-        buffer = memoryview(bytearray(stop - start))
-        read_exactly(self.plan.base.descriptor(entry.file), buffer, entry.offset + start, entry.file)
-        writer.write(buffer, entry.offset + start)
+        import torch
+
+        view = as_bytes(self.reader.host_buffer("copy", stop - start, torch.uint8))
+        read_exactly(self.plan.base.descriptor(entry.file), view, entry.offset + start, entry.file)
+        writer.write(view, entry.offset + start)
 
     def _merge(self, entry: Entry, start: int, stop: int, writer: ShardWriter) -> tuple[float, float]:
         """Merge entries ``[start, stop)`` and write them; squared norms of the change and of the base."""
         import torch
 
-        base, task_vectors = read_task_vectors(self.plan, entry.name, start, stop, self.device)
-        part = Part(entry.name, entry.shape, start, stop)
-        shaped = task_vectors if self.elementwise else task_vectors.view(len(task_vectors), *entry.shape)
-        change = self.rule(shaped, part).reshape(-1)
-        squares, base_squares = float(torch.dot(change, change)), float(torch.dot(base, base))
-        merged = base.add_(change).to(entry.torch_dtype)
-        # Only float16 is so narrow that finite float32 numbers overflow in it.
-        if (entry.dtype == "F16" or not math.isfinite(squares)) and not torch.isfinite(merged).all():
-            raise InputError(
-                f"the merged {entry.name} does not fit into {entry.dtype} (the base's type); use a smaller coefficient"
-            )
-        data = memoryview(merged.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        writer.write(data, entry.offset + start * merged.element_size())
+        merged = self.reader.host_buffer("merged", stop - start, entry.torch_dtype)
+        squares = base_squares = 0.0
+        need = 0 if self.elementwise else _whole_memory(entry, len(self.plan.experts))
+        with self.room.taking(need), self.reader.streaming():
+            for first, last, base, task_vectors in self._pieces(entry, start, stop):
+                change = self.rule(task_vectors, Part(entry.name, entry.shape, first, last)).reshape(-1)
+                change_squares = float(torch.dot(change, change))
+                squares, base_squares = squares + change_squares, base_squares + float(torch.dot(base, base))
+                rounded = base.add_(change).to(entry.torch_dtype)
+                # Only float16 is so narrow that finite float32 numbers overflow in it.
+                if (entry.dtype == "F16" or not math.isfinite(change_squares)) and not torch.isfinite(rounded).all():
+                    raise InputError(
+                        f"the merged {entry.name} does not fit into {entry.dtype} (the base's type); "
+                        "use a smaller coefficient"
+                    )
+                merged[first - start : last - start].copy_(rounded, non_blocking=True)
+        writer.write(as_bytes(merged), entry.offset + start * merged.element_size())
         return squares, base_squares
+
+    def _pieces(self, entry: Entry, start: int, stop: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Base and task vectors: in steps for element-wise rules, of the whole tensor in its shape for others."""
+        if self.elementwise:
+            yield from self.reader.steps(entry.name, start, stop)
+        else:
+            base, task_vectors = self.reader.read(entry.name, start, stop)
+            yield start, stop, base, task_vectors.view(len(task_vectors), *entry.shape)

@@ -60,6 +60,10 @@ class ShardWriter:
         written = 0
         while written < len(view):
             written += os.pwrite(self.descriptor, view[written:], offset + written)
+        if hasattr(os, "posix_fadvise"):
+            # Linux sends what was written to the disk now, while the next blocks are merged, and not only when the
+            # file is finished; pages that are still to be sent stay in memory.
+            os.posix_fadvise(self.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """Make the file durable and visible under its name."""

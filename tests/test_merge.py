@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging import merge
+from expert_merging import merge, streaming
 from expert_merging.errors import InputError
 from expert_merging.merge import working_memory, write_merged
 from expert_merging.methods.linear import task_arithmetic, weight_average
@@ -109,7 +109,8 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
     counts = [draw(st.integers(1, min(3, len(shapes)))) for _ in range(3)]
     elementwise = draw(st.booleans())
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "BLOCK", draw(st.integers(1, 50)))
+        patch.setattr(streaming, "BLOCK", draw(st.integers(1, 50)))
+        patch.setattr(streaming, "STEP", draw(st.integers(1, 50)))
         patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
         patch.setattr(merge, "worker_count", lambda: draw(st.integers(1, 4)))
         folders = []
@@ -295,7 +296,7 @@ def test_progress_ends_at_its_total(base, experts, tmp_path):
 
 
 def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "BLOCK", 10)
     plan = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED)
     lock, seen = threading.Lock(), []
 
@@ -322,14 +323,49 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
     close(plan)
 
 
-def test_memory_is_estimated_by_blocks_or_by_the_largest_tensor(base, experts, monkeypatch):
+def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, monkeypatch):
     monkeypatch.setattr(merge, "worker_count", lambda: 2)
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
-    assert working_memory(plan, elementwise=False) == 4 * 7 * 45
-    monkeypatch.setattr(merge, "BLOCK", 10)
-    assert working_memory(plan, elementwise=True) == 4 * 7 * 10 * 2
+    largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
+    assert working_memory(plan, elementwise=False, device=CPU) == largest
+    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert working_memory(plan, elementwise=False, device=CPU) == largest + 4 * 7 * 33
+    monkeypatch.setattr(merge, "half_of_memory", lambda device: largest + 1)
+    assert working_memory(plan, elementwise=False, device=CPU) == largest + 1
+    monkeypatch.setattr(streaming, "BLOCK", 10)
+    assert working_memory(plan, elementwise=True, device=CPU) == 4 * 7 * 10 * 2
     assert plan.output_bytes == (base / "model.safetensors").stat().st_size
     assert plan.merged_elements == 45 + 33 + 1 + 24 + 1
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 10**9])
+def test_matrix_rules_run_side_by_side_as_far_as_memory_allows(room, tmp_path, monkeypatch):
+    """They give the same bytes, the largest tensor alone may need more than there is, and nothing waits for ever."""
+    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(merge, "half_of_memory", lambda device: room)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shapes = {name: (60, 40 + number) for number, name in enumerate("abcdef")}
+    folders = [
+        write_checkpoint(tmp_path / str(seed), random_tensors(shapes, [torch.float32], seed)) for seed in range(3)
+    ]
+    running, most, lock = [0], [0], threading.Lock()
+    both = threading.Barrier(2)
+
+    def rule(task_vectors):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        if room == 10**9:
+            both.wait(timeout=60)  # would never pass if one waited for the other
+        merged = whole_tensor_rule(task_vectors)
+        with lock:
+            running[0] -= 1
+        return merged
+
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, elementwise=False, excluded=())
+    assert_same_bytes(tensors_of(tmp_path / "output"), merge_plainly(folders[0], folders[1:], whole_tensor_rule, ()))
+    assert most[0] == 1 if room < 10**9 else most[0] >= 2
 
 
 def test_the_number_of_torch_s_threads_is_restored(base, experts, tmp_path):
