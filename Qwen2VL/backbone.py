@@ -248,9 +248,8 @@ BACKBONE = Backbone(
     ),
     evaluation=(
         "python run.py --config {eval} --verbose",
-        "accelerate launch --num_processes 8 -m lmms_eval --model qwen2_vl --batch_size 1 "
-        "--model_args pretrained={model},max_pixels=2359296 "
-        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",
+        "accelerate launch -m lmms_eval --model qwen2_vl --model_args pretrained={model},max_pixels=2359296 "
+        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --batch_size 1",
     ),
     vlmeval_class="Qwen2VLChat",
     loading=(

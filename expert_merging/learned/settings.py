@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expert_merging.backbone import language_setting, layer_count
+from expert_merging.backbone import Backbone, language_setting, layer_count
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
@@ -99,6 +99,8 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
         if any(sample.images for sample in samples) and not context.backbone.takes_images:
             with_image = next(sample for sample in samples if sample.images)
             problems.add(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
+        else:
+            _check_prompts(plan, context.backbone, samples, options.prompt_template)
         tasks = sorted({sample.task for sample in samples})
         for task in options.loss_alphas or {}:
             if task not in tasks:
@@ -123,6 +125,16 @@ def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
         logits_weight=options.logits_weight,
         hidden_states_weight=options.hidden_states_weight,
     )
+
+
+def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], template: str | None) -> None:
+    """Check that every sample can be encoded: files of tokenizer and processor, pictures and their sizes."""
+    processor = backbone.load_processor(plan.base.folder)
+    problems = Problems()
+    for sample in samples:
+        with problems.collecting():
+            backbone.encode_prompt(processor, sample, template)
+    problems.check()
 
 
 def _check_model(plan: Plan, context: Context) -> None:
