@@ -17,18 +17,8 @@ from expert_merging.options import ROOT
 from expert_merging.registry import Count
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values, read_image
-from InternVL.native import (
-    IMAGE_TOKEN,
-    empty_model,
-    load_published,
-    load_tokenizer,
-    native_config,
-    open_published,
-    published_name,
-    read_config,
-    tile_size,
-    tile_tokens,
-)
+from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens
+from InternVL.native import empty_model, load_published, load_tokenizer, open_published
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +223,7 @@ BACKBONE = Backbone(
     ),
     vlmeval_class="InternVLChat",
     loading=(
-        'AutoModel.from_pretrained("{model}", dtype="auto", trust_remote_code=True)',
+        'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)',
         'AutoTokenizer.from_pretrained("{model}", trust_remote_code=True)',
     ),
 )

@@ -151,10 +151,12 @@ def picture_features(weights: Weights, config: Mapping[str, Any], pixels: Tensor
     return linear(weights, "mlp1.3", functional.gelu(linear(weights, "mlp1.1", features)))
 
 
-def rotate(values: Tensor, theta: float) -> Tensor:
-    """Rotary positions on ``(batch, heads, tokens, width)``."""
+def rotate(values: Tensor, language: Mapping[str, Any]) -> Tensor:
+    """Rotary positions on ``(batch, heads, tokens, width)``, stretched where the configuration says so."""
     half = values.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half) / half)
+    frequency = language["rope_theta"] ** (-torch.arange(half) / half)
+    if language["rope_scaling"]:
+        frequency = frequency / language["rope_scaling"]["factor"]
     angle = torch.arange(values.shape[-2])[:, None] * frequency
     first, second = values[..., :half], values[..., half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
@@ -165,7 +167,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits ``(1, tokens, vocabulary)``, and hidden states: embeddings, every layer, the last one normalised."""
     language = config["llm_config"]
-    prefix, heads, theta = "language_model.model", language["num_attention_heads"], language["rope_theta"]
+    prefix, heads = "language_model.model", language["num_attention_heads"]
     states = weights[f"{prefix}.embed_tokens.weight"][tokens]
     if pixels is not None:
         places = (tokens == TOKENS["<IMG_CONTEXT>"])[..., None].expand_as(states)
@@ -180,8 +182,8 @@ def forward(
             .transpose(1, 2)
             for part in "qkv"
         )
-        key, value = (part.repeat_interleave(repeats, dim=1) for part in (rotate(key, theta), value))
-        mixed = attention(rotate(query, theta), key, value, causal=True).transpose(1, 2).flatten(2)
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (rotate(key, language), value))
+        mixed = attention(rotate(query, language), key, value, causal=True).transpose(1, 2).flatten(2)
         states = states + linear(weights, f"{name}.self_attn.o_proj", mixed)
         normed = rms_norm(weights[f"{name}.post_attention_layernorm.weight"], states, language["rms_norm_eps"])
         gate = functional.silu(linear(weights, f"{name}.mlp.gate_proj", normed))

@@ -12,15 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from expert_merging.errors import InputError
 from InternVL.backbone import load_model, parameter_names
-from InternVL.native import (
-    empty_model,
-    file_parameters,
-    load_published,
-    native_config,
-    published_name,
-    read_config,
-    save_published,
-)
+from InternVL.layout import native_config, published_name, read_config
+from InternVL.native import empty_model, file_parameters, load_published, save_published
 from tests.checkpoints import tensors_of
 from tests.InternVL import reference
 from tests.internvl import TOKENS, make_config, make_picture, save_model, shapes
@@ -39,6 +32,7 @@ VARIANTS = {
     "other tile size": {"force_image_size": 42},
     "one tile": {"dynamic_image_size": False},
     "no thumbnail": {"use_thumbnail": False},
+    "stretched positions": {"llm_config.rope_scaling": {"type": "linear", "factor": 2.0}},
     "eight heads": {"llm_config.num_attention_heads": 8, "llm_config.num_key_value_heads": 8},
 }
 
