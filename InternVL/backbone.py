@@ -143,7 +143,8 @@ def encode_prompt(
         sample: the question and its pictures.
         template: text with ``{question}`` in it; the published one where it is None.
         max_tiles: largest number of tiles that a picture is cut into; its thumbnail comes on top.
-        max_tiles_dict: the same for tasks that differ, such as Chart=12.
+        max_tiles_dict: largest number of tiles by task, for tasks that need another one; entries are added to the
+            default ones or replace them.
 
     Returns:
         ``input_ids`` and ``attention_mask``, ``(1, tokens)``; with pictures also ``pixel_values``,
