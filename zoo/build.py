@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
@@ -189,16 +188,12 @@ def train_model(job: Job, report: Callable[[int], None]) -> None:
     torch.manual_seed(job.seed)
     family = job.family
     model = family.new_model() if job.task is None else family.backbone.load_model(job.base_folder, torch.float32)
-    train(model, family.batches(job.task, job.seed, job.schedule.batch_size), job.schedule, report)
-    save(model, family.new_processor(), job.folder)
-
-
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write ``folder`` under a temporary name and rename it, so that a folder of its name is a whole model."""
-    unfinished = partial_name(folder)
+    batches = family.batches(job.task, job.seed, job.schedule.batch_size)
+    train(model, batches, job.schedule, report, file_name=family.backbone.file_name)
+    # Under a temporary name first, so that a folder of its name is a whole model.
+    unfinished = partial_name(job.folder)
     if unfinished.exists():
         shutil.rmtree(unfinished)
     import_transformers()  # which turns its progress bars off
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    family.save(model, unfinished)
+    unfinished.rename(job.folder)

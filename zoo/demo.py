@@ -112,9 +112,8 @@ class _Merging:
         """Task arithmetic's best coefficient on the test questions, and its scores."""
         found = {}
         for coefficient in COEFFICIENTS:
-            scores = exact_match(
-                self.run(TUNED, "--scaling_coefficient", f"{coefficient:g}") / "model", self.zoo / "test"
-            )
+            run = self.run(TUNED, "--scaling_coefficient", f"{coefficient:g}")
+            scores = exact_match(self.family.backbone, run / "model", self.zoo / "test")
             found[coefficient] = with_mean({task: scores[task] for task in self.family.backbone.expert_folders})
         best = max(found, key=lambda coefficient: found[coefficient]["mean"])
         return best, found[best]

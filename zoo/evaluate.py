@@ -6,10 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from expert_merging.backbone import import_transformers
+from expert_merging.backbone import Backbone
+from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from expert_merging.writing import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "*.safetensors"
 CACHED_SCORES = "scores.json"
@@ -18,11 +23,12 @@ BATCH_SIZE = 250
 Scores = dict[str, float]
 
 
-def exact_match(model_folder: Path, test_folder: Path) -> Scores:
+def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path) -> Scores:
     """Percentage of questions that a model answers exactly, for each task.
 
     Args:
-        model_folder: A saved causal language model with its tokenizer.
+        backbone: The family of the model.
+        model_folder: A saved model with its tokenizer or processor.
         test_folder: ``<task>.json`` files with ``question`` and ``response``, as a zoo has in ``test/``.
 
     Returns:
@@ -32,14 +38,28 @@ def exact_match(model_folder: Path, test_folder: Path) -> Scores:
         InputError: A folder holds no model or no questions.
     """
     require_model(model_folder)
-    tests = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(test_folder.glob("*.json"))}
+    tests = {path.stem: _read_test(path) for path in sorted(test_folder.glob("*.json"))}
     if not tests:
         raise InputError(f"{test_folder} holds no test questions (no <task>.json there)")
-    answers = iter(answer(model_folder, [entry for entries in tests.values() for entry in entries]))
+    answers = iter(answer(backbone, model_folder, [sample for samples in tests.values() for sample in samples]))
     return {
-        task: percentage_right([next(answers) for _ in entries], [entry["response"] for entry in entries])
-        for task, entries in tests.items()
+        task: percentage_right([next(answers) for _ in samples], [str(sample.response) for sample in samples])
+        for task, samples in tests.items()
     }
+
+
+def _read_test(path: Path) -> list[Sample]:
+    return [
+        Sample(
+            task=path.stem,
+            expert=path.stem,
+            question=entry["question"],
+            response=entry["response"],
+            identity=str(number),
+            images=(path.parent / entry["image_path"],) if "image_path" in entry else (),
+        )
+        for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")))
+    ]
 
 
 def require_model(folder: Path) -> None:
@@ -60,40 +80,57 @@ def percentage_right(answers: Sequence[str], responses: Sequence[str]) -> float:
     return 100 * right / len(responses)
 
 
-def answer(model_folder: Path, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    """Greedy answers of a causal language model to the questions of ``entries``.
+def answer(backbone: Backbone, model_folder: Path, samples: Sequence[Sample]) -> list[str]:
+    """Greedy answers of a model to the questions of ``samples``.
 
     With one thread: models of a zoo are so small that more would wait for each other.
     """
     import torch
 
-    transformers = import_transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, padding_side="left", trust_remote_code=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype="float32", trust_remote_code=False
-    ).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    longest = max(len(tokenizer(entry["response"], add_special_tokens=False)["input_ids"]) for entry in entries)
+    processor = backbone.load_processor(model_folder)
+    model = backbone.load_model(model_folder, torch.float32)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in samples)
     answers: list[str] = []
-    for start in range(0, len(entries), BATCH_SIZE):
-        questions = [entry["question"] for entry in entries[start : start + BATCH_SIZE]]
-        batch = tokenizer(questions, padding=True, return_tensors="pt", return_token_type_ids=False)
+    for start in range(0, len(samples), BATCH_SIZE):
+        prompts = [backbone.encode_prompt(processor, sample, None) for sample in samples[start : start + BATCH_SIZE]]
+        batch = together(prompts, tokenizer.pad_token_id)
         # One token more than the longest answer, so that an answer that goes on is not mistaken for a right one.
-        tokens = model.generate(**batch, max_new_tokens=longest + 1, do_sample=False)
+        tokens = model.generate(
+            **batch, max_new_tokens=longest + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     torch.set_num_threads(threads)
     return answers
 
 
-def cached_exact_match(model_folder: Path, zoo: Path) -> Scores:
+def together(prompts: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
+    """One batch of prompts; what has a number per token is padded on the left, pictures follow one another."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    batch = {}
+    for name, value in prompts[0].items():
+        values = [prompt[name] for prompt in prompts]
+        if value.shape == prompts[0]["input_ids"].shape:
+            fill = padding if name == "input_ids" else 0
+            rows = [row[0] for row in values]
+            batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side="left")
+        else:
+            batch[name] = torch.cat(values)
+    return batch
+
+
+def cached_exact_match(backbone: Backbone, model_folder: Path, zoo: Path) -> Scores:
     """``exact_match`` of a model of the zoo itself, kept in its folder while weights and questions stay the same."""
     require_model(model_folder)
     path = zoo / CACHED_SCORES
     known: dict[str, Scores] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = f"{model_folder.name} {_fingerprint([*model_folder.glob(WEIGHTS), *(zoo / 'test').glob('*.json')])}"
     if key not in known:
-        known[key] = exact_match(model_folder, zoo / "test")
+        known[key] = exact_match(backbone, model_folder, zoo / "test")
         write_atomically(path, (json.dumps(known, indent=2) + "\n").encode())
     return known[key]
 

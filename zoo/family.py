@@ -18,7 +18,7 @@ from expert_merging.errors import InputError, near_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY_MODULES = {"mistral": "zoo.mistral"}
+FAMILY_MODULES = {"mistral": "zoo.mistral", "internvl": "zoo.internvl", "qwen2vl": "zoo.qwen2vl"}
 ZOO_ROOT = Path(__file__).parent / "models"
 
 Batch = dict[str, "Tensor"]
@@ -34,7 +34,7 @@ class Schedule:
         warmup_steps: Steps in which the rate rises linearly from zero.
         decay_steps: Last steps, in which it falls linearly to zero.
         batch_size: Questions in a step.
-        frozen: Regular expressions (``re.match``) of parameter names that stay as they are.
+        frozen: Regular expressions (``re.match``) of parameter names in the files that stay as they are.
     """
 
     steps: int
@@ -55,7 +55,7 @@ class Family:
         base_schedule: How the base is trained.
         expert_schedules: How the expert for each task is fine-tuned.
         new_model: Makes an untrained model; the random generator of torch is already seeded.
-        new_processor: Makes the tokenizer or processor that is saved with every model.
+        save: Writes a model with its tokenizer or processor into a new folder.
         batches: Endless batches with ``labels`` for a task (``None``: the mixture that the base learns), seed and
             batch size.
         write_data: Writes ``dataset/`` and ``test/`` below a folder, for a seed.
@@ -66,7 +66,7 @@ class Family:
     base_schedule: Schedule
     expert_schedules: Mapping[str, Schedule]
     new_model: Callable[[], Any]
-    new_processor: Callable[[], Any]
+    save: Callable[[Any, Path], None]
     batches: Callable[[str | None, int, int], Iterator[Batch]]
     write_data: Callable[[Path, int], None]
 

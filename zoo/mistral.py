@@ -86,19 +86,18 @@ def batches(task_name: str | None, seed: int, batch_size: int) -> Iterator[Batch
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, examples: list[tasks.Example]) -> Batch:
-    """Tokens of questions and answers, padded on the right, where a causal model needs no attention mask."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+    """Tokens of questions and answers."""
+    from zoo.train import questions_with_answers
 
     questions = tokenizer([example.question for example in examples])["input_ids"]
     answers = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
-    pairs = [(question, [*answer, VOCABULARY[END]]) for question, answer in zip(questions, answers, strict=True)]
-    input_ids = [torch.tensor(question + answer) for question, answer in pairs]
-    labels = [torch.tensor([-100] * len(question) + answer) for question, answer in pairs]
-    return {
-        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=VOCABULARY[PADDING]),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
+    return questions_with_answers(questions, [[*answer, VOCABULARY[END]] for answer in answers], VOCABULARY[PADDING])
+
+
+def save(model: MistralForCausalLM, folder: Path) -> None:
+    """Write the model and its tokenizer."""
+    model.save_pretrained(folder)
+    new_tokenizer().save_pretrained(folder)
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -117,7 +116,7 @@ FAMILY = Family(
     base_schedule=Schedule(steps=1400, learning_rate=2e-3, warmup_steps=50, decay_steps=200),
     expert_schedules={"Chat": expert_schedule(200), "Math": expert_schedule(300), "Code": expert_schedule(200)},
     new_model=new_model,
-    new_processor=new_tokenizer,
+    save=save,
     batches=batches,
     write_data=write_data,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.errors import InputError
 from zoo.build import DESCRIPTION
 from zoo.evaluate import Scores, cached_exact_match, exact_match, require_model
+from zoo.family import load_family
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,10 +78,11 @@ def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
         InputError: The zoo or the model of a run is missing.
     """
     description = read_description(zoo)
+    backbone = load_family(description["family"]).backbone
     folders = [model_folder(run) for run in runs]
-    scores = {label: cached_exact_match(zoo / name, zoo) for label, name in _model_names(description).items()}
+    scores = {label: cached_exact_match(backbone, zoo / name, zoo) for label, name in _model_names(description).items()}
     for label, folder in zip(run_labels(runs), folders, strict=True):
-        scores[label] = exact_match(folder, zoo / "test")
+        scores[label] = exact_match(backbone, folder, zoo / "test")
     tasks = list(description["experts"])
     return {label: with_mean({task: found[task] for task in tasks}) for label, found in scores.items()}
 

@@ -36,7 +36,7 @@ def test_help_needs_no_torch() -> None:
 
 def test_typing_mistake_is_answered_with_the_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of(capsys, "build", "mistrall") == "there is no zoo family 'mistrall'. Did you mean 'mistral'?"
-    assert error_of(capsys, "build", "llama") == "there is no zoo family 'llama'. Known: mistral."
+    assert error_of(capsys, "build", "llama") == "there is no zoo family 'llama'. Known: internvl, mistral, qwen2vl."
 
 
 def test_build_puts_the_zoo_where_it_is_asked_to(

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from Mistral.backbone import BACKBONE
 from zoo import evaluate
-from zoo.build import save
 from zoo.evaluate import answer, cached_exact_match, exact_match, percentage_right
-from zoo.mistral import new_model, new_tokenizer
+from zoo.mistral import new_model, save
 
 
 def write_test(folder: Path, task: str, **responses: str) -> None:
@@ -27,14 +27,14 @@ def test_percentage_right() -> None:
 
 
 def test_answers_are_counted_with_their_task(built_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answers(_folder: Path, entries: Sequence[Mapping[str, str]]) -> list[str]:
-        return ["right" if entry["question"].startswith("known") else "wrong" for entry in entries]
+    def answers(_backbone: object, _folder: Path, samples: Sequence[Sample]) -> list[str]:
+        return ["right" if sample.question.startswith("known") else "wrong" for sample in samples]
 
     monkeypatch.setattr(evaluate, "answer", answers)
     write_test(tmp_path / "test", "Math", known1="right", other1="right", known2="right", known3="right")
     write_test(tmp_path / "test", "Code", other2="right", known4="right")
     write_test(tmp_path / "test", "Chat", known5="else")
-    scores = exact_match(built_zoo / BACKBONE.base_folder, tmp_path / "test")
+    scores = exact_match(BACKBONE, built_zoo / BACKBONE.base_folder, tmp_path / "test")
     assert scores == {"Math": 75, "Code": 50, "Chat": 0}
 
 
@@ -46,40 +46,40 @@ def talkative_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         parameter.data.mul_(5)
     folder = tmp_path_factory.mktemp("talkative") / "model"
-    save(model, new_tokenizer(), folder)
+    save(model, folder)
     return folder
 
 
 def test_neighbours_in_a_batch_do_not_change_an_answer(talkative_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
     questions = ["<add>12+07=", "<uni>ab=", "<idx>kcqhwzb:05316=", "<uni>abcdefghabcde=", "<idx>abc:0=", "<add>01+02="]
-    entries = [{"question": question, "response": "abcd"} for question in questions]
-    alone = [answer(talkative_model, [entry])[0] for entry in entries]
-    assert answer(talkative_model, entries) == alone
+    samples = [Sample("Math", "Math", question, "abcd", "0") for question in questions]
+    alone = [answer(BACKBONE, talkative_model, [sample])[0] for sample in samples]
+    assert answer(BACKBONE, talkative_model, samples) == alone
     assert len(set(alone)) == len(alone)
 
 
 def test_models_of_the_zoo_are_asked_once(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answers(folder: Path, entries: Sequence[Mapping[str, str]]) -> list[str]:
+    def answers(_backbone: object, folder: Path, samples: Sequence[Sample]) -> list[str]:
         asked.append(folder.name)
-        return [entry["response"] for entry in entries]
+        return [str(sample.response) for sample in samples]
 
     monkeypatch.setattr(evaluate, "answer", answers)
     base, expert = own_zoo / BACKBONE.base_folder, own_zoo / BACKBONE.expert_folders["Math"]
     for folder in (base, base, expert, base):
-        assert cached_exact_match(folder, own_zoo) == {"Chat": 100, "Code": 100, "Math": 100}
+        assert cached_exact_match(BACKBONE, folder, own_zoo) == {"Chat": 100, "Code": 100, "Math": 100}
     assert asked == [base.name, expert.name]
     (base / "model.safetensors").write_bytes((expert / "model.safetensors").read_bytes())
-    cached_exact_match(base, own_zoo)
+    cached_exact_match(BACKBONE, base, own_zoo)
     assert asked == [base.name, expert.name, base.name]
 
 
 def test_folders_without_a_model_or_questions_are_refused(built_zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent is not a folder; give a run \(a folder with model/ in it\)"):
-        exact_match(tmp_path / "absent", built_zoo / "test")
+        exact_match(BACKBONE, tmp_path / "absent", built_zoo / "test")
     with pytest.raises(InputError, match=r"holds no model: config.json or \*.safetensors is missing"):
-        exact_match(tmp_path, built_zoo / "test")
+        exact_match(BACKBONE, tmp_path, built_zoo / "test")
     with pytest.raises(InputError, match=r"holds no test questions \(no <task>.json there\)"):
-        exact_match(built_zoo / BACKBONE.base_folder, tmp_path)
+        exact_match(BACKBONE, built_zoo / BACKBONE.base_folder, tmp_path)
