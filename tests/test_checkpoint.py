@@ -461,7 +461,7 @@ def test_an_expert_saved_with_other_names_goes_by_those_of_the_base(tmp_path):
         ], "patterns match the published name too"
         assert list(second.entries) == list(first.entries)
     expert = Checkpoint(saved)
-    check_experts(base, {"Math": expert}, [], newer)
+    check_experts(Checkpoint(tmp_path / "base"), {"Math": expert}, [], newer)
     assert all(torch.equal(expert.read(name).view_as(value), value) for name, value in values.items())
 
 
