@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ LONGEST_TEXT = 512
 REHEARSAL = 0.1
 
 
-def new_tokenizer(special: Sequence[str], template: str) -> Any:
+@cache
+def new_tokenizer(special: tuple[str, ...], template: str) -> Any:
     """A Qwen2 tokenizer with a token for every word of the tasks and of the prompt template.
 
     Args:
@@ -136,11 +137,13 @@ def picture_family(
     """
     # The experts change attention and MLP of the language model, and the bridge to it from the pictures. What the
     # merge command excludes by default is the base's in every expert, so excluding it costs nothing.
-    expert = Schedule(steps=200, learning_rate=3e-4, warmup_steps=20, decay_steps=100, frozen=backbone.exclude_params)
+    expert = Schedule(
+        steps=200, learning_rate=3e-4, warmup_steps=20, decay_steps=100, batch_size=32, frozen=backbone.exclude_params
+    )
     return Family(
         name=name,
         backbone=backbone,
-        base_schedule=Schedule(steps=2000, learning_rate=2e-3, warmup_steps=50, decay_steps=600),
+        base_schedule=Schedule(steps=3000, learning_rate=1e-3, warmup_steps=50, decay_steps=900, batch_size=32),
         expert_schedules=dict.fromkeys(TASKS, expert),
         new_model=new_model,
         save=save,
