@@ -2,7 +2,10 @@
 
 ``python -m benchmarks.speed`` makes a random base and five experts of the shape of Qwen2-0.5B (494M parameters, bf16,
 1 GB each) under ``benchmarks/work``, warms the page cache, and times each method in a process of its own. Wall times
-leave out the start of the interpreter and of torch; memory is the process's largest resident set, torch included.
+leave out the start of the interpreter, of torch and of a GPU; memory is the process's largest resident set, torch
+included, and what torch allocated on a GPU.
+
+Element-wise methods merge everything; methods on matrices leave out embeddings, head, norms and biases, as by default.
 """
 
 from __future__ import annotations
@@ -14,25 +17,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.checkpoints import MODELS, make_checkpoints
+from benchmarks.matrices import PLAIN, measure_matrices
+from expert_merging.registry import find_method
+
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "benchmarks" / "work"
-EXPERTS = 5
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
+METHODS = ["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
 # Peer's name of each method that both have, and the settings that make the results comparable.
 PEER_METHODS = {
     "task_arithmetic": ("task_arithmetic", {"weight": 0.3}),
@@ -52,7 +49,7 @@ for number, path in enumerate(inputs):
         if number == 0:
             os.write(target, memoryview(buffer)[:count])
 os.fsync(target)
-print(time.perf_counter() - start, 0)
+print(time.perf_counter() - start, 0, 0)
 """
 
 _METHOD = """
@@ -61,93 +58,79 @@ sys.path.insert(0, {root!r})
 import torch
 from expert_merging.cli import main
 from Mistral.backbone import BACKBONE
+device = {device!r}
+if device != "cpu":
+    torch.linalg.eigh(torch.eye(2, device=device))
 start = time.perf_counter()
 code = main(BACKBONE, {arguments!r})
 seconds = time.perf_counter() - start
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(seconds, 1024 * int(peak.split()[1]))
+print(seconds, 1024 * int(peak.split()[1]), torch.cuda.max_memory_allocated() if device != "cpu" else 0)
 sys.exit(code)
 """
 
 
-def parameter_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Qwen2-0.5B with that many of its 24 layers."""
-    hidden, middle, key_value = 896, 4864, 128
-    yield "model.embed_tokens.weight", (151936, hidden)
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        for name, rows in (("q_proj", hidden), ("k_proj", key_value), ("v_proj", key_value)):
-            yield f"{prefix}.self_attn.{name}.weight", (rows, hidden)
-            yield f"{prefix}.self_attn.{name}.bias", (rows,)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{prefix}.mlp.gate_proj.weight", (middle, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (middle, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, middle)
-    yield "model.norm.weight", (hidden,)
+@dataclass(frozen=True)
+class Bench:
+    """What is merged, and where.
 
+    Args:
+        work: folder for everything that is written.
+        folders: the base's and each expert's.
+        device: where the arithmetic is done.
+        repeats: runs of which the fastest counts.
+    """
 
-def make_checkpoints(layers: int) -> list[Path]:
-    """A random base and its experts; kept for the next time."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    work: Path
+    folders: list[Path]
+    device: str
+    repeats: int
 
-    folders = [WORK / f"qwen2-{layers}" / name for name in ("base", *(f"expert{k}" for k in range(EXPERTS)))]
-    for number, folder in enumerate(folders):
-        file = folder / "model.safetensors"
-        if file.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        generator = torch.Generator().manual_seed(number)
-        base = load_file(folders[0] / file.name) if number else {}
-        tensors = {}
-        for name, shape in parameter_shapes(layers):
-            noise = torch.randn(shape, generator=generator).mul_(0.002 if number else 0.02)
-            tensors[name] = (noise + base[name] if number else noise).to(torch.bfloat16)
-        (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-        save_file(tensors, file.with_suffix(".partial"), metadata={"format": "pt"})
-        file.with_suffix(".partial").rename(file)
-    return folders
+    def arguments(self, method: str, output: Path) -> list[str]:
+        """Flags of a merge."""
+        arguments = ["--method", method, "--base_model_path", str(self.folders[0]), "--output_path", str(output)]
+        arguments += ["--device", self.device, "--run_name", "bench"]
+        if find_method(method).elementwise:
+            arguments += ["--exclude_params", "none"]
+        for folder in self.folders[1:]:
+            arguments += ["--expert", f"{folder.name}={folder}"]
+        return arguments
+
+    def fresh_folder(self, name: str) -> Path:
+        """A folder in the working place that does not exist yet."""
+        shutil.rmtree(self.work / name, ignore_errors=True)
+        return self.work / name
+
+    def limit(self) -> dict[str, float]:
+        """Reading all inputs and writing a file of the base's size."""
+        target = self.work / "limit"
+        files = [str(folder / "model.safetensors") for folder in self.folders]
+        result = best([measure(_LIMIT, str(target), *files) for _ in range(self.repeats + 1)])
+        target.unlink()
+        return result
+
+    def method(self, method: str) -> dict[str, float]:
+        """A merge by one method; start-up left out."""
+        results = []
+        for _ in range(self.repeats):
+            output = self.fresh_folder("runs")
+            arguments = self.arguments(method, output)
+            results.append(measure(_METHOD.format(root=str(ROOT), arguments=arguments, device=self.device)))
+        shutil.rmtree(output)
+        return best(results)
 
 
 def measure(code: str, *arguments: str) -> dict[str, float]:
     """Run Python code in a process of its own.
 
     Returns:
-        The two numbers that it prints last: seconds, and its largest resident set in bytes.
+        The numbers that it prints last: seconds, its largest resident set in bytes, and the largest memory on the GPU.
     """
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the measured process failed:\n{done.stderr}")
-    seconds, peak = done.stdout.split()[-2:]
-    return {"seconds": float(seconds), "peak_bytes": float(peak)}
-
-
-def method_arguments(method: str, folders: list[Path], output: Path) -> list[str]:
-    """Flags of a merge of everything, the embeddings included, on the CPU."""
-    arguments = ["--method", method, "--base_model_path", str(folders[0]), "--output_path", str(output)]
-    arguments += ["--exclude_params", "none", "--device", "cpu", "--run_name", "bench"]
-    for folder in folders[1:]:
-        arguments += ["--expert", f"{folder.name}={folder}"]
-    return arguments
-
-
-def run_method(method: str, folders: list[Path], repeats: int) -> dict[str, float]:
-    """Best of several merges by one method; start-up left out."""
-    results = []
-    for _ in range(repeats):
-        output = fresh_folder("runs")
-        arguments = method_arguments(method, folders, output)
-        results.append(measure(_METHOD.format(root=str(ROOT), arguments=arguments)))
-    shutil.rmtree(output)
-    return best(results)
-
-
-def fresh_folder(name: str) -> Path:
-    """A folder in the working place that does not exist yet."""
-    shutil.rmtree(WORK / name, ignore_errors=True)
-    return WORK / name
+    numbers = (float(number) for number in done.stdout.split()[-3:])
+    return dict(zip(("seconds", "peak_bytes", "gpu_peak_bytes"), numbers, strict=True))
 
 
 def whole_process(command: list[str]) -> dict[str, float]:
@@ -170,46 +153,46 @@ def whole_process(command: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "peak_bytes": peak}
 
 
-def peer_program() -> Path:
+def peer_program(work: Path) -> Path:
     """mergekit, installed from the package index into an environment of its own."""
-    program = WORK / "mergekit" / "bin" / "mergekit-yaml"
+    program = work / "mergekit" / "bin" / "mergekit-yaml"
     if not program.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(WORK / "mergekit")], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(work / "mergekit")], check=True)
         packages = ["torch>=2.6,<2.14", "mergekit"]
-        subprocess.run([str(WORK / "mergekit" / "bin" / "pip"), "install", "--quiet", *packages], check=True)
+        subprocess.run([str(work / "mergekit" / "bin" / "pip"), "install", "--quiet", *packages], check=True)
     return program
 
 
-def run_peer(method: str, folders: list[Path]) -> dict[str, float]:
+def run_peer(bench: Bench, method: str) -> dict[str, float]:
     """The same merge by mergekit, in float32 with bfloat16 output and its flags for little memory."""
     import yaml
 
     name, parameters = PEER_METHODS[method]
     recipe = {
         "merge_method": name,
-        "base_model": str(folders[0]),
-        "models": [{"model": str(folder), "parameters": parameters} for folder in folders[1:]],
+        "base_model": str(bench.folders[0]),
+        "models": [{"model": str(folder), "parameters": parameters} for folder in bench.folders[1:]],
         "parameters": {"normalize": False},
         "dtype": "float32",
         "out_dtype": "bfloat16",
     }
-    file = WORK / f"{method}.yaml"
+    file = bench.work / f"{method}.yaml"
     file.write_text(yaml.safe_dump(recipe))
     flags = ["--lazy-unpickle", "--low-cpu-memory", "--no-copy-tokenizer"]
-    result = whole_process([str(peer_program()), str(file), str(fresh_folder("peer")), *flags])
-    shutil.rmtree(WORK / "peer")
+    result = whole_process([str(peer_program(bench.work)), str(file), str(bench.fresh_folder("peer")), *flags])
+    shutil.rmtree(bench.work / "peer")
     return result
 
 
-def compare_with_peer(folders: list[Path], methods: list[str]) -> dict[str, dict[str, float]]:
+def compare_with_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
     """Whole processes side by side, for the methods that both have."""
     figures = {}
     for method in methods:
-        output = fresh_folder("runs")
+        output = bench.fresh_folder("runs")
         script = str(ROOT / "Mistral" / "model_merging.py")
-        ours = whole_process([sys.executable, script, *method_arguments(method, folders, output)])
+        ours = whole_process([sys.executable, script, *bench.arguments(method, output)])
         shutil.rmtree(output)
-        theirs = run_peer(method, folders)
+        theirs = run_peer(bench, method)
         figures[method] = {
             "seconds": ours["seconds"],
             "peer_seconds": theirs["seconds"],
@@ -223,56 +206,83 @@ def compare_with_peer(folders: list[Path], methods: list[str]) -> dict[str, dict
 
 def best(results: list[dict[str, float]]) -> dict[str, float]:
     """The fastest time and the largest memory: on a shared machine, slower times measure the others."""
-    return {
-        "seconds": min(result["seconds"] for result in results),
-        "peak_bytes": max(result["peak_bytes"] for result in results),
-    }
+    peaks = {name: max(result[name] for result in results) for name in ("peak_bytes", "gpu_peak_bytes")}
+    return {"seconds": min(result["seconds"] for result in results), **peaks}
+
+
+def show_methods(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
+    """Measure merges and print them beside the limit."""
+    limit = bench.limit()
+    figures = {"limit": limit}
+    table = Table("job", "seconds", "x limit", "peak memory", "on the GPU")
+    table.add_row("limit: read all inputs, write one", f"{limit['seconds']:.2f}", "1.0", "", "")
+    for method in methods:
+        result = bench.method(method)
+        figures[method] = {**result, "ratio": result["seconds"] / limit["seconds"]}
+        sizes = [f"{result[name] / 1e9:.2f} GB" if result[name] else "" for name in ("peak_bytes", "gpu_peak_bytes")]
+        table.add_row(method, f"{result['seconds']:.2f}", f"{figures[method]['ratio']:.2f}", *sizes)
+    Console().print(table)
+    return figures
+
+
+def show_matrices(model: str, experts: int, device: str, methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure the methods on matrices against the plain ways to their results."""
+    figures = measure_matrices(model, experts, device, methods)
+    table = Table("method", "matrices", "seconds", "plain way", "faster", "difference")
+    for method, by_shape in figures.items():
+        for shape, found in by_shape.items():
+            seconds = (f"{found['seconds']:.3f}", f"{found['plain_seconds']:.3f}", f"{found['times_faster']:.1f}x")
+            table.add_row(method, shape, *seconds, f"{found['difference']:.0e}")
+    Console().print(table)
+    return figures
+
+
+def show_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
+    """Measure whole processes beside mergekit's."""
+    figures = compare_with_peer(bench, methods)
+    table = Table("whole process", "seconds", "mergekit", "faster", "peak memory", "mergekit", "less")
+    for method, found in figures.items():
+        table.add_row(
+            method,
+            f"{found['seconds']:.1f}",
+            f"{found['peer_seconds']:.1f}",
+            f"{found['times_faster']:.1f}x",
+            f"{found['peak_bytes'] / 1e9:.2f} GB",
+            f"{found['peer_peak_bytes'] / 1e9:.2f} GB",
+            f"{found['times_less_memory']:.0f}x",
+        )
+    Console().print(table)
+    return figures
 
 
 def main() -> None:
-    """Measure and print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=MODELS, default="qwen2-0.5b", help="model to imitate (default: qwen2-0.5b)")
+    parser.add_argument("--layers", type=int, help="number of its layers (default: all)")
+    parser.add_argument("--experts", type=int, default=5, help="number of experts (default: 5)")
     parser.add_argument(
-        "--methods", nargs="+", default=["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
+        "--methods", nargs="*", default=METHODS, help=f"merges to measure (default: {' '.join(METHODS)})"
     )
-    parser.add_argument("--layers", type=int, default=24, help="layers of the base, 24 in a Qwen2-0.5B (default: 24)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the fastest counts (default: 3)")
+    parser.add_argument(
+        "--matrices", nargs="*", choices=PLAIN, default=[], help="matrix methods to measure by themselves"
+    )
     parser.add_argument("--peer", action="store_true", help="compare with mergekit as well, which takes many minutes")
+    parser.add_argument("--device", default="cpu", help="where to compute, cpu or cuda (default: cpu)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of which the fastest counts (default: 3)")
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work", help="folder for checkpoints")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args()
-    folders = make_checkpoints(options.layers)
-    files = [str(folder / "model.safetensors") for folder in folders]
-    target = str(WORK / "limit")
-    limit = best([measure(_LIMIT, target, *files) for _ in range(options.repeats + 1)])
-    Path(target).unlink()
-    figures: dict[str, Any] = {"limit": limit}
-    table = Table("job", "seconds", "x limit", "peak memory")
-    table.add_row("limit: read all inputs, write one", f"{limit['seconds']:.2f}", "1.0", "")
-    for method in options.methods:
-        result = run_method(method, folders, options.repeats)
-        figures[method] = {**result, "ratio": result["seconds"] / limit["seconds"]}
-        size = f"{result['peak_bytes'] / 1e9:.2f} GB"
-        table.add_row(method, f"{result['seconds']:.2f}", f"{figures[method]['ratio']:.2f}", size)
-    Console().print(table)
-    if options.peer:
-        shared = [method for method in options.methods if method in PEER_METHODS]
-        figures["mergekit"] = compare_with_peer(folders, shared)
-        table = Table("whole process", "seconds", "mergekit", "faster", "peak memory", "mergekit", "less")
-        for method, found in figures["mergekit"].items():
-            ours, theirs = found["peak_bytes"] / 1e9, found["peer_peak_bytes"] / 1e9
-            table.add_row(
-                method,
-                f"{found['seconds']:.1f}",
-                f"{found['peer_seconds']:.1f}",
-                f"{found['times_faster']:.1f}x",
-                f"{ours:.2f} GB",
-                f"{theirs:.2f} GB",
-                f"{found['times_less_memory']:.0f}x",
-            )
-        Console().print(table)
+    figures: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(options).items()}}
+    if options.methods:
+        layers = options.layers or MODELS[options.shape].layers
+        folders = make_checkpoints(options.work, options.shape, layers, options.experts)
+        bench = Bench(options.work, folders, options.device, options.repeats)
+        figures |= show_methods(bench, options.methods)
+        if options.peer:
+            figures["mergekit"] = show_peer(bench, [name for name in options.methods if name in PEER_METHODS])
+    if options.matrices:
+        figures["matrices"] = show_matrices(options.shape, options.experts, options.device, options.matrices)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _COPY_BYTES = 1 << 22
+
+# Each row of these matrices belongs to a word: they are no maps from one space into another.
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|lm_head)\.weight$")
 
 
 @dataclass
@@ -124,6 +128,11 @@ def copy_other_files(base: Checkpoint, folder: Path) -> None:
     sync_folder(folder)
 
 
+def _shape_for_rules(entry: Entry) -> tuple[int, ...]:
+    """The shape in which rules for whole tensors get a tensor: its own, but embeddings and output heads as vectors."""
+    return (entry.elements,) if _EMBEDDING.match(entry.name) else entry.shape
+
+
 def _whole_memory(entry: Entry, experts: int) -> int:
     """Bytes that merging a whole tensor takes, at most.
 
@@ -131,7 +140,7 @@ def _whole_memory(entry: Entry, experts: int) -> int:
     Gram matrix of its columns (or, where that is smaller, of all experts' rows) too.
     """
     need = 4 * (experts + 4) * entry.elements
-    if len(entry.shape) == 2:
+    if len(_shape_for_rules(entry)) == 2:
         rows, columns = entry.shape
         need += 8 * (3 * entry.elements + 4 * min(columns, 2 * experts * rows) ** 2)
     return need
@@ -276,9 +285,9 @@ class _Merger:
         return squares, base_squares
 
     def _pieces(self, entry: Entry, start: int, stop: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Base and task vectors: in steps for element-wise rules, of the whole tensor in its shape for others."""
+        """Base and task vectors: in steps for element-wise rules, otherwise of the whole tensor."""
         if self.elementwise:
             yield from self.reader.steps(entry.name, start, stop)
         else:
             base, task_vectors = self.reader.read(entry.name, start, stop)
-            yield start, stop, base, task_vectors.view(len(task_vectors), *entry.shape)
+            yield start, stop, base, task_vectors.view(len(task_vectors), *_shape_for_rules(entry))

@@ -323,6 +323,26 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
     close(plan)
 
 
+def test_embeddings_and_heads_are_no_matrices(tmp_path):
+    """Matrix methods give them the mean, whatever comes before their names."""
+    shapes = {
+        "model.embed_tokens.weight": (9, 5), "lm_head.weight": (9, 5), "transformer.wte.weight": (9, 5),
+        "model.lm_head_norm.weight": (9, 5), "embed_tokens.weight": (9, 5), "language_model.lm_head.weight": (9, 5),
+    }  # fmt: skip
+    folders = [write_checkpoint(tmp_path / str(seed), random_tensors(shapes, [torch.float32], seed)) for seed in (0, 1)]
+    seen = []
+
+    def rule(task_vectors):
+        seen.append(task_vectors.dim())
+        return task_vectors[0]
+
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, elementwise=False, excluded=())
+    assert sorted(seen) == [2, 2, 2, 2, 2, 3]
+    assert_same_bytes(
+        tensors_of(tmp_path / "output"), merge_plainly(folders[0], folders[1:], lambda given: given[0], ())
+    )
+
+
 def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, monkeypatch):
     monkeypatch.setattr(merge, "worker_count", lambda: 2)
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)

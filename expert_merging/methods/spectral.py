@@ -6,7 +6,7 @@ null space of a low-rank stack, whose basis a library picks as it likes) are lef
 if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise the same.
 
 Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
-the authors' code.
+the authors' code. So do embeddings and output heads, which the driver hands over as vectors: their rows are words.
 """
 
 from __future__ import annotations

@@ -1,0 +1,143 @@
+"""Time of the methods that work on matrices, against plain ways to the same result.
+
+The plain ways are `torch.linalg.svd` for ``iso`` and ``svd``, and for ``wudi`` one product per expert and step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from benchmarks.checkpoints import MODELS, layer_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Rule = Callable[[Tensor], Tensor]
+    Figures = dict[str, float]
+
+
+def plain_iso(task_vectors: Tensor) -> Tensor:
+    """Iso-C as it is written in the paper."""
+    import torch
+
+    left, values, right = torch.linalg.svd(task_vectors.sum(0), full_matrices=False)
+    merged: Tensor = left @ right * values.mean()
+    return merged
+
+
+def plain_svd(task_vectors: Tensor) -> Tensor:
+    """TSV-M as it is written in the paper: a decomposition per expert and one per side."""
+    import torch
+
+    count = min(task_vectors.shape[1:]) // len(task_vectors)
+    triples = [torch.linalg.svd(task_vector, full_matrices=False) for task_vector in task_vectors]
+    sides = []
+    for side in (
+        torch.cat([left[:, :count] for left, _, _ in triples], 1),
+        torch.cat([right[:count] for _, _, right in triples]),
+    ):
+        left, _, right = torch.linalg.svd(side, full_matrices=False)
+        sides.append(left @ right)
+    merged: Tensor = (sides[0] * torch.cat([values[:count] for _, values, _ in triples])) @ sides[1]
+    return merged
+
+
+def plain_wudi(task_vectors: Tensor) -> Tensor:
+    """WUDI with Adam, as its authors compute it but with the experts' Gram matrices made once."""
+    import torch
+
+    squares = task_vectors.square().sum((1, 2), keepdim=True)
+    grams = task_vectors.mT @ task_vectors / squares
+    merged = torch.nn.Parameter(task_vectors.sum(0))
+    optimizer = torch.optim.Adam([merged], lr=1e-5)
+    for _ in range(300):
+        differences = merged.detach() - task_vectors
+        merged.grad = sum(
+            (difference @ gram for difference, gram in zip(differences, grams, strict=True)), torch.zeros_like(merged)
+        ).mul_(2)
+        optimizer.step()
+    return merged.detach()
+
+
+PLAIN: dict[str, Rule] = {"iso": plain_iso, "svd": plain_svd, "wudi": plain_wudi}
+
+
+def measure_matrices(model: str, experts: int, device: str, methods: list[str]) -> dict[str, dict[str, Figures]]:
+    """Seconds of each method and of the plain way, for each shape of matrix and for a whole layer.
+
+    On a CPU a single matrix is merged with one thread both ways. The matrices of a layer are merged side by side with
+    a thread each, as in a merge, while the plain way takes one after another with as many threads.
+
+    Args:
+        model: one of `MODELS`.
+        experts: number of experts.
+        device: where to compute.
+        methods: some of `PLAIN`.
+
+    Returns:
+        By method and shape: seconds, plain_seconds, times_faster and the relative difference of the results.
+    """
+    import torch
+
+    from expert_merging.registry import find_method
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape for _, shape in layer_shapes(MODELS[model]) if len(shape) == 2]
+    given = {
+        shape: (torch.randn(experts, *shape, generator=generator) * 0.002).to(device) for shape in dict.fromkeys(shapes)
+    }
+    threads = torch.get_num_threads() if device == "cpu" else 3
+    figures: dict[str, dict[str, Figures]] = {}
+    for method in methods:
+        rule, plain = find_method(method).function, PLAIN[method]
+        figures[method] = {
+            f"{shape[0]} x {shape[1]}": _compare(rule, plain, [task_vectors], 1)
+            for shape, task_vectors in given.items()
+        }
+        figures[method]["a layer"] = _compare(rule, plain, [given[shape] for shape in shapes], threads)
+    return figures
+
+
+def _compare(rule: Rule, plain: Rule, given: list[Tensor], threads: int) -> Figures:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seconds, merged = _timed(lambda: _side_by_side(rule, given, threads))
+    plain_seconds, expected = _timed(lambda: [plain(task_vectors) for task_vectors in given])
+    torch.set_num_threads(before)
+    differences = [float((one - other).norm() / other.norm()) for one, other in zip(merged, expected, strict=True)]
+    return {
+        "seconds": seconds,
+        "plain_seconds": plain_seconds,
+        "times_faster": plain_seconds / seconds,
+        "difference": max(differences),
+    }
+
+
+def _side_by_side(rule: Rule, given: list[Tensor], workers: int) -> list[Tensor]:
+    """Merge matrices as the driver does: the largest first, each with one thread."""
+    import torch
+
+    order = sorted(range(len(given)), key=lambda index: -given[index].numel())
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        merged = dict(zip(order, pool.map(rule, [given[index] for index in order]), strict=True))
+    torch.set_num_threads(workers)
+    return [merged[index] for index in range(len(given))]
+
+
+def _timed(work: Callable[[], list[Tensor]], repeats: int = 2) -> tuple[float, list[Tensor]]:
+    """Seconds of the fastest of a few repeats, and what the last one gave."""
+    import torch
+
+    seconds, result = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        if result[0].is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
