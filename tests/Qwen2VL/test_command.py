@@ -17,8 +17,9 @@ from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGener
 
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
+from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Qwen2VL.backbone import BACKBONE, encode_prompt, load_processor
-from tests.checkpoints import tensors_of
+from tests.checkpoints import perturb, tensors_of
 from tests.command import assert_same_bytes, merge_plainly, merged, refusal, refused
 from tests.learned.twin import Example, Twin
 from tests.qwen2vl import BASE, CONFIG_2_5, EXPERTS, make_zoo, newer_name, save_picture, with_newer_names
@@ -272,6 +273,12 @@ def test_defaults_are_the_papers(qwen_zoo, tmp_path):
     assert list(options["expert"]) == ["OCR", "VQA", "Geometry", "Chart", "Grounding"]
 
 
+def test_one_set_of_calibration_files_serves_both_picture_families():
+    assert BACKBONE.task_experts == internvl.task_experts
+    assert set(BACKBONE.task_experts.values()) | {"Chart", "Grounding"} == set(BACKBONE.expert_folders)
+    assert list(BACKBONE.expert_folders) == list(internvl.expert_folders)
+
+
 def test_bounds_on_pictures_reach_the_model(qwen_zoo, tmp_path):
     flags = [*LEARNING, "--cache_dir", qwen_zoo, "--data_dir", qwen_zoo / "dataset"]
     runs = [
@@ -309,6 +316,22 @@ def test_the_second_generation_works_alike(method, second_zoo, tmp_path):
         twin.train(examples_of(second_zoo / "dataset"), 1, seed=3)
         for name, values in load_coefficients(run.folder).values.items():
             torch.testing.assert_close(values, twin.coefficients(name).detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_half_precision_checkpoints_learn_and_keep_their_type(qwen_zoo, tmp_path):
+    """The published files are in bfloat16; pictures follow the type that the model has in memory."""
+    for folder in (BASE, *EXPERTS.values()):
+        perturb(qwen_zoo / folder, tmp_path / "cache" / folder, 0, change=0.0, dtype=torch.bfloat16)
+    flags = [*LEARNING, "--cache_dir", tmp_path / "cache", "--data_dir", qwen_zoo / "dataset"]
+    learned = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = run_command(tmp_path / precision, *flags, "--mixed_precision", precision)
+        assert {tensor.dtype for tensor in tensors_of(run.model).values()} == {torch.bfloat16}
+        learned.append(torch.cat([values.flatten() for values in load_coefficients(run.folder).values.values()]))
+    exact, rough = learned
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.1)
+    assert (exact - 0.3).abs().mean() > 3 * (rough - exact).abs().mean()
 
 
 def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
