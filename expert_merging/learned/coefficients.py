@@ -82,20 +82,25 @@ def apply(coefficients: Tensor, task_vectors: Tensor, start: int, elements: int)
     return merged
 
 
-def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, start: int = 0) -> None:
+def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, start: int, elements: int) -> None:
     """Add ``<dL/dW, task vector>`` per expert and chunk, the gradient of the loss with respect to the coefficients.
 
     Args:
         total: ``(experts, chunks)``, added to.
         gradient: ``(entries,)``, dL/dW of a run of the flattened tensor.
-        task_vectors: ``(experts, elements)`` of the whole tensor.
-        start: position of the first of the entries.
+        task_vectors: ``(experts, entries)`` of the same run.
+        start: position of the first of the entries in the flattened tensor.
+        elements: size of the whole tensor.
     """
-    length = chunk_length(task_vectors.shape[1], total.shape[1])
+    length = chunk_length(elements, total.shape[1])
     stop = start + gradient.numel()
     for chunk in range(start // length, math.ceil(stop / length)):
-        first, last = max(chunk * length, start), min((chunk + 1) * length, stop)
-        total[:, chunk] += torch.mv(task_vectors[:, first:last], gradient[first - start : last - start])
+        run = slice(max(chunk * length, start) - start, min((chunk + 1) * length, stop) - start)
+        if gradient.is_cuda:  # where a product of so few and so long rows would occupy a part of the device
+            products = torch.stack([torch.dot(row[run], gradient[run]) for row in task_vectors])
+        else:
+            products = torch.mv(task_vectors[:, run], gradient[run])
+        total[:, chunk] += products
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+# By this the gradients of slices are multiplied while they are in half precision. They are small numbers: the two
+# distributions' differences, at most 1 for a token, times columns of the output head.
+_GRADIENT_SCALE = 2.0**10
 
 
 def kl_divergence(expert_logits: Tensor, merged_logits: Tensor, temperature: float) -> Tensor:
@@ -40,8 +45,8 @@ def logit_alignment(
 ) -> Tensor:
     """Mean of `kl_divergence` over tokens, from last hidden states, without ever holding all logits.
 
-    A slice of tokens is projected and compared at a time and projected again in the backward pass, so memory grows with
-    ``slice_tokens x vocabulary`` and not with the length of the sequence.
+    A slice of tokens is projected and compared at a time, so memory grows with ``slice_tokens x vocabulary`` and not
+    with the length of the sequence.
 
     Args:
         expert_hidden: ``(tokens, hidden)``, input of the expert's output head.
@@ -60,7 +65,7 @@ def logit_alignment(
         shared = min(expert_logits.shape[-1], merged_logits.shape[-1])
         return kl_divergence(expert_logits[..., :shared], merged_logits[..., :shared], temperature)
 
-    return _mean_over_tokens(compare, slice_tokens, expert_hidden, merged_hidden)
+    return _mean_over_tokens(compare, merged_head, slice_tokens, expert_hidden, merged_hidden)
 
 
 def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: int) -> Tensor:
@@ -76,17 +81,49 @@ def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: i
         log_probabilities = functional.log_softmax(head(part).float(), dim=-1)
         return -(log_probabilities.exp() * log_probabilities).sum()
 
-    return _mean_over_tokens(measure, slice_tokens, hidden)
+    return _mean_over_tokens(measure, head, slice_tokens, hidden)
 
 
-def _mean_over_tokens(measure: Callable[..., Tensor], slice_tokens: int, *hidden: Tensor) -> Tensor:
-    """Mean over tokens of what ``measure`` sums, a slice at a time that is computed again in the backward pass."""
+def _mean_over_tokens(
+    measure: Callable[..., Tensor], head: Callable[[Tensor], Tensor], slice_tokens: int, *hidden: Tensor
+) -> Tensor:
+    """Mean over tokens of what ``measure`` sums, a slice at a time, with a gradient for the last of ``hidden``.
+
+    The gradient of a slice is taken along with its value, so its logits are made once and gone before the next slice's.
+    A head that is trained itself has a gradient of its own: then slices are computed again in the backward pass.
+    """
     tokens = len(hidden[0])
-    if tokens <= slice_tokens:  # nothing to save
-        return measure(*hidden) / tokens
-    parts = zip(*(torch.split(states, slice_tokens) for states in hidden), strict=True)
-    slices = [checkpoint(measure, *part, use_reentrant=False) for part in parts]
-    return torch.stack(slices).sum() / tokens
+    parts = list(zip(*(torch.split(states, slice_tokens) for states in hidden), strict=True))
+    if isinstance(head, torch.nn.Module) and any(weight.requires_grad for weight in head.parameters()):
+        return torch.stack([checkpoint(measure, *part, use_reentrant=False) for part in parts]).sum() / tokens
+    if not (torch.is_grad_enabled() and hidden[-1].requires_grad):
+        return torch.stack([measure(*part) for part in parts]).sum() / tokens
+    values, gradients = [], []
+    for *others, states in parts:
+        own = states.detach().requires_grad_(True)
+        value = measure(*others, own)
+        # In half precision, the small gradients of improbable tokens would become 0 before loss scaling reached them.
+        (gradient,) = torch.autograd.grad(value * _GRADIENT_SCALE, own)
+        values.append(value.detach())
+        gradients.append(gradient.float() / _GRADIENT_SCALE)
+    known = torch.stack(values).sum(), torch.cat(gradients)
+    total: Tensor = _WithGradient.apply(hidden[-1], *known)  # type: ignore[no-untyped-call]
+    return total / tokens
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient with respect to a tensor is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * scale).to(ctx.dtype), None, None
 
 
 def hidden_alignment(expert_layers: Sequence[Tensor], merged_layers: Sequence[Tensor]) -> Tensor:

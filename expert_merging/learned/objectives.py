@@ -32,19 +32,32 @@ class Objective:
 
 
 def alignment(
-    layers: tuple[int, ...], *, temperature: float, logits_weight: float, hidden_states_weight: float
+    layers: tuple[int, ...],
+    *,
+    temperature: float,
+    logits_weight: float,
+    hidden_states_weight: float,
+    slice_tokens: int | None = None,
 ) -> Objective:
     """Alignment with the experts (paper, Eq. 1 and 2)."""
 
     def losses(model: Any, target: Target) -> tuple[Tensor, ...]:
-        logits, hidden = alignment_losses(model, target, layers, temperature, logits=logits_weight > 0)
+        logits, hidden = alignment_losses(
+            model, target, layers, temperature, logits=logits_weight > 0, slice_tokens=slice_tokens
+        )
         return logits_weight * logits, hidden_states_weight * hidden
 
     return Objective(("logits", "hidden_states"), layers, losses)
 
 
 def alignment_losses(
-    model: Any, target: Target, layers: Sequence[int], temperature: float, *, logits: bool = True
+    model: Any,
+    target: Target,
+    layers: Sequence[int],
+    temperature: float,
+    *,
+    logits: bool = True,
+    slice_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logit and hidden-state alignment of a model with one sample's expert, both scalars in float32.
 
@@ -54,6 +67,7 @@ def alignment_losses(
         layers: indices of the aligned hidden states, those of the target.
         temperature: softens both distributions.
         logits: whether the first is wanted, else it is 0.
+        slice_tokens: tokens whose logits are held at a time; None for a number that suits the vocabulary.
     """
     hidden, last = hidden_states(model, target.inputs)
     zero = torch.zeros((), device=last.device)
@@ -66,20 +80,20 @@ def alignment_losses(
             target.head or own_head,
             own_head,
             temperature=temperature,
-            slice_tokens=_slice_tokens(own_head),
+            slice_tokens=slice_tokens or _slice_tokens(own_head),
         )
     if layers:
         hidden_loss = hidden_alignment(target.layers, [hidden[layer][0, target.tokens] for layer in layers])
     return logit_loss, hidden_loss
 
 
-def prediction_entropy() -> Objective:
+def prediction_entropy(slice_tokens: int | None = None) -> Objective:
     """Entropy of the next token (AdaMerging): sure predictions are taken for good ones."""
 
     def losses(model: Any, target: Target) -> tuple[Tensor, ...]:
         _, last = hidden_states(model, target.inputs)
         head = model.get_output_embeddings()
-        return (entropy(last[0, target.tokens], head, slice_tokens=_slice_tokens(head)),)
+        return (entropy(last[0, target.tokens], head, slice_tokens=slice_tokens or _slice_tokens(head)),)
 
     return Objective(("entropy",), (), losses)
 

@@ -23,6 +23,12 @@ class TrainingOptions:
         learning_rate: AdamW's rate at the start of each cosine cycle.
         gradient_accumulation_steps: samples per update.
         mixed_precision: type of the weights while learning; auto is bf16 or else fp16 on a GPU and float32 on a CPU.
+        task_vectors: where base and experts are kept in their own type while learning: on the device, in host memory,
+            or on disk alone, read whenever they are needed; auto takes the first of these with room, tensor by tensor.
+        rank_batches: turn weight gradients into coefficients' gradients after every sample, which takes least memory,
+            or once per update, which reads the task vectors least often; auto decides by free memory.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MB.
         loss_alphas: weight of a task in the losses, by task; 1 where none is given.
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
         loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
@@ -41,6 +47,10 @@ class TrainingOptions:
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
+    rank_batches: Literal["auto", "sample", "update"] = "auto"
+    gradient_checkpointing: bool = False
+    logits_chunk_tokens: Count | None = None
     loss_alphas: dict[str, NotNegative] | None = None
     task_vector_coeffs_dict: dict[str, float] | None = None
     loss_tokens: Literal["all", "response"] = "all"

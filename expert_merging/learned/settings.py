@@ -112,7 +112,7 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
 
 def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
     if not isinstance(options, AlignmentOptions):
-        return prediction_entropy()
+        return prediction_entropy(options.logits_chunk_tokens)
     layers = _aligned_layers(options, layer_count)
     if not layers and options.logits_weight == 0:
         raise InputError(
@@ -124,6 +124,7 @@ def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
         temperature=options.temperature,
         logits_weight=options.logits_weight,
         hidden_states_weight=options.hidden_states_weight,
+        slice_tokens=options.logits_chunk_tokens,
     )
 
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from expert_merging.errors import InputError
 from expert_merging.learned import Context
 from expert_merging.learned.coefficients import Coefficients, Trimming
-from expert_merging.learned.live import LiveModel, TaskVectors
+from expert_merging.learned.live import LiveModel
 from expert_merging.learned.losses import regularisation
+from expert_merging.learned.memory import arrange
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.learned.targets import Target, TargetMaker
+from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.methods.sparse import survey_ties
 from expert_merging.plan import Advance, Plan
 from expert_merging.streaming import SMALL_MODEL, Passes, no_advance
@@ -122,6 +124,9 @@ class Trainer:
             self._make_optimizer()
             self.live = LiveModel(material.model, material.task_vectors, self.vector, self.context.backbone.file_name)
             try:
+                if self.settings.options.gradient_checkpointing:
+                    self.live.checkpoint_activations()
+                arrange(self.live, self.settings.options, lambda: self._rehearse(material.targets))
                 return self._learn(material.targets)
             finally:
                 self.live.close()
@@ -132,8 +137,7 @@ class Trainer:
             device = self.accelerator.device
             with _fitting_threads(self.plan):
                 trimming = self._trimming()
-                count = self.accelerator.num_processes
-                task_vectors = TaskVectors(self.plan, self.settings.scale, device, count, trimming)
+                task_vectors = TaskVectors(self.plan, self.settings.scale, device, trimming)
                 with self.accelerator.main_process_first():
                     targets = self._make_targets(device)
                 model = self.context.backbone.load_model(self.plan.base.folder, _DTYPES[self.settings.precision])
@@ -166,6 +170,15 @@ class Trainer:
             self._save(coefficients)
         self.accelerator.end_training()
         return coefficients
+
+    def _rehearse(self, targets: list[Target]) -> None:
+        """Forward and backward passes over the longest sample and that with the largest pictures."""
+        longest = max(targets, key=lambda target: target.inputs["input_ids"].numel())
+        largest = max(targets, key=lambda target: sum(map(Tensor.numel, target.inputs.values())))
+        for target in {id(target): target for target in (longest, largest)}.values():
+            losses = torch.stack(self.settings.objective.losses(self.live.model, target))
+            if losses.requires_grad:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
 
     def _make_targets(self, device: torch.device) -> list[Target]:
         options = self.settings.options
@@ -263,9 +276,11 @@ class Trainer:
         for target in group[accelerator.process_index :: accelerator.num_processes]:
             weight = (self.settings.options.loss_alphas or {}).get(target.sample.task, 1.0)
             losses = weight * torch.stack(objective.losses(self.live.model, target))
-            accelerator.backward(losses.sum())
+            if losses.requires_grad:  # where only a vision tower is merged, a question without pictures changes nothing
+                accelerator.backward(losses.sum())
             sums[self.tasks.index(target.sample.task)] += torch.cat([losses.detach(), losses.new_ones(1)])
             advance(accelerator.num_processes, target.sample.task)
+        self.live.finish()
         return sums
 
     def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:

@@ -64,7 +64,8 @@ def test_inner_products_are_the_gradient_of_the_rule(elements, wanted, seed):
     (expected,) = torch.autograd.grad((merged * gradient).sum(), coefficients)
     total = torch.ones(3, chunks)
     for part in gradient.split(max(1, elements // 3)):  # as when a merged tensor is several parameters in memory
-        add_inner_products(total, part, task_vectors, start=part.storage_offset())
+        start = part.storage_offset()
+        add_inner_products(total, part, task_vectors[:, start : start + len(part)], start, elements)
     torch.testing.assert_close(total - 1, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from expert_merging.errors import InputError
 from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
-from expert_merging.learned.live import LiveModel, TaskVectors
+from expert_merging.learned.live import LiveModel
 from expert_merging.learned.objectives import alignment_losses
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import check
@@ -196,13 +196,16 @@ def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatc
     torch.testing.assert_close(trainer.live.gradient, whole, rtol=1e-5, atol=1e-8)
 
 
-def test_streamed_task_vectors_give_the_same_coefficients(answered_zoo, tmp_path, monkeypatch):
-    kept = make_trainer(answered_zoo, tmp_path / "a").train()
-    monkeypatch.setattr("expert_merging.learned.live._free_memory", lambda device: 0)
-    trainer = make_trainer(answered_zoo, tmp_path / "b")
-    streamed = trainer.train()
-    assert not TaskVectors(trainer.plan, trainer.settings.scale, torch.device("cpu")).kept
-    assert all(torch.equal(kept.values[name], streamed.values[name]) for name in kept.values)
+@pytest.mark.parametrize("rank_batches", ["sample", "update"])
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, rank_batches, answered_zoo, tmp_path):
+    usual = make_trainer(answered_zoo, tmp_path / "a").train()
+    trainer = make_trainer(answered_zoo, tmp_path / "b", task_vectors=place, rank_batches=rank_batches)
+    coefficients = trainer.train()
+    assert set(trainer.gather().task_vectors.places.values()) == {place}
+    assert trainer.live.accumulates == (rank_batches == "update")
+    for name, values in usual.values.items():
+        torch.testing.assert_close(values, coefficients.values[name], rtol=0, atol=1e-6)
 
 
 def test_weight_gradients_are_freed_as_they_come(answered_zoo, tmp_path):

@@ -1,0 +1,135 @@
+"""Which task vectors are kept where, and how weight gradients are turned into coefficients', by the memory there is.
+
+Going through the task vectors is what training costs beyond running the model. They are gone through once per update
+to rebuild the weights, and again for the gradient: once per update too where the weight gradients of all its samples
+can be added up in memory, else once per sample. On the device that is cheap; from elsewhere it is not, so where they do
+not all fit there, weight gradients have precedence.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expert_merging.errors import InputError
+from expert_merging.learned.live import LiveModel
+from expert_merging.learned.options import TrainingOptions
+from expert_merging.learned.task_vectors import DEVICE, DISK, HOST
+
+logger = logging.getLogger(__name__)
+
+# Share of a GPU's memory that is left for what its allocator cannot use.
+_MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What is kept where.
+
+    Args:
+        places: ``device``, ``host`` or ``disk`` by tensor name.
+        accumulates: weight gradients are added up and used once per update.
+    """
+
+    places: Mapping[str, str]
+    accumulates: bool
+
+
+def choose(
+    sizes: Mapping[str, int],
+    gradients: int,
+    device_room: float,
+    host_room: float,
+    *,
+    task_vectors: str,
+    rank_batches: str,
+) -> Arrangement:
+    """Make the best of the memory.
+
+    Args:
+        sizes: bytes of base and experts by tensor name.
+        gradients: bytes of all weight gradients in float32.
+        device_room: bytes to give away on the training device.
+        host_room: bytes to give away in host memory where it is not the device's.
+        task_vectors: where task vectors are wanted, or ``auto``.
+        rank_batches: ``sample``, ``update`` or ``auto``.
+    """
+    total = sum(sizes.values())
+    kept = total if task_vectors == DEVICE or (task_vectors == "auto" and total <= device_room) else 0
+    accumulates = rank_batches == "update" or (rank_batches == "auto" and kept + gradients <= device_room)
+    if task_vectors != "auto":
+        return Arrangement(dict.fromkeys(sizes, task_vectors), accumulates)
+    room = {DEVICE: device_room - (gradients if accumulates else 0), HOST: host_room}
+    places = {}
+    for name, size in sizes.items():
+        places[name] = next((place for place in (DEVICE, HOST) if size <= room[place]), DISK)
+        if places[name] != DISK:
+            room[places[name]] -= size
+    return Arrangement(places, accumulates)
+
+
+def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], None]) -> None:
+    """Choose, bring the task vectors to their places, and say what was chosen.
+
+    Args:
+        live: the model, on its device.
+        options: what the user wants.
+        rehearse: a forward and backward pass over the sample that takes most memory.
+
+    Raises:
+        InputError: what was asked for does not fit.
+    """
+    vectors, sizes = live.task_vectors, live.task_vectors.sizes
+    kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
+    if vectors.device.type == "cuda":
+        device_room = _room_on_gpu(live, rehearse) + kept[DEVICE]
+        host_room = (_free_host_memory() + kept[HOST]) / 2
+    else:
+        device_room, host_room = (_free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
+    if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
+        raise InputError(
+            f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
+            f"{max(0, device_room) / 1e9:.1f} GB to spare; use auto, host or disk"
+        )
+    gradients = 4 * sum(parameter.numel() for parameter in live.spans)
+    chosen = choose(
+        sizes, gradients, device_room, host_room, task_vectors=options.task_vectors, rank_batches=options.rank_batches
+    )
+    vectors.place(chosen.places)
+    live.accumulates = chosen.accumulates
+    where = {DEVICE: f"on {vectors.device}", HOST: "in host memory", DISK: "read from the files when needed"}
+    amounts = {place: sum(size for name, size in sizes.items() if chosen.places[name] == place) for place in where}
+    parts = [f"{amount / 1e9:.2f} GB {where[place]}" for place, amount in amounts.items() if amount]
+    logger.info("base and experts: %s", ", ".join(parts))
+    logger.info("weight gradients are used once per %s", "update" if chosen.accumulates else "sample")
+
+
+def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:
+    """Bytes that are left beside a sample's activations, which are measured, and blocks that are worked on."""
+    device = live.task_vectors.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with live.ignoring_gradients():
+        rehearse()
+    needed = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free - needed - live.task_vectors.working_bytes - _MARGIN * total
+
+
+def _free_host_memory() -> float:
+    """Bytes available to this process if all processes of this machine take the same."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / processes
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / processes

@@ -1,0 +1,254 @@
+"""Base weights and task vectors in float32, a block at a time, from wherever there is room for them.
+
+They are kept in the checkpoints' own types, which is exact and takes no more room than the files, tensor by tensor on
+the training device, in host memory, or not at all: then they are read from the files whenever they are needed. What is
+not on the device is brought there a block ahead of its use, on a CUDA device by a stream of its own. The subtraction
+``expert - base`` is done in float32 on blocks that fit into a processor's cache, so it costs little more than reading.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expert_merging.checkpoint import FLOATS, Entry
+from expert_merging.learned.coefficients import Trimming
+from expert_merging.plan import Plan
+from expert_merging.streaming import BLOCK, Reader, work_through, worker_count
+
+logger = logging.getLogger(__name__)
+
+DEVICE, HOST, DISK = "device", "host", "disk"
+
+# Entries of a block on a CPU, where one fits into the cache and two threads still gain from sharing it, and on a GPU,
+# where each block costs a handful of kernel launches.
+_ON_CPU, _ON_GPU = 1 << 18, 1 << 23
+_ALIGNED = 64  # bytes
+
+
+class Span(NamedTuple):
+    """A run of entries of a flattened tensor.
+
+    Args:
+        name: tensor name.
+        start: its first entry.
+        stop: its end.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+class TaskVectors:
+    """Base weights and task vectors of all merged tensors.
+
+    Attributes:
+        magnitudes: mean absolute entry of every task vector, per expert by tensor name.
+        places: where each tensor is: ``device``, ``host`` or, until `place` is called, ``disk``.
+
+    Args:
+        plan: the checkpoints.
+        scale: factor on each expert's task vectors.
+        device: training device.
+        trimming: what is done to the task vectors first.
+
+    Raises:
+        InputError: a checkpoint has NaN or infinite values.
+    """
+
+    def __init__(
+        self, plan: Plan, scale: Sequence[float], device: torch.device, trimming: Trimming | None = None
+    ) -> None:
+        self.plan = plan
+        self.scale = scale
+        self.device = device
+        self.trimming = trimming
+        self.magnitudes = _mean_magnitudes(plan, trimming)
+        self.places = dict.fromkeys(plan.merged, DISK)
+        self._kept: dict[str, list[Tensor]] = {}
+        self._pinned: list[Tensor] = []
+        self._block = _ON_GPU if device.type == "cuda" else _ON_CPU
+        self._fetcher = ThreadPoolExecutor(1, "task vectors")
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._coming: tuple[Span, Future[list[Tensor]]] | None = None
+        self._scratch = torch.empty(0)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes that each tensor takes where it is kept, base and experts together."""
+        checkpoints = (self.plan.base, *self.plan.experts.values())
+        return {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in self.plan.merged}
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes on the device beside what is kept there: float32 numbers of one block, and two blocks on their way."""
+        widest = max(FLOATS[self.plan.base.entries[name].dtype][1] for name in self.plan.merged)
+        return (len(self.scale) + 1) * self._block * (4 + 2 * widest)
+
+    def place(self, places: Mapping[str, str]) -> None:
+        """Bring tensors to where they are to be kept.
+
+        Args:
+            places: ``device``, ``host`` or ``disk`` by tensor name.
+        """
+        for name, place in places.items():
+            if place == self.places[name]:
+                continue
+            self.places[name] = place
+            if place == DISK:
+                del self._kept[name]
+                continue
+            stored = [checkpoint.read(name) for checkpoint in (self.plan.base, *self.plan.experts.values())]
+            if place == DEVICE:
+                self._kept[name] = [tensor.to(self.device) for tensor in stored]
+            else:
+                self._kept[name] = self._pin(stored) if self._stream else stored
+
+    def _pin(self, stored: list[Tensor]) -> list[Tensor]:
+        """The same in pages that a GPU reads directly; torch's own pinned memory is rounded up to powers of two."""
+        sizes = [tensor.numel() * tensor.element_size() for tensor in stored]
+        starts = [0, *accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
+        pages = torch.frombuffer(mmap.mmap(-1, max(_ALIGNED, starts[-1])), dtype=torch.uint8)
+        if int(_cuda_runtime().cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0:
+            self._pinned.append(pages)
+        else:
+            logger.warning(
+                "host memory cannot be pinned (see ulimit -l); task vectors travel to the device more slowly"
+            )
+        return [
+            pages[start : start + size].view(tensor.dtype).copy_(tensor)
+            for tensor, start, size in zip(stored, starts, sizes, strict=False)
+        ]
+
+    def release(self) -> None:
+        """Free all memory; what is used afterwards is read from the files."""
+        self._coming = None
+        self._kept.clear()
+        self._scratch = torch.empty(0)
+        while self._pinned:
+            torch.cuda.synchronize(self.device)
+            _cuda_runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
+        self.places = dict.fromkeys(self.plan.merged, DISK)
+
+    def __del__(self) -> None:
+        fetcher = getattr(self, "_fetcher", None)
+        if fetcher is not None:  # the constructor may have refused the checkpoints
+            self.release()
+            fetcher.shutdown()
+
+    def elements(self, name: str) -> int:
+        """Number of entries of a tensor."""
+        return self.plan.base.entries[name].elements
+
+    def blocks(self, spans: Iterable[Span], after: Span | None = None) -> Iterator[tuple[Span, Span, Tensor, Tensor]]:
+        """Go through spans in blocks, fetching each while the one before it is used.
+
+        Args:
+            spans: what is needed.
+            after: what will be needed next time, if it is known.
+
+        Yields:
+            The span, the part of it that the block is, base weights ``(entries,)`` and task vectors
+            ``(experts, entries)``, both float32. The next block overwrites them.
+        """
+        owned = [(span, part) for span in spans for part in self._parts(span)]
+        upcoming = next(iter(self._parts(after)), None) if after is not None else None
+        ahead = [*(part for _, part in owned[1:]), upcoming]
+        for (span, part), following in zip(owned, ahead, strict=False):
+            stored = self._fetched(part)
+            self._fetch_ahead(following)
+            yield span, part, *self._in_float32(stored)
+
+    def _parts(self, span: Span) -> list[Span]:
+        return [
+            Span(span.name, start, min(start + self._block, span.stop))
+            for start in range(span.start, span.stop, self._block)
+        ]
+
+    def _in_float32(self, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
+        entries = stored[0].numel()
+        if self._scratch.numel() == 0:
+            self._scratch = torch.empty(len(stored), self._block, device=self.device)
+        base, task_vectors = self._scratch[0, :entries].copy_(stored[0]), self._scratch[1:, :entries]
+        for row, expert in zip(task_vectors, stored[1:], strict=True):
+            row.copy_(expert).sub_(base)  # converted apart: a CPU is slow where types are mixed
+        if self.trimming is not None:
+            task_vectors = self.trimming(task_vectors)
+        for row, factor in zip(task_vectors, self.scale, strict=True):
+            if factor != 1:
+                row.mul_(factor)
+        return base, task_vectors
+
+    def _fetch_ahead(self, part: Span | None) -> None:
+        """Start to bring a block to the device, unless it is there."""
+        self._coming = None
+        if part is not None and self._is_elsewhere(part.name):
+            self._coming = part, self._fetcher.submit(self._bring, part)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        return self.places[name] == DISK or (self.places[name] == HOST and self._stream is not None)
+
+    def _fetched(self, part: Span) -> list[Tensor]:
+        """A block as it is stored, on the device."""
+        if not self._is_elsewhere(part.name):
+            return self._stored(part)
+        if self._coming is None or self._coming[0] != part:
+            self._fetch_ahead(part)
+        assert self._coming is not None  # noqa: S101  (just started)
+        tensors = self._coming[1].result()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in tensors:
+                tensor.record_stream(current)
+        return tensors
+
+    def _bring(self, part: Span) -> list[Tensor]:
+        """Copy a block to the device; runs in a thread of its own."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return [tensor.to(self.device, non_blocking=True) for tensor in self._stored(part)]
+
+    def _stored(self, part: Span) -> list[Tensor]:
+        if part.name in self._kept:
+            return [tensor[part.start : part.stop] for tensor in self._kept[part.name]]
+        checkpoints = (self.plan.base, *self.plan.experts.values())
+        return [checkpoint.read(part.name, part.start, part.stop) for checkpoint in checkpoints]
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[float, ...]]:
+    """Mean absolute entry of every task vector; the pass over all of them also refuses what is not finite."""
+    sums = {
+        name: torch.zeros(-(-plan.base.entries[name].elements // BLOCK), len(plan.experts), dtype=torch.float64)
+        for name in plan.merged
+    }
+
+    reader = Reader(plan, torch.device("cpu"))
+
+    def work(entry: Entry, start: int, stop: int) -> None:
+        for _, _, _, task_vectors in reader.steps(entry.name, start, stop):
+            left = task_vectors if trimming is None else trimming(task_vectors)
+            sums[entry.name][start // BLOCK] += left.abs_().sum(1, dtype=torch.float64)
+
+    entries = [plan.base.entries[name] for name in plan.merged]
+    blocks = (
+        (entry, start, min(start + BLOCK, entry.elements))
+        for entry in entries
+        for start in range(0, entry.elements, BLOCK)
+    )
+    work_through(blocks, work, workers=worker_count())
+    return {
+        name: tuple((found.sum(0) / max(1, plan.base.entries[name].elements)).tolist()) for name, found in sums.items()
+    }
