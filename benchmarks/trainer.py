@@ -1,0 +1,171 @@
+"""Time and memory of learning coefficients, beside the limit: running the model forwards and backwards.
+
+``python -m benchmarks.trainer`` makes random checkpoints of well-known shapes under ``benchmarks/work`` and learns from
+random samples, each variant in a process of its own: *limit*, forward and backward passes of the same model whose
+merged parameters take gradients, added up over eight samples; *ours*, the trainer as it is; *twin*, the plain way,
+which keeps all experts, merges again in every forward pass and makes logits whole. Loading is left out, and what the
+experts say, which the twin asks while it learns, is counted apart. Memory leaves out Python, torch and transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import ROOT, SHAPES, Case, make_checkpoints
+from benchmarks.variants import Bench
+
+
+def work(case: Case) -> dict[str, Any]:
+    """Measure one case in this process."""
+    import torch
+
+    from expert_merging.backbone import import_transformers
+
+    torch.manual_seed(0)
+    import_transformers().AutoModelForCausalLM  # noqa: B018  (loads what belongs to the start of every variant)
+    started = resident("VmRSS")
+    bench = Bench(case)
+    try:
+        getattr(bench, case.variant)()
+    except torch.cuda.OutOfMemoryError:
+        return {"out_of_memory": True}
+    figures: dict[str, Any] = {**bench.figures, "start_bytes": started, "peak_bytes": resident("VmHWM")}
+    if case.device != "cpu":
+        figures["device_peak_bytes"] = max(bench.device_peak, torch.cuda.max_memory_allocated())
+    samples = len(bench.owners())
+    figures["seconds_per_sample"] = bench.figures["learning_seconds"] / samples
+    figures["cpu_seconds_per_sample"] = bench.figures["learning_cpu_seconds"] / samples
+    return {**figures, "gradient": bench.gradient, "coefficients": bench.coefficients}
+
+
+def resident(kind: str) -> int:
+    """Resident memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at most."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in status if line.startswith(kind)).split()[1])
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Measure a case in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.trainer", "--case", json.dumps(asdict(case))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ratios between the variants of one case, of those that there are."""
+    ratios: dict[str, float] = {}
+    limit, twin = (found.get(name, {}) for name in ("limit", "twin"))
+    for name, ours in found.items():
+        if not name.startswith("ours") or "out_of_memory" in ours:
+            continue
+        if "seconds_per_sample" in limit:
+            for kind in ("seconds_per_sample", "cpu_seconds_per_sample"):
+                ratios[f"{name} / limit, {kind}"] = ours[kind] / limit[kind]
+        if "seconds_per_sample" not in twin:
+            continue
+        with_experts = ours["learning_seconds"] + ours["targets_seconds"]  # which the twin runs while it learns
+        ratios[f"twin / {name}, seconds"] = twin["learning_seconds"] / with_experts
+        own = [figures["peak_bytes"] - figures["start_bytes"] for figures in (twin, ours)]
+        ratios[f"twin / {name}, memory"] = own[0] / own[1]
+        if "device_peak_bytes" in twin:
+            ratios[f"twin / {name}, device memory"] = twin["device_peak_bytes"] / ours["device_peak_bytes"]
+        difference = [a - b for a, b in zip(twin["gradient"], ours["gradient"], strict=True)]
+        ratios[f"twin - {name}, first gradient, relative"] = math.hypot(*difference) / math.hypot(*twin["gradient"])
+        pairs = zip(twin["coefficients"], ours["coefficients"], strict=True)
+        ratios[f"twin - {name}, largest difference of a coefficient"] = max(abs(a - b) for a, b in pairs)
+    return ratios
+
+
+COLUMNS = ("variant", "s / sample", "CPU s / sample", "experts' answers, s", "memory, GB", "GPU memory, GB")
+
+
+def show(title: str, found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> None:
+    """Print one case's table and ratios."""
+    rows = [COLUMNS]
+    for name, figures in found.items():
+        if "out_of_memory" in figures:
+            rows.append((name, "out of memory", "", "", "", ""))
+            continue
+        numbers = [figures["seconds_per_sample"], figures["cpu_seconds_per_sample"], figures.get("targets_seconds")]
+        sizes = [figures["peak_bytes"] - figures["start_bytes"], figures.get("device_peak_bytes")]
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        cells += ["" if size is None else f"{size / 1e9:.2f}" for size in sizes]
+        rows.append((name, cells[0], cells[1], cells[2], cells[3], cells[4]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"{name}: {value:.3g}" for name, value in ratios.items()]
+    print("\n".join([title, *lines, ""]), flush=True)  # noqa: T201
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.split("\n")[0])
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["mistral-100m", "qwen2-0.5b"])
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers instead of the shape's own")
+    parser.add_argument("--experts", nargs="+", type=int, default=[3, 5])
+    parser.add_argument("--distinct", type=int, default=99, help="experts that differ; the rest are links to them")
+    parser.add_argument("--samples", type=int, default=25)
+    parser.add_argument("--variants", nargs="+", choices=["limit", "ours", "twin"], default=["limit", "ours", "twin"])
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--task_vectors", nargs="+", choices=["auto", "device", "host", "disk"], default=["auto"])
+    parser.add_argument("--rank_batches", choices=["auto", "sample", "update"], default="auto")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--work", default=str(ROOT / "benchmarks" / "work"), help="folder of the random checkpoints")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every case and print its table."""
+    options = read_arguments()
+    if options.case:
+        print(json.dumps(work(Case(**json.loads(options.case)))))  # noqa: T201  (what the parent process reads)
+        return
+    figures: dict[str, Any] = {}
+    for shape in options.shape:
+        for experts in options.experts:
+            case = Case(
+                variant="limit",
+                shape=shape,
+                layers=options.layers,
+                experts=experts,
+                distinct=options.distinct,
+                samples=options.samples,
+                device=options.device,
+                dtype=options.dtype,
+                task_vectors="auto",
+                rank_batches=options.rank_batches,
+                checkpointing=options.gradient_checkpointing,
+                work=options.work,
+            )
+            make_checkpoints(case)
+            found = {}
+            for variant in options.variants:
+                for place in options.task_vectors if variant == "ours" else ["auto"]:
+                    name = f"{variant} ({place})" if variant == "ours" else variant
+                    found[name] = measure(replace(case, variant=variant, task_vectors=place))
+            ratios = compare(found)
+            title = f"{shape}, {experts} experts, {options.dtype} on {options.device}"
+            show(title, found, ratios)
+            for entry in found.values():
+                entry.pop("coefficients", None)
+                entry.pop("gradient", None)
+            figures[title] = {**found, "ratios": ratios}
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
