@@ -35,7 +35,7 @@ def work(case: Case) -> dict[str, Any]:
     try:
         getattr(bench, case.variant)()
     except torch.cuda.OutOfMemoryError:
-        return {"out_of_memory": True}
+        return {"failed": "out of memory"}
     figures: dict[str, Any] = {**bench.figures, "start_bytes": started, "peak_bytes": resident("VmHWM")}
     if case.device != "cpu":
         figures["device_peak_bytes"] = max(bench.device_peak, torch.cuda.max_memory_allocated())
@@ -52,11 +52,12 @@ def resident(kind: str) -> int:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Measure a case in a process of its own."""
+    """Measure a case in a process of its own; a failure leaves the others' figures."""
     command = [sys.executable, "-m", "benchmarks.trainer", "--case", json.dumps(asdict(case))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr}")
+        print(done.stderr, file=sys.stderr, flush=True)  # noqa: T201
+        return {"failed": f"exit code {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -66,7 +67,7 @@ def compare(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     ratios: dict[str, float] = {}
     limit, twin = (found.get(name, {}) for name in ("limit", "twin"))
     for name, ours in found.items():
-        if not name.startswith("ours") or "out_of_memory" in ours:
+        if not name.startswith("ours") or "failed" in ours:
             continue
         if "seconds_per_sample" in limit:
             for kind in ("seconds_per_sample", "cpu_seconds_per_sample"):
@@ -93,8 +94,8 @@ def show(title: str, found: dict[str, dict[str, Any]], ratios: dict[str, float])
     """Print one case's table and ratios."""
     rows = [COLUMNS]
     for name, figures in found.items():
-        if "out_of_memory" in figures:
-            rows.append((name, "out of memory", "", "", "", ""))
+        if "failed" in figures:
+            rows.append((name, figures["failed"], "", "", "", ""))
             continue
         numbers = [figures["seconds_per_sample"], figures["cpu_seconds_per_sample"], figures.get("targets_seconds")]
         sizes = [figures["peak_bytes"] - figures["start_bytes"], figures.get("device_peak_bytes")]
