@@ -5,11 +5,11 @@ METHODS ?= weight_average task_arithmetic expert_merging
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,9 @@ lint: .venv/.installed-dev  ## check format, style and types
 
 bench: setup  ## measure speed and memory against the limits of the machine
 	$(BIN)/python -m benchmarks.speed
+
+bench-quality: setup  ## measure accuracy of all methods and ablations on small real experts, with five seeds
+	$(BIN)/python -m benchmarks.quality
 
 clean:  ## remove what was installed, trained and measured; merged models in results/ stay
 	rm -rf .venv zoo/models benchmarks/work .pytest_cache .mypy_cache .ruff_cache

@@ -50,7 +50,7 @@ class Job:
             self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"], backbone.file_name)
         if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
             with problems.collecting():
-                self.device = _choose_device(resolved.general["device"])
+                self.device = choose_device(resolved.general["device"])
         problems.check()
         self.team = _join_processes(resolved.method.learns, self.device)
         _check_one_per_expert(resolved, tuple(self.plan.experts))
@@ -346,7 +346,12 @@ def _from_main_process(value: int) -> int:
     return shared[0]
 
 
-def _choose_device(asked: str) -> str:
+def choose_device(asked: str) -> str:
+    """The device to compute on; ``auto`` is the first GPU, or this process's own, if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
     import torch
 
     if asked == "auto":

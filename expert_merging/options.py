@@ -111,7 +111,7 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
     for title, names in _GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            _add_flag(group, GENERAL[name], defaults.get(name, GENERAL[name].default))
+            add_flag(group, GENERAL[name], defaults.get(name, GENERAL[name].default))
         if "method" in names:
             group.add_argument(
                 "--list_methods", action="store_true", help="List the methods with their options and defaults."
@@ -130,11 +130,11 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
                     (user.options[name].annotation for user in users), key=lambda kind: len(describe_type(kind))
                 )
                 option = replace(users[0].options[name], annotation=widest, help=_shown_help(name, users))
-                _add_flag(group, option, _shown_default(name, users, backbone))
+                add_flag(group, option, _shown_default(name, users, backbone))
     if backbone.options:
         group = parser.add_argument_group(f"options of {backbone.name}, for methods that learn and --run_tests")
         for option in backbone.options.values():
-            _add_flag(group, option, option.default)
+            add_flag(group, option, option.default)
     return parser
 
 
@@ -181,7 +181,8 @@ def show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _add_flag(group: Any, option: Option, default: Any) -> None:
+def add_flag(group: Any, option: Option, default: Any) -> None:
+    """Add an option's flag to a parser or to a group of one."""
     text = option.help[0].upper() + option.help[1:]
     if option.annotation is bool:
         group.add_argument(f"--{option.name}", action="store_true", help=text)
@@ -221,7 +222,7 @@ def parse(arguments: Sequence[str], backbone: Backbone) -> dict[str, Any]:
         problems = [f"unexpected argument {unknown[0]!r}; --help shows all options"]
     if problems:
         raise InputError(*problems)
-    return {name: _single(options, name, value) for name, value in vars(given).items()}
+    return {name: single_value(options, name, value) for name, value in vars(given).items()}
 
 
 def _with_underscores(argument: str) -> str:
@@ -231,7 +232,7 @@ def _with_underscores(argument: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
-def _single(options: Mapping[str, Option], name: str, value: Any) -> Any:
+def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
     """The value of a flag: the last one given, or all of them where a flag is repeated to add entries."""
     if not isinstance(value, list) or name not in options:
         return value

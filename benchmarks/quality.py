@@ -1,0 +1,469 @@
+"""Quality of merges on small real experts: accuracy on held-out questions, and the score without labels.
+
+``python -m benchmarks.quality`` builds the Mistral zoo with several seeds, merges each with every method, with the
+ablations of the paper's Table 4 and with settings to choose among, and measures each result in two ways: exact match on
+the zoo's test questions, and distance from the experts on calibration questions that were not used for learning
+(`expert_merging.learned.align`). Choices are made by the second alone. Everything is kept under ``benchmarks/work``, so
+the same command goes on where it was stopped; the figures go to ``benchmarks/quality.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.registry import all_methods, find_method
+from expert_merging.streaming import no_advance
+from expert_merging.writing import write_atomically
+from zoo.family import default_folder
+from zoo.report import with_mean
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "benchmarks" / "work" / "quality"
+RESULT = ROOT / "benchmarks" / "quality.json"
+CONFIG = ROOT / "zoo" / "mistral.yaml"
+FIRST_STAGE, SECOND_STAGE = "expert_merging", "expert_merging++"
+SHARDS = 3
+
+METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
+# What closed forms are scaled by, around their defaults.
+COEFFICIENTS = {
+    **dict.fromkeys(("task_arithmetic", "dare_ta"), (0.2, 0.4, 0.5, 0.6)),
+    **dict.fromkeys(("weight_average", "ties", "dare_ties"), (0.7, 1.4, 1.8, 2.2)),
+    **dict.fromkeys(("svd", "iso", "iso_cts"), (0.6, 0.8, 1.2, 1.4)),
+    **dict.fromkeys(("wudi", "wudi2", "iwudi", "swudi", "aswudi"), (0.4, 0.6, 0.8)),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to merge.
+
+    Args:
+        label: row of the table.
+        method: registry name.
+        flags: values of options, by name, that differ from the zoo's configuration.
+        group: whether it is a method as it is, an ablation, or one of several settings to choose among; the last are
+            never measured on test questions.
+        second_stage: it starts from the coefficients that `FIRST_STAGE` has learned.
+    """
+
+    label: str
+    method: str
+    flags: Mapping[str, str | float] = field(default_factory=dict)
+    group: str = METHOD
+    second_stage: bool = False
+
+
+def variants() -> list[Variant]:
+    """Everything that is measured."""
+    return [*_methods(), *_ablations(), *_choices()]
+
+
+def _methods() -> Iterator[Variant]:
+    """Every method that makes one model, with its defaults."""
+    for name, method in all_methods().items():
+        if not method.per_expert and name != "coefficients":
+            yield Variant(name, name)
+
+
+def _ablations() -> Iterator[Variant]:
+    """Those of the paper's Table 4; task weights are equal in the zoo's configuration already."""
+    removed = {"hidden states": "hidden_states_weight", "logits": "logits_weight", "regulariser": "sparsity_reg_weight"}
+    for words, option in removed.items():
+        yield Variant(f"{FIRST_STAGE} without {words}", FIRST_STAGE, {option: 0}, ABLATION)
+    for chunking in ("none", "all"):
+        yield Variant(f"{SECOND_STAGE}, chunking {chunking}", SECOND_STAGE, {"chunking": chunking}, ABLATION, True)
+
+
+def _choices() -> Iterator[Variant]:
+    """Settings among which the score without labels chooses."""
+    for method, values in COEFFICIENTS.items():
+        for value in values:
+            yield _choice(method, scaling_coefficient=value)
+    for weight in (0, 0.03, 0.1, 0.2, 0.8):
+        yield _choice(FIRST_STAGE, sparsity_reg_weight=weight)
+    for options in ({"num_epochs": 12}, {"num_epochs": 50}, {"learning_rate": 0.1}, {"temperature": 2}):
+        yield _choice(FIRST_STAGE, **options)
+    for budget, start, weight in product((1, 2, 4), ("learned", "initial"), (0, 0.1)):
+        yield _choice(SECOND_STAGE, budget=budget, stage2_init=start, sparsity_reg_weight=weight)
+    for budget in (1, 4):
+        yield _choice(SECOND_STAGE, budget=budget, kappa=0.6, stage2_init="learned", sparsity_reg_weight=0.1)
+
+
+def _choice(method: str, **flags: str | float) -> Variant:
+    words = ", ".join(f"{name} {value}" for name, value in flags.items())
+    return Variant(f"{method}: {words}", method, flags, CHOICE, second_stage=method == SECOND_STAGE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant on the zoo of one seed."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def zoo(self) -> Path:
+        """Folder of the zoo."""
+        return default_folder("mistral", self.seed)
+
+    @property
+    def first_stage(self) -> Case:
+        """The run whose coefficients a second stage starts from."""
+        return Case(Variant(FIRST_STAGE, FIRST_STAGE), self.seed)
+
+    @property
+    def run(self) -> Path:
+        """Folder of the run, whose name holds all that decides it."""
+        options = find_method(self.variant.method).options
+        configured = {name: value for name, value in configuration().items() if name in options}
+        decisive = [{**configured, **self.variant.flags}, (self.zoo / "zoo.json").read_text(encoding="utf-8")]
+        decisive += [self.first_stage.run.name] if self.variant.second_stage else []
+        slug = re.sub(r"[^a-z0-9.]+", "-", self.variant.label.lower()).strip("-")
+        name = f"{slug}-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:6]}"
+        return WORK / f"seed{self.seed}" / self.variant.method / name
+
+    @property
+    def score(self) -> Path:
+        """File of its figures."""
+        return WORK / f"seed{self.seed}" / "scores" / f"{self.run.name}.json"
+
+    def merge(self) -> None:
+        """Merge as the command does, in this process."""
+        from expert_merging.cli import main
+        from Mistral.backbone import BACKBONE
+
+        arguments = ["--method", self.variant.method, "--cache_dir", str(self.zoo), "--config", str(CONFIG)]
+        arguments += ["--data_dir", str(self.zoo / "dataset"), "--seed", str(self.seed), "--device", "cpu"]
+        arguments += ["--output_path", str(self.run.parent.parent), "--run_name", self.run.name, "--log_with", "none"]
+        arguments += [word for name, value in self.variant.flags.items() for word in (f"--{name}", str(value))]
+        if self.variant.second_stage:
+            arguments += ["--coefficients", str(self.first_stage.run)]
+        errors = io.StringIO()
+        with redirect_stdout(io.StringIO()), redirect_stderr(errors):
+            code = main(BACKBONE, arguments)
+        if code:
+            raise SystemExit(f"{self.variant.label}, seed {self.seed}: {errors.getvalue()}")
+
+
+def start_worker() -> None:
+    """One thread per process: the models are so small that more would wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def merge(case: Case) -> None:
+    """Merge one case; where it is finished already, nothing is done."""
+    if not (case.run / "model").is_dir():
+        case.merge()
+
+
+def build(seed: int) -> None:
+    """Build the zoo of a seed, in processes of its own."""
+    command = [sys.executable, "-m", "zoo", "build", "mistral", "--seed", str(seed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model to measure.
+
+    Args:
+        folder: where it is.
+        file: where its figures go.
+        questions: it answers the test questions as well.
+    """
+
+    folder: Path
+    file: Path
+    questions: bool
+
+
+def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
+    """Measure models of one zoo and keep the figures.
+
+    Args:
+        seed: seed of the zoo.
+        models: by any name.
+        held_out: calibration questions per task that the distances are measured on.
+    """
+    from expert_merging.learned import align
+    from Mistral.backbone import BACKBONE
+    from zoo.evaluate import exact_match
+
+    zoo = default_folder("mistral", seed)
+    with tempfile.TemporaryDirectory() as folder:
+        plan, probe = make_probe(zoo, held_out, Path(folder) / "responses.json")
+        folders = {name: model.folder for name, model in models.items()}
+        distances = align.relative(align.measure(plan, BACKBONE, folders, probe, silent))
+    for name, model in models.items():
+        figures = {
+            "divergence": {task: value.divergence for task, value in distances[name].items()},
+            "hidden": {task: value.hidden for task, value in distances[name].items()},
+        }
+        if model.questions:
+            figures["accuracy"] = with_mean(exact_match(BACKBONE, model.folder, zoo / "test"))
+        model.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(model.file, json.dumps(figures).encode())
+
+
+def make_probe(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
+    """The zoo's plan, and its calibration questions after those that are used for learning."""
+    import torch
+
+    from expert_merging.calibration import load_samples
+    from expert_merging.learned.align import Probe, held_out
+    from expert_merging.plan import make_plan
+    from Mistral.backbone import BACKBONE
+
+    config = configuration()
+    used = config["samples_per_task"]
+    experts = {name: zoo / folder for name, folder in BACKBONE.expert_folders.items()}
+    plan = make_plan(zoo / BACKBONE.base_folder, experts, list(BACKBONE.exclude_params))
+    samples = load_samples(zoo / "dataset", tuple(experts), default_count=used + count, counts={}, task_expert={})
+    samples = held_out(samples, dict.fromkeys({sample.task for sample in samples}, used))
+    device = torch.device("cpu")
+    limit = config["max_new_tokens"]
+    return plan, Probe(samples, config["loss_tokens"] == "response", limit, None, responses, device, torch.float32)
+
+
+@contextmanager
+def silent(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+    """Progress that is not shown."""
+    del title, total, unit
+    yield no_advance
+
+
+def configuration() -> dict[str, Any]:
+    """The zoo's configuration of the merge command."""
+    import yaml
+
+    content: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    return content
+
+
+def own_models(seed: int) -> dict[str, Path]:
+    """Base and experts of a zoo by the label of their row."""
+    from Mistral.backbone import BACKBONE
+
+    zoo = default_folder("mistral", seed)
+    experts = {f"{task} expert": zoo / folder for task, folder in BACKBONE.expert_folders.items()}
+    return {"base": zoo / BACKBONE.base_folder, **experts}
+
+
+def measure_all(seeds: Sequence[int], chosen: Sequence[Variant], workers: int, held_out: int) -> None:
+    """Build, merge and measure what is missing, several processes side by side."""
+    cases = [Case(variant, seed) for seed in seeds for variant in chosen]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
+        work("building", pool, [(build, seed) for seed in seeds])
+        missing = [case for case in cases if not case.score.exists()]
+        for second in (False, True):
+            work("merging", pool, [(merge, case) for case in missing if case.variant.second_stage == second])
+        work("measuring", pool, list(_scoring(seeds, missing, held_out)))
+
+
+def _scoring(seeds: Sequence[int], missing: Sequence[Case], held_out: int) -> Iterator[tuple[Any, ...]]:
+    """Calls of `score`, a few for each seed."""
+    for seed in seeds:
+        scores = WORK / f"seed{seed}" / "scores"
+        found = {
+            label: Measured(folder, scores / f"{label}.json", questions=True)
+            for label, folder in own_models(seed).items()
+            if not (scores / f"{label}.json").exists()
+        }
+        found |= {
+            case.variant.label: Measured(case.run / "model", case.score, case.variant.group != CHOICE)
+            for case in missing
+            if case.seed == seed
+        }
+        names = list(found)
+        for shard in range(SHARDS):
+            if names[shard::SHARDS]:
+                yield score, seed, {name: found[name] for name in names[shard::SHARDS]}, held_out
+
+
+def work(title: str, pool: ProcessPoolExecutor, calls: Sequence[tuple[Any, ...]]) -> None:
+    """Make all calls and say how it goes."""
+    start = time.monotonic()
+    futures = [pool.submit(*call) for call in calls]
+    for count, future in enumerate(as_completed(futures), 1):
+        future.result()
+        if count % 20 == 0 or count == len(futures):
+            sys.stderr.write(f"{title}: {count} of {len(futures)}, {time.monotonic() - start:.0f} s\n")
+
+
+def collect(seeds: Sequence[int], chosen: Sequence[Variant]) -> dict[str, Any]:
+    """All figures by row, each with its mean over seeds."""
+    rows: dict[str, Any] = {}
+    for label in own_models(seeds[0]):
+        rows[label] = _row("zoo", "", {}, {seed: WORK / f"seed{seed}" / "scores" / f"{label}.json" for seed in seeds})
+    for variant in chosen:
+        files = {seed: Case(variant, seed).score for seed in seeds}
+        rows[variant.label] = _row(variant.group, variant.method, variant.flags, files)
+    return rows
+
+
+def _row(group: str, method: str, flags: Mapping[str, Any], files: Mapping[int, Path]) -> dict[str, Any]:
+    found: dict[int, Any] = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in files.items()}
+    row: dict[str, Any] = {"group": group, "method": method, "flags": dict(flags)}
+    for kind in next(iter(found.values())):
+        means = [figures[kind]["mean"] for figures in found.values()]
+        row[kind] = _rounded(statistics.mean(means))
+        row[f"{kind} spread"] = _rounded(statistics.stdev(means)) if len(means) > 1 else 0.0
+    row["seeds"] = {
+        seed: {kind: {task: _rounded(value) for task, value in by_task.items()} for kind, by_task in figures.items()}
+        for seed, figures in found.items()
+    }
+    return row
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def choose(rows: Mapping[str, Any]) -> dict[str, str]:
+    """For each method, the row that is nearest to the experts on held-out calibration questions, mean over seeds."""
+    best: dict[str, str] = {}
+    for label, row in rows.items():
+        if row["group"] in (METHOD, CHOICE) and (
+            row["method"] not in best or row["divergence"] < rows[best[row["method"]]]["divergence"]
+        ):
+            best[row["method"]] = label
+    return best
+
+
+def tuned(rows: Mapping[str, Any]) -> list[Variant]:
+    """The closed forms with the coefficient that was chosen without labels, where it is not the default."""
+    found = []
+    for method, label in choose(rows).items():
+        if rows[label]["group"] == CHOICE and method in COEFFICIENTS:
+            found.append(Variant(f"{method}, coefficient chosen", method, rows[label]["flags"]))
+    return found
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's correlation of ranks; ties share their mean rank."""
+    ranks = [_ranks(values) for values in (first, second)]
+    return statistics.correlation(*ranks) if len(set(first)) > 1 and len(set(second)) > 1 else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def correlations(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """How well the score without labels predicts the order of the merged models' accuracies, within each seed."""
+    merged = [row for row in rows.values() if row["group"] != "zoo" and "accuracy" in row]
+    found = {}
+    for kind in ("divergence", "hidden"):
+        per_seed = [
+            -rank_correlation(
+                [row["seeds"][seed][kind]["mean"] for row in merged],
+                [row["seeds"][seed]["accuracy"]["mean"] for row in merged],
+            )
+            for seed in seeds
+        ]
+        found[kind] = {"mean": _rounded(statistics.mean(per_seed)), "seeds": [_rounded(value) for value in per_seed]}
+    return found
+
+
+def table(rows: Mapping[str, Any], labels: Sequence[str], title: str) -> Table:
+    """Accuracy and distances of some rows, mean over seeds; accuracies with their standard deviation over seeds."""
+    from rich.table import Table
+
+    result = Table("", "accuracy (%)", "over seeds", "KL / base's", "hidden / base's", title=title)
+    for column in result.columns[1:]:
+        column.justify = "right"
+    for label in labels:
+        row = rows[label]
+        accuracy = [f"{row['accuracy']:.1f}", f"+- {row['accuracy spread']:.1f}"] if "accuracy" in row else ["", ""]
+        result.add_row(label, *accuracy, f"{row['divergence']:.3f}", f"{row['hidden']:.3f}")
+    return result
+
+
+def report(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """Print the tables; the summary for the file."""
+    from rich.console import Console
+
+    console = Console()
+    titles = {"zoo": "Base and experts", METHOD: "Methods", ABLATION: "Ablations", CHOICE: "Settings to choose among"}
+    for group, title in titles.items():
+        labels = [label for label, row in rows.items() if row["group"] == group]
+        if labels:
+            console.print(table(rows, labels, f"{title}; {len(seeds)} seeds"))
+    best = choose(rows)
+    console.print(f"nearest to the experts on held-out calibration questions: {', '.join(best.values())}")
+    found = correlations(rows, seeds)
+    for kind, value in found.items():
+        console.print(f"rank correlation of {kind} and accuracy: {value['mean']:.2f} (by seed: {value['seeds']})")
+    return {"chosen": best, "rank_correlation": found}
+
+
+def save(file: Path, rows: Mapping[str, Any], summary: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Write settings, summary and rows, a line for each row."""
+    from expert_merging.run import provenance
+
+    settings = {
+        "seeds": options.seeds,
+        "held_out": options.held_out,
+        "configuration": CONFIG.read_text(encoding="utf-8"),
+        **provenance(),
+    }
+    lines = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in rows.items())
+    head = json.dumps({"settings": settings, **summary}, indent=1).removesuffix("\n}")
+    write_atomically(file, f'{head},\n "rows": {{\n{lines}\n }}\n}}\n'.encode())
+
+
+def main() -> None:
+    """Measure what is missing, print the tables and write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="seeds of the zoos (default: 0-4)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=(METHOD, ABLATION, CHOICE),
+        default=[METHOD, ABLATION, CHOICE],
+        help="what to measure (default: everything)",
+    )
+    parser.add_argument("--held_out", type=int, default=64, help="questions per task for the score (default: 64)")
+    parser.add_argument("--json", type=Path, default=RESULT, help="file for the figures (default: %(default)s)")
+    options = parser.parse_args()
+    chosen = [variant for variant in variants() if variant.group in options.groups]
+    if not any(variant.label == FIRST_STAGE for variant in chosen):
+        chosen.insert(0, Variant(FIRST_STAGE, FIRST_STAGE))
+    measure_all(options.seeds, chosen, options.workers, options.held_out)
+    chosen = [*tuned(collect(options.seeds, chosen)), *chosen]
+    measure_all(options.seeds, chosen, options.workers, options.held_out)
+    rows = collect(options.seeds, chosen)
+    save(options.json, rows, report(rows, options.seeds), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What can be done with finished merges: ``python -m expert_merging analyse RUN...`` and ``align RUN_OR_FOLDER...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from expert_merging.comparison import AlignOptions, compare
+from expert_merging.errors import InputError
+from expert_merging.options import add_flag, single_value
+from expert_merging.registry import read_options
+
+ALIGN = read_options(AlignOptions)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    given = vars(parser().parse_args(arguments))
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        if given.pop("command") == "analyse":
+            analyse(given["runs"], console)
+        else:
+            models = given.pop("models")
+            values = {name: ALIGN[name].convert(single_value(ALIGN, name, value)) for name, value in given.items()}
+            compare(models, AlignOptions(**values), console)
+    except InputError as error:
+        sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of both commands."""
+    result = argparse.ArgumentParser(prog="python -m expert_merging", description="Look at finished merges.")
+    commands = result.add_subparsers(dest="command", required=True)
+    analyse = commands.add_parser("analyse", help="draw importance, coefficients and chunks of learned merges again")
+    analyse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns")
+    align = commands.add_parser(
+        "align",
+        help="compare models with the experts, without labels",
+        description="How near models come to each task's expert: 0 is the expert itself, 1 the base.",
+        argument_default=argparse.SUPPRESS,
+    )
+    align.add_argument(
+        "models", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a run, or the folder of any model"
+    )
+    for option in ALIGN.values():
+        add_flag(align, option, option.default)
+    return result
+
+
+def analyse(runs: Sequence[Path], console: Console) -> None:
+    """Draw the pictures of every run again and say where they are."""
+    from expert_merging.learned.figures import redraw
+    from expert_merging.run import Run
+
+    for folder in runs:
+        analysis = Run(folder).analysis
+        if not analysis.is_dir():
+            raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
+        for file in redraw(analysis):
+            console.print(str(file), markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Compare models with the experts on calibration questions: what is compared, with what, and the table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.errors import InputError
+from expert_merging.options import ROOT
+from expert_merging.registry import Count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from expert_merging.calibration import Sample
+    from expert_merging.learned.align import Distances
+    from expert_merging.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignOptions:
+    """Options of ``python -m expert_merging align``.
+
+    Args:
+        family: model family, as its folder is called; by default that of the runs.
+        base_model_path: base model; by default that of the runs.
+        expert: an expert, NAME=PATH; repeat for each. By default those of the runs.
+        data_dir: folder with one file per task, TASK.json; by default the calibration folder of the runs. What they
+            learned from is left out.
+        task_expert: expert by task (TASK=EXPERT), for task files that are not called like their expert.
+        samples: questions per task.
+        loss_tokens: look at the tokens that predict the response, or at all.
+        max_new_tokens: bound on the length of the responses that experts write where the files have none.
+        prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
+            question where it has none.
+        device: where to compute; auto takes the first GPU if there is one.
+        json: file to write the numbers to.
+    """
+
+    family: str | None = None
+    base_model_path: str | None = None
+    expert: dict[str, str] | None = None
+    data_dir: str | None = None
+    task_expert: dict[str, str] | None = None
+    samples: Count = 32
+    loss_tokens: Literal["response", "all"] = "response"
+    max_new_tokens: Count = 128
+    prompt_template: str | None = None
+    device: str = "auto"
+    json: str | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One model to compare.
+
+    Args:
+        label: its row in the table.
+        folder: where the model is.
+        record: ``config.json`` of its run; None for a model that no run has made.
+    """
+
+    label: str
+    folder: Path
+    record: Mapping[str, Any] | None
+
+
+def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> None:
+    """Measure the models, print the table and write the numbers.
+
+    Args:
+        models: runs or folders of models.
+        options: the command's options.
+        console: where the table goes.
+
+    Raises:
+        InputError: something that is needed is neither given nor in a run's record, or cannot be used.
+    """
+    compared = find_models(models)
+    backbone, base, experts = _sources(compared, options)
+    found, samples = _measure(compared, backbone, base, experts, options)
+    from expert_merging.learned.align import relative
+
+    shares = relative(found)
+    console.print(_table(shares))
+    counts = Counter(sample.task for sample in samples)
+    console.print(f"on {', '.join(f'{count} questions of {task}' for task, count in sorted(counts.items()))}")
+    if options.json is not None:
+        result = {
+            "base": str(base),
+            "experts": {name: str(folder) for name, folder in experts.items()},
+            "questions": dict(counts),
+            "models": {
+                model.label: {
+                    "folder": str(model.folder),
+                    "relative": {task: asdict(distance) for task, distance in shares[model.label].items()},
+                    "absolute": {task: asdict(distance) for task, distance in found[model.label].items()},
+                }
+                for model in compared
+            },
+        }
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def find_models(models: Sequence[Path]) -> list[Compared]:
+    """The models of runs and folders, each with a label of its own.
+
+    Raises:
+        InputError: there is no model in a folder.
+    """
+    found = []
+    for path in models:
+        folder = path / "model" if (path / "model").is_dir() else path
+        if not any(folder.glob("*.safetensors")):
+            raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
+        run = folder.resolve().parent
+        record = _read_record(run / "config.json")
+        label = folder.resolve().name if record is None else f"{record['method']}/{run.name}"
+        found.append(Compared(label, folder, record))
+    repeated = Counter(model.label for model in found)
+    return [
+        Compared(str(path), model.folder, model.record) if repeated[model.label] > 1 or model.label == "base" else model
+        for path, model in zip(models, found, strict=True)
+    ]
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    """A run's ``config.json``; None where there is none, or a model's."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"family", "method", "options"} <= set(record) else None
+
+
+def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backbone, Path, dict[str, Path]]:
+    """Family, base and experts, from the options or from what all runs say."""
+    family = options.family or _agreed(compared, "--family", lambda record: record["family"])
+    base = options.base_model_path or _agreed(
+        compared, "--base_model_path", lambda record: record["options"]["base_model_path"]
+    )
+    experts = options.expert or _agreed(compared, "--expert", lambda record: record["options"]["expert"])
+    return load_family(family), Path(base), {name: Path(folder) for name, folder in experts.items()}
+
+
+def _agreed(compared: Sequence[Compared], flag: str, read: Any) -> Any:
+    """What the runs say, which must be the same for all of them."""
+    said = [read(model.record) for model in compared if model.record is not None]
+    if not said:
+        raise InputError(f"none of these models was made by a run that says what it was made of; give {flag}")
+    other = next((value for value in said if value != said[0]), None)
+    if other is not None:
+        raise InputError(
+            f"these models were made of different things ({said[0]} and {other}), so they cannot be compared; compare "
+            f"them one by one, or give {flag}"
+        )
+    return said[0]
+
+
+def load_family(name: str) -> Backbone:
+    """The model family whose folder has that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = sorted(file.parent.name for file in ROOT.glob("*/backbone.py") if file.parent.name != "expert_merging")
+    if name not in known:
+        raise InputError(f"--family must be one of {', '.join(known)}, got {name}")
+    backbone: Backbone = importlib.import_module(f"{name}.backbone").BACKBONE
+    return backbone
+
+
+def _measure(
+    compared: Sequence[Compared], backbone: Backbone, base: Path, experts: Mapping[str, Path], options: AlignOptions
+) -> tuple[dict[str, Distances], list[Sample]]:
+    import torch
+
+    from expert_merging.console import Terminal
+    from expert_merging.job import choose_device
+    from expert_merging.learned.align import Probe, measure
+    from expert_merging.plan import make_plan
+
+    device = torch.device(choose_device(options.device))
+    plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name)
+    samples = _choose_samples(compared, plan, backbone, options)
+    import_transformers()
+    terminal = Terminal()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Probe(
+                samples,
+                response_only=options.loss_tokens == "response",
+                max_new_tokens=options.max_new_tokens,
+                prompt_template=options.prompt_template,
+                responses=Path(folder) / "responses.json",
+                device=device,
+                dtype=torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype,
+            )
+            folders = {model.label: model.folder for model in compared}
+            return measure(plan, backbone, folders, probe, terminal.progress), samples
+    finally:
+        terminal.close()
+
+
+def _choose_samples(
+    compared: Sequence[Compared], plan: Plan, backbone: Backbone, options: AlignOptions
+) -> list[Sample]:
+    """Questions of every task that no run has learned from."""
+    from expert_merging.calibration import load_samples
+    from expert_merging.learned.align import held_out
+
+    records = [
+        model.record["options"] for model in compared if model.record and model.record["options"].get("data_dir")
+    ]
+    folders = sorted({record["data_dir"] for record in records})
+    if options.data_dir is None and len(folders) != 1:
+        reason = f"these runs learned from {' and '.join(folders)}" if folders else "no run says what it learned from"
+        raise InputError(f"which questions? {reason}; give --data_dir")
+    data_dir = Path(options.data_dir or folders[0]).resolve()
+    learned = [record for record in records if Path(record["data_dir"]) == data_dir]
+    most = max((record["samples_per_task"] for record in learned), default=0)
+    special = [record.get("samples_per_task_dict") or {} for record in learned]
+    used = {
+        file.stem: max(
+            (own.get(file.stem, record["samples_per_task"]) for record, own in zip(learned, special, strict=True)),
+            default=most,
+        )
+        for file in data_dir.glob("*.json")
+    }
+    task_expert = options.task_expert or next(
+        (record["task_expert"] for record in learned if record["task_expert"]), {}
+    )
+    samples = load_samples(
+        data_dir,
+        tuple(plan.experts),
+        default_count=options.samples,
+        counts={task: count + options.samples for task, count in used.items()},
+        task_expert=task_expert,
+        family_tasks=backbone.task_experts,
+    )
+    return held_out(samples, used)
+
+
+def _table(shares: Mapping[str, Distances]) -> Table:
+    """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
+    from rich.table import Table
+
+    from expert_merging.learned.align import BASE, MEAN
+
+    tasks = [task for task in shares[BASE] if task != MEAN]
+    result = Table("", title="Divergence from each task's expert (0: the expert, 1: the base)")
+    for column in (*tasks, MEAN, "hidden states"):
+        result.add_column(column, justify="right")
+    for label, found in shares.items():
+        divergences = [f"{found[task].divergence:.3f}" for task in (*tasks, MEAN)]
+        result.add_row(label, *divergences, f"{found[MEAN].hidden:.3f}")
+    return result

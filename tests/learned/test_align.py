@@ -1,0 +1,160 @@
+"""The score without labels: known distances, held-out questions, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+from expert_merging.__main__ import main
+from expert_merging.calibration import Sample
+from expert_merging.cli import main as merge
+from expert_merging.comparison import find_models
+from expert_merging.errors import InputError
+from expert_merging.learned.align import Distance, held_out, relative
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
+from tests.learned.twin import Example, Twin
+
+
+@pytest.fixture
+def runs(answered_zoo, tmp_path):
+    """A finished run of a method that learns and one of a closed form."""
+    common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]
+    learning = ["--data_dir", str(answered_zoo / "dataset"), "--samples_per_task", "2"]
+    assert merge(BACKBONE, [*common, *learning, "--run_name", "r"]) == 0
+    assert merge(BACKBONE, [*common, "--method", "task_arithmetic", "--run_name", "r"]) == 0
+    return tmp_path / "out" / "expert_merging" / "r", tmp_path / "out" / "task_arithmetic" / "r"
+
+
+def align(*arguments):
+    return main(["align", "--device", "cpu", *map(str, arguments)])
+
+
+def refusal(capsys, *arguments):
+    capsys.readouterr()
+    assert align(*arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("error: ")
+
+
+def numbers(tmp_path, *arguments):
+    assert align(*arguments, "--json", tmp_path / "numbers.json") == 0
+    return json.loads((tmp_path / "numbers.json").read_text())
+
+
+def test_the_base_has_one_and_an_expert_zero_on_its_own_task(runs, answered_zoo, tmp_path, capsys):
+    experts = {name: answered_zoo / folder for name, folder in EXPERTS.items()}
+    found = numbers(tmp_path, *runs, answered_zoo / BASE, *experts.values())["models"]
+    for name, folder in experts.items():
+        assert found[folder.name]["relative"][name]["divergence"] == pytest.approx(0, abs=1e-6)
+        assert found[folder.name]["relative"][name]["hidden"] == pytest.approx(0, abs=1e-6)
+        assert found[BASE]["relative"][name]["divergence"] == pytest.approx(1, rel=1e-5)
+    assert set(found) == {"expert_merging/r", "task_arithmetic/r", BASE, *(path.name for path in experts.values())}
+    for model in found.values():
+        means = [model["relative"][task]["divergence"] for task in EXPERTS]
+        assert model["relative"]["mean"]["divergence"] == pytest.approx(sum(means) / 3)
+    shown = capsys.readouterr().out
+    assert "Divergence from each task's expert (0: the expert, 1: the base)" in shown
+    assert "on 4 questions of Chat, 4 questions of Code, 4 questions of Math" in shown
+
+
+def test_distances_are_those_of_the_definition(runs, answered_zoo, tmp_path):
+    """Against whole logits of the merged checkpoint and of the experts, on the questions after the first two."""
+    run = runs[0]
+    found = numbers(tmp_path, run, "--loss_tokens", "all")["models"]["expert_merging/r"]["absolute"]
+    experts = {name: answered_zoo / folder for name, folder in EXPERTS.items()}
+    some = ["model.layers.0.mlp.up_proj.weight"]  # to which next to nothing is added
+    twin = Twin(base=run / "model", experts=experts, merged=some, initial=[1e-9] * 3, layers=[1])
+    responses = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
+    for task in EXPERTS:
+        samples = [Example(task, task, f"{task} question {number}?", responses[task]) for number in range(2, 6)]
+        with torch.no_grad():
+            losses = torch.stack([torch.stack(twin.losses(sample)) for sample in samples]).mean(0)
+        assert [found[task]["divergence"], found[task]["hidden"]] == pytest.approx(losses.tolist(), rel=1e-4)
+
+
+def test_an_experts_own_head_counts(tmp_path):
+    """Also where learning would take the merged model's for the expert's."""
+    save_model(tmp_path / BASE, 0)
+    perturb(tmp_path / BASE, tmp_path / "expert", 1)
+    shutil.copytree(tmp_path / BASE, tmp_path / "other")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["lm_head.weight"] *= 2
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    write_tasks(tmp_path / "dataset", responses={"Math": "42"})
+    given = ["--family", "Mistral", "--base_model_path", tmp_path / BASE, "--expert", f"Math={tmp_path / 'expert'}"]
+    found = numbers(tmp_path, tmp_path / "other", tmp_path / "expert", *given, "--data_dir", tmp_path / "dataset")
+    assert found["models"]["expert"]["relative"]["mean"]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert abs(found["models"]["other"]["relative"]["mean"]["divergence"] - 1) > 0.01
+    assert found["models"]["other"]["relative"]["mean"]["hidden"] == pytest.approx(1)
+
+
+def test_other_questions_leave_nothing_out(runs, answered_zoo, tmp_path):
+    write_tasks(tmp_path / "other", count=3, responses=dict.fromkeys(EXPERTS, "yes"))
+    assert numbers(tmp_path, *runs, "--data_dir", tmp_path / "other")["questions"] == dict.fromkeys(EXPERTS, 3)
+    assert numbers(tmp_path, *runs, "--data_dir", tmp_path / "other", "--samples", 1)["questions"] == dict.fromkeys(
+        EXPERTS, 1
+    )
+
+
+def test_what_is_missing_is_said(runs, answered_zoo, tmp_path, capsys):
+    learned, closed = runs
+    assert "which questions? no run says what it learned from; give --data_dir" in refusal(capsys, closed)
+    bare = answered_zoo / BASE
+    assert "none of these models was made by a run that says what it was made of; give --family" in refusal(
+        capsys, bare
+    )
+    assert f"{tmp_path} holds no model" in refusal(capsys, tmp_path)
+    assert "--family must be one of" in refusal(capsys, learned, "--family", "Llama")
+    assert "--samples must be a whole number in [1, inf), got 0" in refusal(capsys, learned, "--samples", "0")
+    assert "--device must be auto, cpu, cuda" in refusal(capsys, learned, "--device", "tpu")
+
+
+def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path, capsys):
+    common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--method", "weight_average"]
+    experts = ["--expert", f"Math={answered_zoo / EXPERTS['Math']}"]
+    assert merge(BACKBONE, [*common, *experts, "--run_name", "r"]) == 0
+    shown = refusal(capsys, runs[0], tmp_path / "out" / "weight_average" / "r")
+    assert "made of different things" in shown
+    assert "give --expert" in shown
+
+
+def test_questions_that_were_used_are_left_out_and_some_must_stay():
+    samples = [Sample("a", "a", str(number), None, str(number)) for number in range(3)]
+    assert [sample.question for sample in held_out(samples, {"a": 2})] == ["2"]
+    with pytest.raises(InputError, match=r"all 3 samples of a\.json were used for learning; give --data_dir"):
+        held_out(samples, {"a": 3})
+
+
+def test_a_base_like_its_expert_cannot_be_a_measure():
+    with pytest.raises(InputError, match="the base and the expert of t predict the same"):
+        relative({"base": {"t": Distance(0.0, 1.0)}})
+
+
+def test_models_with_the_same_name_are_told_apart(answered_zoo, tmp_path):
+    for parent in ("x", "y"):
+        shutil.copytree(answered_zoo / BASE, tmp_path / parent / "same")
+    labels = [model.label for model in find_models([tmp_path / "x" / "same", tmp_path / "y" / "same"])]
+    assert labels == [str(tmp_path / "x" / "same"), str(tmp_path / "y" / "same")]
+
+
+def test_analyse_draws_a_finished_run_again(runs, capsys):
+    learned, closed = runs
+    before = {file.name: file.read_bytes() for file in (learned / "analysis").iterdir()}
+    for file in (learned / "analysis").glob("*.png"):
+        file.unlink()
+    assert main(["analyse", str(learned)]) == 0
+    assert {file.name: file.read_bytes() for file in (learned / "analysis").iterdir()} == before
+    assert str(learned / "analysis" / "importance.png") in capsys.readouterr().out
+    with (learned / "analysis" / "layers.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 21
+    assert sum(float(row["importance"]) for row in rows) == pytest.approx(1)
+    assert main(["analyse", str(closed)]) == 1
+    assert f"{closed} has no folder analysis; give a finished run of a method that learns" in capsys.readouterr().err
