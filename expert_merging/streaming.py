@@ -31,7 +31,7 @@ BLOCK = 1 << 19
 # cache from the first operation to the last, but enough to outweigh the calls.
 STEP = 1 << 16
 # A GPU computes with a whole block at a time, and it takes millions of entries to keep one busy.
-GPU_BLOCK = 1 << 22
+GPU_BLOCK = 1 << 21
 
 # Models with fewer parameters are worked on with one thread: more would wait for each other, many times as long as they
 # compute.

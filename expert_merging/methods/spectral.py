@@ -69,7 +69,7 @@ def exact_sum(task_vectors: Tensor) -> Tensor:
         task_vectors: ``(experts, rows, columns)``.
     """
     total = task_vectors[0].clone()
-    step = max(1, _CACHED // total.shape[1])
+    step = len(total) if total.is_cuda else max(1, _CACHED // total.shape[1])
     for start in range(0, len(total), step):
         rows = slice(start, start + step)
         exact = total[rows].double()
