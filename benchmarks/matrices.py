@@ -1,6 +1,7 @@
 """Time of the methods that work on matrices, against plain ways to the same result.
 
-The plain ways are `torch.linalg.svd` for ``iso`` and ``svd``, and for ``wudi`` one product per expert and step.
+The plain ways are `torch.linalg.svd` for ``iso`` and ``svd``, and for ``wudi`` one product per expert and step. A tenth
+of the default number of steps is enough to compare them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.checkpoints import MODELS, layer_shapes
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
     Rule = Callable[[Tensor], Tensor]
     Figures = dict[str, float]
+
+
+_STEPS = 30
 
 
 def plain_iso(task_vectors: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def plain_wudi(task_vectors: Tensor) -> Tensor:
     grams = task_vectors.mT @ task_vectors / squares
     merged = torch.nn.Parameter(task_vectors.sum(0))
     optimizer = torch.optim.Adam([merged], lr=1e-5)
-    for _ in range(300):
+    for _ in range(_STEPS):
         differences = merged.detach() - task_vectors
         merged.grad = sum(
             (difference @ gram for difference, gram in zip(differences, grams, strict=True)), torch.zeros_like(merged)
@@ -82,8 +87,9 @@ def measure_matrices(model: str, experts: int, device: str, methods: list[str]) 
     """
     import torch
 
-    from expert_merging.registry import find_method
+    from expert_merging.methods import spectral, wudi
 
+    rules: dict[str, Rule] = {"iso": spectral.iso, "svd": spectral.svd, "wudi": partial(wudi.wudi, steps=_STEPS)}
     generator = torch.Generator().manual_seed(0)
     shapes = [shape for _, shape in layer_shapes(MODELS[model]) if len(shape) == 2]
     given = {
@@ -92,7 +98,7 @@ def measure_matrices(model: str, experts: int, device: str, methods: list[str]) 
     threads = torch.get_num_threads() if device == "cpu" else 3
     figures: dict[str, dict[str, Figures]] = {}
     for method in methods:
-        rule, plain = find_method(method).function, PLAIN[method]
+        rule, plain = rules[method], PLAIN[method]
         figures[method] = {
             f"{shape[0]} x {shape[1]}": _compare(rule, plain, [task_vectors], 1)
             for shape, task_vectors in given.items()
@@ -107,7 +113,7 @@ def _compare(rule: Rule, plain: Rule, given: list[Tensor], threads: int) -> Figu
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     seconds, merged = _timed(lambda: _side_by_side(rule, given, threads))
-    plain_seconds, expected = _timed(lambda: [plain(task_vectors) for task_vectors in given])
+    plain_seconds, expected = _timed(lambda: [plain(task_vectors) for task_vectors in given], repeats=1)
     torch.set_num_threads(before)
     differences = [float((one - other).norm() / other.norm()) for one, other in zip(merged, expected, strict=True)]
     return {

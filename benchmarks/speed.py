@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ PEER_METHODS = {
 _LIMIT = """
 import os, sys, time
 inputs, output = sys.argv[2:], sys.argv[1]
-start = time.perf_counter()
+start, before = time.perf_counter(), time.process_time()
 buffer = bytearray(1 << 22)
 target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 for number, path in enumerate(inputs):
@@ -49,7 +50,7 @@ for number, path in enumerate(inputs):
         if number == 0:
             os.write(target, memoryview(buffer)[:count])
 os.fsync(target)
-print(time.perf_counter() - start, 0, 0)
+print(time.perf_counter() - start, time.process_time() - before, 0, 0)
 """
 
 _METHOD = """
@@ -61,11 +62,11 @@ from Mistral.backbone import BACKBONE
 device = {device!r}
 if device != "cpu":
     torch.linalg.eigh(torch.eye(2, device=device))
-start = time.perf_counter()
+start, before = time.perf_counter(), time.process_time()
 code = main(BACKBONE, {arguments!r})
-seconds = time.perf_counter() - start
+seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - before
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(seconds, 1024 * int(peak.split()[1]), torch.cuda.max_memory_allocated() if device != "cpu" else 0)
+print(seconds, cpu_seconds, 1024 * int(peak.split()[1]), torch.cuda.max_memory_allocated() if device != "cpu" else 0)
 sys.exit(code)
 """
 
@@ -124,21 +125,22 @@ def measure(code: str, *arguments: str) -> dict[str, float]:
     """Run Python code in a process of its own.
 
     Returns:
-        The numbers that it prints last: seconds, its largest resident set in bytes, and the largest memory on the GPU.
+        The numbers that it prints last: seconds, processor seconds (which other processes on the machine disturb less),
+        its largest resident set in bytes, and the largest memory on the GPU.
     """
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the measured process failed:\n{done.stderr}")
-    numbers = (float(number) for number in done.stdout.split()[-3:])
-    return dict(zip(("seconds", "peak_bytes", "gpu_peak_bytes"), numbers, strict=True))
+    numbers = (float(number) for number in done.stdout.split()[-4:])
+    return dict(zip(("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes"), numbers, strict=True))
 
 
 def whole_process(command: list[str]) -> dict[str, float]:
-    """Run a command from start to end; its seconds and the largest anonymous memory seen, in bytes.
+    """Run a command from start to end; its (processor) seconds and the largest anonymous memory seen, in bytes.
 
     Anonymous memory is what the process allocated itself, without pages of mapped input files.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         peak = 0
         while process.poll() is None:
@@ -150,7 +152,9 @@ def whole_process(command: list[str]) -> dict[str, float]:
         if process.returncode:
             errors = process.stderr.read().decode()[-2000:] if process.stderr else ""
             raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
-    return {"seconds": seconds, "peak_bytes": peak}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
 
 
 def peer_program(work: Path) -> Path:
@@ -197,6 +201,8 @@ def compare_with_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, f
             "seconds": ours["seconds"],
             "peer_seconds": theirs["seconds"],
             "times_faster": theirs["seconds"] / ours["seconds"],
+            "cpu_seconds": ours["cpu_seconds"],
+            "peer_cpu_seconds": theirs["cpu_seconds"],
             "peak_bytes": ours["peak_bytes"],
             "peer_peak_bytes": theirs["peak_bytes"],
             "times_less_memory": theirs["peak_bytes"] / ours["peak_bytes"],
@@ -207,20 +213,22 @@ def compare_with_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, f
 def best(results: list[dict[str, float]]) -> dict[str, float]:
     """The fastest time and the largest memory: on a shared machine, slower times measure the others."""
     peaks = {name: max(result[name] for result in results) for name in ("peak_bytes", "gpu_peak_bytes")}
-    return {"seconds": min(result["seconds"] for result in results), **peaks}
+    times = {name: min(result[name] for result in results) for name in ("seconds", "cpu_seconds")}
+    return {**times, **peaks}
 
 
 def show_methods(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
     """Measure merges and print them beside the limit."""
     limit = bench.limit()
     figures = {"limit": limit}
-    table = Table("job", "seconds", "x limit", "peak memory", "on the GPU")
-    table.add_row("limit: read all inputs, write one", f"{limit['seconds']:.2f}", "1.0", "", "")
+    table = Table("job", "seconds", "x limit", "processor", "peak memory", "on the GPU")
+    table.add_row("limit", f"{limit['seconds']:.2f}", "1.0", f"{limit['cpu_seconds']:.2f}", "", "")
     for method in methods:
         result = bench.method(method)
         figures[method] = {**result, "ratio": result["seconds"] / limit["seconds"]}
         sizes = [f"{result[name] / 1e9:.2f} GB" if result[name] else "" for name in ("peak_bytes", "gpu_peak_bytes")]
-        table.add_row(method, f"{result['seconds']:.2f}", f"{figures[method]['ratio']:.2f}", *sizes)
+        times = [f"{number:.2f}" for number in (result["seconds"], figures[method]["ratio"], result["cpu_seconds"])]
+        table.add_row(method, *times, *sizes)
     Console().print(table)
     return figures
 
@@ -240,13 +248,16 @@ def show_matrices(model: str, experts: int, device: str, methods: list[str]) -> 
 def show_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
     """Measure whole processes beside mergekit's."""
     figures = compare_with_peer(bench, methods)
-    table = Table("whole process", "seconds", "mergekit", "faster", "peak memory", "mergekit", "less")
+    columns = ("seconds", "mergekit", "faster", "processor", "mergekit", "peak memory", "mergekit", "less")
+    table = Table("whole process", *columns)
     for method, found in figures.items():
         table.add_row(
             method,
             f"{found['seconds']:.1f}",
             f"{found['peer_seconds']:.1f}",
             f"{found['times_faster']:.1f}x",
+            f"{found['cpu_seconds']:.1f}",
+            f"{found['peer_cpu_seconds']:.1f}",
             f"{found['peak_bytes'] / 1e9:.2f} GB",
             f"{found['peer_peak_bytes'] / 1e9:.2f} GB",
             f"{found['times_less_memory']:.0f}x",
