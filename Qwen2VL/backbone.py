@@ -50,19 +50,22 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         InputError: the folder lacks a tensor of the model, or has one of another shape.
     """
-    transformers = import_transformers()
     _config(folder)
-    try:
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+    model, report = import_transformers().AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # to be refused below with the rest
+        output_loading_info=True,
+    )
+    if report["mismatched_keys"]:
+        name, stored, expected = min(report["mismatched_keys"])
+        raise InputError(
+            f"{folder}: {file_name(name)} has shape {list(stored)}, and {list(expected)} by config.json; "
+            "download both again"
         )
-    except RuntimeError as error:  # shapes that differ
-        raise InputError(f"{folder} does not fit its config.json: {str(error).splitlines()[0]}") from None
     if report["missing_keys"]:
         first, *others = sorted(map(file_name, report["missing_keys"]))
         more = f" and {len(others)} more tensors" if others else ""
