@@ -89,10 +89,12 @@ def _methods() -> Iterator[Variant]:
 
 
 def _ablations() -> Iterator[Variant]:
-    """Those of the paper's Table 4; task weights are equal in the zoo's configuration already."""
+    """Those of the paper's Table 4, where the zoo's configuration has equal task weights; and other task weights."""
     removed = {"hidden states": "hidden_states_weight", "logits": "logits_weight", "regulariser": "sparsity_reg_weight"}
     for words, option in removed.items():
         yield Variant(f"{FIRST_STAGE} without {words}", FIRST_STAGE, {option: 0}, ABLATION)
+    for task in ("Chat", "Math", "Code"):
+        yield Variant(f"{FIRST_STAGE}, {task} weighs 4", FIRST_STAGE, {"loss_alphas": f"{task}=4"}, ABLATION)
     for chunking in ("none", "all"):
         yield Variant(f"{SECOND_STAGE}, chunking {chunking}", SECOND_STAGE, {"chunking": chunking}, ABLATION, True)
 

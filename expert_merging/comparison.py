@@ -39,8 +39,8 @@ class AlignOptions:
         samples: questions per task.
         loss_tokens: look at the tokens that predict the response, or at all.
         max_new_tokens: bound on the length of the responses that experts write where the files have none.
-        prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
-            question where it has none.
+        prompt_template: text with {question} in it; by default that of the runs, else the chat template of the base's
+            tokenizer, or the bare question where it has none.
         device: where to compute; auto takes the first GPU if there is one.
         json: file to write the numbers to.
     """
@@ -86,7 +86,8 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     """
     compared = find_models(models)
     backbone, base, experts = _sources(compared, options)
-    found, samples = _measure(compared, backbone, base, experts, options)
+    learned = [model.record["options"] for model in compared if model.record and "data_dir" in model.record["options"]]
+    found, samples = _measure(compared, learned, backbone, base, experts, options)
     from expert_merging.learned.align import relative
 
     shares = relative(found)
@@ -179,8 +180,23 @@ def load_family(name: str) -> Backbone:
 
 
 def _measure(
-    compared: Sequence[Compared], backbone: Backbone, base: Path, experts: Mapping[str, Path], options: AlignOptions
+    compared: Sequence[Compared],
+    learned: Sequence[Mapping[str, Any]],
+    backbone: Backbone,
+    base: Path,
+    experts: Mapping[str, Path],
+    options: AlignOptions,
 ) -> tuple[dict[str, Distances], list[Sample]]:
+    """Distances by model and task, and the questions that they were measured on.
+
+    Args:
+        compared: the models.
+        learned: options of the runs that learned from calibration files.
+        backbone: the model family.
+        base: folder of the base.
+        experts: folders of the experts.
+        options: the command's options.
+    """
     import torch
 
     from expert_merging.console import Terminal
@@ -190,7 +206,9 @@ def _measure(
 
     device = torch.device(choose_device(options.device))
     plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name)
-    samples = _choose_samples(compared, plan, backbone, options)
+    samples = _choose_samples(learned, plan, backbone, options)
+    first = learned[0] if learned else {}
+    backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})
     import_transformers()
     terminal = Terminal()
     try:
@@ -199,7 +217,7 @@ def _measure(
                 samples,
                 response_only=options.loss_tokens == "response",
                 max_new_tokens=options.max_new_tokens,
-                prompt_template=options.prompt_template,
+                prompt_template=options.prompt_template or first.get("prompt_template"),
                 responses=Path(folder) / "responses.json",
                 device=device,
                 dtype=torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype,
@@ -211,16 +229,13 @@ def _measure(
 
 
 def _choose_samples(
-    compared: Sequence[Compared], plan: Plan, backbone: Backbone, options: AlignOptions
+    learned: Sequence[Mapping[str, Any]], plan: Plan, backbone: Backbone, options: AlignOptions
 ) -> list[Sample]:
     """Questions of every task that no run has learned from."""
     from expert_merging.calibration import load_samples
     from expert_merging.learned.align import held_out
 
-    records = [
-        model.record["options"] for model in compared if model.record and model.record["options"].get("data_dir")
-    ]
-    folders = sorted({record["data_dir"] for record in records})
+    folders = sorted({record["data_dir"] for record in learned})
     if options.data_dir is None and len(folders) != 1:
         reason = f"these runs learned from {' and '.join(folders)}" if folders else "no run says what it learned from"
         raise InputError(f"which questions? {reason}; give --data_dir")
@@ -247,6 +262,13 @@ def _choose_samples(
         family_tasks=backbone.task_experts,
     )
     return held_out(samples, used)
+
+
+def _samples_used(record: Mapping[str, Any], task: str) -> int:
+    """How many samples of a task a run has learned from."""
+    special = record["samples_per_task_dict"] or {}
+    count: int = special.get(task, record["samples_per_task"])
+    return count
 
 
 def _table(shares: Mapping[str, Distances]) -> Table:

@@ -25,6 +25,7 @@ def runs(answered_zoo, tmp_path):
     """A finished run of a method that learns and one of a closed form."""
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]
     learning = ["--data_dir", str(answered_zoo / "dataset"), "--samples_per_task", "2"]
+    learning += ["--samples_per_task_dict", '{"Code": 3}', "--prompt_template", "{question}!"]
     assert merge(BACKBONE, [*common, *learning, "--run_name", "r"]) == 0
     assert merge(BACKBONE, [*common, "--method", "task_arithmetic", "--run_name", "r"]) == 0
     return tmp_path / "out" / "expert_merging" / "r", tmp_path / "out" / "task_arithmetic" / "r"
@@ -59,11 +60,12 @@ def test_the_base_has_one_and_an_expert_zero_on_its_own_task(runs, answered_zoo,
         assert model["relative"]["mean"]["divergence"] == pytest.approx(sum(means) / 3)
     shown = capsys.readouterr().out
     assert "Divergence from each task's expert (0: the expert, 1: the base)" in shown
-    assert "on 4 questions of Chat, 4 questions of Code, 4 questions of Math" in shown
+    assert "on 4 questions of Chat, 3 questions of Code, 4 questions of Math" in shown
 
 
 def test_distances_are_those_of_the_definition(runs, answered_zoo, tmp_path):
-    """Against whole logits of the merged checkpoint and of the experts, on the questions after the first two."""
+    """Against whole logits of the merged checkpoint and of the experts, on the questions that were not learned from and
+    with the template that was."""
     run = runs[0]
     found = numbers(tmp_path, run, "--loss_tokens", "all")["models"]["expert_merging/r"]["absolute"]
     experts = {name: answered_zoo / folder for name, folder in EXPERTS.items()}
@@ -71,7 +73,8 @@ def test_distances_are_those_of_the_definition(runs, answered_zoo, tmp_path):
     twin = Twin(base=run / "model", experts=experts, merged=some, initial=[1e-9] * 3, layers=[1])
     responses = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
     for task in EXPERTS:
-        samples = [Example(task, task, f"{task} question {number}?", responses[task]) for number in range(2, 6)]
+        used = 3 if task == "Code" else 2
+        samples = [Example(task, task, f"{task} question {number}?!", responses[task]) for number in range(used, 6)]
         with torch.no_grad():
             losses = torch.stack([torch.stack(twin.losses(sample)) for sample in samples]).mean(0)
         assert [found[task]["divergence"], found[task]["hidden"]] == pytest.approx(losses.tolist(), rel=1e-4)
