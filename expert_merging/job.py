@@ -259,12 +259,6 @@ class Job:
         memory = working_memory(plan, elementwise=method.elementwise, device=torch.device(self.device))
         written = len(self._results(self.run)) * plan.output_bytes
         lines.append(f"writes {_size(written)}; merging needs about {_size(memory)} of memory on {self.device}")
-        if self.work and self.work.trains:
-            model = plan.base_elements
-            lines.append(
-                f"learning holds one model ({_size(4 * model)} in float32, half in half precision), one sample's "
-                "activations, and task vectors where they fit"
-            )
         unread = weights_in_other_formats(plan.base)
         if unread:
             lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")

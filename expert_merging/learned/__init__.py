@@ -42,10 +42,8 @@ class Work:
         run: does the work.
         inputs: digests of what it reads besides checkpoints, by name; a run is continued only with the same.
         notes: lines for the plan that ``--dry_run`` prints.
-        trains: a model is trained.
     """
 
     run: Callable[[], Coefficients]
     inputs: Mapping[str, str]
     notes: tuple[str, ...] = ()
-    trains: bool = True

@@ -17,15 +17,21 @@ from pathlib import Path
 
 import torch
 
+from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
-from expert_merging.learned.task_vectors import DEVICE, DISK, HOST
+from expert_merging.learned.task_vectors import BLOCK_ON_GPU, DEVICE, DISK, HOST
+from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 # Share of a GPU's memory that is left for what its allocator cannot use.
 _MARGIN = 0.05
+# Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
+_CONTEXT, _LOGITS = 1 << 29, 1 << 28
+# Tokens of a long sample: a few pictures, or a long answer.
+_LONG_SAMPLE = 2048
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,73 @@ def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], No
     parts = [f"{amount / 1e9:.2f} GB {where[place]}" for place, amount in amounts.items() if amount]
     logger.info("base and experts: %s", ", ".join(parts))
     logger.info("weight gradients are used once per %s", "update" if chosen.accumulates else "sample")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that learning takes on a device, estimated from headers and ``config.json``.
+
+    Args:
+        model: the merged model.
+        sample: activations of a sample of `_LONG_SAMPLE` tokens.
+        checkpointed_sample: the same with gradient checkpointing.
+        working: the largest weight gradient, blocks of task vectors, logits, and the driver's own.
+        task_vectors: base and experts.
+        gradients: all weight gradients in float32.
+    """
+
+    model: int
+    sample: int
+    checkpointed_sample: int
+    working: int
+    task_vectors: int
+    gradients: int
+
+
+def estimate(plan: Plan, width: int) -> Needs:
+    """What learning needs with weights of ``width`` bytes."""
+    config, entries = plan.base.config, plan.base.entries
+    hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
+    layers = layer_count(config) or 0
+    # Counted on decoders of Llama's kind: what autograd keeps of a layer per token, and of one that is computed again.
+    kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
+    kept_again = 1.5 * width * hidden
+    checkpoints = (plan.base, *plan.experts.values())
+    blocks = len(checkpoints) * BLOCK_ON_GPU * (4 + 2 * width)
+    return Needs(
+        model=width * plan.base_elements,
+        sample=int(_LONG_SAMPLE * layers * kept),
+        checkpointed_sample=int(_LONG_SAMPLE * (layers * kept_again + kept)),
+        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + _CONTEXT,
+        task_vectors=sum(checkpoint.entries[name].size for checkpoint in checkpoints for name in plan.merged),
+        gradients=4 * plan.merged_elements,
+    )
+
+
+def describe(plan: Plan, precision: str, *, gradient_checkpointing: bool) -> tuple[str, ...]:
+    """The memory that each device needs, for the plan that ``--dry_run`` prints.
+
+    Args:
+        plan: the checkpoints.
+        precision: ``no``, ``fp16`` or ``bf16``.
+        gradient_checkpointing: whether activations are computed again.
+    """
+    needs = estimate(plan, 4 if precision == "no" else 2)
+    plain = needs.model + needs.sample + needs.working
+    least = needs.model + needs.checkpointed_sample + needs.working
+    now = least if gradient_checkpointing else plain
+    flag = "" if gradient_checkpointing else f" ({_gib(least)} with --gradient_checkpointing)"
+    return (
+        f"learning needs at least {_gib(now)}{flag} on each device: model {_gib(needs.model)}, a sample of "
+        f"{_LONG_SAMPLE} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
+        f"with base and experts on the device, {_gib(needs.task_vectors)} more; otherwise they are in host memory, for "
+        "each process, or read from the files",
+        f"with weight gradients added up, {_gib(needs.gradients)} more",
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:

@@ -14,6 +14,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.learned import Context, Work
 from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
+from expert_merging.learned.memory import describe
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.trainer import Trainer
@@ -40,7 +41,7 @@ def one_stage(plan: Plan, context: Context, options: TrainingOptions, *, shared:
     density = options.density if isinstance(options, TrimmingOptions) else None
     settings = replace(check(plan, context, options), shared=shared, density=density)
     notes = (f"{settings.trained} coefficients learned {_amount(settings)}",)
-    return _work(context, settings, lambda: Trainer(plan, context, settings).train(), notes)
+    return _work(plan, context, settings, lambda: Trainer(plan, context, settings).train(), notes)
 
 
 def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
@@ -82,7 +83,7 @@ def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
     notes = (f"stage 1: {settings.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
     inputs = {} if given is None else {"coefficients": given.fingerprint()}
-    return _work(context, settings, learn, notes, inputs)
+    return _work(plan, context, settings, learn, notes, inputs)
 
 
 def second_stage(
@@ -186,6 +187,7 @@ def _amount(settings: Settings) -> str:
 
 
 def _work(
+    plan: Plan,
     context: Context,
     settings: Settings,
     train: Callable[[], Coefficients],
@@ -204,7 +206,8 @@ def _work(
     # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
     decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
-    return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned))
+    memory = describe(plan, settings.precision, gradient_checkpointing=settings.options.gradient_checkpointing)
+    return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 
 
 def _learned(context: Context, train: Callable[[], Coefficients]) -> Coefficients:

@@ -30,7 +30,7 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 
 # Entries of a block on a CPU, where one fits into the cache and two threads still gain from sharing it, and on a GPU,
 # where each block costs a handful of kernel launches.
-_ON_CPU, _ON_GPU = 1 << 18, 1 << 23
+BLOCK_ON_CPU, BLOCK_ON_GPU = 1 << 18, 1 << 23
 _ALIGNED = 64  # bytes
 
 
@@ -76,7 +76,7 @@ class TaskVectors:
         self.places = dict.fromkeys(plan.merged, DISK)
         self._kept: dict[str, list[Tensor]] = {}
         self._pinned: list[Tensor] = []
-        self._block = _ON_GPU if device.type == "cuda" else _ON_CPU
+        self._block = BLOCK_ON_GPU if device.type == "cuda" else BLOCK_ON_CPU
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._coming: tuple[Span, Future[list[Tensor]]] | None = None
@@ -143,7 +143,7 @@ class TaskVectors:
         fetcher = getattr(self, "_fetcher", None)
         if fetcher is not None:  # the constructor may have refused the checkpoints
             self.release()
-            fetcher.shutdown()
+            fetcher.shutdown(wait=False)  # the last reference may have been the fetching thread
 
     def elements(self, name: str) -> int:
         """Number of entries of a tensor."""

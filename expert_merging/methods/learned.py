@@ -130,4 +130,4 @@ def coefficients(plan: Plan, _context: Context, *, coefficients: str | None = No
             "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
         )
     loaded = matching_coefficients(Path(coefficients), plan)
-    return Work(lambda: loaded, {"coefficients": loaded.fingerprint()}, (), trains=False)
+    return Work(lambda: loaded, {"coefficients": loaded.fingerprint()})

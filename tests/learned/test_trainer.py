@@ -208,6 +208,53 @@ def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, rank_b
         torch.testing.assert_close(values, coefficients.values[name], rtol=0, atol=1e-6)
 
 
+def test_task_vectors_that_do_not_fit_on_the_device_are_refused(answered_zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("expert_merging.learned.memory._free_host_memory", lambda: 100)
+    trainer = make_trainer(answered_zoo, tmp_path, task_vectors="device")
+    with pytest.raises(
+        InputError, match=r"--task_vectors device needs 0\.0 GB, and cpu has 0\.0 GB to spare; use auto, h"
+    ):
+        trainer.train()
+
+
+def test_without_memory_to_spare_everything_is_read_from_the_files(answered_zoo, tmp_path, monkeypatch, caplog):
+    usual = make_trainer(answered_zoo, tmp_path / "a").train()
+    monkeypatch.setattr("expert_merging.learned.memory._free_host_memory", lambda: 0)
+    caplog.set_level("INFO")
+    frugal = make_trainer(answered_zoo, tmp_path / "b").train()
+    assert "GB read from the files when needed" in caplog.text
+    assert "weight gradients are used once per sample" in caplog.text
+    for name, values in usual.values.items():
+        torch.testing.assert_close(values, frugal.values[name], rtol=0, atol=1e-6)
+
+
+def test_options_that_save_memory_do_not_change_the_result(tiny_zoo, tmp_path):
+    """Also where the model has dropout, which must stay off while layers are computed again."""
+    save_model(tmp_path / BASE, 0, attention_dropout=0.5)
+    for folder in EXPERTS.values():
+        (tmp_path / folder).symlink_to(tiny_zoo / folder)
+    write_tasks(tmp_path / "dataset", responses=dict.fromkeys(EXPERTS, "abc"))
+    usual = make_trainer(tmp_path, tmp_path / "a").train()
+    trainer = make_trainer(tmp_path, tmp_path / "b", gradient_checkpointing=True, logits_chunk_tokens=3)
+    frugal = trainer.train()
+    layers = trainer.live.model.model.layers
+    assert all(layer.training and not layer.self_attn.training for layer in layers)
+    for name, values in usual.values.items():
+        torch.testing.assert_close(values, frugal.values[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(answered_zoo, tmp_path, monkeypatch):
+    from transformers import MistralForCausalLM
+
+    def refuse(*_args, **_keywords):
+        raise ValueError("MistralForCausalLM is not compatible with gradient checkpointing.")
+
+    monkeypatch.setattr(MistralForCausalLM, "_set_gradient_checkpointing", refuse)
+    trainer = make_trainer(answered_zoo, tmp_path, gradient_checkpointing=True)
+    with pytest.raises(InputError, match="--gradient_checkpointing: MistralForCausalLM is not compatible"):
+        trainer.train()
+
+
 def test_weight_gradients_are_freed_as_they_come(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path)
     targets = prepared(trainer)
@@ -257,6 +304,40 @@ def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
     change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
     assert torch.nn.functional.cosine_similarity(change, change_half, dim=0) > 0.95
     assert all(value.dtype == torch.float32 for value in half.values.values())
+
+
+def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo, tmp_path):
+    """Weights, activations and their gradients in float16, as on a V100; coefficients and theirs in float32."""
+    full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1)
+    trainer.settings = replace(trainer.settings, precision="fp16")
+    scale_losses(trainer, 2.0**10)
+    half = trainer.train()
+    assert {parameter.dtype for parameter in trainer.live.model.parameters()} == {torch.float16}
+    assert trainer.live.gradient.dtype == torch.float32
+    change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
+    change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
+    assert torch.nn.functional.cosine_similarity(change, change_half, dim=0) > 0.99
+
+
+def test_small_gradients_survive_float16(answered_zoo, tmp_path):
+    """What is divided by many tokens and improbable words would vanish in float16 before the scaler could help."""
+    from expert_merging.learned.losses import logit_alignment
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 50_000, bias=False).requires_grad_(False)
+    hidden = torch.randn(40, 64)
+    expert = hidden + 1e-3 * torch.randn(40, 64)
+    gradients = {}
+    for dtype in (torch.float64, torch.float16):
+        states = hidden.to(torch.float16).to(dtype).requires_grad_(True)
+        loss = logit_alignment(
+            expert.to(torch.float16).to(dtype), states, head.to(dtype), head.to(dtype), temperature=1.0, slice_tokens=16
+        )
+        (loss * 2.0**16).backward()
+        gradients[dtype] = states.grad.double().flatten()
+    assert torch.nn.functional.cosine_similarity(*gradients.values(), dim=0) > 0.99
 
 
 def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):

@@ -1,0 +1,199 @@
+"""What is kept where, and the memory that is foretold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_merging.checkpoint import Checkpoint
+from expert_merging.learned.memory import choose, describe, estimate
+from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
+from expert_merging.plan import Plan, make_plan
+from tests.checkpoints import write_checkpoint
+
+SIZES = {"a": 40, "b": 40, "c": 20}
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "places", "accumulates"),
+    [
+        (200, 0, [DEVICE, DEVICE, DEVICE], True),
+        (149, 0, [DEVICE, DEVICE, DEVICE], False),  # all task vectors are on the device, so going through them is cheap
+        (99, 60, [DEVICE, HOST, HOST], True),  # they are not: gradients come first, then what fits beside them
+        (70, 45, [HOST, DISK, DEVICE], True),
+        (49, 100, [DEVICE, HOST, HOST], False),
+        (-5, 10, [DISK, DISK, DISK], False),
+    ],
+)
+def test_memory_is_given_to_what_saves_most(device, host, places, accumulates):
+    """100 bytes of base and experts, 50 of gradients."""
+    chosen = choose(SIZES, 50, device, host, task_vectors="auto", rank_batches="auto")
+    assert (list(chosen.places.values()), chosen.accumulates) == (places, accumulates)
+
+
+@pytest.mark.parametrize("place", [DEVICE, HOST, DISK])
+@pytest.mark.parametrize("batches", ["sample", "update"])
+def test_what_the_user_asks_for_is_done(place, batches):
+    chosen = choose(SIZES, 50, 0, 0, task_vectors=place, rank_batches=batches)
+    assert (set(chosen.places.values()), chosen.accumulates) == ({place}, batches == "update")
+
+
+def test_gradients_are_added_up_in_what_asked_places_leave():
+    assert choose(SIZES, 50, 120, 0, task_vectors=HOST, rank_batches="auto").accumulates
+    assert not choose(SIZES, 50, 120, 0, task_vectors=DEVICE, rank_batches="auto").accumulates
+
+
+def make_vectors(folder: Path, scale=(1.0, 1.0)) -> tuple[TaskVectors, list[torch.Tensor]]:
+    """Three types, and sizes around that of a block."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(1000, generator=generator).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)
+    ]
+    names = ("base", "x", "y")
+    folders = [
+        write_checkpoint(folder / name, {"w": weight, "v": weight[:7].clone()})
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    plan = make_plan(folders[0], dict(zip(names[1:], folders[1:], strict=True)), [])
+    return TaskVectors(plan, scale, torch.device("cpu")), [weight.float() for weight in weights]
+
+
+@pytest.mark.parametrize("place", [DEVICE, HOST, DISK])
+def test_blocks_hold_exactly_the_differences(place, tmp_path):
+    vectors, (base, *experts) = make_vectors(tmp_path, scale=(1.0, 0.5))
+    vectors._block = 300
+    vectors.place({"w": place, "v": place})
+    spans = [Span("w", 100, 950), Span("v", 0, 7), Span("w", 0, 0)]
+    covered = []
+    for span, part, found_base, found in vectors.blocks(spans, after=spans[0]):
+        run = slice(part.start, part.stop)
+        assert torch.equal(found_base, base[run])
+        assert torch.equal(found, torch.stack([experts[0][run] - base[run], (experts[1][run] - base[run]) * 0.5]))
+        covered.append((span, part))
+    assert covered == [
+        (spans[0], Span("w", 100, 400)),
+        (spans[0], Span("w", 400, 700)),
+        (spans[0], Span("w", 700, 950)),
+        (spans[1], spans[1]),
+    ]
+
+
+def test_a_block_is_fetched_while_the_one_before_is_used(tmp_path, monkeypatch):
+    vectors, _ = make_vectors(tmp_path)
+    vectors._block = 500
+    started = []
+    bring = vectors._bring
+    monkeypatch.setattr(vectors, "_bring", lambda part: (started.append(part), bring(part))[1])
+    seen = []
+    for _, part, _, _ in vectors.blocks([Span("w", 0, 1000)], after=Span("v", 0, 7)):
+        vectors._coming[1].result()
+        seen.append((part, started[-1]))
+    assert seen == [(Span("w", 0, 500), Span("w", 500, 1000)), (Span("w", 500, 1000), Span("v", 0, 7))]
+    next(vectors.blocks([Span("v", 0, 7)]))
+    assert len(started) == 3, "what was foreseen is not fetched again"
+
+
+def test_places_can_change_and_be_released(tmp_path):
+    vectors, (base, *_) = make_vectors(tmp_path)
+    for place in (HOST, DISK, DEVICE):
+        vectors.place(dict.fromkeys(vectors.places, place))
+        assert set(vectors.places.values()) == {place}
+        assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+    vectors.release()
+    assert set(vectors.places.values()) == {DISK}
+    assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+
+
+def test_magnitudes_are_the_means_of_absolute_entries(tmp_path):
+    vectors, (base, *experts) = make_vectors(tmp_path)
+    expected = [float((expert - base).abs().mean()) for expert in experts]
+    assert vectors.magnitudes["w"] == pytest.approx(expected, rel=1e-6)
+
+
+def hollow_checkpoint(folder: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
+    """A checkpoint whose file has a header and its size, but takes no disk."""
+    header, position = {}, 0
+    for name, (rows, columns) in shapes.items():
+        header[name] = {
+            "dtype": "BF16",
+            "shape": [rows, columns],
+            "data_offsets": [position, position + 2 * rows * columns],
+        }
+        position += 2 * rows * columns
+    content = json.dumps(header).encode()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + position)
+    return Checkpoint(folder)
+
+
+def decoder(layers: int, hidden: int, middle: int, key_value: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for name, rows in {"q": hidden, "k": key_value, "v": key_value, "o": hidden}.items():
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (middle, hidden) for name in ("gate", "up")}
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, middle)
+    return shapes
+
+
+def plan_of(folder: Path, experts: int, config: dict, shapes: dict[str, tuple[int, ...]]) -> Plan:
+    checkpoint = hollow_checkpoint(folder, config, shapes)
+    merged = tuple(name for name in shapes if ".layers." in name)
+    return Plan(checkpoint, {str(number): checkpoint for number in range(experts)}, merged)
+
+
+def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
+    """On 16 GiB it takes gradient checkpointing and task vectors elsewhere; on 80 GiB everything is on the device."""
+    config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+    plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
+    first, second, third = describe(plan, "fp16", gradient_checkpointing=False)
+    assert first.startswith(
+        "learning needs at least 26.7 GiB (15.7 GiB with --gradient_checkpointing) on each device: "
+    )
+    assert "model 13.5 GiB" in first
+    assert second.startswith("with base and experts on the device, 52.0 GiB more")
+    assert third == "with weight gradients added up, 26.0 GiB more"
+    (asked, *_) = describe(plan, "fp16", gradient_checkpointing=True)
+    assert asked.startswith("learning needs at least 15.7 GiB on each device: ")
+
+
+def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):
+    """32 GiB hold it plainly, with task vectors elsewhere."""
+    nested = {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
+    vision = {f"visual.blocks.{block}.mlp.weight": (19660800 // 1280, 1280) for block in range(32)}
+    plan = plan_of(tmp_path / "qwen", 5, {"text_config": nested}, decoder(28, 3584, 18944, 512, 152064) | vision)
+    needs = estimate(plan, 2)
+    assert needs.model == 2 * plan.base_elements
+    assert 28 * 2**30 < needs.model + needs.sample + needs.working < 31 * 2**30
+    assert needs.task_vectors == 6 * 2 * plan.merged_elements
+
+
+def test_estimated_activations_are_those_that_autograd_keeps():
+    """Of a small decoder in bfloat16, counted one by one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384}
+    model = MistralForCausalLM(MistralConfig(**config, vocab_size=50, num_attention_heads=4, num_key_value_heads=2))
+    model = model.eval().bfloat16()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(1, 512, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model.model(tokens, output_hidden_states=True, use_cache=False)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted += sum(state.nbytes for state in outputs.hidden_states if state.untyped_storage().data_ptr() not in kept)
+    estimated = 512 * 4 * (2 * (4 * 384 + 4.5 * 128) + 11.4 * 128)
+    assert 0.7 < counted / estimated < 1.3
