@@ -240,19 +240,12 @@ def _choose_samples(
         reason = f"these runs learned from {' and '.join(folders)}" if folders else "no run says what it learned from"
         raise InputError(f"which questions? {reason}; give --data_dir")
     data_dir = Path(options.data_dir or folders[0]).resolve()
-    learned = [record for record in records if Path(record["data_dir"]) == data_dir]
-    most = max((record["samples_per_task"] for record in learned), default=0)
-    special = [record.get("samples_per_task_dict") or {} for record in learned]
+    there = [record for record in learned if Path(record["data_dir"]) == data_dir]
     used = {
-        file.stem: max(
-            (own.get(file.stem, record["samples_per_task"]) for record, own in zip(learned, special, strict=True)),
-            default=most,
-        )
+        file.stem: max((_samples_used(record, file.stem) for record in there), default=0)
         for file in data_dir.glob("*.json")
     }
-    task_expert = options.task_expert or next(
-        (record["task_expert"] for record in learned if record["task_expert"]), {}
-    )
+    task_expert = options.task_expert or next((record["task_expert"] for record in there if record["task_expert"]), {})
     samples = load_samples(
         data_dir,
         tuple(plan.experts),
