@@ -489,13 +489,28 @@ METHODS = [method.name for method in all_methods().values() if not method.learns
 
 
 def merge_by_method(name: str, base: Path, experts: list[Path], output: Path, device: torch.device):
-    plan = make_plan(base, dict(zip("ABC", experts, strict=True)), [".*norm.*"])
+    plan = make_plan(base, {f"E{number}": folder for number, folder in enumerate(experts)}, EXCLUDED)
     method = find_method(name)
     options = {option.name: option.default for option in method.options.values()}
     rule = method.rule(Passes(plan, device, Bar()), 3, options)
     write_merged(plan, rule, output, elementwise=method.elementwise, device=device, progress=Bar())
     close(plan)
     return tensors_of(output)
+
+
+@pytest.mark.parametrize("name", ["svd", "iwudi"])
+def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp_path, monkeypatch):
+    """Matrices are so large that products of several threads would be summed up in another order."""
+    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    shapes = {"a.weight": (300, 200), "b.weight": (200, 300), "c.weight": (250, 250)}
+    folders = [write_checkpoint(tmp_path / str(seed), random_tensors(shapes, TYPES, seed)) for seed in range(3)]
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(merge_by_method(name, folders[0], folders[1:], tmp_path / f"output{threads}", CPU))
+    torch.set_num_threads(before)
+    assert_same_bytes(*results)
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "iso"])
