@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError, Problems
 from expert_merging.learned import Context, Work
@@ -197,7 +199,11 @@ def _work(
     """The work of a method whose options are checked."""
 
     def learn() -> Coefficients:
-        return _learned(context, train)
+        coefficients = _learned(context, train)
+        # The processes of a parallel run have met for the last time; one that leaves without this can break another.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return coefficients
 
     layers = settings.objective.layers
     contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in settings.samples]

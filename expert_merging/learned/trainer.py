@@ -168,7 +168,8 @@ class Trainer:
         coefficients = self._result()
         if self.accelerator.is_main_process:
             self._save(coefficients)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return coefficients
 
     def _rehearse(self, targets: list[Target]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.importance import load_layers
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.stages import one_stage, two_stages
 from expert_merging.learned.trainer import Trainer
@@ -235,6 +238,21 @@ def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(method, ans
     assert main(BACKBONE, [*arguments, *again]) == 0
     written = (tmp_path / "coefficients" / "again" / "model" / "model.safetensors").read_bytes()
     assert written == (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_both_stages_leave_curves_pictures_and_coefficients(answered_zoo, tmp_path):
+    plan, context = prepare(answered_zoo, tmp_path)
+    options = ChunkingOptions(data_dir=str(answered_zoo / "dataset"))
+    two_stages(plan, replace(context, log_with="tensorboard"), options).run()
+    for folder in (tmp_path / "stage1", tmp_path):
+        events = EventAccumulator(str(folder / "board"))
+        events.Reload()
+        assert [point.step for point in events.Scalars("loss/total")] == [1, 2]
+        assert "importance" in events.Tags()["images"]
+        assert (folder / "weight_coeffs.json").exists()
+    chunks = {layer.name: layer.chunks for layer in load_layers(tmp_path / "analysis" / "layers.csv")}
+    learned = load_coefficients(tmp_path)
+    assert chunks == {name: 0 if name in learned.fixed else value.shape[1] for name, value in learned.values.items()}
 
 
 def test_the_dry_run_tells_of_both_stages(answered_zoo, capsys):

@@ -579,12 +579,13 @@ sys.exit(main(BACKBONE, {arguments!r}))
 """
 
 
-def test_two_processes_learn_what_one_learns(tiny_zoo, tmp_path):
+@pytest.mark.parametrize("method", ["expert_merging", "expert_merging++"])
+def test_two_processes_learn_what_one_learns(method, tiny_zoo, tmp_path):
     """Uneven groups: 15 samples in groups of 8 and 7 for two processes; the drawn seed is shared."""
     from expert_merging.cli import main
 
-    arguments = ["--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset"), "--max_new_tokens", "6"]
-    arguments += ["--run_name", "r", "--device", "cpu", "--output_path"]
+    arguments = ["--method", method, "--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset")]
+    arguments += ["--max_new_tokens", "6", "--run_name", "r", "--device", "cpu", "--output_path"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(Path(__file__).parents[2] / "Mistral" / "model_merging.py")
     done = subprocess.run(
@@ -595,10 +596,10 @@ def test_two_processes_learn_what_one_learns(tiny_zoo, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "in 2 processes" in done.stdout
-    two = tmp_path / "two" / "expert_merging" / "r"
+    two = tmp_path / "two" / method / "r"
     seed = json.loads((two / "config.json").read_text())["seed"]
     assert main(BACKBONE, [*arguments, str(tmp_path / "one"), "--seed", str(seed)]) == 0
-    one = load_coefficients(tmp_path / "one" / "expert_merging" / "r")
+    one = load_coefficients(tmp_path / "one" / method / "r")
     for name, value in load_coefficients(two).values.items():
         torch.testing.assert_close(value, one.values[name], rtol=0, atol=1e-6)
 
