@@ -25,6 +25,7 @@ _QWEN = {
     "tie_word_embeddings": True,
 }
 _MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "max_position_embeddings": 4096, "sliding_window": None}
+_PARTS = ("text_config", "vision_config")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-0.5b": _QWEN,
     "mistral-100m": {
@@ -69,7 +70,7 @@ class Case:
     Args:
         variant: ``limit``, ``ours`` or ``twin``.
         shape: key of `SHAPES`.
-        layers: number of decoder layers; 0 for the shape's own.
+        layers: number of layers of the decoder, and of the vision tower if there is one; 0 for the shape's own.
         experts: number of experts.
         distinct: number of different experts; the others are links to them, which saves disk.
         samples: number of calibration samples, rounded down to equally many for each expert.
@@ -101,7 +102,7 @@ class Case:
         if not self.layers:
             return config
         if "text_config" in config:
-            return {**config, "text_config": {**config["text_config"], "num_hidden_layers": self.layers}}
+            return {**config, **{part: {**config[part], "num_hidden_layers": self.layers} for part in _PARTS}}
         return {**config, "num_hidden_layers": self.layers}
 
     @property

@@ -113,7 +113,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.split("\n")[0])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["mistral-100m", "qwen2-0.5b"])
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers instead of the shape's own")
+    parser.add_argument("--layers", type=int, default=0, help="layers instead of the shape's own")
     parser.add_argument("--experts", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--distinct", type=int, default=99, help="experts that differ; the rest are links to them")
     parser.add_argument("--samples", type=int, default=25)

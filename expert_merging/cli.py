@@ -46,9 +46,25 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             raise
         _tell(InputError(problem))
         return 1
+    except RuntimeError as error:
+        if not _has_lost_process(error):
+            raise
+        _tell(InputError("another process of this run has ended, so this one does too; what it said last tells why"))
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
+
+
+def _has_lost_process(error: RuntimeError) -> bool:
+    """Whether the error means that another process of a parallel run is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    import torch
+
+    # gloo raises a plain RuntimeError.
+    signs = ("Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
 
 
 def _tell(error: InputError) -> None:

@@ -21,7 +21,7 @@ from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
-from expert_merging.learned.task_vectors import BLOCK_ON_GPU, DEVICE, DISK, HOST
+from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,11 @@ def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], No
     )
     vectors.place(chosen.places)
     live.accumulates = chosen.accumulates
-    where = {DEVICE: f"on {vectors.device}", HOST: "in host memory", DISK: "read from the files when needed"}
+    where = {
+        DEVICE: f"on {vectors.device}" if vectors.device.type == "cuda" else "in memory",
+        HOST: "in host memory",
+        DISK: "read from the files when needed",
+    }
     amounts = {place: sum(size for name, size in sizes.items() if chosen.places[name] == place) for place in where}
     parts = [f"{amount / 1e9:.2f} GB {where[place]}" for place, amount in amounts.items() if amount]
     logger.info("base and experts: %s", ", ".join(parts))
@@ -137,8 +141,8 @@ class Needs:
     gradients: int
 
 
-def estimate(plan: Plan, width: int) -> Needs:
-    """What learning needs with weights of ``width`` bytes."""
+def estimate(plan: Plan, width: int, device: str = "cuda") -> Needs:
+    """What learning needs with weights of ``width`` bytes on a device of that kind."""
     config, entries = plan.base.config, plan.base.entries
     hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
     layers = layer_count(config) or 0
@@ -146,41 +150,44 @@ def estimate(plan: Plan, width: int) -> Needs:
     kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
     kept_again = 1.5 * width * hidden
     checkpoints = (plan.base, *plan.experts.values())
-    blocks = len(checkpoints) * BLOCK_ON_GPU * (4 + 2 * width)
+    block, context = (BLOCK_ON_CPU, 0) if device == "cpu" else (BLOCK_ON_GPU, _CONTEXT)
+    blocks = len(checkpoints) * block * (4 + 2 * width)
     return Needs(
         model=width * plan.base_elements,
         sample=int(_LONG_SAMPLE * layers * kept),
         checkpointed_sample=int(_LONG_SAMPLE * (layers * kept_again + kept)),
-        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + _CONTEXT,
+        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + context,
         task_vectors=sum(checkpoint.entries[name].size for checkpoint in checkpoints for name in plan.merged),
         gradients=4 * plan.merged_elements,
     )
 
 
-def describe(plan: Plan, precision: str, *, gradient_checkpointing: bool) -> tuple[str, ...]:
+def describe(plan: Plan, precision: str, device: str, *, gradient_checkpointing: bool) -> tuple[str, ...]:
     """The memory that each device needs, for the plan that ``--dry_run`` prints.
 
     Args:
         plan: the checkpoints.
         precision: ``no``, ``fp16`` or ``bf16``.
+        device: device as text.
         gradient_checkpointing: whether activations are computed again.
     """
-    needs = estimate(plan, 4 if precision == "no" else 2)
+    needs = estimate(plan, 4 if precision == "no" else 2, device.split(":")[0])
     plain = needs.model + needs.sample + needs.working
     least = needs.model + needs.checkpointed_sample + needs.working
     now = least if gradient_checkpointing else plain
     flag = "" if gradient_checkpointing else f" ({_gib(least)} with --gradient_checkpointing)"
+    elsewhere = "" if device == "cpu" else "in host memory, for each process, or "
     return (
-        f"learning needs at least {_gib(now)}{flag} on each device: model {_gib(needs.model)}, a sample of "
-        f"{_LONG_SAMPLE} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
-        f"with base and experts on the device, {_gib(needs.task_vectors)} more; otherwise they are in host memory, for "
-        "each process, or read from the files",
+        f"learning needs at least {_gib(now)}{flag} for each process on {device}: model {_gib(needs.model)}, a sample "
+        f"of {_LONG_SAMPLE} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
+        f"with base and experts there too, {_gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
+        "the files",
         f"with weight gradients added up, {_gib(needs.gradients)} more",
     )
 
 
 def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:

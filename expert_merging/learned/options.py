@@ -22,7 +22,8 @@ class TrainingOptions:
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
         learning_rate: AdamW's rate at the start of each cosine cycle.
         gradient_accumulation_steps: samples per update.
-        mixed_precision: type of the weights while learning; auto is bf16 or else fp16 on a GPU and float32 on a CPU.
+        mixed_precision: type of the weights while learning; auto is what accelerate launch was told, else bf16 or fp16
+            on a GPU and float32 on a CPU.
         task_vectors: where base and experts are kept in their own type while learning: on the device, in host memory,
             or on disk alone, read whenever they are needed; auto takes the first of these with room, tensor by tensor.
         rank_batches: turn weight gradients into coefficients' gradients after every sample, which takes least memory,

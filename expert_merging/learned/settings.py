@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,9 @@ def _aligned_layers(options: AlignmentOptions, count: int | None) -> tuple[int, 
 
 def _precision(asked: str, device: str) -> str:
     on_gpu = torch.device(device).type == "cuda"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" unless the user has chosen
+    if asked == "auto" and launched in ("fp16", "bf16"):
+        asked = launched
     if asked == "auto":
         if not on_gpu:
             return "no"

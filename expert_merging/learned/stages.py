@@ -212,7 +212,9 @@ def _work(
     # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
     decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
-    memory = describe(plan, settings.precision, gradient_checkpointing=settings.options.gradient_checkpointing)
+    memory = describe(
+        plan, settings.precision, context.device, gradient_checkpointing=settings.options.gradient_checkpointing
+    )
     return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 
 

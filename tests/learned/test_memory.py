@@ -153,15 +153,15 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
     """On 16 GiB it takes gradient checkpointing and task vectors elsewhere; on 80 GiB everything is on the device."""
     config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
     plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
-    first, second, third = describe(plan, "fp16", gradient_checkpointing=False)
+    first, second, third = describe(plan, "fp16", "cuda", gradient_checkpointing=False)
     assert first.startswith(
-        "learning needs at least 26.7 GiB (15.7 GiB with --gradient_checkpointing) on each device: "
+        "learning needs at least 26.7 GiB (15.7 GiB with --gradient_checkpointing) for each process on "
     )
     assert "model 13.5 GiB" in first
-    assert second.startswith("with base and experts on the device, 52.0 GiB more")
+    assert second.startswith("with base and experts there too, 52.0 GiB more; otherwise they are in host memory")
     assert third == "with weight gradients added up, 26.0 GiB more"
-    (asked, *_) = describe(plan, "fp16", gradient_checkpointing=True)
-    assert asked.startswith("learning needs at least 15.7 GiB on each device: ")
+    (asked, *_) = describe(plan, "fp16", "cuda", gradient_checkpointing=True)
+    assert asked.startswith("learning needs at least 15.7 GiB for each process on cuda: model 13.5 GiB, ")
 
 
 def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):

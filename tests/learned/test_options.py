@@ -164,3 +164,13 @@ def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):
         "{{ bos_token }}{% for m in messages %}({{ m.content }}){% endfor %}={% if add_generation_prompt %}+{% endif %}"
     )
     assert text(None) == "<s>(ab)=+"
+
+
+@pytest.mark.parametrize(("launched", "expected"), [("bf16", "bf16"), ("no", "no")])
+def test_the_launchers_precision_counts_where_none_is_asked_for(launched, expected, tiny_zoo, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    asked = ["--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset"), "--device", "cpu", "--dry_run"]
+    assert main(BACKBONE, asked) == 0
+    assert f"precision: {expected}" in capsys.readouterr().out
+    assert main(BACKBONE, [*asked, "--mixed_precision", "no"]) == 0
+    assert "precision: no" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""Learning in several processes: the same coefficients, one writer, and no survivors of a process that dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+
+from expert_merging.cli import main
+from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.options import ROOT
+from Mistral.backbone import BACKBONE
+
+CONFIGS = ROOT / "configs" / "accelerate"
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+
+# All processes but the first are refused to open anything in the run's folder for writing.
+WATCHED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+
+def watch(event, arguments):
+    changes = event in ("os.mkdir", "os.rename", "os.remove") or (
+        event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    if changes and {output!r} in str(arguments[0]):
+        print("a second process writes", arguments[0], flush=True)
+        os._exit(77)
+
+if os.environ["RANK"] != "0":
+    sys.addaudithook(watch)
+from expert_merging.cli import main
+from expert_merging.learned.trainer import Trainer
+from Mistral.backbone import BACKBONE
+
+collect = Trainer._collect
+
+def collect_or_die(self, *arguments):
+    if os.environ["RANK"] == {dying!r} and self.state.updates == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collect(self, *arguments)
+
+Trainer._collect = collect_or_die
+if __name__ == "__main__":
+    sys.exit(main(BACKBONE, sys.argv[1:]))
+"""
+
+
+def start(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def arguments(cache: Path, output: Path) -> list[str]:
+    """Nine samples: a group of eight, and one of a single sample, in which some processes have nothing to do."""
+    given = ["--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", output, "--run_name", "r"]
+    given += ["--device", "cpu", "--samples_per_task", 3]
+    return [str(argument) for argument in given]
+
+
+def script(folder: Path, output: Path, dying: str = "") -> Path:
+    file = folder / "watched.py"
+    file.write_text(WATCHED.format(root=str(ROOT), output=str(output), dying=dying))
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone(answered_zoo, tmp_path_factory):
+    """Coefficients of one process."""
+    output = tmp_path_factory.mktemp("alone")
+    assert main(BACKBONE, arguments(answered_zoo, output)) == 0
+    return load_coefficients(output / "expert_merging" / "r").values
+
+
+def check_same(output: Path, alone: dict[str, torch.Tensor]) -> None:
+    values = load_coefficients(output / "expert_merging" / "r").values
+    for name, value in alone.items():
+        torch.testing.assert_close(values[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_learn_what_one_learns_and_one_writes(count, answered_zoo, alone, tmp_path):
+    output = tmp_path / "output"
+    done = start(*TORCHRUN, count, script(tmp_path, output), *arguments(answered_zoo, output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from 9 samples in {count} processes" in done.stdout
+    check_same(output, alone)
+
+
+def test_a_process_that_dies_takes_the_others_down(answered_zoo, tmp_path):
+    output = tmp_path / "output"
+    before = time.monotonic()
+    done = start(*TORCHRUN, 2, script(tmp_path, output, dying="1"), *arguments(answered_zoo, output))
+    assert done.returncode == 1
+    assert time.monotonic() - before < 120  # of which most is starting
+    assert (
+        "error: another process of this run has ended, so this one does too; what it said last tells why" in done.stderr
+    )
+    assert "SIGKILL" in done.stderr
+    assert not (output / "expert_merging" / "r" / "model").exists()
+
+
+def test_the_cpu_configuration_starts_two_processes(answered_zoo, alone, tmp_path):
+    """Which ``accelerate launch --cpu --num_processes 2`` does not."""
+    command = ("accelerate.commands.launch", "--config_file", CONFIGS / "cpu_two_processes.yaml")
+    done = start(*command, "Mistral/model_merging.py", *arguments(answered_zoo, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "from 9 samples in 2 processes" in done.stdout
+    check_same(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines", "precision"),
+    [
+        ("one_gpu_fp16", 1, 1, "fp16"),
+        ("eight_gpus_fp16", 8, 1, "fp16"),
+        ("several_machines", 16, 2, "fp16"),
+        ("cpu_two_processes", 2, 1, "no"),
+    ],
+)
+def test_accelerate_accepts_every_configuration(name, processes, machines, precision):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    found = (config.num_processes, config.num_machines, str(config.mixed_precision))
+    assert found == (processes, machines, precision)
+
+
+def test_every_configuration_is_tested():
+    assert len(list(CONFIGS.iterdir())) == 4
