@@ -297,6 +297,7 @@ class Passes:
         shape: tuple[int, ...],
         title: str,
         only: str | None = None,
+        sample: int = 1,
     ) -> Tensor:
         """Counts over all blocks of all merged tensors, or of a single one.
 
@@ -305,6 +306,7 @@ class Passes:
             shape: shape of the counts; they are int64, so that the sum does not depend on the order of the blocks.
             title: shown beside the progress bar.
             only: name of the single tensor, for which no bar is shown.
+            sample: count the first one of so many entries of each block, rounded up.
 
         Returns:
             The counts, on the CPU.
@@ -328,14 +330,14 @@ class Passes:
             advance(self.team.size * width * entry.size * (stop - start) / entry.elements, entry.name)
 
         block = block_entries(self.device)
-        blocks = self.team.share(
-            (entry, start, min(start + block, entry.elements))
+        blocks = [
+            (entry, start, start - (start - min(start + block, entry.elements)) // sample)
             for entry in entries
             for start in range(0, entry.elements, block)
-        )
-        size = width * sum(entry.size for entry in entries)
+        ]
+        size = sum(width * entry.size * (stop - start) / entry.elements for entry, start, stop in blocks)
         with self.progress(title, size, "B") if only is None else nullcontext(no_advance) as advance:
-            work_through(blocks, work, worker_count())
+            work_through(self.team.share(blocks), work, worker_count())
         of_team = self.team.add(sum((counts.cpu() for counts in of_threads.values()), start=zeros()))
         assert of_team is not None  # noqa: S101  (every process brings counts)
         return of_team

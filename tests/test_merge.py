@@ -470,6 +470,23 @@ def test_dead_links_of_the_base_are_found_before_anything_is_read(base, experts)
         make_plan(base, {"A": experts[0]}, [])
 
 
+@pytest.mark.parametrize("sample", [1, 4])
+def test_passes_go_over_every_entry_once_or_over_the_first_of_every_block(sample, base, experts, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "STEP", 2)
+    plan, bar = make_plan(base, {"A": experts[0]}, EXCLUDED), Bar()
+
+    def count(task_vectors, part, counts):
+        assert task_vectors.shape == (1, part.stop - part.start)
+        if part.name == "layers.1.weight":
+            counts[part.start : part.stop] += 1
+
+    counted = Passes(plan, CPU, bar).total(count, (33,), "counting", None, sample)
+    assert counted.tolist() == ([1] * 33 if sample == 1 else ([1] * 3 + [0] * 7) * 3 + [1, 0, 0])
+    assert bar.counts == pytest.approx(bar.totals)
+    close(plan)
+
+
 class StandIn:
     """What a GPU's stream does, on a CPU: nothing."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.methods.linear import weighted_sum
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 # Random bits are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
 # alone. Part of what decides a result's bytes: changing it changes every mask.
 _SEGMENT = 1 << 16
+
+# A threshold is looked for among the bit patterns of three values of the upper 16 bits, from the one before the one
+# that a sample of this share of the entries points to. That is 2 % of a magnitude and some 1 % of the entries.
+_RANGE = 3 << 16
+_SAMPLE = 16
 
 DropRate = Annotated[float, Interval("[0, 1)")]
 
@@ -90,9 +96,10 @@ def _draw_segment(key: str, entries: int, drop_rate: float) -> Any:
 def trim_thresholds(passes: Passes, change: Change, density: float, only: str | None = None) -> Tensor:
     """Magnitude of the k-th smallest entry of every expert, k = floor((1 - density) * entries), exactly.
 
-    Two streaming passes over the bits of the magnitudes, which are ordered like the magnitudes themselves: one counts
-    the upper 16 bits, one the lower 16 bits of the entries in the bucket that holds the k-th. Nothing of the size of a
-    model is kept.
+    The bits of magnitudes are ordered like the magnitudes themselves. A sample tells between which bits the k-th lies;
+    one pass over all entries then counts how many lie below and how many at each pattern of bits between, which also
+    tells whether the sample was right. If it was not, it is repeated with all entries. Nothing of the size of a model
+    is kept.
 
     Args:
         passes: passes over all task vectors.
@@ -106,8 +113,9 @@ def trim_thresholds(passes: Passes, change: Change, density: float, only: str | 
     import torch
 
     sizes, experts = passes.sizes, len(passes.expert_names)
+    entries = sizes[only] if only else sum(sizes.values())
     # In decimals, so that a tenth of ten entries is one entry.
-    rank = int((1 - Decimal(str(density))) * (sizes[only] if only else sum(sizes.values())))
+    rank = int((1 - Decimal(str(density))) * entries)
     if rank == 0:
         return torch.zeros(experts)
 
@@ -116,18 +124,21 @@ def trim_thresholds(passes: Passes, change: Change, density: float, only: str | 
             upper = _magnitude_bits(task_vector).bitwise_right_shift_(16)
             row.add_(torch.bincount(upper, minlength=len(row)).to(row.device))
 
-    below = passes.total(count_upper, (experts, 1 << 15), "counting magnitudes", only).cumsum(1)
-    buckets = (below < rank).sum(1)
-    before = torch.where(buckets > 0, below.gather(1, (buckets - 1).clamp(min=0)[:, None])[:, 0], 0)
+    def count_range(lowest: list[int], task_vectors: Tensor, part: Part, counts: Tensor) -> None:
+        for row, task_vector, low in zip(counts, change(task_vectors, part), lowest, strict=True):
+            below, offsets = _within(_magnitude_bits(task_vector), low)
+            row[0] += below
+            row[1:].scatter_add_(0, offsets.to(row.device), torch.ones_like(offsets, device=row.device))
 
-    def count_lower(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
-        for row, task_vector, bucket in zip(counts, change(task_vectors, part), buckets.tolist(), strict=True):
-            inside = (_inside(_magnitude_bits(task_vector), bucket) & 0xFFFF).to(row.device, torch.int64)
-            row.scatter_add_(0, inside, torch.ones_like(inside))
-
-    within = passes.total(count_lower, (experts, 1 << 16), "finding thresholds", only).cumsum(1)
-    remainders = (within < (rank - before)[:, None]).sum(1)
-    return (buckets << 16 | remainders).to(torch.int32).view(torch.float32)
+    for sample in (_SAMPLE, 1):
+        seen = passes.total(count_upper, (experts, 1 << 15), "sampling magnitudes", only, sample).cumsum(1)
+        buckets = (seen < max(1, rank * int(seen[0, -1]) // entries)).sum(1)
+        lowest = (buckets - 1).clamp_(min=0) << 16
+        count = partial(count_range, lowest.tolist())
+        counted = passes.total(count, (experts, 1 + _RANGE), "finding thresholds", only).cumsum(1)
+        if (counted[:, 0] < rank).all() and (counted[:, -1] >= rank).all():
+            break
+    return (lowest + (counted[:, 1:] < rank).sum(1)).to(torch.int32).view(torch.float32)
 
 
 def _magnitude_bits(task_vector: Tensor) -> Tensor:
@@ -137,14 +148,19 @@ def _magnitude_bits(task_vector: Tensor) -> Tensor:
     return task_vector.reshape(-1).abs().view(torch.int32)
 
 
-def _inside(bits: Tensor, bucket: int) -> Tensor:
-    """The entries whose upper 16 bits are the bucket."""
+def _within(bits: Tensor, low: int) -> tuple[int, Tensor]:
+    """How many bit patterns lie below the range that begins with ``low``, and the offsets of those inside, int64."""
+    import numpy
     import torch
 
-    if bits.device.type == "cpu":  # numpy compares and selects five times faster than torch does
-        array = bits.numpy()
-        return torch.from_numpy(array[array >> 16 == bucket])
-    return bits[bits >> 16 == bucket]
+    if bits.device.type != "cpu":
+        offsets = bits - low
+        return int((offsets < 0).sum()), offsets[(offsets >= 0) & (offsets < _RANGE)].long()
+    # numpy compares and selects five times faster than torch does; what is below wraps around to large numbers.
+    array = bits.numpy().view(numpy.uint32)
+    wrapped = array - numpy.uint32(low)
+    below = int(numpy.count_nonzero(array < numpy.uint32(low)))
+    return below, torch.from_numpy(wrapped[wrapped < _RANGE].astype(numpy.int64))
 
 
 def trim(task_vectors: Rows, thresholds: Tensor) -> list[Tensor]:

@@ -39,10 +39,11 @@ class OneTensor:
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part("weight", tuple(task_vectors.shape[1:]), 0, task_vectors[0].numel())
 
-    def total(self, count, shape, title, only=None):
+    def total(self, count, shape, title, only=None, sample=1):
         counts = torch.zeros(shape, dtype=torch.int64)
-        if self.part.elements:
-            count(self.task_vectors.reshape(-1, self.part.elements), self.part, counts)
+        stop = -(-self.part.elements // sample)
+        if stop:
+            count(self.task_vectors.reshape(-1, self.part.elements)[:, :stop], replace(self.part, stop=stop), counts)
         return counts
 
 

@@ -82,6 +82,34 @@ def test_thresholds_are_exact_at_any_magnitude(exponent, entries, density, seed)
     assert found.equal(expected)
 
 
+@pytest.mark.parametrize("order", ["drawn", "nearly all zero", "ascending", "descending", "zeros first"])
+def test_thresholds_are_exact_whatever_the_first_entries_look_like(order):
+    """Samples are the first entries of a block, so that sorted ones mislead; then all entries are counted."""
+    (row,) = task_vectors((50_000,), 1)
+    rows = {
+        "drawn": row,
+        "ascending": row.abs().sort().values,
+        "descending": row.abs().sort(descending=True).values,
+        "zeros first": torch.cat([torch.zeros(10_000), row[10_000:]]),
+        "nearly all zero": torch.cat([row[:5], torch.zeros(49_995)]),
+    }
+    given_vectors = torch.stack([rows[order], row])
+    passes = CountingPasses(given_vectors)
+    found = trim_thresholds(passes, lambda rows, part: rows, 0.2)
+    assert found.equal(given_vectors.abs().kthvalue(40_000, dim=1).values)
+    assert passes.passes == (2 if order in ("drawn", "nearly all zero") else 4)
+
+
+class CountingPasses(OneTensor):
+    """Passes over one tensor that are counted."""
+
+    passes = 0
+
+    def total(self, *arguments):
+        self.passes += 1
+        return super().total(*arguments)
+
+
 def test_what_equals_the_threshold_is_kept():
     row = torch.tensor([[-0.5, 0.25, 0.5, 0.0, -0.25]])
     assert trim(row, torch.tensor([0.5]))[0].tolist() == [-0.5, 0.0, 0.5, 0.0, 0.0]
