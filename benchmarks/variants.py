@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from expert_merging.learned.targets import Target
     from expert_merging.plan import Plan
 
+# Tokens that every vocabulary has and that stand for text.
+TOKENS = (1000, 30000)
 ACCUMULATION, RATE, REGULARISATION = 8, 0.5, 0.8
 # Tokens of the prompts and responses; with pictures, tokens of the text beside one to six tiles of 256 tokens each.
 TEXT_TOKENS, TILE_TOKENS, TILE_PIXELS, MOST_TILES = (160, 480), 256, 448, 6
@@ -66,7 +68,7 @@ class Bench:
 
         found = []
         for _ in range(self.case.samples // self.case.experts * self.case.experts):
-            tokens = torch.randint(1000, 30000, (1, draw(*TEXT_TOKENS)), generator=generator)
+            tokens = torch.randint(*TOKENS, (1, draw(*TEXT_TOKENS)), generator=generator)
             entries: dict[str, Tensor] = {}
             if "image_token_id" in self.case.config:
                 tiles = draw(1, MOST_TILES)
@@ -258,7 +260,7 @@ class Bench:
         run(entries[0])
         optimizer.zero_grad()
         self.train_plainly(entries, run, step, warm_up=False)
-        self.coefficients = [float(value) for row in raw.values() for value in torch.sigmoid(row)]
+        self.coefficients = [float(value) for row in raw.values() for value in torch.sigmoid(row.detach())]
 
 
 @contextmanager
