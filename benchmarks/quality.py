@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -25,98 +24,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.registry import all_methods, find_method
+from benchmarks.ranking import choose, report, rounded
+from benchmarks.recipes import ABLATION, CHOICE, COEFFICIENTS, FIRST_STAGE, METHOD, Variant, variants
+from expert_merging.registry import find_method
 from expert_merging.streaming import no_advance
 from expert_merging.writing import write_atomically
 from zoo.family import default_folder
 from zoo.report import with_mean
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "work" / "quality"
 RESULT = ROOT / "benchmarks" / "quality.json"
 CONFIG = ROOT / "zoo" / "mistral.yaml"
-FIRST_STAGE, SECOND_STAGE = "expert_merging", "expert_merging++"
 SHARDS = 3
-
-METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
-# What closed forms are scaled by, around their defaults.
-COEFFICIENTS = {
-    **dict.fromkeys(("task_arithmetic", "dare_ta"), (0.2, 0.4, 0.5, 0.6)),
-    **dict.fromkeys(("weight_average", "ties", "dare_ties"), (0.7, 1.4, 1.8, 2.2)),
-    **dict.fromkeys(("svd", "iso", "iso_cts"), (0.6, 0.8, 1.2, 1.4)),
-    **dict.fromkeys(("wudi", "wudi2", "iwudi", "swudi", "aswudi"), (0.4, 0.6, 0.8)),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to merge.
-
-    Args:
-        label: row of the table.
-        method: registry name.
-        flags: values of options, by name, that differ from the zoo's configuration.
-        group: whether it is a method as it is, an ablation, or one of several settings to choose among; the last are
-            never measured on test questions.
-        second_stage: it starts from the coefficients that `FIRST_STAGE` has learned.
-    """
-
-    label: str
-    method: str
-    flags: Mapping[str, str | float] = field(default_factory=dict)
-    group: str = METHOD
-    second_stage: bool = False
-
-
-def variants() -> list[Variant]:
-    """Everything that is measured."""
-    return [*_methods(), *_ablations(), *_choices()]
-
-
-def _methods() -> Iterator[Variant]:
-    """Every method that makes one model, with its defaults."""
-    for name, method in all_methods().items():
-        if not method.per_expert and name != "coefficients":
-            yield Variant(name, name)
-
-
-def _ablations() -> Iterator[Variant]:
-    """Those of the paper's Table 4, where the zoo's configuration has equal task weights; and other task weights."""
-    removed = {"hidden states": "hidden_states_weight", "logits": "logits_weight", "regulariser": "sparsity_reg_weight"}
-    for words, option in removed.items():
-        yield Variant(f"{FIRST_STAGE} without {words}", FIRST_STAGE, {option: 0}, ABLATION)
-    for task in ("Chat", "Math", "Code"):
-        yield Variant(f"{FIRST_STAGE}, {task} weighs 4", FIRST_STAGE, {"loss_alphas": f"{task}=4"}, ABLATION)
-    for chunking in ("none", "all"):
-        yield Variant(f"{SECOND_STAGE}, chunking {chunking}", SECOND_STAGE, {"chunking": chunking}, ABLATION, True)
-
-
-def _choices() -> Iterator[Variant]:
-    """Settings among which the score without labels chooses."""
-    for method, values in COEFFICIENTS.items():
-        for value in values:
-            yield _choice(method, scaling_coefficient=value)
-    for weight in (0, 0.03, 0.1, 0.2, 0.8):
-        yield _choice(FIRST_STAGE, sparsity_reg_weight=weight)
-    for options in ({"num_epochs": 12}, {"num_epochs": 50}, {"learning_rate": 0.1}, {"temperature": 2}):
-        yield _choice(FIRST_STAGE, **options)
-    for budget, start, weight in product((1, 2, 4), ("learned", "initial"), (0, 0.1)):
-        yield _choice(SECOND_STAGE, budget=budget, stage2_init=start, sparsity_reg_weight=weight)
-    for budget in (1, 4):
-        yield _choice(SECOND_STAGE, budget=budget, kappa=0.6, stage2_init="learned", sparsity_reg_weight=0.1)
-
-
-def _choice(method: str, **flags: str | float) -> Variant:
-    words = ", ".join(f"{name} {value}" for name, value in flags.items())
-    return Variant(f"{method}: {words}", method, flags, CHOICE, second_stage=method == SECOND_STAGE)
 
 
 @dataclass(frozen=True)
@@ -335,28 +262,13 @@ def _row(group: str, method: str, flags: Mapping[str, Any], files: Mapping[int, 
     row: dict[str, Any] = {"group": group, "method": method, "flags": dict(flags)}
     for kind in next(iter(found.values())):
         means = [figures[kind]["mean"] for figures in found.values()]
-        row[kind] = _rounded(statistics.mean(means))
-        row[f"{kind} spread"] = _rounded(statistics.stdev(means)) if len(means) > 1 else 0.0
+        row[kind] = rounded(statistics.mean(means))
+        row[f"{kind} spread"] = rounded(statistics.stdev(means)) if len(means) > 1 else 0.0
     row["seeds"] = {
-        seed: {kind: {task: _rounded(value) for task, value in by_task.items()} for kind, by_task in figures.items()}
+        seed: {kind: {task: rounded(value) for task, value in by_task.items()} for kind, by_task in figures.items()}
         for seed, figures in found.items()
     }
     return row
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def choose(rows: Mapping[str, Any]) -> dict[str, str]:
-    """For each method, the row that is nearest to the experts on held-out calibration questions, mean over seeds."""
-    best: dict[str, str] = {}
-    for label, row in rows.items():
-        if row["group"] in (METHOD, CHOICE) and (
-            row["method"] not in best or row["divergence"] < rows[best[row["method"]]]["divergence"]
-        ):
-            best[row["method"]] = label
-    return best
 
 
 def tuned(rows: Mapping[str, Any]) -> list[Variant]:
@@ -366,65 +278,6 @@ def tuned(rows: Mapping[str, Any]) -> list[Variant]:
         if rows[label]["group"] == CHOICE and method in COEFFICIENTS:
             found.append(Variant(f"{method}, coefficient chosen", method, rows[label]["flags"]))
     return found
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's correlation of ranks; ties share their mean rank."""
-    ranks = [_ranks(values) for values in (first, second)]
-    return statistics.correlation(*ranks) if len(set(first)) > 1 and len(set(second)) > 1 else math.nan
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
-
-
-def correlations(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """How well the score without labels predicts the order of the merged models' accuracies, within each seed."""
-    merged = [row for row in rows.values() if row["group"] != "zoo" and "accuracy" in row]
-    found = {}
-    for kind in ("divergence", "hidden"):
-        per_seed = [
-            -rank_correlation(
-                [row["seeds"][seed][kind]["mean"] for row in merged],
-                [row["seeds"][seed]["accuracy"]["mean"] for row in merged],
-            )
-            for seed in seeds
-        ]
-        found[kind] = {"mean": _rounded(statistics.mean(per_seed)), "seeds": [_rounded(value) for value in per_seed]}
-    return found
-
-
-def table(rows: Mapping[str, Any], labels: Sequence[str], title: str) -> Table:
-    """Accuracy and distances of some rows, mean over seeds; accuracies with their standard deviation over seeds."""
-    from rich.table import Table
-
-    result = Table("", "accuracy (%)", "over seeds", "KL / base's", "hidden / base's", title=title)
-    for column in result.columns[1:]:
-        column.justify = "right"
-    for label in labels:
-        row = rows[label]
-        accuracy = [f"{row['accuracy']:.1f}", f"+- {row['accuracy spread']:.1f}"] if "accuracy" in row else ["", ""]
-        result.add_row(label, *accuracy, f"{row['divergence']:.3f}", f"{row['hidden']:.3f}")
-    return result
-
-
-def report(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """Print the tables; the summary for the file."""
-    from rich.console import Console
-
-    console = Console()
-    titles = {"zoo": "Base and experts", METHOD: "Methods", ABLATION: "Ablations", CHOICE: "Settings to choose among"}
-    for group, title in titles.items():
-        labels = [label for label, row in rows.items() if row["group"] == group]
-        if labels:
-            console.print(table(rows, labels, f"{title}; {len(seeds)} seeds"))
-    best = choose(rows)
-    console.print(f"nearest to the experts on held-out calibration questions: {', '.join(best.values())}")
-    found = correlations(rows, seeds)
-    for kind, value in found.items():
-        console.print(f"rank correlation of {kind} and accuracy: {value['mean']:.2f} (by seed: {value['seeds']})")
-    return {"chosen": best, "rank_correlation": found}
 
 
 def save(file: Path, rows: Mapping[str, Any], summary: Mapping[str, Any], options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ from concurrent.futures import Future
 
 import pytest
 
-from benchmarks import quality
-from benchmarks.quality import ABLATION, CHOICE, METHOD, Case, Variant
+from benchmarks import quality, ranking
+from benchmarks.quality import Case
+from benchmarks.recipes import ABLATION, CHOICE, METHOD, Variant
 from tests.zoo.conftest import brief_family
 from zoo.build import build
 
@@ -27,10 +28,10 @@ def _zoo_known():
 
 
 def test_rank_correlation_by_hand():
-    assert quality.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
-    assert quality.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert ranking.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert ranking.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # Ranks 0, 1.5, 1.5, 3 and 0, 1, 2, 3: 4.5 / sqrt(4.5 * 5).
-    assert quality.rank_correlation([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert ranking.rank_correlation([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 def row(group, method, divergence, flags=None):
@@ -45,7 +46,7 @@ def test_the_choice_looks_at_divergences_alone_and_leaves_ablations_out():
         "expert_merging": row(METHOD, "expert_merging", 0.4),
         "expert_merging without logits": row(ABLATION, "expert_merging", 0.1),
     }
-    assert quality.choose(rows) == {"ties": "ties: scaling_coefficient 2", "expert_merging": "expert_merging"}
+    assert ranking.choose(rows) == {"ties": "ties: scaling_coefficient 2", "expert_merging": "expert_merging"}
     (tuned,) = quality.tuned(rows)
     assert tuned == Variant("ties, coefficient chosen", "ties", {"scaling_coefficient": 2})
 

@@ -221,9 +221,12 @@ def _heat_maps(
 
 def _finish(figure: Any, file: Path) -> Any:
     """Write the picture as PNG and return it as ``(height, width, 3)`` uint8 array."""
+    from matplotlib.image import imsave
+
     figure.set_dpi(110)
+    figure.canvas.draw()  # once: drawing is most of the time, and saving a figure draws it again
+    picture = numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     written = io.BytesIO()
-    figure.savefig(written, format="png")
+    imsave(written, picture, format="png")
     write_atomically(file, written.getvalue())
-    figure.canvas.draw()
-    return numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    return picture

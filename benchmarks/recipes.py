@@ -1,0 +1,82 @@
+"""What the quality benchmark merges: every method, ablations, and settings to choose among."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+
+from expert_merging.registry import all_methods
+
+FIRST_STAGE, SECOND_STAGE = "expert_merging", "expert_merging++"
+METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
+# What closed forms are scaled by, around their defaults.
+COEFFICIENTS = {
+    **dict.fromkeys(("task_arithmetic", "dare_ta"), (0.2, 0.4, 0.5, 0.6)),
+    **dict.fromkeys(("weight_average", "ties", "dare_ties"), (0.7, 1.4, 1.8, 2.2)),
+    **dict.fromkeys(("svd", "iso", "iso_cts"), (0.6, 0.8, 1.2, 1.4)),
+    **dict.fromkeys(("wudi", "wudi2", "iwudi", "swudi", "aswudi"), (0.4, 0.6, 0.8)),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to merge.
+
+    Args:
+        label: row of the table.
+        method: registry name.
+        flags: values of options, by name, that differ from the zoo's configuration.
+        group: whether it is a method as it is, an ablation, or one of several settings to choose among; the last are
+            never measured on test questions.
+        second_stage: it starts from the coefficients that `FIRST_STAGE` has learned.
+    """
+
+    label: str
+    method: str
+    flags: Mapping[str, str | float] = field(default_factory=dict)
+    group: str = METHOD
+    second_stage: bool = False
+
+
+def variants() -> list[Variant]:
+    """Everything that is measured."""
+    return [*_methods(), *_ablations(), *_choices()]
+
+
+def _methods() -> Iterator[Variant]:
+    """Every method that makes one model, with its defaults."""
+    for name, method in all_methods().items():
+        if not method.per_expert and name != "coefficients":
+            yield Variant(name, name)
+
+
+def _ablations() -> Iterator[Variant]:
+    """Those of the paper's Table 4, where the zoo's configuration has equal task weights; and other task weights."""
+    removed = {"hidden states": "hidden_states_weight", "logits": "logits_weight", "regulariser": "sparsity_reg_weight"}
+    for words, option in removed.items():
+        yield Variant(f"{FIRST_STAGE} without {words}", FIRST_STAGE, {option: 0}, ABLATION)
+    for task in ("Chat", "Math", "Code"):
+        yield Variant(f"{FIRST_STAGE}, {task} weighs 4", FIRST_STAGE, {"loss_alphas": f"{task}=4"}, ABLATION)
+    for chunking in ("none", "all"):
+        yield Variant(f"{SECOND_STAGE}, chunking {chunking}", SECOND_STAGE, {"chunking": chunking}, ABLATION, True)
+
+
+def _choices() -> Iterator[Variant]:
+    """Settings among which the score without labels chooses."""
+    for method, values in COEFFICIENTS.items():
+        for value in values:
+            yield _choice(method, scaling_coefficient=value)
+    for weight in (0, 0.03, 0.1, 0.2, 0.8):
+        yield _choice(FIRST_STAGE, sparsity_reg_weight=weight)
+    for options in ({"num_epochs": 12}, {"num_epochs": 50}, {"learning_rate": 0.1}, {"temperature": 2}):
+        yield _choice(FIRST_STAGE, **options)
+    for budget, start, weight in product((1, 2, 4), ("learned", "initial"), (0, 0.1)):
+        yield _choice(SECOND_STAGE, budget=budget, stage2_init=start, sparsity_reg_weight=weight)
+    for budget in (1, 4):
+        yield _choice(SECOND_STAGE, budget=budget, kappa=0.6, stage2_init="learned", sparsity_reg_weight=0.1)
+
+
+def _choice(method: str, **flags: str | float) -> Variant:
+    words = ", ".join(f"{name} {value}" for name, value in flags.items())
+    return Variant(f"{method}: {words}", method, flags, CHOICE, second_stage=method == SECOND_STAGE)
