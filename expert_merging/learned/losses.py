@@ -26,12 +26,39 @@ def kl_divergence(expert_logits: Tensor, merged_logits: Tensor, temperature: flo
         merged_logits: ``(tokens, vocabulary)``.
         temperature: T > 0.
     """
-    return temperature**2 * functional.kl_div(
-        functional.log_softmax(merged_logits.float() / temperature, dim=-1),
-        functional.log_softmax(expert_logits.float() / temperature, dim=-1),
-        reduction="sum",
-        log_target=True,
-    )
+    divergence: Tensor = _Divergence.apply(expert_logits, merged_logits, temperature)  # type: ignore[no-untyped-call]
+    return divergence
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence with its gradient ``T (softmax(merged / T) - softmax(expert / T))`` for the merged model alone.
+
+    Over a vocabulary, passes through memory and exponentials cost more than the output head: this takes each once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, expert_logits: Tensor, merged_logits: Tensor, temperature: float) -> Tensor:
+        expert, log_expert = _softmax(expert_logits, temperature)
+        merged, log_merged = _softmax(merged_logits, temperature)
+        value = log_expert.sub_(log_merged).mul_(expert).sum()
+        ctx.save_for_backward(merged.sub_(expert))
+        ctx.temperature, ctx.dtype = temperature, merged_logits.dtype
+        return temperature**2 * value
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return None, (difference * (ctx.temperature * scale)).to(ctx.dtype), None
+
+
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and their logarithms, in float32."""
+    shifted = logits.float() - logits.amax(dim=-1, keepdim=True)
+    if temperature != 1:
+        shifted.div_(temperature)
+    probabilities = shifted.exp()
+    total = probabilities.sum(dim=-1, keepdim=True)
+    return probabilities.div_(total), shifted.sub_(total.log())
 
 
 def logit_alignment(
