@@ -8,6 +8,7 @@ not all fit there, weight gradients have precedence.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -95,9 +96,9 @@ def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], No
     kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
     if vectors.device.type == "cuda":
         device_room = _room_on_gpu(live, rehearse) + kept[DEVICE]
-        host_room = (_free_host_memory() + kept[HOST]) / 2
+        host_room = (free_host_memory() + kept[HOST]) / 2
     else:
-        device_room, host_room = (_free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
+        device_room, host_room = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
     if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
         raise InputError(
             f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
@@ -205,11 +206,23 @@ def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:
     return free - needed - live.task_vectors.working_bytes - _MARGIN * total
 
 
-def _free_host_memory() -> float:
-    """Bytes available to this process if all processes of this machine take the same."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def free_host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes available to this process if all processes of this machine take the same; a container's limit counts.
+
+    Args:
+        proc: where the kernel tells of processes.
+        groups: where it tells of groups of processes.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / processes
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / processes
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # no such group, or one without a limit
+        own = (proc / "self" / "cgroup").read_text(encoding="ascii").split("0::/")[1].splitlines()[0]
+        limit, used = (
+            int((groups / own / f"memory.{kind}").read_text(encoding="ascii")) for kind in ("max", "current")
+        )
+        statistics = dict(line.split() for line in (groups / own / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics["inactive_file"]))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -209,7 +209,7 @@ def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, rank_b
 
 
 def test_task_vectors_that_do_not_fit_on_the_device_are_refused(answered_zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr("expert_merging.learned.memory._free_host_memory", lambda: 100)
+    monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 100)
     trainer = make_trainer(answered_zoo, tmp_path, task_vectors="device")
     with pytest.raises(
         InputError, match=r"--task_vectors device needs 0\.0 GB, and cpu has 0\.0 GB to spare; use auto, h"
@@ -219,7 +219,7 @@ def test_task_vectors_that_do_not_fit_on_the_device_are_refused(answered_zoo, tm
 
 def test_without_memory_to_spare_everything_is_read_from_the_files(answered_zoo, tmp_path, monkeypatch, caplog):
     usual = make_trainer(answered_zoo, tmp_path / "a").train()
-    monkeypatch.setattr("expert_merging.learned.memory._free_host_memory", lambda: 0)
+    monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 0)
     caplog.set_level("INFO")
     frugal = make_trainer(answered_zoo, tmp_path / "b").train()
     assert "GB read from the files when needed" in caplog.text
