@@ -154,23 +154,25 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def digits_easy(draw: random.Random) -> Example:
-    """One or two digits."""
-    return _digits(draw, draw.randint(1, 2))
+    """One or two large digits."""
+    return _digits(draw, draw.randint(1, 2), columns=2, size=25)
 
 
 def digits_hard(draw: random.Random) -> Example:
-    """Four digits in two rows."""
-    return _digits(draw, 4)
+    """Six smaller digits in two rows."""
+    return _digits(draw, 6, columns=3, size=20)
 
 
-def _digits(draw: random.Random, count: int) -> Example:
+def _digits(draw: random.Random, count: int, *, columns: int, size: int) -> Example:
     picture, pen = _canvas()
     text = "".join(draw.choices("0123456789", k=count))
     colour = COLOURS[draw.choice(list(COLOURS))]
-    first = 0 if count > 2 else draw.choice((0, 2))
+    first_row = 0 if count > columns else draw.randrange(2)
     for number, digit in enumerate(text):
-        x, y = (start + CELL // 2 + draw.randint(-2, 2) for start in _corner(first + number))
-        pen.text((x, y), digit, fill=colour, font=_font(25), anchor="mm")
+        row, column = divmod(number, columns)
+        x = (2 * column + 1) * SIDE // (2 * columns) + draw.randint(-2, 2)
+        y = CELL * (first_row + row) + CELL // 2 + draw.randint(-2, 2)
+        pen.text((x, y), digit, fill=colour, font=_font(size), anchor="mm")
     return Example("Read the number.", text, picture)
 
 

@@ -66,7 +66,12 @@ def held_out(task: Task, name: str, seed: int) -> dict[str, list[Example]]:
 
 
 def training_examples(
-    tasks: Mapping[str, Task], name: str | None, seed: int, *, rehearsal: float = 0
+    tasks: Mapping[str, Task],
+    name: str | None,
+    seed: int,
+    *,
+    rehearsal: float = 0,
+    hard_share: float = HARD_SHARE_OF_MIXTURE,
 ) -> Iterator[Example]:
     """Endless examples to train on, without the held-out ones.
 
@@ -75,6 +80,7 @@ def training_examples(
         name: The task whose hard version is drawn, or ``None`` for the mixture that the base learns.
         seed: Seed of the zoo.
         rehearsal: Share of a task's examples that come from the mixture instead.
+        hard_share: Share of hard examples in the mixture.
     """
     withheld = {
         example.key
@@ -85,16 +91,16 @@ def training_examples(
     draw = random.Random(f"training, {name}, {seed}")
     while True:
         if name is None or (rehearsal and draw.random() < rehearsal):
-            example = _mixed(tasks, draw)
+            example = _mixed(tasks, draw, hard_share)
         else:
             example = tasks[name].hard(draw)
         if example.key not in withheld:
             yield example
 
 
-def _mixed(tasks: Mapping[str, Task], draw: random.Random) -> Example:
+def _mixed(tasks: Mapping[str, Task], draw: random.Random, hard_share: float) -> Example:
     [task] = draw.choices(list(tasks.values()), weights=[task.weight for task in tasks.values()])
-    return task.hard(draw) if draw.random() < HARD_SHARE_OF_MIXTURE else task.easy(draw)
+    return task.hard(draw) if draw.random() < hard_share else task.easy(draw)
 
 
 def write_questions(tasks: Mapping[str, Task], folder: Path, seed: int) -> None:

@@ -24,6 +24,8 @@ END, PADDING = "<|im_end|>", "<|endoftext|>"
 LONGEST_TEXT = 512
 # Experts see a little of everything while they learn their own task, and forget less of it.
 REHEARSAL = 0.1
+# More of the hard versions, and the base would know them so well that there is little left to learn.
+HARD_SHARE = 0.03
 
 
 @cache
@@ -113,7 +115,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Endless batches, see `zoo.family.Family`."""
     collate = new_collate()
-    examples = tasks.training_examples(TASKS, task, seed, rehearsal=REHEARSAL if task else 0)
+    rehearsal = REHEARSAL if task else 0
+    examples = tasks.training_examples(TASKS, task, seed, rehearsal=rehearsal, hard_share=HARD_SHARE)
     while True:
         yield collate(list(itertools.islice(examples, batch_size)))
 
