@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone
-from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
-from expert_merging.options import ROOT
+from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
 from expert_merging.registry import Count
 from InternVL import remote
-from InternVL.images import Tiling, pixel_values, read_image
+from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens
 from InternVL.native import empty_model, load_published, load_tokenizer, open_published
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Where a picture belongs in a question; without it, pictures come first.
-MARK = "<image>"
+    from expert_merging.calibration import Sample
+
 IMAGE_START, IMAGE_END = "<img>", "</img>"
 END = "<|im_end|>"
 
@@ -157,21 +156,20 @@ def encode_prompt(
 
     where = f"{sample.task}, question {sample.identity}"
     most = {**MAX_TILES, **max_tiles_dict}.get(sample.task, max_tiles)
-    text = _prompt(processor, sample, template, where)
-    pixels = []
-    for file in sample.images:
-        try:
-            pixels.append(pixel_values(read_image(file), processor.tiling, most))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        places = IMAGE_TOKEN * (processor.tile_tokens * len(pixels[-1]))
+    try:
+        text = _prompt(processor, sample, template)
+        pixels = [pixel_values(read_picture(file), processor.tiling, most) for file in sample.images]
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    for tiles in pixels:
+        places = IMAGE_TOKEN * (processor.tile_tokens * len(tiles))
         text = text.replace(MARK, IMAGE_START + places + IMAGE_END, 1)
     tokens = torch.tensor([processor.tokenizer(text)["input_ids"]])
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return {**inputs, "pixel_values": torch.cat(pixels)} if pixels else inputs
 
 
-def _prompt(processor: Processor, sample: Sample, template: str | None, where: str) -> str:
+def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
     """Text of the prompt with one mark for each picture."""
     if template is None and processor.template != TEMPLATE_NAME:
         raise InputError(
@@ -179,43 +177,24 @@ def _prompt(processor: Processor, sample: Sample, template: str | None, where: s
             f"{TEMPLATE_NAME!r} is known; give --prompt_template with {{question}} in it"
         )
     template = template or TEMPLATE
-    given = template + sample.question
-    if IMAGE_TOKEN in given + (sample.response or ""):
-        raise InputError(
-            f"{where}: {IMAGE_TOKEN} stands for picture content and cannot be part of a question, response or prompt "
-            f"template; where a picture belongs, write {MARK}"
-        )
-    marks, pictures = given.count(MARK), len(sample.images)
-    if marks > pictures:
-        raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
-    return template.replace("{question}", f"{MARK}\n" * (pictures - marks) + sample.question)
+    question = marked_question(sample, template, mark=f"{MARK}\n", reserved=(IMAGE_TOKEN,))
+    return template.replace("{question}", question)
 
 
 BACKBONE = Backbone(
     name="InternVL",
     base_folder="InternVL2_5-1B",
-    expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in ("OCR", "VQA", "Geometry", "Chart", "Grounding")},
+    expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in EXPERTS},
     exclude_params=("vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={"scaling_coefficient": 0.1, "samples_per_task": 5, "sparsity_reg_weight": 5.0},
     load_model=load_model,
     parameter_names=parameter_names,
     load_processor=load_processor,
     encode_prompt=encode_prompt,
-    task_experts={
-        "VizWiz": "VQA",
-        "GQA": "VQA",
-        "MathVista": "Geometry",
-        "MathVision": "Geometry",
-        "OCRVQA": "OCR",
-        "TextVQA": "OCR",
-    },
+    task_experts=TASK_EXPERTS,
     takes_images=True,
     file_name=published_name,
-    test_questions=(
-        Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
-        Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
-        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
-    ),
+    test_questions=TEST_QUESTIONS,
     evaluation=(
         "python run.py --config {eval} --verbose",
         "accelerate launch --num_processes 8 -m lmms_eval --model internvl2 --batch_size 1 "

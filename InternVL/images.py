@@ -1,18 +1,12 @@
 """Pictures as InternVL reads them: square tiles of 448 pixels, as many as fit the picture's shape, with Pillow alone.
 
-Steps and numbers are those of the published inference code, down to the resizing filter, with one exception: pictures
-that a camera marked as rotated are turned upright first, as every viewer shows them.
+Steps and numbers are those of the published inference code, down to the resizing filter.
 """
 
 from __future__ import annotations
 
-import struct
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from expert_merging.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,28 +29,6 @@ class Tiling:
     size: int
     dynamic: bool
     thumbnail: bool
-
-
-def read_image(file: Path) -> Image.Image:
-    """The picture as RGB, upright.
-
-    Raises:
-        InputError: it is no picture, damaged, or larger than Pillow's limit for what may be an attack.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of oddities, such as transparency, that do not matter in RGB
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(
-            f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to be read safely; make it smaller"
-        ) from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises all of them for damaged files
-        raise InputError(f"{file} cannot be read as a picture ({error}); is it complete?") from None
 
 
 def grid(width: int, height: int, tiling: Tiling, most: int) -> tuple[int, int]:

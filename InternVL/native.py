@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging import backbone
 from expert_merging.backbone import import_transformers
 from expert_merging.checkpoint import SINGLE, Checkpoint
 from expert_merging.errors import InputError
@@ -92,14 +93,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     config = read_config(folder)
     check_supported(folder, config)
-    text = native_config(config).text_config  # says which class where the tokenizer's own files do not
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(
-            folder, config=text, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
+    # The language model's configuration says which class where the tokenizer's own files do not.
+    return backbone.load_tokenizer(folder, config=native_config(config).text_config)
 
 
 def _check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.backbone import Backbone, import_transformers, load_tokenizer
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 
@@ -50,7 +50,7 @@ def parameter_names(folder: Path) -> list[str]:
 
 def load_processor(folder: Path) -> Any:
     """The tokenizer of the folder."""
-    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(folder)
 
 
 def encode_prompt(tokenizer: Any, sample: Sample, template: str | None) -> dict[str, Tensor]:

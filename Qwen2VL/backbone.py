@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone, import_transformers
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.options import ROOT
+from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
 from expert_merging.registry import Count
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from expert_merging.calibration import Sample
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -28,8 +29,6 @@ MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 # What texts may not contain, since the model would take it for a picture or a video.
 _RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
-# Where a picture belongs in a question; without it, pictures come first.
-MARK = "<image>"
 
 
 def file_name(name: str) -> str:
@@ -160,8 +159,11 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     import torch
 
     where = f"{sample.task}, question {sample.identity}"
-    text = _prompt(processor, sample, template, where)
-    pictures = [_patches(processor, file, where) for file in sample.images]
+    try:
+        text = _prompt(processor, sample, template)
+        pictures = [_patches(processor, file) for file in sample.images]
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     prompt, *rest = text.split(PICTURE_TOKENS[1])
     for picture, piece in zip(pictures, rest, strict=True):
         count = int(picture["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
@@ -177,34 +179,19 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     return inputs | ({name: torch.cat(values) for name, values in pixels.items()} if pictures else {})
 
 
-def _patches(processor: Processor, path: Path, where: str) -> Any:
-    """Pixels of one picture, upright, resized by the processor's rule and cut into patches."""
-    from PIL import Image, ImageOps
-
+def _patches(processor: Processor, path: Path) -> Any:
+    """Pixels of one picture, resized by the processor's rule and cut into patches."""
+    picture = read_picture(path, rgb=False)  # the processor puts transparent pictures on white
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: {path} cannot be read as a picture: {error}") from None
-    try:
-        return processor.image_processor(upright, return_tensors="pt")
+        return processor.image_processor(picture, return_tensors="pt")
     except ValueError as error:  # sides that differ too much
-        raise InputError(f"{where}: {path} ({upright.width} x {upright.height} pixels): {error}") from None
+        raise InputError(f"{path} ({picture.width} x {picture.height} pixels): {error}") from None
 
 
-def _prompt(processor: Processor, sample: Sample, template: str | None, where: str) -> str:
+def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
     """Text of the prompt, with the three tokens of a picture where each belongs."""
-    given = (template or "") + sample.question
-    reserved = [token for token in _RESERVED if token in given + (sample.response or "")]
-    if reserved:
-        raise InputError(
-            f"{where}: {reserved[0]} stands for picture content and cannot be part of a question, response or prompt "
-            f"template; where a picture belongs, write {MARK}"
-        )
-    marks, pictures = given.count(MARK), len(sample.images)
-    if marks > pictures:
-        raise InputError(f"{where}: {marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
-    question = MARK * (pictures - marks) + sample.question
+    question = marked_question(sample, template or "", mark=MARK, reserved=_RESERVED)
+    pictures = len(sample.images)
     if template is not None:
         return template.replace("{question}", question).replace(MARK, "".join(PICTURE_TOKENS))
     if processor.tokenizer.chat_template is None:
@@ -218,7 +205,7 @@ def _prompt(processor: Processor, sample: Sample, template: str | None, where: s
     )
     if text.count(PICTURE_TOKENS[1]) != pictures:
         raise InputError(
-            f"{where}: the chat template of {processor.folder} has {text.count(PICTURE_TOKENS[1])} places for "
+            f"the chat template of {processor.folder} has {text.count(PICTURE_TOKENS[1])} places for "
             f"{pictures} pictures; give --prompt_template with {{question}} in it"
         )
     return text
@@ -227,7 +214,7 @@ def _prompt(processor: Processor, sample: Sample, template: str | None, where: s
 BACKBONE = Backbone(
     name="Qwen2VL",
     base_folder="Qwen2-VL-7B",
-    expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in ("OCR", "VQA", "Geometry", "Chart", "Grounding")},
+    expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in EXPERTS},
     exclude_params=("visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={"scaling_coefficient": 0.3, "samples_per_task": 10, "sparsity_reg_weight": 0.8},
     load_model=load_model,
@@ -236,19 +223,8 @@ BACKBONE = Backbone(
     encode_prompt=encode_prompt,
     takes_images=True,
     file_name=file_name,
-    task_experts={
-        "VizWiz": "VQA",
-        "GQA": "VQA",
-        "MathVista": "Geometry",
-        "MathVision": "Geometry",
-        "OCRVQA": "OCR",
-        "TextVQA": "OCR",
-    },
-    test_questions=(
-        Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
-        Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
-        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
-    ),
+    task_experts=TASK_EXPERTS,
+    test_questions=TEST_QUESTIONS,
     evaluation=(
         "python run.py --config {eval} --verbose",
         "accelerate launch -m lmms_eval --model qwen2_vl --model_args pretrained={model},max_pixels=2359296 "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.errors import InputError
 from expert_merging.registry import Option, read_options
 
 if TYPE_CHECKING:
@@ -114,6 +115,24 @@ def import_transformers() -> Any:
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Args:
+        folder: the checkpoint.
+        options: arguments of ``AutoTokenizer.from_pretrained``; by default no code of the folder is executed.
+
+    Raises:
+        InputError: transformers cannot read it.
+    """
+    options = {"local_files_only": True, "trust_remote_code": False, **options}
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(folder, **options)
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(" :")
+        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
 
 
 def language_setting(config: Mapping[str, Any], name: str) -> Any:

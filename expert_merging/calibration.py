@@ -62,7 +62,8 @@ def load_samples(
         default_count: samples taken from each file, from its beginning.
         counts: numbers that differ, by task.
         task_expert: expert by task, where the names differ.
-        family_tasks: the same for the family's usual tasks, which may be absent; ``task_expert`` wins.
+        family_tasks: the same for the family's usual tasks, which may be absent; an expert of the file's own name and
+            ``task_expert`` win.
 
     Raises:
         InputError: a missing folder, an expert without samples, a faulty file or entry; all of them at once.
@@ -85,7 +86,8 @@ def load_samples(
         if expert not in experts:
             problems.add(f"--task_expert {task}={expert}: there is no expert {expert!r}. {near_name(expert, experts)}")
     samples: list[Sample] = []
-    expert_of = {**{task: task for task in tasks}, **(family_tasks or {}), **task_expert}
+    own = {task: task for task in tasks if task in experts}
+    expert_of = {**dict.fromkeys(tasks, ""), **(family_tasks or {}), **own, **task_expert}
     for task, file in tasks.items():
         expert = expert_of[task]
         if expert in experts:

@@ -165,9 +165,15 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def fingerprint(self) -> str:
-        """A digest that changes when weights do: of headers, sizes, times of change and samples of the data."""
+    def fingerprint(self, *, whole: bool) -> str:
+        """A digest that changes when weights do: of headers, sizes, times of change and samples of the data.
+
+        Args:
+            whole: it also changes with any other file (tokenizer, processor, ...), not only with ``config.json``.
+        """
         digest = hashlib.sha256()
+        for relative in other_files(self.folder) if whole else [Path("config.json")]:
+            digest.update(str(relative).encode() + (self.folder / relative).read_bytes())
         for file in self.files:
             header = self.headers[file.name]
             digest.update(header)

@@ -30,6 +30,8 @@ EVALUATION = "eval.json"
 
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
+# The same among the options of methods: they trade memory for time.
+_SAVING = ("task_vectors", "rank_batches", "gradient_checkpointing", "logits_chunk_tokens")
 
 
 def is_main_process() -> bool:
@@ -71,14 +73,19 @@ class Job:
         return {
             "family": self.backbone.name,
             "method": self.resolved.method.name,
-            "options": {**decisive, **self._method_options()},
+            "options": {
+                **decisive,
+                **{name: value for name, value in self._method_options().items() if name not in _SAVING},
+            },
             "checkpoints": {
-                name: checkpoint.fingerprint()
+                name: checkpoint.fingerprint(whole=name == "base")
                 for name, checkpoint in {"base": self.plan.base, **self.plan.experts}.items()
             },
             "inputs": {"device": self.device.split(":")[0], "version": __version__},
             "seed": seed,
-            "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | {"device": self.device},
+            "run": {name: general[name] for name in ("output_path", "run_name", "log_with")}
+            | {name: value for name, value in self.resolved.options.items() if name in _SAVING}
+            | {"device": self.device},
             **provenance(),
             "command": command_line(),
         }
@@ -114,6 +121,9 @@ class Job:
             with problems.collecting():
                 work = method.function(self.plan, context, **self.resolved.options)
                 self.description["inputs"] |= work.inputs
+        if general["run_tests"]:
+            with problems.collecting():
+                self._check_questions()
         earlier = None
         # The main process writes to the folder while the others start, so it alone looks at it.
         if is_main_process() and not problems.found:
@@ -124,6 +134,14 @@ class Job:
                 check_free_disk(run.folder, self._missing_bytes(run))
         problems.check()
         return run, work, earlier
+
+    def _check_questions(self) -> None:
+        """Check that the merged model can be loaded and asked, for which it needs what its base needs."""
+        base = self.plan.base.folder
+        self.backbone.parameter_names(base)
+        processor = self.backbone.load_processor(base)
+        for sample in self.backbone.test_questions:
+            self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
 
     def _missing_bytes(self, run: Run) -> int:
         results = self._results(run)

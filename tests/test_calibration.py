@@ -96,6 +96,7 @@ def test_usual_tasks_of_a_family_belong_to_their_experts(data):
 
     assert owners(["VQA", "Chart"]) == {"Chart": "Chart", "GQA": "VQA", "VizWiz": "VQA"}
     assert owners(["VQA", "Chart"], task_expert={"GQA": "Chart"}) == {"Chart": "Chart", "GQA": "Chart", "VizWiz": "VQA"}
+    assert owners(["GQA", "Chart"]) == {"Chart": "Chart", "GQA": "GQA"}, "an expert of the file's own name comes first"
     assert owners(["Chart"]) == {"Chart": "Chart"}, "tasks of experts that are not merged are left alone"
 
 

@@ -111,12 +111,14 @@ def test_a_fingerprint_follows_values_names_and_types(tmp_path):
     def fingerprint(name, tensors):
         folder = write_checkpoint(tmp_path / name, tensors)
         os.utime(folder / "model.safetensors", ns=(0, 0))
-        return Checkpoint(folder).fingerprint()
+        return Checkpoint(folder).fingerprint(whole=True)
 
     same = fingerprint("1", BASE)
-    assert Checkpoint(tmp_path / "1").fingerprint() == same
+    assert Checkpoint(tmp_path / "1").fingerprint(whole=True) == same
     os.utime(tmp_path / "1" / "model.safetensors", ns=(1, 1))
-    assert Checkpoint(tmp_path / "1").fingerprint() != same, "a change between the samples changes the file's time"
+    assert Checkpoint(tmp_path / "1").fingerprint(whole=True) != same, (
+        "a change between the samples changes the file's time"
+    )
     changed = BASE["a.weight"].clone()
     changed[2, 1] += 1e-6
     others = {
@@ -128,12 +130,27 @@ def test_a_fingerprint_follows_values_names_and_types(tmp_path):
     assert len(others | {same}) == 5
 
 
+def test_a_fingerprint_follows_what_the_base_s_other_files_say(tmp_path):
+    folder = write_checkpoint(tmp_path, BASE)
+    (folder / "tokenizer.json").write_text("1")
+
+    def fingerprints():
+        return [Checkpoint(folder).fingerprint(whole=whole) for whole in (True, False)]
+
+    whole, lean = fingerprints()
+    (folder / "tokenizer.json").write_text("2")
+    assert fingerprints()[0] != whole, "it is copied, and decides what is learned"
+    assert fingerprints()[1] == lean
+    (folder / "config.json").write_text('{"rms_norm_eps": 0.1}')
+    assert fingerprints()[1] != lean
+
+
 def test_a_fingerprint_of_large_weights_needs_little_reading(tmp_path, monkeypatch):
     checkpoint = Checkpoint(write_checkpoint(tmp_path, {"a": torch.zeros(1 << 21)}))
     read = []
     plain = os.pread
     monkeypatch.setattr(os, "pread", lambda *arguments: read.append(arguments[1]) or plain(*arguments))
-    checkpoint.fingerprint()
+    checkpoint.fingerprint(whole=True)
     assert sum(read) < 1 << 19
 
 
@@ -252,7 +269,7 @@ def refuses_or_reads(folder: Path, content: bytes) -> None:
         assert 0 <= entry.offset <= entry.offset + entry.size <= len(content)
         if entry.is_float:
             assert len(checkpoint.read(entry.name)) == entry.elements
-    checkpoint.fingerprint()
+    checkpoint.fingerprint(whole=True)
     checkpoint.close()
 
 

@@ -239,6 +239,34 @@ def test_an_expert_that_computes_otherwise_is_told(tmp_path):
     assert "expert A differs from the base in config.json: rope_theta 1000000.0, base 10000.0" in warnings[0]
 
 
+OLDER = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "num_hidden_layers": 2}
+NEWER = {
+    "text_config": {
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [2, 3, 3]},
+        "num_hidden_layers": 2,
+        "model_type": "qwen2_vl_text",
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "expert", "told"),
+    [
+        (OLDER, NEWER, None),
+        (NEWER, OLDER, None),
+        ({"llm_config": OLDER}, {"llm_config": {**OLDER, "rope_theta": 1e4}}, "rope_theta 10000.0, base 1000000.0"),
+        (OLDER, {**OLDER, "rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type yarn, base default"),
+        ({"model_type": "a"}, {"model_type": "b"}, "model_type b, base a"),
+    ],
+)
+def test_settings_are_compared_wherever_a_config_has_them(tmp_path, capsys, base, expert, told):
+    base = write_checkpoint(tmp_path / "base", TENSORS, config={"model_type": "q", **base})
+    expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"model_type": "q", **expert})
+    assert merge("--method", "weight_average", *flags(base, A=expert), "--dry_run") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ([f"warning: expert A differs from the base in config.json: {told}"] if told else [])
+
+
 def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, capsys):
     run = merged(tmp_path / "out", *command, "--num_epochs", "none", "--loss_alphas", "Chat=much")
     ignored = "WARNING ignored, since task_arithmetic has no such option: --num_epochs, --loss_alphas\n"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import import_transformers
+from expert_merging.pictures import MARK
 from expert_merging.writing import write_atomically
-from InternVL.backbone import BACKBONE, IMAGE_END, IMAGE_START, MARK, TEMPLATE
+from InternVL.backbone import BACKBONE, IMAGE_END, IMAGE_START, TEMPLATE
 from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, tile_tokens
 from InternVL.native import save_published

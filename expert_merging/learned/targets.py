@@ -158,7 +158,7 @@ class TargetMaker:
         kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
         answered = []
         for sample in samples:
-            key = f"{sample.task}/{sample.identity}/{sample.question}"
+            key = "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
             if sample.response is None:
                 if key not in kept:
                     kept[key] = self._generate(model, processor, sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,24 @@ def test_changed_calibration_data_is_a_different_run(command, tmp_path, capsys):
     write_tasks(tmp_path / "data", responses={"Math": "other"})
     assert command(*arguments) == 1
     assert "holds a different run (calibration:" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_other_options_that_save_memory(command, capsys):
+    assert command("--samples_per_task", "1") == 0
+    capsys.readouterr()
+    saving = ["--gradient_checkpointing", "--task_vectors", "disk", "--rank_batches", "sample"]
+    assert command("--samples_per_task", "1", *saving, "--logits_chunk_tokens", "3") == 0
+    assert "this run is complete already" in capsys.readouterr().out
+
+
+def test_what_answering_questions_needs_is_checked_before_merging(command, tiny_zoo, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_zoo / BASE, base, ignore=shutil.ignore_patterns("tokenizer*"))
+    arguments = ["--method", "weight_average", "--base_model_path", str(base), "--dry_run"]
+    experts = [f"--expert={name}={tiny_zoo / folder}" for name, folder in EXPERTS.items()]
+    assert command(*arguments, *experts) == 0, "merging needs no tokenizer"
+    assert command(*arguments, *experts, "--run_tests") == 1
+    assert str(base) in capsys.readouterr().err
 
 
 def test_questions_are_answered_after_merging(command, capsys):

@@ -1,0 +1,89 @@
+"""What families that take pictures have in common: their tasks, reading picture files, and marks in questions."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expert_merging.calibration import Sample
+from expert_merging.errors import InputError
+from expert_merging.options import ROOT
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXPERTS = ("OCR", "VQA", "Geometry", "Chart", "Grounding")
+
+# The usual calibration tasks that are not called like their expert.
+TASK_EXPERTS = {
+    "VizWiz": "VQA",
+    "GQA": "VQA",
+    "MathVista": "Geometry",
+    "MathVision": "Geometry",
+    "OCRVQA": "OCR",
+    "TextVQA": "OCR",
+}
+
+TEST_QUESTIONS = (
+    Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
+    Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
+    Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
+)
+
+# Where a picture belongs in a question; without it, pictures come first.
+MARK = "<image>"
+
+
+def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
+    """The picture, turned upright where a camera marked it as rotated, as every viewer shows it.
+
+    Args:
+        file: the picture.
+        rgb: convert it to RGB, which drops transparency; otherwise it keeps its mode.
+
+    Raises:
+        InputError: it is no picture, damaged, or larger than Pillow's limit for what may be an attack.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of oddities, such as transparency, that do not matter in RGB
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image)
+                return upright.convert("RGB") if rgb else upright
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(
+            f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to be read safely; make it smaller"
+        ) from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises all of them for damaged files
+        raise InputError(f"{file} cannot be read as a picture ({error}); is it complete?") from None
+
+
+def marked_question(sample: Sample, template: str, *, mark: str, reserved: Sequence[str]) -> str:
+    """The question with a mark for every picture that neither it nor the template has one for, in front.
+
+    Args:
+        sample: the question and its pictures.
+        template: text that the question will stand in.
+        mark: what is put in front, with `MARK` in it.
+        reserved: tokens that stand for picture content, which a text cannot contain.
+
+    Raises:
+        InputError: there are more marks than pictures, or a text contains a reserved token.
+    """
+    given = template + sample.question
+    found = [token for token in reserved if token in given + (sample.response or "")]
+    if found:
+        raise InputError(
+            f"{found[0]} stands for picture content and cannot be part of a question, response or prompt template; "
+            f"where a picture belongs, write {MARK}"
+        )
+    marks, pictures = given.count(MARK), len(sample.images)
+    if marks > pictures:
+        raise InputError(f"{marks} {MARK} marks for {pictures} pictures; add image_path or remove marks")
+    return mark * (pictures - marks) + sample.question
