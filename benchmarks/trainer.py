@@ -128,44 +128,41 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure_variants(case: Case, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure the variants that are asked for, ours with task vectors in each of the places."""
+    make_checkpoints(case)
+    found = {}
+    for variant in options.variants:
+        for place in options.task_vectors if variant == "ours" else ["auto"]:
+            name = f"{variant} ({place})" if variant == "ours" else variant
+            found[name] = measure(replace(case, variant=variant, task_vectors=place))
+    return found
+
+
 def main() -> None:
     """Measure every case and print its table."""
     options = read_arguments()
     if options.case:
         print(json.dumps(work(Case(**json.loads(options.case)))))  # noqa: T201  (what the parent process reads)
         return
+    shared = {name: getattr(options, name) for name in ("layers", "distinct", "samples", "device", "dtype", "work")}
+    shared |= {"rank_batches": options.rank_batches, "checkpointing": options.gradient_checkpointing}
     figures: dict[str, Any] = {}
     for shape in options.shape:
         for experts in options.experts:
-            case = Case(
-                variant="limit",
-                shape=shape,
-                layers=options.layers,
-                experts=experts,
-                distinct=options.distinct,
-                samples=options.samples,
-                device=options.device,
-                dtype=options.dtype,
-                task_vectors="auto",
-                rank_batches=options.rank_batches,
-                checkpointing=options.gradient_checkpointing,
-                work=options.work,
-            )
-            make_checkpoints(case)
-            found = {}
-            for variant in options.variants:
-                for place in options.task_vectors if variant == "ours" else ["auto"]:
-                    name = f"{variant} ({place})" if variant == "ours" else variant
-                    found[name] = measure(replace(case, variant=variant, task_vectors=place))
-            ratios = compare(found)
+            case = Case(variant="limit", shape=shape, experts=experts, task_vectors="auto", **shared)
+            found = measure_variants(case, options)
             title = f"{shape}, {experts} experts, {options.dtype} on {options.device}"
-            show(title, found, ratios)
+            figures[title] = {**found, "ratios": compare(found)}
+            show(title, found, figures[title]["ratios"])
             for entry in found.values():
                 entry.pop("coefficients", None)
                 entry.pop("gradient", None)
-            figures[title] = {**found, "ratios": ratios}
             if options.json:
                 options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    differences = [value for entry in figures.values() for name, value in entry["ratios"].items() if "twin -" in name]
+    if options.dtype == "float32" and any(difference > 1e-5 for difference in differences):
+        raise SystemExit("the trainer and the twin differ by more than 1e-5")
 
 
 if __name__ == "__main__":

@@ -221,12 +221,14 @@ class Bench:
             name: [teacher.get_parameter(name) - weights[name] for teacher in teachers.values()]
             for name in self.plan.merged
         }
+        wide = torch.promote_types(self.dtype, torch.float32)
         raw = {
-            name: torch.nn.Parameter(torch.logit(torch.full((len(teachers),), 0.3, device=self.device)))
+            name: torch.nn.Parameter(torch.logit(torch.full((len(teachers),), 0.3, device=self.device, dtype=wide)))
             for name in self.plan.merged
         }
         start = {name: torch.sigmoid(value).detach() for name, value in raw.items()}
         optimizer = torch.optim.AdamW(raw.values(), lr=RATE, weight_decay=1e-5, betas=(0.9, 0.999))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 50, 2, eta_min=0.1 * RATE)
 
         def run(entry: tuple[str, dict[str, Tensor]]) -> None:
             expert, inputs = entry
@@ -239,10 +241,10 @@ class Bench:
                 for value, task_vector in zip(values, task_vectors[name], strict=True):
                     merged[name] = merged[name] + value * task_vector
             found = torch.func.functional_call(self.model, merged, (), options)
-            logs = [functional.log_softmax(output.logits[0].float(), dim=-1) for output in (found, wanted)]
+            logs = [functional.log_softmax(output.logits[0].to(wide), dim=-1) for output in (found, wanted)]
             loss = functional.kl_div(logs[0], logs[1], reduction="sum", log_target=True) / len(logs[0])
             layer = self.layers[0]
-            states = [output.hidden_states[layer][0].float() for output in (found, wanted)]
+            states = [output.hidden_states[layer][0].to(wide) for output in (found, wanted)]
             distance = sum((torch.sigmoid(value) - start[name]).abs().sum() for name, value in raw.items())
             loss = loss + functional.mse_loss(states[0], states[1]) + REGULARISATION * distance / len(raw)
             (loss / ACCUMULATION).backward()  # type: ignore[no-untyped-call]
@@ -254,6 +256,7 @@ class Bench:
             )
             torch.nn.utils.clip_grad_norm_(list(raw.values()), 1.0)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
 
         entries = list(zip(self.owners(), self.inputs(), strict=True))
