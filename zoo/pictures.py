@@ -177,8 +177,8 @@ def _digits(draw: random.Random, count: int, *, columns: int, size: int) -> Exam
 
 
 def box_easy(draw: random.Random) -> Example:
-    """The box around the only shape."""
-    return _box(draw, 1)
+    """The box around one of at most two shapes, known by its colour."""
+    return _box(draw, draw.randint(1, 2))
 
 
 def box_hard(draw: random.Random) -> Example:
