@@ -95,8 +95,10 @@ class LiveModel:
     def ignoring_gradients(self) -> Iterator[None]:
         """Free weight gradients as they come and do nothing with them."""
         self._ignores = True
-        yield
-        self._ignores = False
+        try:
+            yield
+        finally:
+            self._ignores = False
 
     def _receive(self, parameter: Tensor) -> None:
         """Take dL/dW off a parameter.

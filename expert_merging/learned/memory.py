@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 _MARGIN = 0.05
 # Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
 _CONTEXT, _LOGITS = 1 << 29, 1 << 28
-# Tokens of a long sample: a few pictures, or a long answer.
-_LONG_SAMPLE = 2048
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Needs:
 
     Args:
         model: the merged model.
-        sample: activations of a sample of `_LONG_SAMPLE` tokens.
+        sample: activations of the longest sample.
         checkpointed_sample: the same with gradient checkpointing.
         working: the largest weight gradient, blocks of task vectors, logits, and the driver's own.
         task_vectors: base and experts.
@@ -142,8 +140,8 @@ class Needs:
     gradients: int
 
 
-def estimate(plan: Plan, width: int, device: str = "cuda") -> Needs:
-    """What learning needs with weights of ``width`` bytes on a device of that kind."""
+def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda") -> Needs:
+    """What learning needs with weights of ``width`` bytes and samples of so many tokens on a device of that kind."""
     config, entries = plan.base.config, plan.base.entries
     hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
     layers = layer_count(config) or 0
@@ -155,36 +153,50 @@ def estimate(plan: Plan, width: int, device: str = "cuda") -> Needs:
     blocks = len(checkpoints) * block * (4 + 2 * width)
     return Needs(
         model=width * plan.base_elements,
-        sample=int(_LONG_SAMPLE * layers * kept),
-        checkpointed_sample=int(_LONG_SAMPLE * (layers * kept_again + kept)),
+        sample=int(tokens * layers * kept),
+        checkpointed_sample=int(tokens * (layers * kept_again + kept)),
         working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + context,
         task_vectors=sum(checkpoint.entries[name].size for checkpoint in checkpoints for name in plan.merged),
         gradients=4 * plan.merged_elements,
     )
 
 
-def describe(plan: Plan, precision: str, device: str, *, gradient_checkpointing: bool) -> tuple[str, ...]:
-    """The memory that each device needs, for the plan that ``--dry_run`` prints.
+def describe(
+    plan: Plan, precision: str, device: str, *, tokens: int, gradient_checkpointing: bool, free: float
+) -> tuple[str, ...]:
+    """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do where it is too much.
 
     Args:
         plan: the checkpoints.
         precision: ``no``, ``fp16`` or ``bf16``.
         device: device as text.
+        tokens: length of the longest sample with its response.
         gradient_checkpointing: whether activations are computed again.
+        free: bytes that are free there.
     """
-    needs = estimate(plan, 4 if precision == "no" else 2, device.split(":")[0])
+    needs = estimate(plan, 4 if precision == "no" else 2, tokens, device.split(":")[0])
     plain = needs.model + needs.sample + needs.working
     least = needs.model + needs.checkpointed_sample + needs.working
     now = least if gradient_checkpointing else plain
     flag = "" if gradient_checkpointing else f" ({_gib(least)} with --gradient_checkpointing)"
     elsewhere = "" if device == "cpu" else "in host memory, for each process, or "
-    return (
+    lines = [
         f"learning needs at least {_gib(now)}{flag} for each process on {device}: model {_gib(needs.model)}, a sample "
-        f"of {_LONG_SAMPLE} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
+        f"of {tokens} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
         f"with base and experts there too, {_gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
         "the files",
         f"with weight gradients added up, {_gib(needs.gradients)} more",
-    )
+    ]
+    if now > free:
+        more = "shorter samples, smaller pictures (the family's own flags), or a device with more memory"
+        advice = "--gradient_checkpointing" if least <= free and not gradient_checkpointing else more
+        lines.append(f"that does not fit on {device}, where {_gib(free)} are free: it takes {advice}")
+    return tuple(lines)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on a device."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else free_host_memory()
 
 
 def _gib(count: float) -> str:

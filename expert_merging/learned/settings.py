@@ -17,6 +17,7 @@ from expert_merging.learned import Context
 from expert_merging.learned.coefficients import CoefficientVector, choose_chunks
 from expert_merging.learned.objectives import Objective, alignment, prediction_entropy
 from expert_merging.learned.options import AlignmentOptions, LearningOptions, TrainingOptions
+from expert_merging.learned.targets import check_length, response_tokens
 from expert_merging.plan import Plan
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -35,6 +36,7 @@ class Settings:
         objective: what is made small.
         regularisation_weight: weight of the coefficients' distance from their initial values.
         precision: ``no``, ``fp16`` or ``bf16``.
+        longest: tokens of the longest sample with its response.
         budget: coefficients per expert that the regularisation counts; None for those that are trained.
         start: ``(experts,)`` first values by parameter name; None for the initial ones.
         shared: one coefficient per expert for all parameters together.
@@ -49,6 +51,7 @@ class Settings:
     objective: Objective
     regularisation_weight: float
     precision: str
+    longest: int = 0
     budget: float | None = None
     start: Mapping[str, Tensor] | None = None
     shared: bool = False
@@ -71,6 +74,7 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
     sizes = {name: plan.base.entries[name].elements for name in plan.merged}
     initial, scale, chunks = (), (), dict.fromkeys(sizes, 1)  # type: tuple[float, ...], tuple[float, ...], dict[str, int]
     samples: list[Sample] = []
+    longest = 0
     with problems.collecting():
         initial = _initial_values(options.scaling_coefficient, experts)
     with problems.collecting():
@@ -101,14 +105,14 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
             with_image = next(sample for sample in samples if sample.images)
             problems.add(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
         else:
-            _check_prompts(plan, context.backbone, samples, options.prompt_template)
+            longest = _check_prompts(plan, context.backbone, samples, options)
         tasks = sorted({sample.task for sample in samples})
         for task in options.loss_alphas or {}:
             if task not in tasks:
                 problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {near_name(task, tasks)}")
     problems.check()
     weight = options.sparsity_reg_weight if isinstance(options, AlignmentOptions) else 0.0
-    return Settings(options, tuple(samples), initial, scale, chunks, objective, weight, precision)
+    return Settings(options, tuple(samples), initial, scale, chunks, objective, weight, precision, longest)
 
 
 def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
@@ -129,14 +133,23 @@ def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
     )
 
 
-def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], template: str | None) -> None:
-    """Check that every sample can be encoded: files of tokenizer and processor, pictures and their sizes."""
+def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], options: TrainingOptions) -> int:
+    """Check that every sample can be encoded: files of tokenizer and processor, pictures and their sizes.
+
+    Returns:
+        Tokens of the longest, with its response or the most that an expert may write.
+    """
     processor = backbone.load_processor(plan.base.folder)
     problems = Problems()
+    longest = 0
     for sample in samples:
         with problems.collecting():
-            backbone.encode_prompt(processor, sample, template)
+            prompt = backbone.encode_prompt(processor, sample, options.prompt_template)["input_ids"].shape[1]
+            given = None if sample.response is None else len(response_tokens(processor, sample.response))
+            check_length(plan.base, sample, prompt + (1 if given is None else given))
+            longest = max(longest, prompt + (options.max_new_tokens if given is None else given))
     problems.check()
+    return longest
 
 
 def _check_model(plan: Plan, context: Context) -> None:

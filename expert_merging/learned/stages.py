@@ -16,7 +16,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.learned import Context, Work
 from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
-from expert_merging.learned.memory import describe
+from expert_merging.learned.memory import describe, free_memory
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.trainer import Trainer
@@ -149,9 +149,11 @@ def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
 def _check_first_stage(given: Coefficients, settings: Settings) -> None:
     """Check that coefficients from elsewhere can be what this run's first stage would have learned."""
     problems = Problems()
-    if given.task_vector_scale != settings.scale or given.trimming is not None:
+    if given.trimming is not None:
+        problems.add("--coefficients were learned on trimmed task vectors; give a run of expert_merging")
+    if given.task_vector_scale != settings.scale:
         problems.add(
-            "--coefficients were learned on task vectors that were scaled or trimmed otherwise; give the "
+            "--coefficients were learned on task vectors that were scaled otherwise; give the "
             "--task_vector_coeffs_dict that they were learned with"
         )
     outside = [name for name, value in given.values.items() if not bool(((value >= 0) & (value <= 1)).all())]
@@ -170,6 +172,11 @@ def _check_budget(options: ChunkingOptions, layers: int) -> None:
         raise InputError(
             f"--budget {options.budget:g} times {layers} merged parameters is less than one coefficient per expert; "
             f"give at least {1 / layers:.2g}"
+        )
+    if options.chunking == "importance" and options.kappa == 0 and options.budget < 1:
+        raise InputError(
+            f"--kappa 0 shares the budget out evenly, and --budget {options.budget:g} is less than one coefficient for "
+            "each parameter, so none would get any; give at least 1"
         )
 
 
@@ -213,7 +220,12 @@ def _work(
     decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
     memory = describe(
-        plan, settings.precision, context.device, gradient_checkpointing=settings.options.gradient_checkpointing
+        plan,
+        settings.precision,
+        context.device,
+        tokens=settings.longest,
+        gradient_checkpointing=settings.options.gradient_checkpointing,
+        free=free_memory(context.device),
     )
     return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 

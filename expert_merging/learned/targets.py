@@ -116,29 +116,15 @@ class TargetMaker:
     def _encode(self, processor: Any, sample: Sample) -> tuple[dict[str, Tensor], int]:
         """Model inputs of prompt, response and end token, and the number of prompt tokens."""
         inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
-        response = list(sample.tokens) if sample.tokens is not None else self._tokens(processor, sample)
+        response = sample.tokens if sample.tokens is not None else response_tokens(processor, sample.response or "")
         prompt_tokens = inputs["input_ids"].shape[1]
-        tokens, longest = prompt_tokens + len(response), self._limit("max_position_embeddings")
-        where = f"{sample.task}, question {sample.identity}"
         if not response:
-            raise InputError(f"{where}: expert {sample.expert} answered with nothing; give the sample a response")
-        if longest is not None and tokens > longest:
             raise InputError(
-                f"{where}: prompt and response have {tokens} tokens and the model takes {longest}; "
-                "shorten the sample or lower --max_new_tokens"
+                f"{sample.task}, question {sample.identity}: expert {sample.expert} answered with nothing; give the "
+                "sample a response"
             )
+        check_length(self.plan.base, sample, prompt_tokens + len(response))
         return place(with_response(inputs, response), self.device, self.dtype), prompt_tokens
-
-    def _limit(self, name: str) -> int | None:
-        """A number from the base's ``config.json``."""
-        value: int | None = language_setting(self.plan.base.config, name)
-        return value
-
-    def _tokens(self, processor: Any, sample: Sample) -> list[int]:
-        """Tokens of a response that the file has, with the end token if there is one."""
-        tokenizer = getattr(processor, "tokenizer", processor)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [*tokenizer(sample.response, add_special_tokens=False)["input_ids"], *end]
 
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
         """The expert's output head where it differs from the one that the merged model will have while training."""
@@ -173,8 +159,34 @@ class TargetMaker:
         inputs = place(self.backbone.encode_prompt(processor, sample, self.prompt_template), self.device, self.dtype)
         response, tokens = generate(model, processor, inputs, self.max_new_tokens)
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
-        known = self._limit("vocab_size") or len(getattr(processor, "tokenizer", processor))
+        known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(processor))
         return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def response_tokens(processor: Any, response: str) -> list[int]:
+    """Tokens of a given response, with the end token if there is one."""
+    tokenizer = tokenizer_of(processor)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
+
+
+def check_length(base: Checkpoint, sample: Sample, tokens: int) -> None:
+    """Check that the model has positions for so many tokens.
+
+    Raises:
+        InputError: it has not.
+    """
+    most = language_setting(base.config, "max_position_embeddings")
+    if most is not None and tokens > most:
+        raise InputError(
+            f"{sample.task}, question {sample.identity}: prompt and response have {tokens} tokens and the model takes "
+            f"{most}; shorten the sample or lower --max_new_tokens"
+        )
 
 
 def with_response(inputs: Mapping[str, Tensor], response: Sequence[int]) -> dict[str, Tensor]:
@@ -206,7 +218,7 @@ def place(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 @torch.no_grad()
 def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[str, list[int]]:
     """Greedy continuation of a prompt, as text and as tokens up to the end token."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     tokens = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,

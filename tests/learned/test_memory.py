@@ -170,15 +170,26 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
     """On 16 GiB it takes gradient checkpointing and task vectors elsewhere; on 80 GiB everything is on the device."""
     config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
     plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
-    first, second, third = describe(plan, "fp16", "cuda", gradient_checkpointing=False)
+
+    def told(free, *, again):
+        return describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=again, free=free * 2**30)
+
+    first, second, third = told(80, again=False)
     assert first.startswith(
         "learning needs at least 26.7 GiB (15.7 GiB with --gradient_checkpointing) for each process on "
     )
     assert "model 13.5 GiB" in first
     assert second.startswith("with base and experts there too, 52.0 GiB more; otherwise they are in host memory")
     assert third == "with weight gradients added up, 26.0 GiB more"
-    (asked, *_) = describe(plan, "fp16", "cuda", gradient_checkpointing=True)
+    (asked, *_) = told(16, again=True)
     assert asked.startswith("learning needs at least 15.7 GiB for each process on cuda: model 13.5 GiB, ")
+    assert told(16, again=False)[3:] == (
+        "that does not fit on cuda, where 16.0 GiB are free: it takes --gradient_checkpointing",
+    )
+    assert told(16, again=True)[3:] == ()
+    (too_much,) = told(15, again=True)[3:]
+    assert "it takes shorter samples, smaller pictures" in too_much
+    assert told(15, again=False)[3:] == (too_much,)
 
 
 def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):
@@ -186,13 +197,13 @@ def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):
     nested = {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
     vision = {f"visual.blocks.{block}.mlp.weight": (19660800 // 1280, 1280) for block in range(32)}
     plan = plan_of(tmp_path / "qwen", 5, {"text_config": nested}, decoder(28, 3584, 18944, 512, 152064) | vision)
-    needs = estimate(plan, 2)
+    needs = estimate(plan, 2, 2048)
     assert needs.model == 2 * plan.base_elements
     assert 28 * 2**30 < needs.model + needs.sample + needs.working < 31 * 2**30
     assert needs.task_vectors == 6 * 2 * plan.merged_elements
 
 
-def test_estimated_activations_are_those_that_autograd_keeps():
+def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):
     """Of a small decoder in bfloat16, counted one by one."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -212,5 +223,5 @@ def test_estimated_activations_are_those_that_autograd_keeps():
         outputs = model.model(tokens, output_hidden_states=True, use_cache=False)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     counted += sum(state.nbytes for state in outputs.hidden_states if state.untyped_storage().data_ptr() not in kept)
-    estimated = 512 * 4 * (2 * (4 * 384 + 4.5 * 128) + 11.4 * 128)
-    assert 0.7 < counted / estimated < 1.3
+    plan = plan_of(tmp_path / "small", 1, config, decoder(4, 128, 384, 64, 50))
+    assert 0.7 < counted / estimate(plan, 2, 512).sample < 1.3

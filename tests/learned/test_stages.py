@@ -172,8 +172,16 @@ def test_experts_are_asked_once_for_both_stages(answered_zoo, tmp_path, monkeypa
 
 def test_a_budget_too_thin_for_any_chunk_is_told_after_the_first_stage(answered_zoo, tmp_path):
     with pytest.raises(InputError, match=r"a budget of 1\.05 coefficients per expert, spread by importance over 21"):
-        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path, budget=0.05, kappa=0)
+        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path, budget=0.05, kappa=0.01)
     assert load_coefficients(tmp_path / "stage1")
+
+
+def test_a_budget_that_can_give_no_chunk_is_told_before_anything(answered_zoo, tmp_path):
+    with pytest.raises(
+        InputError, match=r"--budget 0\.9 is less than one coefficient for each parameter, so none"
+    ):
+        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path, budget=0.9, kappa=0)
+    assert not (tmp_path / "stage1").exists()
 
 
 def test_coefficients_that_no_first_stage_can_have_are_refused(answered_zoo, tmp_path):
@@ -182,7 +190,11 @@ def test_coefficients_that_no_first_stage_can_have_are_refused(answered_zoo, tmp
     good = file.read_text()
     file.write_text(json.dumps({**json.loads(good), "task_vector_scale": [1.0, 2.0, 1.0]}))
     given = {"coefficients": str(tmp_path / "first")}
-    with pytest.raises(InputError, match="scaled or trimmed otherwise; give the --task_vector_coeffs_dict"):
+    with pytest.raises(InputError, match="task vectors that were scaled otherwise; give the --task_vector_coeffs_"):
+        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
+    trimmed = {"thresholds": [0.0, 0.0, 0.0], "majority": 1.0}
+    file.write_text(json.dumps({**json.loads(good), "trimming": trimmed}))
+    with pytest.raises(InputError, match="on trimmed task vectors; give a run of expert_merging"):
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
     file.write_text(good)
     next(iter(coefficients.values.values())).fill_(1.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -376,13 +377,21 @@ def test_an_empty_answer_is_refused_with_its_sample(tiny_zoo, tmp_path, monkeypa
         trainer.train()
 
 
-def test_a_sample_longer_than_the_models_context_is_refused(tiny_zoo, tmp_path):
+def test_a_sample_longer_than_the_models_context_is_refused_before_any_expert_is_asked(tiny_zoo, tmp_path):
     write_tasks(tmp_path / "dataset", responses={"Math": "4" * 200})
-    trainer = make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(tmp_path / "dataset"))
-    with pytest.raises(
-        InputError, match=r"Math, question 0: prompt and response have \d+ tokens and the model takes 128"
-    ):
-        trainer.train()
+    with pytest.raises(InputError) as caught:
+        make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(tmp_path / "dataset"))
+    assert re.fullmatch(
+        r"Math, question 0: prompt and response have 2\d\d tokens and the model takes 128; shorten the sample or lower "
+        "--max_new_tokens",
+        caught.value.problems[0],
+    )
+
+
+def test_an_answer_longer_than_the_models_context_is_refused(tiny_zoo, tmp_path, monkeypatch):
+    answering(monkeypatch, *[5] * 200)
+    with pytest.raises(InputError, match=r"question 0: prompt and response have 2\d\d tokens and the model takes 128"):
+        make_trainer(tiny_zoo, tmp_path).train()
 
 
 def test_a_nan_in_an_expert_is_found_before_it_is_asked(tiny_zoo, tmp_path):
