@@ -197,6 +197,8 @@ def _heat_maps(
     panels: Mapping[str, Any], rows: Sequence[str], label: str, file: Path, *, depths: Mapping[str, Sequence[int]]
 ) -> Any:
     """Panels with the same rows over depth and one colour bar."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = _figure(
@@ -214,7 +216,10 @@ def _heat_maps(
         axis.tick_params(labelsize=8)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    if all((grid[~numpy.isnan(grid)] % 1 == 0).all() for grid in panels.values()):
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
     figure.supxlabel("layer", fontsize=9)
     return _finish(figure, file)
 
