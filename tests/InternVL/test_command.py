@@ -232,11 +232,13 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
     dataset = tmp_path / "dataset"
     picture = make_picture(dataset / "images" / "a.png", (60, 60))
     for task in TASKS:
-        entries = [{"question": "What?", "image_path": "images/a.png"}]
+        entries = [{"question": "What?", "image_path": f"images/{name}.png", "question_id": 0} for name in "ab"]
         (dataset / f"{task}.json").write_text(json.dumps(entries))
-    run = run_command(tmp_path / "out", *LEARNING, "--cache_dir", internvl_zoo, "--data_dir", dataset)
+    make_picture(dataset / "images" / "b.png", (60, 60), seed=3)
+    counts = ["--samples_per_task", 1, "--samples_per_task_dict", "Chart=2"]
+    run = run_command(tmp_path / "out", *LEARNING, *counts, "--cache_dir", internvl_zoo, "--data_dir", dataset)
     answers = json.loads(run.responses.read_text())
-    assert len(answers) == len(TASKS)
+    assert len(answers) == len(TASKS) + 1, "questions of the same words about two pictures are two questions"
     for task, expert in TASKS.items():
         model = Plain(internvl_zoo / EXPERTS[expert])
         ids, pixels = reference.encode("What?", [picture], model.config, 12 if task in ("Chart", "Grounding") else 6)
@@ -247,7 +249,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
             ids = torch.cat([ids, following.view(1, 1)], dim=1)
             if following == TOKENS["<|im_end|>"]:
                 break
-        assert answers[f"{task}/0/What?"]["tokens"] == ids[0, prompt:].tolist(), task
+        assert answers[f"{task}/0/What?/{picture}"]["tokens"] == ids[0, prompt:].tolist(), task
 
 
 def test_defaults_are_the_papers(internvl_zoo, tmp_path):

@@ -254,7 +254,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(qwen_zoo, tmp
             ids.append(next(token for token in likely if token not in (6, 7)))  # those are for pictures
             if ids[-1] == 2:
                 break
-        assert answers[f"{task}/0/What?"]["tokens"] == ids[len(tokens(chat((2, 2), "What?"))) :], task
+        assert answers[f"{task}/0/What?/{picture}"]["tokens"] == ids[len(tokens(chat((2, 2), "What?"))) :], task
 
 
 def test_defaults_are_the_papers(qwen_zoo, tmp_path):
