@@ -154,56 +154,47 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def digits_easy(draw: random.Random) -> Example:
-    """One or two large digits."""
-    return _digits(draw, draw.randint(1, 2), columns=2, size=25)
+    """One or two digits."""
+    return _digits(draw, draw.randint(1, 2))
 
 
 def digits_hard(draw: random.Random) -> Example:
-    """Six smaller digits in two rows."""
-    return _digits(draw, 6, columns=3, size=20)
+    """Four digits in two rows."""
+    return _digits(draw, 4)
 
 
-def _digits(draw: random.Random, count: int, *, columns: int, size: int) -> Example:
+def _digits(draw: random.Random, count: int) -> Example:
     picture, pen = _canvas()
     text = "".join(draw.choices("0123456789", k=count))
     colour = COLOURS[draw.choice(list(COLOURS))]
-    first_row = 0 if count > columns else draw.randrange(2)
+    first = 0 if count > 2 else draw.choice((0, 2))
     for number, digit in enumerate(text):
-        row, column = divmod(number, columns)
-        x = (2 * column + 1) * SIDE // (2 * columns) + draw.randint(-2, 2)
-        y = CELL * (first_row + row) + CELL // 2 + draw.randint(-2, 2)
-        pen.text((x, y), digit, fill=colour, font=_font(size), anchor="mm")
+        x, y = (start + CELL // 2 + draw.randint(-2, 2) for start in _corner(first + number))
+        pen.text((x, y), digit, fill=colour, font=_font(25), anchor="mm")
     return Example("Read the number.", text, picture)
 
 
 def box_easy(draw: random.Random) -> Example:
-    """The box around one of at most two shapes, known by its colour."""
-    return _box(draw, draw.randint(1, 2))
+    """The box around a shape that keeps to whole patches."""
+    return _box(draw, step=2)
 
 
 def box_hard(draw: random.Random) -> Example:
-    """The box around one of four shapes, known by its colour."""
-    return _box(draw, 4)
+    """The box around a shape anywhere on a grid of half patches."""
+    return _box(draw, step=1)
 
 
-def _box(draw: random.Random, count: int) -> Example:
-    """Boxes are left, top, right and bottom in units of 14 pixels, and do not overlap."""
+def _box(draw: random.Random, *, step: int) -> Example:
+    """Left, top, right and bottom in units of 7 pixels, half a patch."""
     picture, pen = _canvas()
-    unit = CELL // 2
-    boxes: list[Box] = []
-    while len(boxes) < count:
-        width, height = draw.randint(1, 2), draw.randint(1, 2)
-        left, top = draw.randint(0, 4 - width), draw.randint(0, 4 - height)
-        right, bottom = left + width, top + height
-        if all(left >= box[2] or top >= box[3] or right <= box[0] or bottom <= box[1] for box in boxes):
-            boxes.append((left, top, right, bottom))
-        elif draw.random() < 0.1:  # the others may have left no room
-            boxes.clear()
-    colours = draw.sample(list(COLOURS), count)
-    for colour, (left, top, right, bottom) in zip(colours, boxes, strict=True):
-        shape = SHAPES[draw.choice(list(SHAPES))]
-        shape(pen, (left * unit, top * unit, right * unit - 1, bottom * unit - 1), COLOURS[colour])
-    return Example(f"Where is the {colours[0]} shape?", ",".join(map(str, boxes[0])), picture)
+    unit = CELL // 4
+    width, height = (draw.randrange(2, 5, step) for _ in range(2))
+    left, top = draw.randrange(0, 9 - width, step), draw.randrange(0, 9 - height, step)
+    right, bottom = left + width, top + height
+    colour, shape = draw.choice(list(COLOURS)), draw.choice(list(SHAPES))
+    box = (left * unit, top * unit, right * unit - 1, bottom * unit - 1)
+    SHAPES[shape](pen, box, COLOURS[colour])
+    return Example(f"Where is the {colour} shape?", f"{left},{top},{right},{bottom}", picture)
 
 
 TASKS = {

@@ -146,7 +146,7 @@ def picture_family(
     return Family(
         name=name,
         backbone=backbone,
-        base_schedule=Schedule(steps=3000, learning_rate=1e-3, warmup_steps=50, decay_steps=900, batch_size=32),
+        base_schedule=Schedule(steps=2400, learning_rate=1e-3, warmup_steps=50, decay_steps=800, batch_size=32),
         expert_schedules=dict.fromkeys(TASKS, expert),
         new_model=new_model,
         save=save,
