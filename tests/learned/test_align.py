@@ -128,6 +128,15 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
     assert "give --expert" in shown
 
 
+def test_runs_that_learned_from_different_questions_need_a_choice(runs, answered_zoo, tmp_path, capsys):
+    shutil.copytree(answered_zoo / "dataset", tmp_path / "other")
+    common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]
+    assert merge(BACKBONE, [*common, "--data_dir", str(tmp_path / "other"), "--run_name", "other"]) == 0
+    both = [runs[0], tmp_path / "out" / "expert_merging" / "other"]
+    assert f"these runs learned from {answered_zoo / 'dataset'} and {tmp_path / 'other'}" in refusal(capsys, *both)
+    assert numbers(tmp_path, *both, "--data_dir", tmp_path / "other")["questions"] == dict.fromkeys(EXPERTS, 1)
+
+
 def test_questions_that_were_used_are_left_out_and_some_must_stay():
     samples = [Sample("a", "a", str(number), None, str(number)) for number in range(3)]
     assert [sample.question for sample in held_out(samples, {"a": 2})] == ["2"]
