@@ -18,6 +18,7 @@ from torch import Tensor
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import CoefficientVector, add_inner_products, apply
+from expert_merging.learned.sharding import beside_the_model, own_entries, own_part
 from expert_merging.learned.task_vectors import Span, TaskVectors
 
 
@@ -52,7 +53,7 @@ class LiveModel:
         missing = [name for name in (*vector.places, *vector.fixed) if file_name(name) not in pieces]
         if missing:
             raise InputError(f"{missing[0]} is in the checkpoint but is no parameter of the loaded model; exclude it")
-        # The entries of a merged tensor that each parameter holds: all, or the rows that it is cut into in memory.
+        # The entries of a merged tensor that each parameter holds here: all, or the rows that it is cut into in memory.
         self.spans = {
             parameter: span for name in vector.places for parameter, span in _spans(name, pieces[file_name(name)])
         }
@@ -65,6 +66,7 @@ class LiveModel:
             parameter.requires_grad_(True)
             self.hooks.append(parameter.register_post_accumulate_grad_hook(self._receive))
         fixed = dict(entry for name in vector.fixed for entry in _spans(name, pieces[file_name(name)]))
+        task_vectors.hold([*self.spans.values(), *fixed.values()])
         self._write(fixed, vector.constants)
 
     def close(self) -> None:
@@ -109,12 +111,14 @@ class LiveModel:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None or self._ignores:
             return
-        if not self.accumulates:
-            self._use(self.spans[parameter], gradient)
-        elif parameter in self._sums:
-            self._sums[parameter].add_(gradient)
-        else:
-            self._sums[parameter] = gradient.float()
+        with beside_the_model(gradient):
+            gradient = own_part(gradient)
+            if not self.accumulates:
+                self._use(self.spans[parameter], gradient)
+            elif parameter in self._sums:
+                self._sums[parameter].add_(gradient)
+            else:
+                self._sums[parameter] = gradient.float()
 
     def _use(self, span: Span, gradient: Tensor) -> None:
         """Add a weight gradient's inner products, and have the task vectors fetched that came next the last time."""
@@ -145,15 +149,16 @@ class LiveModel:
 
     @torch.no_grad()
     def _write(self, spans: Mapping[Any, Span], values: Mapping[str, Tensor]) -> None:
-        owners = {span: parameter.detach().view(-1) for parameter, span in spans.items()}
+        owners = {span: own_part(parameter.detach()).view(-1) for parameter, span in spans.items()}
         for span, part, base, task_vectors in self.task_vectors.blocks(list(owners)):
             merged = apply(values[span.name], task_vectors, part.start, self.task_vectors.elements(span.name))
             owners[span][part.start - span.start : part.stop - span.start].copy_(merged.add_(base))
 
 
 def _spans(name: str, pieces: Sequence[Any]) -> Iterator[tuple[Any, Span]]:
-    """Each of the parameters that make up a merged tensor with its entries, one after the other."""
-    start = 0
+    """Each of the parameters that make up a merged tensor, one after the other, with what is here of it."""
+    before = 0
     for parameter in pieces:
-        yield parameter, Span(name, start, start + parameter.numel())
-        start += parameter.numel()
+        start, stop = own_entries(parameter)
+        yield parameter, Span(name, before + start, before + stop)
+        before += parameter.numel()

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _MARGIN = 0.05
 # Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
 _CONTEXT, _LOGITS = 1 << 29, 1 << 28
+# Names of what `--shard` splits; encoders of pictures have layers too.
+_IN_DECODER = re.compile(r"(?<!encoder\.)\blayers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], No
             f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
             f"{max(0, device_room) / 1e9:.1f} GB to spare; use auto, host or disk"
         )
-    gradients = 4 * sum(parameter.numel() for parameter in live.spans)
+    gradients = 4 * sum(span.stop - span.start for span in live.spans.values())
     chosen = choose(
         sizes, gradients, device_room, host_room, task_vectors=options.task_vectors, rank_batches=options.rank_batches
     )
@@ -140,8 +143,11 @@ class Needs:
     gradients: int
 
 
-def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda") -> Needs:
-    """What learning needs with weights of ``width`` bytes and samples of so many tokens on a device of that kind."""
+def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: int = 1) -> Needs:
+    """What learning needs with weights of ``width`` bytes and samples of so many tokens on a device of that kind.
+
+    With more than one share, the decoder's layers are split, and each device has one.
+    """
     config, entries = plan.base.config, plan.base.entries
     hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
     layers = layer_count(config) or 0
@@ -151,18 +157,28 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda") -> Needs
     checkpoints = (plan.base, *plan.experts.values())
     block, context = (BLOCK_ON_CPU, 0) if device == "cpu" else (BLOCK_ON_GPU, _CONTEXT)
     blocks = len(checkpoints) * block * (4 + 2 * width)
+    model = {name: width * entry.elements for name, entry in entries.items()}
+    task_vectors = {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in plan.merged}
+    # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.
+    layer = sum(entries[name].elements for name in entries if _IN_DECODER.search(name)) // max(1, layers)
+    together = (2 * width + 4) * layer if shares > 1 else 0
     return Needs(
-        model=width * plan.base_elements,
+        model=_share(model, shares),
         sample=int(tokens * layers * kept),
         checkpointed_sample=int(tokens * (layers * kept_again + kept)),
-        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + context,
-        task_vectors=sum(checkpoint.entries[name].size for checkpoint in checkpoints for name in plan.merged),
-        gradients=4 * plan.merged_elements,
+        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + context + together,
+        task_vectors=_share(task_vectors, shares),
+        gradients=_share({name: 4 * entries[name].elements for name in plan.merged}, shares),
     )
 
 
+def _share(sizes: Mapping[str, int], shares: int) -> int:
+    """What one device has of tensors of these sizes."""
+    return sum(size // shares if _IN_DECODER.search(name) else size for name, size in sizes.items())
+
+
 def describe(
-    plan: Plan, precision: str, device: str, *, tokens: int, gradient_checkpointing: bool, free: float
+    plan: Plan, precision: str, device: str, *, tokens: int, gradient_checkpointing: bool, free: float, shares: int = 1
 ) -> tuple[str, ...]:
     """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do where it is too much.
 
@@ -173,8 +189,9 @@ def describe(
         tokens: length of the longest sample with its response.
         gradient_checkpointing: whether activations are computed again.
         free: bytes that are free there.
+        shares: devices that the model is split over.
     """
-    needs = estimate(plan, 4 if precision == "no" else 2, tokens, device.split(":")[0])
+    needs = estimate(plan, 4 if precision == "no" else 2, tokens, device.split(":")[0], shares)
     plain = needs.model + needs.sample + needs.working
     least = needs.model + needs.checkpointed_sample + needs.working
     now = least if gradient_checkpointing else plain
@@ -188,7 +205,8 @@ def describe(
         f"with weight gradients added up, {_gib(needs.gradients)} more",
     ]
     if now > free:
-        more = "shorter samples, smaller pictures (the family's own flags), or a device with more memory"
+        more = "shorter samples, smaller pictures (the family's own flags), "
+        more += "--shard over several devices, or one with more memory" if shares == 1 else "or more devices"
         advice = "--gradient_checkpointing" if least <= free and not gradient_checkpointing else more
         lines.append(f"that does not fit on {device}, where {_gib(free)} are free: it takes {advice}")
     return tuple(lines)

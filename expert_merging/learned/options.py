@@ -28,6 +28,8 @@ class TrainingOptions:
             or on disk alone, read whenever they are needed; auto takes the first of these with room, tensor by tensor.
         rank_batches: turn weight gradients into coefficients' gradients after every sample, which takes least memory,
             or once per update, which reads the task vectors least often; auto decides by free memory.
+        shard: split base, merged weights and task vectors over the processes of the run, for models that no device has
+            room for; also the experts while they are asked.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MB.
         loss_alphas: weight of a task in the losses, by task; 1 where none is given.
@@ -50,6 +52,7 @@ class TrainingOptions:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
     rank_batches: Literal["auto", "sample", "update"] = "auto"
+    shard: bool = False
     gradient_checkpointing: bool = False
     logits_chunk_tokens: Count | None = None
     loss_alphas: dict[str, NotNegative] | None = None

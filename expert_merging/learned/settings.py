@@ -90,6 +90,11 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
         _check_tracker(context.log_with)
     with problems.collecting():
         _check_model(plan, context)
+    if options.shard and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        problems.add(
+            "--shard splits a model over the processes of a run, and this is the only one; start it with torchrun or "
+            "accelerate launch, or leave the flag away"
+        )
     if options.prompt_template is not None and "{question}" not in options.prompt_template:
         problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():

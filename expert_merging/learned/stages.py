@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,7 @@ def _work(
         tokens=settings.longest,
         gradient_checkpointing=settings.options.gradient_checkpointing,
         free=free_memory(context.device),
+        shares=int(os.environ["WORLD_SIZE"]) if settings.options.shard else 1,
     )
     return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 

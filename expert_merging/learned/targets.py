@@ -23,6 +23,7 @@ from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.learned.sharding import load_on
 from expert_merging.plan import Plan, Progress
 from expert_merging.writing import write_atomically
 
@@ -65,6 +66,7 @@ class TargetMaker:
         device: where models run.
         responses: file that keeps the responses written by experts.
         progress: shows how far the work is.
+        sharded: models are split over all processes, which work side by side, and the main one writes.
     """
 
     backbone: Backbone
@@ -77,6 +79,7 @@ class TargetMaker:
     device: torch.device
     responses: Path
     progress: Progress
+    sharded: bool = False
 
     def make(self, samples: Sequence[Sample]) -> list[Target]:
         """Targets of all samples, in their order."""
@@ -86,7 +89,7 @@ class TargetMaker:
         with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
             for expert, checkpoint in self.plan.experts.items():
                 advance(0, expert)
-                model = self.backbone.load_model(checkpoint.folder, self.dtype).to(self.device)
+                model = load_on(self.device, self.backbone, checkpoint.folder, self.dtype, sharded=self.sharded)
                 own = [index for index, sample in enumerate(samples) if sample.expert == expert]
                 answered = self._answer(model, processor, [samples[index] for index in own], advance)
                 head = self._own_head(model, expert)
@@ -148,7 +151,9 @@ class TargetMaker:
             if sample.response is None:
                 if key not in kept:
                     kept[key] = self._generate(model, processor, sample)
-                    write_atomically(self.responses, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+                    if not self.sharded or torch.distributed.get_rank() == 0:
+                        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+                        write_atomically(self.responses, text.encode())
                 sample = replace(sample, **kept[key])
                 advance(1, sample.expert)
             answered.append(sample)

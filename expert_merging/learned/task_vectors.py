@@ -74,7 +74,8 @@ class TaskVectors:
         self.trimming = trimming
         self.magnitudes = _mean_magnitudes(plan, trimming)
         self.places = dict.fromkeys(plan.merged, DISK)
-        self._kept: dict[str, list[Tensor]] = {}
+        self._held = {name: [Span(name, 0, self.elements(name))] for name in plan.merged}
+        self._kept: dict[Span, list[Tensor]] = {}
         self._pinned: list[Tensor] = []
         self._block = BLOCK_ON_GPU if device.type == "cuda" else BLOCK_ON_CPU
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
@@ -82,11 +83,26 @@ class TaskVectors:
         self._coming: tuple[Span, Future[list[Tensor]]] | None = None
         self._scratch = torch.empty(0)
 
+    def hold(self, spans: Iterable[Span]) -> None:
+        """Say what this process needs, which is all that it then keeps; nothing is kept yet, or the same was said.
+
+        Args:
+            spans: runs of entries, as `blocks` will be asked for them.
+        """
+        self._held = {name: [] for name in self.plan.merged}
+        for span in spans:
+            if span.stop > span.start:
+                self._held[span.name].append(span)
+
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes that each tensor takes where it is kept, base and experts together."""
+        """Bytes that this process's part of each tensor takes where it is kept, base and experts together."""
         checkpoints = (self.plan.base, *self.plan.experts.values())
-        return {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in self.plan.merged}
+        return {
+            name: sum(FLOATS[checkpoint.entries[name].dtype][1] for checkpoint in checkpoints)
+            * sum(span.stop - span.start for span in spans)
+            for name, spans in self._held.items()
+        }
 
     @property
     def working_bytes(self) -> int:
@@ -104,14 +120,15 @@ class TaskVectors:
             if place == self.places[name]:
                 continue
             self.places[name] = place
-            if place == DISK:
-                del self._kept[name]
-                continue
-            stored = [checkpoint.read(name) for checkpoint in (self.plan.base, *self.plan.experts.values())]
-            if place == DEVICE:
-                self._kept[name] = [tensor.to(self.device) for tensor in stored]
-            else:
-                self._kept[name] = self._pin(stored) if self._stream else stored
+            for span in self._held[name]:
+                if place == DISK:
+                    del self._kept[span]
+                    continue
+                stored = self._read(span)
+                if place == DEVICE:
+                    self._kept[span] = [tensor.to(self.device) for tensor in stored]
+                else:
+                    self._kept[span] = self._pin(stored) if self._stream else stored
 
     def _pin(self, stored: list[Tensor]) -> list[Tensor]:
         """The same in pages that a GPU reads directly; torch's own pinned memory is rounded up to powers of two."""
@@ -218,10 +235,14 @@ class TaskVectors:
             return [tensor.to(self.device, non_blocking=True) for tensor in self._stored(part)]
 
     def _stored(self, part: Span) -> list[Tensor]:
-        if part.name in self._kept:
-            return [tensor[part.start : part.stop] for tensor in self._kept[part.name]]
+        for span in self._held[part.name]:
+            if span in self._kept and span.start <= part.start and part.stop <= span.stop:
+                return [tensor[part.start - span.start : part.stop - span.start] for tensor in self._kept[span]]
+        return self._read(part)
+
+    def _read(self, span: Span) -> list[Tensor]:
         checkpoints = (self.plan.base, *self.plan.experts.values())
-        return [checkpoint.read(part.name, part.start, part.stop) for checkpoint in checkpoints]
+        return [checkpoint.read(*span) for checkpoint in checkpoints]
 
 
 def _cuda_runtime() -> Any:

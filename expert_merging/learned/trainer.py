@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,6 +25,7 @@ from expert_merging.learned.live import LiveModel
 from expert_merging.learned.losses import regularisation
 from expert_merging.learned.memory import arrange
 from expert_merging.learned.settings import Settings
+from expert_merging.learned.sharding import load_on
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.learned.targets import Target, TargetMaker
 from expert_merging.learned.task_vectors import TaskVectors
@@ -134,14 +135,16 @@ class Trainer:
     def gather(self) -> Material:
         """Task vectors, the experts' targets and the base model, from the files or from an earlier stage."""
         if self.material is None:
-            device = self.accelerator.device
+            device, sharded = self.accelerator.device, self.settings.options.shard
+            dtype = _DTYPES[self.settings.precision]
             with _fitting_threads(self.plan):
                 trimming = self._trimming()
                 task_vectors = TaskVectors(self.plan, self.settings.scale, device, trimming)
-                with self.accelerator.main_process_first():
+                # The others find the responses that the main process has written, but split models need them all.
+                with nullcontext() if sharded else self.accelerator.main_process_first():
                     targets = self._make_targets(device)
-                model = self.context.backbone.load_model(self.plan.base.folder, _DTYPES[self.settings.precision])
-                self.material = Material(targets, task_vectors, model.to(device))
+                model = load_on(device, self.context.backbone, self.plan.base.folder, dtype, sharded=sharded)
+                self.material = Material(targets, task_vectors, model)
         return self.material
 
     def _trimming(self) -> Trimming | None:
@@ -194,6 +197,7 @@ class Trainer:
             device=device,
             responses=self.context.run.responses,
             progress=self.context.progress,
+            sharded=options.shard,
         ).make(self.settings.samples)
 
     def _make_optimizer(self) -> None:
@@ -274,15 +278,25 @@ class Trainer:
         """
         accelerator, objective = self.accelerator, self.settings.objective
         sums = torch.zeros(len(self.tasks), len(objective.names) + 1, device=accelerator.device)
-        for target in group[accelerator.process_index :: accelerator.num_processes]:
+        for target, counts in self._share(group):
             weight = (self.settings.options.loss_alphas or {}).get(target.sample.task, 1.0)
-            losses = weight * torch.stack(objective.losses(self.live.model, target))
+            losses = counts * weight * torch.stack(objective.losses(self.live.model, target))
             if losses.requires_grad:  # where only a vision tower is merged, a question without pictures changes nothing
                 accelerator.backward(losses.sum())
-            sums[self.tasks.index(target.sample.task)] += torch.cat([losses.detach(), losses.new_ones(1)])
-            advance(accelerator.num_processes, target.sample.task)
+            sums[self.tasks.index(target.sample.task)] += torch.cat([losses.detach(), losses.new_full((1,), counts)])
+            advance(counts * accelerator.num_processes, target.sample.task)
         self.live.finish()
         return sums
+
+    def _share(self, group: list[Target]) -> Iterator[tuple[Target, int]]:
+        """This process's share of the samples, each with how often it counts.
+
+        A split model needs all processes in every pass: where there are not enough samples, one is used for nothing.
+        """
+        own, count = self.accelerator.process_index, self.accelerator.num_processes
+        yield from ((target, 1) for target in group[own::count])
+        if self.settings.options.shard and own >= len(group) % count > 0:
+            yield group[-1], 0
 
     def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:
         """Count the update, close the epoch if it was its last, report, and save what a restart needs."""

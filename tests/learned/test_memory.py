@@ -189,7 +189,23 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
     assert told(16, again=True)[3:] == ()
     (too_much,) = told(15, again=True)[3:]
     assert "it takes shorter samples, smaller pictures" in too_much
+    assert "--shard over several devices" in too_much
     assert told(15, again=False)[3:] == (too_much,)
+
+
+def test_the_plan_for_a_model_split_over_eight_devices(tmp_path):
+    """Each has an eighth of the layers and all of embeddings and head."""
+    config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+    plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
+    whole, share = estimate(plan, 2, 2048), estimate(plan, 2, 2048, shares=8)
+    assert share.model == 2 * (plan.merged_elements // 8 + 2 * 4096 * 32000)
+    assert (share.task_vectors, share.gradients) == (whole.task_vectors // 8, whole.gradients // 8)
+    assert share.working == whole.working + (2 * 2 + 4) * plan.merged_elements // 32
+    first, *others = describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=True, free=6 * 2**30, shares=8)
+    assert "for each process on cuda: model 2.1 GiB, " in first
+    assert len(others) == 2
+    *_, last = describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=True, free=2**30, shares=8)
+    assert last.endswith("it takes shorter samples, smaller pictures (the family's own flags), or more devices")
 
 
 def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):

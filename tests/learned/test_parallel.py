@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,17 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from expert_merging.cli import main
+from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.sharding import load_on
 from expert_merging.options import ROOT
 from Mistral.backbone import BACKBONE
+from tests.checkpoints import make_zoo
 
 CONFIGS = ROOT / "configs" / "accelerate"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+# Entries of what is merged of the tiny checkpoints: all of three layers but the norms.
+MERGED = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 
 # All processes but the first are refused to open anything in the run's folder for writing.
 WATCHED = """
@@ -36,17 +44,24 @@ def watch(event, arguments):
 if os.environ["RANK"] != "0":
     sys.addaudithook(watch)
 from expert_merging.cli import main
+from expert_merging.learned.sharding import own_part
 from expert_merging.learned.trainer import Trainer
 from Mistral.backbone import BACKBONE
 
-collect = Trainer._collect
+collect, learn = Trainer._collect, Trainer._learn
+
+def tell_and_learn(self, targets):
+    held = sum(own_part(parameter).numel() for parameter in self.live.spans)
+    kept = sum(len(tensor) for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
+    print("process", os.environ["RANK"], "has", held, "and", kept, flush=True)
+    return learn(self, targets)
 
 def collect_or_die(self, *arguments):
     if os.environ["RANK"] == {dying!r} and self.state.updates == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return collect(self, *arguments)
 
-Trainer._collect = collect_or_die
+Trainer._collect, Trainer._learn = collect_or_die, tell_and_learn
 if __name__ == "__main__":
     sys.exit(main(BACKBONE, sys.argv[1:]))
 """
@@ -91,13 +106,75 @@ def check_same(output: Path, alone: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(values[name], value, rtol=0, atol=1e-6)
 
 
+def amounts(done: subprocess.CompletedProcess[str]) -> list[tuple[int, int]]:
+    """What each process has: entries of merged parameters, and of base and experts together."""
+    found = re.findall(r"process (\d) has (\d+) and (\d+)", done.stdout)
+    return [(int(held), int(kept)) for _, held, kept in sorted(found)]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_learn_what_one_learns_and_one_writes(count, answered_zoo, alone, tmp_path):
     output = tmp_path / "output"
     done = start(*TORCHRUN, count, script(tmp_path, output), *arguments(answered_zoo, output))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"from 9 samples in {count} processes" in done.stdout
+    assert amounts(done) == [(MERGED, 4 * MERGED)] * count
     check_same(output, alone)
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(2, []), (3, ["--gradient_checkpointing", "--rank_batches", "sample", "--task_vectors", "host"])],
+)
+def test_a_model_split_over_processes_learns_the_same(count, options, answered_zoo, alone, tmp_path):
+    """Rows that two processes share evenly, and three do not; a single sample, which the others run along with."""
+    output = tmp_path / "output"
+    done = start(*TORCHRUN, count, script(tmp_path, output), *arguments(answered_zoo, output), "--shard", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = amounts(done)
+    assert len(found) == count
+    assert sum(held for held, _ in found) == MERGED
+    assert max(held for held, _ in found) < 1.1 * MERGED / count
+    assert all(kept == 4 * held for held, kept in found)
+    check_same(output, alone)
+
+
+def test_a_model_with_one_weight_for_embeddings_and_head_can_be_split(tmp_path):
+    """Everything is merged, in two stages, and the experts answer while they are split."""
+    zoo = make_zoo(tmp_path / "zoo", tie_word_embeddings=True)
+    given = ["--method", "expert_merging++", "--max_new_tokens", "6", "--exclude_params", "nothing"]
+    assert main(BACKBONE, [*arguments(zoo, tmp_path / "one"), *given]) == 0
+    done = start(*TORCHRUN, 2, "Mistral/model_merging.py", *arguments(zoo, tmp_path / "two"), *given, "--shard")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (tmp_path / output / "expert_merging++" / "r" for output in ("one", "two"))
+    assert json.loads((two / "responses.json").read_text()) == json.loads((one / "responses.json").read_text())
+    learned = load_coefficients(two).values
+    for name, value in load_coefficients(one).values.items():
+        torch.testing.assert_close(learned[name], value, rtol=0, atol=1e-5)
+
+
+def test_what_a_split_model_has_learned_goes_on_in_one_process(answered_zoo, alone, tmp_path, capsys):
+    output = tmp_path / "output"
+    done = start(*TORCHRUN, 2, script(tmp_path, output, dying="1"), *arguments(answered_zoo, output), "--shard")
+    assert done.returncode == 1
+    assert "another process of this run has ended" in done.stderr
+    assert main(BACKBONE, arguments(answered_zoo, output)) == 0
+    assert "continuing after update 1" in capsys.readouterr().out
+    check_same(output, alone)
+
+
+def test_a_model_is_not_split_over_a_single_process(answered_zoo, tmp_path, capsys):
+    assert main(BACKBONE, [*arguments(answered_zoo, tmp_path), "--shard"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this is the only one; start it with torchrun or accelerate launch, or leave the flag away" in said
+
+
+def test_a_model_without_layers_cannot_be_split(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.get_decoder = lambda: model
+    backbone = replace(BACKBONE, load_model=lambda folder, dtype: model)
+    with pytest.raises(InputError, match="--shard splits a decoder's list of layers, and Linear has none"):
+        load_on(torch.device("cpu"), backbone, tmp_path, torch.float32, sharded=True)
 
 
 def test_a_process_that_dies_takes_the_others_down(answered_zoo, tmp_path):

@@ -1,0 +1,102 @@
+"""Models split over the processes of a run, where no device has room for one.
+
+FSDP2 keeps an equal share of the rows of every weight in the decoder's layers in each process, and puts a layer
+together just while it runs. Everything else stays whole in every process: the output head, which is used outside the
+model's own forward pass, embeddings, which may be the head, and vision towers, which not every sample needs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from expert_merging.backbone import Backbone
+from expert_merging.errors import InputError
+
+
+def load_on(device: torch.device, backbone: Backbone, folder: Path, dtype: torch.dtype, *, sharded: bool) -> Any:
+    """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
+
+    Args:
+        device: this process's device.
+        backbone: the model family.
+        folder: the checkpoint.
+        dtype: type of the weights in memory.
+        sharded: split it.
+
+    Raises:
+        InputError: it cannot be split.
+    """
+    model = backbone.load_model(folder, dtype)
+    if sharded:
+        gc.collect()  # an earlier model, which FSDP2 has tied into circles
+        _shard(model, device)
+    return model.to(device)
+
+
+def _shard(model: Any, device: torch.device) -> None:
+    """Split the layers, moving one at a time to the device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    decoder = model.get_decoder().get_decoder()  # the first may be a language model with its head
+    layers = max((part for part in decoder.modules() if isinstance(part, torch.nn.ModuleList)), key=len, default=())
+    if not layers:
+        raise InputError(
+            f"--shard splits a decoder's list of layers, and {type(decoder).__name__} has none; leave it away"
+        )
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    whole = set(decoder.parameters()) - {parameter for layer in layers for parameter in layer.parameters()}
+    for layer in layers:
+        split: Any = fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        # Gradients of the processes' samples are added up, not averaged.
+        split.set_gradient_divide_factor(1.0)
+        split.set_force_sum_reduction_for_comms(True)
+    kind = type(decoder)
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    decoder.__class__ = kind  # FSDP2 replaces it, and transformers looks up by it which hidden states there are
+    layers[0].register_forward_pre_hook(_want_gradient, prepend=True)
+
+
+def _want_gradient(_layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Let every backward pass go through all layers, whatever is merged and whether or not a sample has pictures.
+
+    Each layer is put together by all processes at once, so all of them must come by.
+    """
+    if torch.is_grad_enabled():
+        inputs[0].requires_grad_(True)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_entries(parameter: Tensor) -> tuple[int, int]:
+    """The run of entries of a flattened parameter that this process has, which may be empty: its start and end."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.numel()
+    rows, mesh = parameter.shape[0], parameter.device_mesh
+    before = min(rows, -(-rows // mesh.size()) * mesh.get_local_rank())
+    start = before * (parameter.numel() // rows)
+    return start, start + own_part(parameter).numel()
+
+
+@contextmanager
+def beside_the_model(gradient: Tensor) -> Iterator[None]:
+    """Use a gradient on the stream that the model runs on; FSDP2 hands it over on one of its own."""
+    if not (isinstance(gradient, DTensor) and gradient.is_cuda):
+        yield
+        return
+    stream = torch.cuda.default_stream(gradient.device)
+    stream.wait_stream(torch.cuda.current_stream(gradient.device))
+    own_part(gradient).record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
