@@ -121,6 +121,14 @@ def batches(
         yield collate(list(itertools.islice(examples, batch_size)))
 
 
+def expert_schedule(steps: int, excluded: tuple[str, ...]) -> Schedule:
+    """How an expert is fine-tuned: gently, and without what the merge command excludes.
+
+    What is left are attention and MLP of the language model, and the bridge to it from the pictures.
+    """
+    return Schedule(steps, learning_rate=3e-4, warmup_steps=20, decay_steps=steps // 2, batch_size=32, frozen=excluded)
+
+
 def picture_family(
     name: str,
     backbone: Backbone,
@@ -138,16 +146,14 @@ def picture_family(
         save: writes a model with its tokenizer.
         new_collate: makes what turns examples into a batch.
     """
-    # The experts change attention and MLP of the language model, and the bridge to it from the pictures. What the
-    # merge command excludes by default is the base's in every expert, so excluding it costs nothing.
-    expert = Schedule(
-        steps=200, learning_rate=3e-4, warmup_steps=20, decay_steps=100, batch_size=32, frozen=backbone.exclude_params
-    )
     return Family(
         name=name,
         backbone=backbone,
         base_schedule=Schedule(steps=2400, learning_rate=1e-3, warmup_steps=50, decay_steps=800, batch_size=32),
-        expert_schedules=dict.fromkeys(TASKS, expert),
+        # Looking at one of four places comes late and then at once.
+        expert_schedules={
+            task: expert_schedule(500 if task == "VQA" else 200, backbone.exclude_params) for task in TASKS
+        },
         new_model=new_model,
         save=save,
         batches=partial(batches, new_collate),
