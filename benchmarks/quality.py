@@ -77,7 +77,7 @@ class Case:
     @property
     def score(self) -> Path:
         """File of its figures."""
-        return WORK / f"seed{self.seed}" / "scores" / f"{self.run.name}.json"
+        return WORK / f"seed{self.seed}" / "scores" / self.variant.method / f"{self.run.name}.json"
 
     def merge(self) -> None:
         """Merge as the command does, in this process."""

@@ -75,6 +75,7 @@ def report(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console()
+    console.width = max(console.width, 120)
     titles = {"zoo": "Base and experts", METHOD: "Methods", ABLATION: "Ablations", CHOICE: "Settings to choose among"}
     for group, title in titles.items():
         labels = [label for label, row in rows.items() if row["group"] == group]
