@@ -13,8 +13,10 @@ METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
 # What closed forms are scaled by, around their defaults.
 COEFFICIENTS = {
     **dict.fromkeys(("task_arithmetic", "dare_ta"), (0.4, 0.5, 0.6)),
-    **dict.fromkeys(("weight_average", "ties", "dare_ties"), (1.4, 1.8, 2.2)),
-    **dict.fromkeys(("svd", "iso", "iso_cts"), (0.7, 0.85, 1.2)),
+    "weight_average": (1.2, 1.4, 1.8),
+    **dict.fromkeys(("ties", "dare_ties"), (0.5, 0.7, 1.4)),
+    "svd": (0.7, 0.85, 1.2),
+    **dict.fromkeys(("iso", "iso_cts"), (1.2, 1.5, 1.8)),
     **dict.fromkeys(("wudi", "wudi2", "iwudi", "swudi", "aswudi"), (0.4, 0.6, 0.8)),
 }
 
