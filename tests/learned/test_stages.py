@@ -177,9 +177,7 @@ def test_a_budget_too_thin_for_any_chunk_is_told_after_the_first_stage(answered_
 
 
 def test_a_budget_that_can_give_no_chunk_is_told_before_anything(answered_zoo, tmp_path):
-    with pytest.raises(
-        InputError, match=r"--budget 0\.9 is less than one coefficient for each parameter, so none"
-    ):
+    with pytest.raises(InputError, match=r"--budget 0\.9 is less than one coefficient for each parameter, so none"):
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path, budget=0.9, kappa=0)
     assert not (tmp_path / "stage1").exists()
 
