@@ -39,17 +39,7 @@ VISION = {
     "qk_normalization": False,
     "initializer_factor": 1.0,
 }
-LANGUAGE = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": vision.LONGEST_TEXT,
-    "initializer_range": 0.04,
-    "rope_theta": 1000.0,
-}
+LANGUAGE = {**vision.LANGUAGE, "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000.0}
 
 
 def new_tokenizer() -> Any:

@@ -57,14 +57,8 @@ def new_model() -> Any:
     start, picture, end = tokenizer.convert_tokens_to_ids(list(PICTURE_TOKENS))
     config = transformers.Qwen2VLConfig(
         text_config={
+            **vision.LANGUAGE,
             "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": vision.LONGEST_TEXT,
-            "initializer_range": 0.04,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,

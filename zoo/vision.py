@@ -22,6 +22,16 @@ from zoo.pictures import TASKS
 
 END, PADDING = "<|im_end|>", "<|endoftext|>"
 LONGEST_TEXT = 512
+# Sizes of the language model that both families have.
+LANGUAGE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LONGEST_TEXT,
+    "initializer_range": 0.04,
+}
 # Experts see a little of everything while they learn their own task, and forget less of it.
 REHEARSAL = 0.1
 # More of the hard versions, and the base would know them so well that there is little left to learn.

@@ -77,6 +77,7 @@ class TaskVectors:
         self._held = {name: [Span(name, 0, self.elements(name))] for name in plan.merged}
         self._kept: dict[Span, list[Tensor]] = {}
         self._pinned: list[Tensor] = []
+        self._warned = False
         self._block = BLOCK_ON_GPU if device.type == "cuda" else BLOCK_ON_CPU
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -137,7 +138,8 @@ class TaskVectors:
         pages = torch.frombuffer(mmap.mmap(-1, max(_ALIGNED, starts[-1])), dtype=torch.uint8)
         if int(_cuda_runtime().cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0:
             self._pinned.append(pages)
-        else:
+        elif not self._warned:  # once, not for each of hundreds of tensors
+            self._warned = True
             logger.warning(
                 "host memory cannot be pinned (see ulimit -l); task vectors travel to the device more slowly"
             )
