@@ -71,7 +71,7 @@ class Resolved:
         method: the method.
         options: value of every option of the method.
         family: value of every option of the family's own.
-        ignored: options that were given and that the method does not have.
+        ignored: flags that were given and that the method does not have.
     """
 
     general: Mapping[str, Any]
@@ -338,7 +338,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
         if name in table:
             with problems.collecting():
                 target[name] = _absolute(name, table[name].convert(value))
-        else:
+        elif name in given:  # a configuration file may serve several methods
             ignored.append(name)
     problems.check()
     if general["exclude_params"] is None:

@@ -399,3 +399,10 @@ def test_flags_of_a_family_are_for_methods_that_read_samples(root):
         family_resolved("--max_tile", "1")
     with pytest.raises(InputError, match="no flag --max_tiles"):
         parse(["--max_tiles", "1"], BACKBONE)
+
+
+def test_a_configuration_file_may_serve_several_methods(root):
+    (root / "c.yaml").write_text("density: 0.5\nbudget: 8")
+    assert resolved("--method", "ties", "--config", root / "c.yaml").ignored == ()
+    assert resolved("--method", "ties", "--config", root / "c.yaml", "--kappa", "1").ignored == ("kappa",)
+    assert resolved("--method", "ties", "--config", root / "c.yaml").options["density"] == 0.5
