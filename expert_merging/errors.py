@@ -17,6 +17,10 @@ class InputError(Exception):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        """How it reaches the process that a worker was forked from."""
+        return type(self), self.problems
+
 
 class Problems:
     """Collects the problems of several independent checks, so that the user sees all of them at once."""

@@ -1,8 +1,8 @@
 """Apply one rule to every merged parameter and write the base's mirror image.
 
 Element-wise rules are fed blocks, so memory does not depend on the largest tensor; other rules get whole tensors.
-Blocks are read, merged and written by a few threads, each with its own buffers; a block's result depends on its
-entries alone, so the bytes are the same whatever the number of threads, and a run that was interrupted continues with
+Blocks are read, merged and written by a few workers, each with its own buffers; a block's result depends on its
+entries alone, so the bytes are the same whatever the number of workers, and a run that was interrupted continues with
 the shards that are missing.
 """
 
@@ -26,12 +26,11 @@ from expert_merging.streaming import (
     ALONE,
     SMALL_MODEL,
     Block,
+    Crew,
     Reader,
     Team,
     block_entries,
     half_of_memory,
-    work_through,
-    worker_count,
 )
 from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
@@ -64,7 +63,7 @@ def working_memory(plan: Plan, *, elementwise: bool, device: torch.device) -> in
     entries = [plan.base.entries[name] for name in plan.merged]
     if elementwise:
         largest = max(entry.elements for entry in entries)
-        return 4 * (experts + 4) * min(block_entries(device), largest) * worker_count()
+        return 4 * (experts + 4) * min(block_entries(device), largest) * Crew.for_blocks(plan, device).size
     needs = sorted((_whole_memory(entry, experts) for entry in entries), reverse=True)
     return max(needs[0], min(sum(needs[: _whole_workers(plan, device)]), half_of_memory(device)))
 
@@ -189,10 +188,9 @@ class _Merger:
         self.elementwise = elementwise
         self.team = team
         self.merged = set(plan.merged)
-        self.lock = threading.Lock()
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
-        self.workers = worker_count() if elementwise else _whole_workers(plan, device)
+        self.crew = Crew.for_blocks(plan, device, team) if elementwise else Crew(_whole_workers(plan, device))
         self.room = _Room(half_of_memory(device) // (team.size if device.type == "cpu" else 1))
         if device.type != "cpu":
             import torch
@@ -208,19 +206,21 @@ class _Merger:
         squares = torch.zeros(len(names), 2, dtype=torch.float64)
         writer = self._open(file, target)
 
-        def work(entry: Entry, start: int, stop: int) -> None:
+        def work(entry: Entry, start: int, stop: int) -> tuple[float, float]:
             if entry.name in self.merged:
-                change_and_size = torch.tensor(self._merge(entry, start, stop, writer), dtype=torch.float64)
-                with self.lock:
-                    squares[names.index(entry.name)] += change_and_size
-            else:
-                self._copy(entry, start, stop, writer)
-            with self.lock:
-                share = self.team.size * (stop - start) / max(1, self._length(entry))
-                advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
+                return self._merge(entry, start, stop, writer)
+            self._copy(entry, start, stop, writer)
+            return 0.0, 0.0
+
+        def done(block: Block, change_and_size: tuple[float, float]) -> None:
+            entry, start, stop = block
+            if entry.name in self.merged:
+                squares[names.index(entry.name)] += torch.tensor(change_and_size, dtype=torch.float64)
+            share = self.team.size * (stop - start) / max(1, self._length(entry))
+            advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
         try:
-            work_through(self.team.share(self._blocks(file)), work, self.workers)
+            self.crew.work_through(self.team.share(self._blocks(file)), work, done)
         except BaseException:
             writer.abandon()
             raise
@@ -273,14 +273,14 @@ class _Merger:
                 change = self.rule(task_vectors, Part(entry.name, entry.shape, first, last)).reshape(-1)
                 change_squares = float(torch.dot(change, change))
                 squares, base_squares = squares + change_squares, base_squares + float(torch.dot(base, base))
-                rounded = base.add_(change).to(entry.torch_dtype)
+                merged[first - start : last - start].copy_(base.add_(change), non_blocking=True)
                 # Only float16 is so narrow that finite float32 numbers overflow in it.
-                if (entry.dtype == "F16" or not math.isfinite(change_squares)) and not torch.isfinite(rounded).all():
+                doubtful = entry.dtype == "F16" or not math.isfinite(change_squares)
+                if doubtful and not torch.isfinite(base.to(entry.torch_dtype)).all():
                     raise InputError(
                         f"the merged {entry.name} does not fit into {entry.dtype} (the base's type); "
                         "use a smaller coefficient"
                     )
-                merged[first - start : last - start].copy_(rounded, non_blocking=True)
         writer.write(as_bytes(merged), entry.offset + start * merged.element_size())
         return squares, base_squares
 

@@ -1,20 +1,31 @@
-"""Read task vectors in blocks with a few threads, and share the blocks among processes.
+"""Read task vectors in blocks with a few processes or threads.
 
-A block's result depends on its entries alone, so results are the same whatever the number of threads and processes.
+A block's result depends on its entries alone, so results are the same whatever the number of processes and threads.
 What a block is read for is done in steps that fit into a core's cache, in memory that is used again.
+
+A step is some twenty operations of ten microseconds each, too short for threads to share an interpreter: handing its
+lock from one to another costs as much as an operation. On Linux, the processor's share of the work is therefore done by
+forked processes, which share the memory of what was loaded before; elsewhere, and for a GPU, by threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
+import mmap
+import multiprocessing
 import os
+import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError
@@ -24,16 +35,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Entries of one block, which a thread reads, merges and writes at a time: many, since handing out a block costs about
-# as much as merging some ten thousand entries.
+# Entries of one block, which a worker reads, merges and writes at a time: many, since reading and writing a block costs
+# about as much as merging some ten thousand entries.
 BLOCK = 1 << 19
-# Entries of a block that a thread computes with at a time: few, so that the numbers of all experts stay in a core's
+# Entries that a forked process is handed at a time.
+_BATCH = 1 << 22
+# Entries of a block that a worker computes with at a time: few, so that the numbers of all experts stay in a core's
 # cache from the first operation to the last, but enough to outweigh the calls.
 STEP = 1 << 16
 # A GPU computes with a whole block at a time, and it takes millions of entries to keep one busy.
 GPU_BLOCK = 1 << 21
 
-# Models with fewer parameters are worked on with one thread: more would wait for each other, many times as long as they
+# Models with fewer parameters are worked on by one worker: more would wait for each other, many times as long as they
 # compute.
 SMALL_MODEL = 10_000_000
 
@@ -93,11 +106,6 @@ class Team:
 ALONE = Team()
 
 
-def worker_count() -> int:
-    """Number of threads that work on blocks side by side."""
-    return max(2, min(8, os.cpu_count() or 1))
-
-
 def half_of_memory(device: torch.device) -> int:
     """Half of the bytes of memory that the device has: what threads that share it may work with."""
     import torch
@@ -132,6 +140,7 @@ class Reader(threading.local):
         self.checkpoints = (plan.base, *plan.experts.values())
         self.stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: dict[str, Tensor] = {}
+        self._spaces: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -171,29 +180,31 @@ class Reader(threading.local):
             pieces.append(buffer.to(self.device, non_blocking=True))
         step = STEP if self.stream is None else stop - start
         for first in range(0, stop - start, step):
-            base, task_vectors = self._subtract([piece[first : first + step] for piece in pieces])
+            entries = min(step, stop - start - first)
+            base, task_vectors, rows = self._workspace(entries)
+            base.copy_(pieces[0][first : first + entries])
+            for row, piece in zip(rows, pieces[1:], strict=True):
+                # Converting and subtracting apart is faster than one subtraction of mixed types.
+                row.copy_(piece[first : first + entries]).sub_(base)
             # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
             # know it, the host waits for the copies to the device, so that its buffers can be used again.
             if not math.isfinite(task_vectors.sum()):
-                _refuse_non_finite(self.plan, name, start + first, start + first + len(base))
-            yield start + first, start + first + len(base), base, task_vectors
+                _refuse_non_finite(self.plan, name, start + first, start + first + entries)
+            yield start + first, start + first + entries, base, task_vectors
 
-    def _subtract(self, pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The base and the task vectors in float32, from the same entries of all checkpoints."""
+    def _workspace(self, entries: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Room in float32 for the base's entries, for all task vectors' and, as views of these, for each one's."""
         import torch
 
-        entries, experts = len(pieces[0]), len(pieces) - 1
-        if self.stream is None:
+        if self.stream is not None:
+            task_vectors = torch.empty(len(self.checkpoints) - 1, entries, device=self.device)
+            return torch.empty(entries, device=self.device), task_vectors, task_vectors.unbind()
+        if entries not in self._spaces:
+            experts = len(self.checkpoints) - 1
             base = self.host_buffer("base", entries, torch.float32)
             task_vectors = self.host_buffer("task vectors", experts * entries, torch.float32).view(experts, entries)
-        else:
-            base = torch.empty(entries, device=self.device)
-            task_vectors = torch.empty(experts, entries, device=self.device)
-        base.copy_(pieces[0])
-        for row, piece in zip(task_vectors, pieces[1:], strict=True):
-            # Converting and subtracting apart is faster than one subtraction of mixed types.
-            row.copy_(piece).sub_(base)
-        return base, task_vectors
+            self._spaces = {entries: (base, task_vectors, task_vectors.unbind())}
+        return self._spaces[entries]
 
     def read(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The base's entries ``[start, stop)``, ``(entries,)``, and all task vectors', ``(experts, entries)``.
@@ -235,34 +246,142 @@ def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
             raise InputError(f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})")
 
 
-def work_through(blocks: Iterable[Block], work: Callable[[Entry, int, int], None], workers: int) -> None:
-    """Work through blocks with a few threads, at most a few blocks ahead, and stop at the first error.
+@dataclass(frozen=True)
+class Crew:
+    """Who works through blocks: this thread alone, a few threads, or a few processes forked from this one.
 
-    Each call computes with one thread of torch's, as many calls run side by side; so what it computes does not depend
-    on the number of threads.
+    Each worker computes with one thread of torch's, as many work side by side; so what it computes does not depend on
+    their number.
 
     Args:
-        blocks: arguments of the work.
-        work: called once for each block, from any thread.
-        workers: number of threads.
+        size: number of workers.
+        forked: they are processes; what they are to tell, they return or write into `shared_zeros`.
     """
+
+    size: int
+    forked: bool = False
+    worker: ClassVar[threading.local] = threading.local()
+
+    @classmethod
+    def for_blocks(cls, plan: Plan, device: torch.device, team: Team = ALONE) -> Crew:
+        """Who merges blocks of that device; a model on the processor is shared by its cores."""
+        cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+        if device.type != "cpu":
+            return cls(max(2, cores))
+        if plan.base_elements < SMALL_MODEL:
+            return cls(1)
+        return cls(max(1, cores // team.size), forked=sys.platform == "linux")
+
+    @classmethod
+    def number(cls) -> int:
+        """Number of the worker that asks."""
+        return getattr(cls.worker, "number", 0)
+
+    def work_through(
+        self,
+        blocks: Iterable[Block],
+        work: Callable[[Entry, int, int], Any],
+        done: Callable[[Block, Any], None] = lambda _block, _result: None,
+    ) -> None:
+        """Work through blocks, at most a few ahead, and stop at the first error.
+
+        Args:
+            blocks: arguments of the work.
+            work: called once for each block, from any worker.
+            done: told of each finished block and of what the work returned, in this thread.
+
+        Raises:
+            InputError: what the work raised, or a process was ended from outside.
+        """
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            if self.size == 1:
+                for block in blocks:
+                    done(block, work(*block))
+            else:
+                self._share_out(blocks, work, done)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _share_out(
+        self, blocks: Iterable[Block], work: Callable[[Entry, int, int], Any], done: Callable[[Block, Any], None]
+    ) -> None:
+        pending: dict[Future[list[Any]], list[Block]] = {}
+
+        def collect(most: int) -> None:
+            while len(pending) > most:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    for block, result in zip(pending.pop(future), future.result(), strict=True):
+                        done(block, result)
+
+        with warnings.catch_warnings():
+            # Of forking beside other threads: the children use nothing that these may have locked.
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            pool = self._pool(work)
+            try:
+                for batch in _batches(blocks, _BATCH if self.forked else 1):
+                    pending[pool.submit(_work_on, batch)] = batch
+                    collect(most=4 * self.size)
+                collect(most=0)
+            except BrokenProcessPool:
+                raise InputError(
+                    "a process of this run was ended from outside, perhaps because memory ran out; "
+                    "the same command continues the run"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _pool(self, work: Callable[[Entry, int, int], Any]) -> Executor:
+        if self.forked:
+            context = multiprocessing.get_context("fork")
+            numbers = context.Value("i", 0)
+            return ProcessPoolExecutor(self.size, context, _start_process, (work, numbers, os.getpid()))
+        return ThreadPoolExecutor(self.size, "merge", _start_worker, (work, itertools.count()))
+
+
+def _start_worker(work: Callable[[Entry, int, int], Any], numbers: Iterator[int]) -> None:
     import torch
 
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (1,)) as pool:
-        pending: set[Future[None]] = set()
-        try:
-            for block in blocks:
-                pending.add(pool.submit(work, *block))
-                if len(pending) >= 4 * workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-            for future in wait(pending, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    Crew.worker.work, Crew.worker.number = work, next(numbers)
+
+
+def _start_process(work: Callable[[Entry, int, int], Any], numbers: Any, parent: int) -> None:
+    """Begin the life of a forked process, which ends with its parent's, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    with numbers.get_lock():
+        numbers.value += 1
+        number = numbers.value - 1
+    _start_worker(work, iter([number]))
+
+
+def _work_on(batch: list[Block]) -> list[Any]:
+    return [Crew.worker.work(*block) for block in batch]
+
+
+def _batches(blocks: Iterable[Block], entries: int) -> Iterator[list[Block]]:
+    """Runs of blocks with that many entries together, at least one block each."""
+    batch: list[Block] = []
+    for block in blocks:
+        batch.append(block)
+        if sum(stop - start for _, start, stop in batch) >= entries:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that forked processes share with this one."""
+    import torch
+
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -314,20 +433,16 @@ class Passes:
         import torch
 
         entries = [self.plan.base.entries[name] for name in ([only] if only else self.plan.merged)]
-        of_threads: dict[int, Tensor] = {}
         width = 1 + len(self.plan.experts)
         reader = Reader(self.plan, self.device)
-        zeros = partial(torch.zeros, shape, dtype=torch.int64)
+        crew = Crew.for_blocks(self.plan, self.device, self.team)
+        # Each worker counts for itself: adding up large counts after every block would cost more than counting.
+        rows = shared_zeros((crew.size, *shape), torch.int64).to(self.device)
 
         def work(entry: Entry, start: int, stop: int) -> None:
-            # Each thread counts for itself: adding up large counts after every block would cost more than counting.
-            thread = threading.get_ident()
             with reader.streaming():
-                if thread not in of_threads:
-                    of_threads[thread] = zeros().to(self.device)
                 for first, last, _, task_vectors in reader.steps(entry.name, start, stop):
-                    count(task_vectors, Part(entry.name, entry.shape, first, last), of_threads[thread])
-            advance(self.team.size * width * entry.size * (stop - start) / entry.elements, entry.name)
+                    count(task_vectors, Part(entry.name, entry.shape, first, last), rows[Crew.number()])
 
         block = block_entries(self.device)
         blocks = [
@@ -335,10 +450,16 @@ class Passes:
             for entry in entries
             for start in range(0, entry.elements, block)
         ]
-        size = sum(width * entry.size * (stop - start) / entry.elements for entry, start, stop in blocks)
+
+        def share(entry: Entry, start: int, stop: int) -> float:
+            return width * entry.size * (stop - start) / entry.elements
+
+        size = sum(share(*block) for block in blocks)
         with self.progress(title, size, "B") if only is None else nullcontext(no_advance) as advance:
-            work_through(self.team.share(blocks), work, worker_count())
-        of_team = self.team.add(sum((counts.cpu() for counts in of_threads.values()), start=zeros()))
+            crew.work_through(
+                self.team.share(blocks), work, lambda block, _: advance(self.team.size * share(*block), block[0].name)
+            )
+        of_team = self.team.add(rows.sum(0).cpu())
         assert of_team is not None  # noqa: S101  (every process brings counts)
         return of_team
 

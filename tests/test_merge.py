@@ -18,7 +18,7 @@ from expert_merging.merge import working_memory, write_merged
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.plan import Plan, make_plan
 from expert_merging.registry import all_methods, find_method
-from expert_merging.streaming import Passes, Reader
+from expert_merging.streaming import Crew, Passes, Reader
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
 
@@ -102,7 +102,7 @@ def whole_tensor_rule(task_vectors: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_streaming_gives_the_bytes_of_the_plain_twin(data):
-    """Any shapes, types, shards, blocks and numbers of threads."""
+    """Any shapes, types, shards, blocks and numbers of threads and processes."""
     draw = data.draw
     shapes = draw(
         st.dictionaries(st.sampled_from("abcdefg"), st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=5)
@@ -114,7 +114,8 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
         patch.setattr(streaming, "BLOCK", draw(st.integers(1, 50)))
         patch.setattr(streaming, "STEP", draw(st.integers(1, 50)))
         patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
-        patch.setattr(merge, "worker_count", lambda: draw(st.integers(1, 4)))
+        crew = Crew(draw(st.integers(1, 3)), forked=draw(st.booleans()))
+        patch.setattr(Crew, "for_blocks", lambda *_: crew)
         folders = []
         for seed, count in enumerate(counts):
             tensors = random_tensors(shapes, draw(types), seed)
@@ -346,7 +347,7 @@ def test_embeddings_and_heads_are_no_matrices(tmp_path):
 
 
 def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, monkeypatch):
-    monkeypatch.setattr(merge, "worker_count", lambda: 2)
+    monkeypatch.setattr(Crew, "for_blocks", lambda *_: Crew(2))
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
     assert working_memory(plan, elementwise=False, device=CPU) == largest
@@ -528,6 +529,15 @@ def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp
         results.append(merge_by_method(name, folders[0], folders[1:], tmp_path / f"output{threads}", CPU))
     torch.set_num_threads(before)
     assert_same_bytes(*results)
+
+
+@pytest.mark.parametrize("crew", [Crew(3), Crew(3, forked=True)], ids=["threads", "processes"])
+def test_surveys_and_merges_give_the_same_bytes_whoever_does_them(crew, base, experts, tmp_path, monkeypatch):
+    expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
+    monkeypatch.setattr(Crew, "for_blocks", lambda *_: crew)
+    monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "_BATCH", 20)
+    assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "iso"])

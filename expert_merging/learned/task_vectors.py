@@ -22,7 +22,7 @@ from torch import Tensor
 from expert_merging.checkpoint import FLOATS, Entry
 from expert_merging.learned.coefficients import Trimming
 from expert_merging.plan import Plan
-from expert_merging.streaming import BLOCK, Reader, work_through, worker_count
+from expert_merging.streaming import BLOCK, Block, Crew, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -258,20 +258,27 @@ def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[f
         for name in plan.merged
     }
 
-    reader = Reader(plan, torch.device("cpu"))
+    device = torch.device("cpu")
+    reader = Reader(plan, device)
 
-    def work(entry: Entry, start: int, stop: int) -> None:
+    def work(entry: Entry, start: int, stop: int) -> list[float]:
+        total = torch.zeros(len(plan.experts), dtype=torch.float64)
         for _, _, _, task_vectors in reader.steps(entry.name, start, stop):
             left = task_vectors if trimming is None else trimming(task_vectors)
-            sums[entry.name][start // BLOCK] += left.abs_().sum(1, dtype=torch.float64)
+            total += left.abs_().sum(1, dtype=torch.float64)
+        found: list[float] = total.tolist()
+        return found
 
-    entries = [plan.base.entries[name] for name in plan.merged]
+    def done(block: Block, found: list[float]) -> None:
+        entry, start, _ = block
+        sums[entry.name][start // BLOCK] = torch.tensor(found, dtype=torch.float64)
+
     blocks = (
         (entry, start, min(start + BLOCK, entry.elements))
-        for entry in entries
+        for entry in (plan.base.entries[name] for name in plan.merged)
         for start in range(0, entry.elements, BLOCK)
     )
-    work_through(blocks, work, workers=worker_count())
+    Crew.for_blocks(plan, device).work_through(blocks, work, done)
     return {
         name: tuple((found.sum(0) / max(1, plan.base.entries[name].elements)).tolist()) for name, found in sums.items()
     }

@@ -1,0 +1,143 @@
+"""Workers that share blocks: threads and forked processes do what one thread does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from expert_merging import streaming
+from expert_merging.checkpoint import Entry
+from expert_merging.errors import InputError
+from expert_merging.options import ROOT
+from expert_merging.streaming import Crew, Team, shared_zeros
+
+ENTRY = Entry("a", "F32", (100,), Path("a"), 0, 400)
+BLOCKS = [(ENTRY, start, start + 5) for start in range(0, 100, 5)]
+FORKS = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+CREWS = [
+    pytest.param(Crew(1), id="alone"),
+    pytest.param(Crew(3), id="threads"),
+    pytest.param(Crew(3, forked=True), id="processes", marks=FORKS),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(streaming, "_BATCH", 10)
+
+
+@pytest.mark.parametrize("crew", CREWS)
+def test_every_block_is_worked_on_once_and_reported(crew):
+    reported = []
+    crew.work_through(BLOCKS, lambda entry, start, stop: stop - start + start**2, lambda *done: reported.append(done))
+    assert sorted(reported, key=lambda done: done[0][1]) == [(block, 5 + block[1] ** 2) for block in BLOCKS]
+    crew.work_through([], lambda *block: 0, lambda *done: reported.append(done))
+    assert len(reported) == len(BLOCKS)
+
+
+@pytest.mark.parametrize("crew", CREWS)
+def test_workers_have_numbers_and_share_memory(crew):
+    counts = shared_zeros((crew.size, 100), torch.int64)
+
+    def work(entry, start, stop):
+        assert torch.get_num_threads() == 1
+        counts[Crew.number(), start:stop] += 1
+        time.sleep(0.01)
+
+    before = torch.get_num_threads()
+    crew.work_through(BLOCKS, work)
+    assert torch.get_num_threads() == before
+    assert counts.sum(0).tolist() == [1] * 100
+    assert crew.size == 1 or (counts.sum(1) > 0).sum() > 1, "the work is shared"
+
+
+@pytest.mark.parametrize("crew", CREWS)
+def test_the_first_error_stops_the_work_and_tells_all_its_problems(crew):
+    begun = shared_zeros((100,), torch.int64)
+
+    def work(entry, start, stop):
+        begun[start] = 1
+        if start == 10:
+            raise InputError("one", "two")
+        time.sleep(0.01)
+
+    many = [(ENTRY, start, start + 10) for start in range(100)]
+    with pytest.raises(InputError) as caught:
+        crew.work_through(many, work)
+    assert caught.value.problems == ("one", "two")
+    assert begun.sum() < 60
+
+
+@FORKS
+def test_a_process_that_is_ended_from_outside_ends_the_run():
+    def work(entry, start, stop):
+        if start == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(InputError) as caught:
+        Crew(2, forked=True).work_through(BLOCKS, work)
+    assert str(caught.value) == (
+        "a process of this run was ended from outside, perhaps because memory ran out; "
+        "the same command continues the run"
+    )
+
+
+LONELY = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from tests.test_streaming import BLOCKS, Crew
+
+def work(entry, start, stop):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+Crew(2, forked=True).work_through(BLOCKS, work)
+"""
+
+
+@FORKS
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_they_were_forked_from(how):
+    """Otherwise they would write into files that the next run is writing."""
+    command = [sys.executable, "-c", LONELY.format(root=str(ROOT))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        children = [int(parent.stdout.readline()) for _ in range(2)]
+        os.kill(parent.pid, signal.SIGKILL if how == signal.SIGKILL else signal.SIGINT)
+        if how == signal.SIGINT:  # and then a second time, by somebody impatient
+            time.sleep(0.5)
+            os.kill(parent.pid, signal.SIGKILL)
+        parent.wait(timeout=30)
+        for child in children:
+            assert ended(child), "a process outlived its parent"
+
+
+def ended(process: int) -> bool:
+    for _ in range(100):
+        state = Path(f"/proc/{process}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_cores_share_a_large_model_and_one_worker_does_a_small_one(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    large, small = (SimpleNamespace(base_elements=elements) for elements in (10**9, 10**6))
+    assert Crew.for_blocks(large, cpu) == Crew(6, forked=True)
+    assert Crew.for_blocks(large, cpu, Team(0, 2)) == Crew(3, forked=True)
+    assert Crew.for_blocks(large, cpu, Team(0, 8)) == Crew(1, forked=True)
+    assert Crew.for_blocks(small, cpu) == Crew(1)
+    assert Crew.for_blocks(large, gpu) == Crew(6)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert Crew.for_blocks(large, cpu) == Crew(4)
