@@ -1,7 +1,7 @@
 """Methods that align the singular directions of the experts, without computing a singular value decomposition.
 
 Everything rests on `singular_triples`: one symmetric eigenproblem of the Gram matrix of the shorter side, in float64
-because squaring a matrix costs half the digits. Directions that the numbers given do not determine (the
+because squaring a matrix costs half the digits (where those that are left suffice, in float32). Directions that the numbers given do not determine (the
 null space of a low-rank stack, whose basis a library picks as it likes) are left out, so that no result hangs on them:
 if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise the same.
 
@@ -18,6 +18,7 @@ from expert_merging.methods.linear import weighted_sum
 from expert_merging.registry import Fraction, register
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # A number rounded to float32 is off by at most half of this, relatively.
@@ -25,8 +26,12 @@ ROUNDING = 2.0**-23
 # Singular directions of two experts that differ by less than this are the same direction: float32 task vectors do not
 # tell them apart.
 _PARALLEL = 1e-5
-# Largest over smallest kept singular value up to which a product in float32 is good to 1e-5.
+# Largest over smallest kept singular value up to which a product in float32 is good to 1e-5, and up to which the Gram
+# matrix may be in float32 as well, whose eigenvalues span the square of it.
 _FLOAT32_SPAN = 100
+_FLOAT32_GRAM_SPAN = 10
+# Rows for a column from which a matrix without structure has so narrow a span.
+_TALL = 2
 # Entries that a core's cache holds in float64 beside some more.
 _CACHED = 1 << 16
 # Shorter side from which Newton-Schulz on a GPU is worth its launches.
@@ -94,7 +99,9 @@ def singular_triples(matrix: Tensor, floor: float, count: int | None = None) -> 
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = singular_triples(matrix.mT, floor, count)
         return left, values, right
-    working, scale = _scaled(matrix)
+    import torch
+
+    working, scale = _scaled(matrix, torch.float64)
     _, right = _eigenpairs(working)
     right = right[:, :count]
     left = working @ right
@@ -103,16 +110,14 @@ def singular_triples(matrix: Tensor, floor: float, count: int | None = None) -> 
     return left[:, kept] / values[kept], values[kept] * scale, right[:, kept]
 
 
-def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
-    """The matrix in float64 with Frobenius norm 1, so that squares neither overflow nor underflow, and its norm."""
-    import torch
-
+def _scaled(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The matrix with Frobenius norm 1, so that squares neither overflow nor underflow, and its norm."""
     scale = float(norms(matrix[None]))
-    return matrix.to(torch.float64, copy=True).div_(scale or 1), scale
+    return matrix.to(dtype, copy=True).div_(scale or 1), scale
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values ``(columns,)``, descending, and right directions of a tall float64 matrix.
+    """Squared singular values ``(columns,)``, descending, and right directions of a tall matrix, in its type.
 
     In float64 the Gram matrix tells singular values apart down to 1e-8 of the largest, and float32 task vectors have
     no digits beyond 1e-7.
@@ -140,6 +145,8 @@ def polar_factor(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
     Returns:
         The factor ``(rows, columns)`` float32 and the mean of those singular values, 0 if there are none.
     """
+    import torch
+
     if matrix.shape[0] < matrix.shape[1]:
         factor, mean = polar_factor(matrix.mT, floor)
         return factor.mT, mean
@@ -148,15 +155,27 @@ def polar_factor(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
         if converged is not None:
             # The inner product with the polar factor is the sum of the singular values.
             return converged, float((converged * matrix).sum()) / matrix.shape[1]
-    working, scale = _scaled(matrix)
+    found = _polar_factor(matrix, floor, torch.float32) if matrix.shape[0] >= _TALL * matrix.shape[1] else None
+    found = found or _polar_factor(matrix, floor, torch.float64)
+    assert found  # noqa: S101  (float64 always does)
+    return found
+
+
+def _polar_factor(matrix: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+    """What `polar_factor` returns for a tall matrix, or None where float32 is not enough."""
+    import torch
+
+    working, scale = _scaled(matrix, dtype)
     squares, right = _eigenpairs(working)
     kept = squares.sqrt() * scale > floor
+    if dtype == torch.float32 and not (kept.all() and squares[-1] * _FLOAT32_GRAM_SPAN**2 >= squares[0]):
+        return None
     squares, right = squares[kept], right[:, kept]
     inverse_root = (right / squares.sqrt()) @ right.mT
     # The product loses as many digits as the kept singular values span.
     if len(squares) and squares[-1] * _FLOAT32_SPAN**2 >= squares[0]:
         working, inverse_root = working.float(), inverse_root.float()
-    mean = float(squares.sqrt().sum()) * scale / max(1, len(squares))
+    mean = float(squares.sqrt().double().sum()) * scale / max(1, len(squares))
     return (working @ inverse_root).float(), mean
 
 
