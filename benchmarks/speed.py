@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.speed`` makes a random base and five experts of the shape of Qwen2-0.5B (494M parameters, bf16,
 1 GB each) under ``benchmarks/work``, warms the page cache, and times each method in a process of its own. Wall times
-leave out the start of the interpreter, of torch and of a GPU; memory is the process's largest resident set, torch
-included, and what torch allocated on a GPU.
+leave out the start of the interpreter, of torch and of a GPU; memory is the largest resident set of the process and of
+those that it forks, torch included, in which pages that they share count once, and what torch allocated on a GPU.
 
 Element-wise methods merge everything; methods on matrices leave out embeddings, head, norms and biases, as by default.
 """
@@ -17,10 +17,11 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,7 @@ PEER_METHODS = {
 _LIMIT = """
 import os, sys, time
 inputs, output = sys.argv[2:], sys.argv[1]
-start, before = time.perf_counter(), time.process_time()
+start = time.perf_counter()
 buffer = bytearray(1 << 22)
 target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 for number, path in enumerate(inputs):
@@ -50,11 +51,11 @@ for number, path in enumerate(inputs):
         if number == 0:
             os.write(target, memoryview(buffer)[:count])
 os.fsync(target)
-print(time.perf_counter() - start, time.process_time() - before, 0, 0)
+print(time.perf_counter() - start, sum(os.times()[:2]), 0)
 """
 
 _METHOD = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 import torch
 from expert_merging.cli import main
@@ -62,11 +63,10 @@ from Mistral.backbone import BACKBONE
 device = {device!r}
 if device != "cpu":
     torch.linalg.eigh(torch.eye(2, device=device))
-start, before = time.perf_counter(), time.process_time()
+start, before = time.perf_counter(), sum(os.times()[:4])
 code = main(BACKBONE, {arguments!r})
-seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - before
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(seconds, cpu_seconds, 1024 * int(peak.split()[1]), torch.cuda.max_memory_allocated() if device != "cpu" else 0)
+seconds, cpu_seconds = time.perf_counter() - start, sum(os.times()[:4]) - before
+print(seconds, cpu_seconds, torch.cuda.max_memory_allocated() if device != "cpu" else 0)
 sys.exit(code)
 """
 
@@ -125,36 +125,59 @@ def measure(code: str, *arguments: str) -> dict[str, float]:
     """Run Python code in a process of its own.
 
     Returns:
-        The numbers that it prints last: seconds, processor seconds (which other processes on the machine disturb less),
-        its largest resident set in bytes, and the largest memory on the GPU.
+        The numbers that it prints last: seconds, processor seconds (which other processes on the machine disturb less)
+        and the largest memory on the GPU; and the largest memory seen, in bytes.
     """
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the measured process failed:\n{done.stderr}")
-    numbers = (float(number) for number in done.stdout.split()[-4:])
-    return dict(zip(("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes"), numbers, strict=True))
+    command = [sys.executable, "-c", code, *arguments]
+    with tempfile.TemporaryFile("w+") as output:
+        peak = watched(command, output, "smaps_rollup", "Pss", pause=0.1)
+        output.seek(0)
+        numbers = (float(number) for number in output.read().split()[-3:])
+    found = dict(zip(("seconds", "cpu_seconds", "gpu_peak_bytes"), numbers, strict=True))
+    return {**found, "peak_bytes": peak}
 
 
 def whole_process(command: list[str]) -> dict[str, float]:
     """Run a command from start to end; its (processor) seconds and the largest anonymous memory seen, in bytes.
 
-    Anonymous memory is what the process allocated itself, without pages of mapped input files.
+    Anonymous memory is what processes allocated themselves, without pages of mapped input files. What forked processes
+    share with their parent counts several times.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    peak = watched(command, subprocess.DEVNULL, "status", "RssAnon", pause=0.02)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
+
+
+def watched(command: list[str], output: IO[str] | int, file: str, field: str, pause: float) -> int:
+    """Run a command; the largest sum over its processes of a field (in kB) of a file under ``/proc``, in bytes."""
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE) as process:
         peak = 0
         while process.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):
-                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
-                peak = max(peak, 1024 * int(next(line for line in status if line.startswith("RssAnon")).split()[1]))
-            time.sleep(0.02)
-        seconds = time.perf_counter() - start
+            peak = max(peak, sum(_kilobytes(number, file, field) for number in _family(process.pid)))
+            time.sleep(pause)
         if process.returncode:
             errors = process.stderr.read().decode()[-2000:] if process.stderr else ""
             raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
+    return 1024 * peak
+
+
+def _family(process: int) -> list[int]:
+    """A process and all that it has started, as far as they are still there."""
+    family = [process]
+    for member in family:
+        with contextlib.suppress(OSError):
+            for children in Path(f"/proc/{member}/task").glob("*/children"):
+                family += map(int, children.read_text(encoding="ascii").split())
+    return family
+
+
+def _kilobytes(process: int, file: str, field: str) -> int:
+    with contextlib.suppress(OSError, StopIteration):  # it may end at any time
+        lines = Path(f"/proc/{process}/{file}").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    return 0
 
 
 def peer_program(work: Path) -> Path:
@@ -284,7 +307,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work", help="folder for checkpoints")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args()
-    figures: dict[str, Any] = {"settings": {name: str(value) for name, value in vars(options).items()}}
+    settings = {name: value for name, value in vars(options).items() if name not in ("work", "json")}
+    figures: dict[str, Any] = {"settings": settings}
     if options.methods:
         layers = options.layers or MODELS[options.shape].layers
         folders = make_checkpoints(options.work, options.shape, layers, options.experts)

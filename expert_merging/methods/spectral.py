@@ -1,9 +1,10 @@
 """Methods that align the singular directions of the experts, without computing a singular value decomposition.
 
-Everything rests on `singular_triples`: one symmetric eigenproblem of the Gram matrix of the shorter side, in float64
-because squaring a matrix costs half the digits (where those that are left suffice, in float32). Directions that the numbers given do not determine (the
-null space of a low-rank stack, whose basis a library picks as it likes) are left out, so that no result hangs on them:
-if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise the same.
+Everything rests on one symmetric eigenproblem of the Gram matrix of the shorter side, in float64 because squaring a
+matrix costs half the digits (where those that are left suffice, in float32). Directions that the numbers given do not
+determine (the null space of a low-rank stack, whose basis a library picks as it likes) are left out, so that no result
+hangs on them: if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise
+the same.
 
 Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
 the authors' code. So do embeddings and output heads, which the driver hands over as vectors: their rows are words.
