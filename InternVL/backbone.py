@@ -186,7 +186,13 @@ BACKBONE = Backbone(
     base_folder="InternVL2_5-1B",
     expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in EXPERTS},
     exclude_params=("vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
-    defaults={"scaling_coefficient": 0.1, "samples_per_task": 5, "sparsity_reg_weight": 5.0},
+    defaults={
+        "scaling_coefficient": 0.1,
+        "samples_per_task": 5,
+        "sparsity_reg_weight": 5.0,
+        # As published for InternVL; they start at the sum of the task vectors too.
+        **{f"{method}.scaling_coefficient": 0.1 for method in ("wudi", "wudi2", "iwudi", "swudi", "aswudi")},
+    },
     load_model=load_model,
     parameter_names=parameter_names,
     load_processor=load_processor,

@@ -216,7 +216,15 @@ BACKBONE = Backbone(
     base_folder="Qwen2-VL-7B",
     expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in EXPERTS},
     exclude_params=("visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
-    defaults={"scaling_coefficient": 0.3, "samples_per_task": 10, "sparsity_reg_weight": 0.8},
+    defaults={
+        "scaling_coefficient": 0.3,
+        "samples_per_task": 10,
+        "sparsity_reg_weight": 0.8,
+        # As published for Qwen2-VL, whose experts were trained with LoRA.
+        "wudi.scaling_coefficient": 0.3,
+        "wudi2.wudi2_variant": "lora",
+        **{f"{method}.scaling_coefficient": 0.2 for method in ("iwudi", "swudi", "aswudi")},
+    },
     load_model=load_model,
     parameter_names=parameter_names,
     load_processor=load_processor,

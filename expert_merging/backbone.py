@@ -43,7 +43,7 @@ class Backbone:
         expert_folders: folder name of each expert by expert name, in order.
         task_experts: expert by calibration task, for the family's usual tasks that are not called like their expert.
         exclude_params: patterns of parameters that keep the base's value (`re.match` on file names).
-        defaults: option defaults that differ from the methods' own.
+        defaults: option defaults that differ from the methods' own, by option or, for one method, ``method.option``.
         load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU.
         parameter_names: ``(folder) -> names`` of the model's parameters in memory, without loading weights.
         load_processor: ``(folder) -> tokenizer or processor``.

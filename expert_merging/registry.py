@@ -221,9 +221,14 @@ class Method:
     needs: tuple[str, ...] = ()
 
     def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
-        """Default of every option, with the family's value where the method leaves it to the family."""
+        """Default of every option, with the family's value where the method leaves it to the family.
+
+        Args:
+            family: values by option, for all methods that leave it to the family, or by ``method.option``.
+        """
+        left = {name: family[name] for name in self.family_defaults if name in family}
         return {
-            name: family[name] if name in self.family_defaults and name in family else option.default
+            name: family.get(f"{self.name}.{name}", left.get(name, option.default))
             for name, option in self.options.items()
         }
 

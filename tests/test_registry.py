@@ -229,3 +229,10 @@ def test_the_family_sets_only_the_defaults_left_to_it():
     assert find_method("task_arithmetic").defaults(family) == {"scaling_coefficient": 0.1}
     assert find_method("weight_average").defaults(family) == {"scaling_coefficient": 1.0}
     assert find_method("task_arithmetic").defaults({}) == {"scaling_coefficient": 0.3}
+
+
+def test_the_family_sets_defaults_of_single_methods():
+    family = {"scaling_coefficient": 0.1, "weight_average.scaling_coefficient": 0.5}
+    assert find_method("weight_average").defaults(family) == {"scaling_coefficient": 0.5}
+    assert find_method("task_arithmetic").defaults(family) == {"scaling_coefficient": 0.1}
+    assert find_method("iso").defaults(family) == {"scaling_coefficient": 1.0}

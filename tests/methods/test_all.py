@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging.plan import Part
-from expert_merging.registry import Method, all_methods
+from expert_merging.registry import Method, all_methods, find_method
 
 METHODS = [method for method in all_methods().values() if not method.learns and not method.per_expert]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
@@ -168,3 +169,15 @@ def test_summary_and_options_are_described(method):
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)
 def test_options_left_to_the_family_exist(method):
     assert set(method.family_defaults) <= set(method.options)
+
+
+@pytest.mark.parametrize("family", ["InternVL", "Mistral", "Qwen2VL"])
+def test_defaults_of_families_belong_to_options(family):
+    for name, value in importlib.import_module(f"{family}.backbone").BACKBONE.defaults.items():
+        method, _, option = name.rpartition(".")
+        users = (
+            [find_method(method)] if method else [entry for entry in all_methods().values() if option in entry.options]
+        )
+        assert users
+        for user in users:
+            assert user.options[option].convert(value) == value, name
