@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ class Decoder:
         layers: number of layers.
         biases: the query, key and value projections have biases.
         tied: the embedding serves as output head too.
+        family: transformers' name of the architecture.
+        heads: number of attention heads.
         prefix: before all names.
         vision: layers of InternVL's vision model beside it.
     """
@@ -43,14 +45,42 @@ class Decoder:
     layers: int
     biases: bool
     tied: bool
+    family: str
+    heads: int
     prefix: str = ""
     vision: int = 0
 
+    def config(self, layers: int) -> dict[str, Any]:
+        """``config.json`` of the language model with that many layers."""
+        return {
+            "architectures": [f"{self.family.capitalize()}ForCausalLM"],
+            "model_type": self.family,
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.middle,
+            "num_hidden_layers": layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value * self.heads // self.hidden,
+            "tie_word_embeddings": self.tied,
+        }
+
 
 MODELS = {
-    "qwen2-0.5b": Decoder(151936, 896, 4864, 128, 24, biases=True, tied=True),
-    "internvl2_5-1b": Decoder(151674, 896, 4864, 128, 24, biases=True, tied=False, prefix="language_model.", vision=24),
-    "mistral-7b": Decoder(32000, 4096, 14336, 1024, 32, biases=False, tied=False),
+    "qwen2-0.5b": Decoder(151936, 896, 4864, 128, 24, biases=True, tied=True, family="qwen2", heads=14),
+    "internvl2_5-1b": Decoder(
+        151674,
+        896,
+        4864,
+        128,
+        24,
+        biases=True,
+        tied=False,
+        family="qwen2",
+        heads=14,
+        prefix="language_model.",
+        vision=24,
+    ),
+    "mistral-7b": Decoder(32000, 4096, 14336, 1024, 32, biases=False, tied=False, family="mistral", heads=32),
 }
 
 
@@ -138,7 +168,10 @@ def _write(folder: Path, name: str, layers: int, number: int) -> None:
     data = memoryview(noise.bfloat16().view(torch.uint8).numpy())  # type: ignore[arg-type]
     header, end = _header(dict(parameter_shapes(MODELS[name], layers)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": name, "num_hidden_layers": layers}))
+    config = MODELS[name].config(layers)
+    if MODELS[name].vision:
+        config = {"model_type": "internvl_chat", "llm_config": config}
+    (folder / "config.json").write_text(json.dumps(config))
     partial = folder / "model.partial"
     with partial.open("wb") as stream:
         stream.write(header)

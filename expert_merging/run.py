@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import contextlib
 import json
 import os
 import platform
@@ -156,11 +157,12 @@ def _short(value: Any) -> str:
 
 def provenance() -> dict[str, Any]:
     """Versions, the repository's revision and the time, for the record."""
-    names = ("torch", "transformers", "accelerate", "safetensors")
-    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     versions = {"expert_merging": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
-        "versions": versions | {name: found[name] for name in names if name in found},
+        "versions": versions,
         "git_revision": _git_revision(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
