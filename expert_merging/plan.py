@@ -40,7 +40,10 @@ class Part:
 
 
 class Rule(Protocol):
-    """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector."""
+    """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector.
+
+    The task vectors are working memory, which a rule may overwrite.
+    """
 
     def __call__(self, task_vectors: Tensor, part: Part, /) -> Tensor:
         """Merge one part."""

@@ -119,7 +119,7 @@ class Trimming:
         """The entries that stay, the others 0; ``(experts, entries)`` to the same."""
         from expert_merging.methods.sparse import elected_signs, trim
 
-        trimmed = trim(task_vectors, torch.tensor(self.thresholds))
+        trimmed = trim(task_vectors.clone(), torch.tensor(self.thresholds))
         signs = elected_signs(trimmed, self.majority)
         return torch.stack([torch.where(row * signs > 0, row, 0.0) for row in trimmed])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from decimal import Decimal
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.methods.linear import weighted_sum
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from expert_merging.plan import Part
     from expert_merging.streaming import Passes
 
-    Rows = Tensor | Sequence[Tensor]  # (experts, *shape), or a tensor (*shape) per expert
-    Change = Callable[[Tensor, Part], Rows]
+    Change = Callable[[Tensor, Part], Tensor]
 
 # Random bits are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
 # alone. Part of what decides a result's bytes: changing it changes every mask.
@@ -34,10 +34,8 @@ _INFINITY = 0x7F800000  # its bits
 DropRate = Annotated[float, Interval("[0, 1)")]
 
 
-def drop_and_rescale(
-    task_vectors: Tensor, part: Part, seed: int, experts: tuple[str, ...], drop_rate: float
-) -> list[Tensor]:
-    """Set each entry to zero with probability ``drop_rate`` and divide the others by 1 - ``drop_rate`` (DARE).
+def drop_and_rescale(task_vectors: Tensor, part: Part, seed: int, experts: tuple[str, ...], drop_rate: float) -> Tensor:
+    """Set each entry to zero with probability ``drop_rate``, divide the others by 1 - ``drop_rate`` (DARE), in place.
 
     The mask depends on the seed, the expert's name, the tensor's name and the entry's position alone, and is drawn on
     the CPU: blocks, devices, the order of shards and a restart do not change it.
@@ -50,15 +48,17 @@ def drop_and_rescale(
         drop_rate: probability in [0, 1).
 
     Returns:
-        A new tensor ``(*shape)`` per expert.
+        The task vectors themselves: fresh memory for every block would cost as much as the arithmetic.
     """
+    import torch
+
     if drop_rate == 0:
-        return [row.clone() for row in task_vectors]
-    dropped = []
+        return task_vectors
+    mask = torch.empty_like(task_vectors[0])
     for row, expert in zip(task_vectors, experts, strict=True):
-        kept = _draw(part, f"{seed}/{expert}/{part.name}", drop_rate).to(row.device).to(row.dtype).view_as(row)
-        dropped.append(kept.mul_(1 / (1 - drop_rate)).mul_(row))  # a product costs half as much as a quotient
-    return dropped
+        mask.view(-1).copy_(_draw(part, f"{seed}/{expert}/{part.name}", drop_rate))
+        row.mul_(mask.mul_(1 / (1 - drop_rate)))  # a product costs half as much as a quotient
+    return task_vectors
 
 
 def _draw(part: Part, key: str, drop_rate: float) -> Tensor:
@@ -84,7 +84,7 @@ def _draw_segment(key: str, entries: int, drop_rate: float) -> Any:
     """
     import numpy
 
-    generator = numpy.random.SFC64(0)
+    generator = _generator()
     state = numpy.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u8")
     generator.state = {"bit_generator": "SFC64", "state": {"state": state}, "has_uint32": 0, "uinteger": 0}
     digits = generator.random_raw(-(-entries // 8)).astype("<u8", copy=False).view(numpy.uint8)[:entries]
@@ -93,6 +93,21 @@ def _draw_segment(key: str, entries: int, drop_rate: float) -> Any:
     undecided = numpy.flatnonzero(digits == int(boundary))
     kept[undecided] = generator.random_raw(len(undecided)) * 2.0**-64 >= others
     return kept
+
+
+@functools.cache
+def _generators() -> threading.local:
+    return threading.local()
+
+
+def _generator() -> Any:
+    """This thread's generator, whose state is set before each use; to make one costs as much as ten thousand digits."""
+    import numpy
+
+    mine = _generators()
+    if not hasattr(mine, "generator"):
+        mine.generator = numpy.random.SFC64(0)
+    return mine.generator
 
 
 def trim_thresholds(passes: Passes, change: Change, density: float, only: str | None = None) -> Tensor:
@@ -136,7 +151,7 @@ def trim_thresholds(passes: Passes, change: Change, density: float, only: str | 
         seen = passes.total(count_upper, (experts, 1 << 15), "sampling magnitudes", only, sample).cumsum(1)
         buckets = (seen < max(1, rank * int(seen[0, -1]) // entries)).sum(1)
         lowest = (buckets - 1).clamp_(min=0) << 16
-        count = partial(count_range, lowest.tolist())
+        count = functools.partial(count_range, lowest.tolist())
         counted = passes.total(count, (experts, 1 + _RANGE), "finding thresholds", only).cumsum(1)
         if (counted[:, 0] < rank).all() and (counted[:, -1] >= rank).all():
             break
@@ -167,31 +182,37 @@ def _within(task_vector: Tensor, low: int) -> tuple[int, Tensor]:
     return int(numpy.count_nonzero(below)), torch.from_numpy(inside.astype(numpy.int64) - low)
 
 
-def trim(task_vectors: Rows, thresholds: Tensor) -> list[Tensor]:
-    """Set entries with a smaller magnitude than their expert's threshold to zero.
+def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
+    """Set entries with a smaller magnitude than their expert's threshold to zero, in place.
 
     Args:
-        task_vectors: ``(experts, *shape)``, or a tensor ``(*shape)`` per expert.
+        task_vectors: ``(experts, *shape)``.
         thresholds: ``(experts,)``.
 
     Returns:
-        A new tensor ``(*shape)`` per expert; they are worked through one by one, which saves passes over all of them.
+        The task vectors themselves.
     """
     import torch
-    from torch.nn import functional
 
     # hardshrink keeps what is *above* its bound: the next smaller number makes that "not below the threshold".
     bounds = torch.nextafter(thresholds, torch.tensor(-torch.inf)).tolist()
-    return [functional.hardshrink(row, bound) for row, bound in zip(task_vectors, bounds, strict=True)]
+    for row, bound in zip(task_vectors, bounds, strict=True):
+        torch.ops.aten.hardshrink.out(row, bound, out=row)
+    return task_vectors
 
 
-def elected_signs(trimmed: Sequence[Tensor], majority: float) -> Tensor:
+def elected_signs(trimmed: Tensor, majority: float) -> Tensor:
     """Sign of the sum over experts, ``(*shape)``; the majority's sign where the sum is zero."""
+    import torch
+
     signs = weighted_sum(trimmed, [1.0] * len(trimmed)).sign_()
-    return signs.add_(1 - signs.abs(), alpha=majority) if majority else signs
+    if not majority:
+        return signs
+    # The majority where the square of the sign is zero.
+    return signs.add_(torch.addcmul(signs.new_tensor(majority), signs, signs, value=-majority))
 
 
-def disjoint_mean(trimmed: Sequence[Tensor], signs: Tensor) -> Tensor:
+def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:
     """Mean over the experts whose entry has the elected sign, ``(*shape)``; zero where there is none."""
     import torch
 
@@ -295,7 +316,7 @@ def survey_dare_ties(
 ) -> dict[str, Any]:
     """What TIES needs of the whole model whose entries were dropped."""
 
-    def change(task_vectors: Tensor, part: Part) -> Rows:
+    def change(task_vectors: Tensor, part: Part) -> Tensor:
         return drop_and_rescale(task_vectors, part, seed, passes.expert_names, drop_rate)
 
     return _survey_ties(passes, change, density, ties_scope)
