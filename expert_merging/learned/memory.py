@@ -23,7 +23,7 @@ from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
-from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST
+from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,9 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: 
     kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
     kept_again = 1.5 * width * hidden
     checkpoints = (plan.base, *plan.experts.values())
-    block, context = (BLOCK_ON_CPU, 0) if device == "cpu" else (BLOCK_ON_GPU, _CONTEXT)
-    blocks = len(checkpoints) * block * (4 + 2 * width)
+    on_cpu = device == "cpu"
+    block, step, context = (BLOCK_ON_CPU, STEP_ON_CPU, 0) if on_cpu else (BLOCK_ON_GPU, BLOCK_ON_GPU, _CONTEXT)
+    blocks = len(checkpoints) * (4 * step + 2 * width * block)
     model = {name: width * entry.elements for name, entry in entries.items()}
     task_vectors = {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in plan.merged}
     # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.

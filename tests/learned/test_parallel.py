@@ -52,7 +52,7 @@ collect, learn = Trainer._collect, Trainer._learn
 
 def tell_and_learn(self, targets):
     held = sum(own_part(parameter).numel() for parameter in self.live.spans)
-    kept = sum(len(tensor) for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
+    kept = sum(tensor.numel() for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
     print("process", os.environ["RANK"], "has", held, "and", kept, flush=True)
     return learn(self, targets)
 
