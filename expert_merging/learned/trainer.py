@@ -143,7 +143,7 @@ class Trainer:
                 # The others find the responses that the main process has written, but split models need them all.
                 with nullcontext() if sharded else self.accelerator.main_process_first():
                     targets = self._make_targets(device)
-                model = load_on(device, self.context.backbone, self.plan.base.folder, dtype, sharded=sharded)
+                model = load_on(device, self.context.backbone, self.plan.base, dtype, sharded=sharded)
                 self.material = Material(targets, task_vectors, model)
         return self.material
 
