@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -101,6 +102,8 @@ class Trainer:
         if torch.device(context.device).index is not None:
             torch.cuda.set_device(context.device)
         options = settings.options
+        # Models are split here; accelerate's own way splits those that it prepares for an optimizer of their weights.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         self.accelerator = Accelerator(
             cpu=context.device == "cpu",
             mixed_precision=settings.precision,
