@@ -350,11 +350,15 @@ class Trainer:
         (folder / "training.json").write_text(json.dumps(vars(self.state)), encoding="utf-8")
 
     def _resume(self) -> None:
-        """Take up the last saved state; what is damaged is passed over."""
+        """Take up the last saved state; what is damaged is passed over.
+
+        Raises:
+            InputError: the processes have not found the same.
+        """
         for place in self.states.found:
             try:
                 training = json.loads((place / "training.json").read_text(encoding="utf-8"))
-                saved = load_file(place / "coefficients.safetensors", device=str(self.accelerator.device))
+                saved = load_file(place / "coefficients.safetensors")
                 self.accelerator.load_state(str(place))
             except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
                 logger.warning("the saved state in %s cannot be read (%s)", place, str(error).split("\n")[0])
@@ -362,7 +366,13 @@ class Trainer:
             self.vector.load_state_dict(saved)
             vars(self.state).update(training)
             logger.info("continuing after update %d", self.state.updates)
-            return
+            break
+        own = torch.tensor([self.state.updates], device=self.accelerator.device)
+        if len(updates := set(self.accelerator.gather(own).tolist())) > 1:
+            raise InputError(
+                f"some processes continue after update {min(updates)}, others after {max(updates)}; all of them must "
+                f"be able to read {self.states.folder}, or move it away"
+            )
 
     def _start_tracker(self) -> None:
         """Open the tracker; after a restart, points past the last saved update are replaced."""
