@@ -75,7 +75,7 @@ def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
     _check_tensors(checkpoint, shapes)
     state: dict[str, Tensor] = {}
     for name, parts in groups.items():
-        tensor = checkpoint.read(name).view(shapes[name]).to(dtype)
+        tensor = checkpoint.mapped(name).view(shapes[name]).to(dtype)
         state |= dict(zip(parts, torch.split(tensor, rows[name]), strict=True))
     checkpoint.close()
     model.load_state_dict(state, strict=False, assign=True)

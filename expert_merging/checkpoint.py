@@ -154,6 +154,19 @@ class Checkpoint:
         position = entry.offset + start * block.element_size()
         read_exactly(self.descriptor(entry.file), as_bytes(block), position, entry.file)
 
+    def mapped(self, name: str) -> Tensor:
+        """The flattened tensor ``(entries,)`` as pages of the file, which take memory while they are used.
+
+        Whoever writes to it changes copies of the pages and not the file.
+        """
+        import torch
+
+        entry = self.entries[name]
+        if entry.offset % entry.torch_dtype.itemsize or not entry.size:  # allowed, but no tensor begins there
+            return self.read(name)
+        pages = torch.from_file(str(entry.file), shared=False, size=entry.offset + entry.size, dtype=torch.uint8)
+        return pages[entry.offset :].view(entry.torch_dtype)
+
     def descriptor(self, file: Path) -> int:
         """An open read-only file descriptor, kept until the checkpoint is closed."""
         if file not in self._descriptors:

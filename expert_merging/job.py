@@ -33,6 +33,9 @@ _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "r
 # The same among the options of methods: they trade memory for time.
 _SAVING = ("task_vectors", "rank_batches", "shard", "gradient_checkpointing", "logits_chunk_tokens")
 
+# Seconds until what one machine writes to a shared folder is seen by the others.
+_SHARING = 60
+
 
 def is_main_process() -> bool:
     """Whether this process reports and writes what is written once; a launcher numbers the processes."""
@@ -158,7 +161,7 @@ class Job:
         """Learn if the method learns, merge, report."""
         start = time.monotonic()
         summary = None
-        if self.run.is_complete:
+        if _from_main_process(self.run.is_complete):
             logger.info("this run is complete already; remove its folder to repeat it")
         else:
             if is_main_process():
@@ -166,7 +169,7 @@ class Job:
                 self.run.check(self.description)  # once more: nobody else can change it now
                 self.terminal.log_to(self.run.log)
             self._log_start()
-            self.team.wait()
+            self._meet()
             rule = self._rule()
             if not is_main_process() and self.team.size == 1:
                 return 0  # has learned with the others; the main process merges
@@ -178,6 +181,22 @@ class Job:
         if self.resolved.general["run_tests"] and not self.resolved.method.per_expert:
             self._ask_questions()
         return 0
+
+    def _meet(self) -> None:
+        """Wait until every process of a parallel run sees the folder that the main process has begun.
+
+        Raises:
+            InputError: this one does not, as on a machine that does not share it.
+        """
+        begun = _from_main_process(self.run.config.read_text(encoding="utf-8") if is_main_process() else "")
+        last = time.monotonic() + _SHARING
+        while not (self.run.config.is_file() and self.run.config.read_text(encoding="utf-8") == begun):
+            if time.monotonic() > last:
+                raise InputError(
+                    f"{self.run.folder} is another folder here than for the main process; the machines of a run need "
+                    "an --output_path that all of them see"
+                )
+            time.sleep(0.2)
 
     def _log_start(self) -> None:
         logger.info("method %s, run folder %s", self.resolved.method.name, self.run.folder)
@@ -348,8 +367,10 @@ def _join_processes(learns: bool, device: str) -> Team:
     return Team(int(os.environ["RANK"]), size)
 
 
-def _from_main_process(value: int) -> int:
+def _from_main_process(value: Any) -> Any:
     """The main process's value, in every process of a parallel run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
     import torch
 
     shared = [value]

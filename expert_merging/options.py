@@ -322,7 +322,9 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     # What .env says of a folder is meant from where .env lies, whatever folder the command runs in.
     folder = dotenv.get("CACHE_DIR")
     cache_dir = environment.get("CACHE_DIR") or (str(ROOT / Path(folder).expanduser()) if folder else None)
-    values = {**({"cache_dir": cache_dir} if cache_dir else {}), **config, **given}
+    # What accelerate launch sets for a configuration with FSDP.
+    launched = {"shard": True} if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" else {}
+    values = {**({"cache_dir": cache_dir} if cache_dir else {}), **launched, **config, **given}
     method = find_method(str(values.get("method", GENERAL["method"].default)))
     problems = Problems()
     general = {name: option.default for name, option in GENERAL.items()} | {"method": method.name}

@@ -56,12 +56,27 @@ def test_entries_are_read_in_blocks(dtype, shape, cuts):
     with TemporaryDirectory() as folder:
         checkpoint = Checkpoint(write_checkpoint(Path(folder), {"before": torch.ones(5), "x": tensor}))
         pieces = [checkpoint.read("x", start, stop) for start, stop in zip([0, *bounds[:-1]], bounds, strict=True)]
-        whole = checkpoint.read("x")
+        whole, mapped = checkpoint.read("x"), checkpoint.mapped("x")
         checkpoint.close()
     assert whole.dtype == dtype
     assert checkpoint.entries["x"].shape == tuple(shape)
     assert torch.cat(pieces).equal(tensor.flatten())
     assert whole.equal(tensor.flatten())
+    assert mapped.equal(tensor.flatten())
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_what_is_written_to_mapped_pages_does_not_reach_the_file(padding, tmp_path):
+    """Nor does it matter where in the file a tensor begins."""
+    folder = write_checkpoint(tmp_path / "folder", {"x": torch.arange(5.0)})
+    content = (folder / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    content = struct.pack("<Q", length + padding) + content[8 : 8 + length] + b" " * padding + content[8 + length :]
+    (folder / "model.safetensors").write_bytes(content)
+    mapped = Checkpoint(folder).mapped("x")
+    assert mapped.tolist() == [0, 1, 2, 3, 4]
+    mapped.fill_(7)
+    assert (folder / "model.safetensors").read_bytes() == content
 
 
 def test_a_single_file_and_shards_hold_the_same(tmp_path):

@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,37 @@ def apply(coefficients: Tensor, task_vectors: Tensor, start: int, elements: int)
         ``(entries,)``
     """
     experts, chunks = coefficients.shape
-    length = chunk_length(elements, chunks)
     merged = torch.empty_like(task_vectors[0])
-    stop = start + task_vectors.shape[1]
-    for chunk in range(start // length, math.ceil(stop / length)):
-        first, last = max(chunk * length, start) - start, min((chunk + 1) * length, stop) - start
-        torch.mul(task_vectors[0, first:last], coefficients[0, chunk], out=merged[first:last])
+    for chunk, run in _runs(start, task_vectors.shape[1], elements, chunks):
+        torch.mul(task_vectors[0, run], coefficients[0, chunk], out=merged[run])
         for expert in range(1, experts):
-            merged[first:last].addcmul_(task_vectors[expert, first:last], coefficients[expert, chunk])
+            merged[run].addcmul_(task_vectors[expert, run], coefficients[expert, chunk])
     return merged
+
+
+def add_applied(total: Tensor, coefficients: Tensor, task_vectors: Tensor, start: int, elements: int) -> None:
+    """Add what `apply` gives, up to rounding; on a CPU with one pass over the task vectors.
+
+    Args:
+        total: ``(entries,)``, the base weights, added to.
+        coefficients: ``(experts, chunks)``.
+        task_vectors: ``(experts, entries)``, a run of the flattened tensor.
+        start: position of the first of the entries in the flattened tensor.
+        elements: size of the whole tensor.
+    """
+    if total.is_cuda:
+        total.add_(apply(coefficients, task_vectors, start, elements))
+        return
+    for chunk, run in _runs(start, total.numel(), elements, coefficients.shape[1]):
+        total[run].addmv_(task_vectors[:, run].t(), coefficients[:, chunk])
+
+
+def _runs(start: int, entries: int, elements: int, chunks: int) -> Iterator[tuple[int, slice]]:
+    """The chunks that a run of a flattened tensor touches, each with where in the run it is."""
+    length = chunk_length(elements, chunks)
+    stop = start + entries
+    for chunk in range(start // length, math.ceil(stop / length)):
+        yield chunk, slice(max(chunk * length, start) - start, min((chunk + 1) * length, stop) - start)
 
 
 def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, start: int, elements: int) -> None:
@@ -92,10 +114,7 @@ def add_inner_products(total: Tensor, gradient: Tensor, task_vectors: Tensor, st
         start: position of the first of the entries in the flattened tensor.
         elements: size of the whole tensor.
     """
-    length = chunk_length(elements, total.shape[1])
-    stop = start + gradient.numel()
-    for chunk in range(start // length, math.ceil(stop / length)):
-        run = slice(max(chunk * length, start) - start, min((chunk + 1) * length, stop) - start)
+    for chunk, run in _runs(start, gradient.numel(), elements, total.shape[1]):
         if gradient.is_cuda:  # where a product of so few and so long rows would occupy a part of the device
             products = torch.stack([torch.dot(row[run], gradient[run]) for row in task_vectors])
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import CoefficientVector, add_inner_products, apply
+from expert_merging.learned.coefficients import CoefficientVector, add_applied, add_inner_products
 from expert_merging.learned.sharding import beside_the_model, own_entries, own_part
 from expert_merging.learned.task_vectors import Span, TaskVectors
 
@@ -151,8 +151,8 @@ class LiveModel:
     def _write(self, spans: Mapping[Any, Span], values: Mapping[str, Tensor]) -> None:
         owners = {span: own_part(parameter.detach()).view(-1) for parameter, span in spans.items()}
         for span, part, base, task_vectors in self.task_vectors.blocks(list(owners)):
-            merged = apply(values[span.name], task_vectors, part.start, self.task_vectors.elements(span.name))
-            owners[span][part.start - span.start : part.stop - span.start].copy_(merged.add_(base))
+            add_applied(base, values[span.name], task_vectors, part.start, self.task_vectors.elements(span.name))
+            owners[span][part.start - span.start : part.stop - span.start].copy_(base)
 
 
 def _spans(name: str, pieces: Sequence[Any]) -> Iterator[tuple[Any, Span]]:

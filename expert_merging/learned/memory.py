@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
-from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST
+from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,12 @@ def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], No
             f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
             f"{max(0, device_room) / 1e9:.1f} GB to spare; use auto, host or disk"
         )
+    spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
+    if options.task_vectors == HOST and sum(sizes.values()) > spare:
+        raise InputError(
+            f"--task_vectors host needs {sum(sizes.values()) / 1e9:.1f} GB for each process, and host memory has "
+            f"{max(0, spare) / 1e9:.1f} GB for each of those on this machine; use auto or disk"
+        )
     gradients = 4 * sum(span.stop - span.start for span in live.spans.values())
     chosen = choose(
         sizes, gradients, device_room, host_room, task_vectors=options.task_vectors, rank_batches=options.rank_batches
@@ -142,6 +149,16 @@ class Needs:
     task_vectors: int
     gradients: int
 
+    @property
+    def plain(self) -> int:
+        """All but what may be elsewhere."""
+        return self.model + self.sample + self.working
+
+    @property
+    def least(self) -> int:
+        """The same with gradient checkpointing."""
+        return self.model + self.checkpointed_sample + self.working
+
 
 def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: int = 1) -> Needs:
     """What learning needs with weights of ``width`` bytes and samples of so many tokens on a device of that kind.
@@ -155,8 +172,9 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: 
     kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
     kept_again = 1.5 * width * hidden
     checkpoints = (plan.base, *plan.experts.values())
-    block, context = (BLOCK_ON_CPU, 0) if device == "cpu" else (BLOCK_ON_GPU, _CONTEXT)
-    blocks = len(checkpoints) * block * (4 + 2 * width)
+    on_cpu = device == "cpu"
+    block, step, context = (BLOCK_ON_CPU, STEP_ON_CPU, 0) if on_cpu else (BLOCK_ON_GPU, BLOCK_ON_GPU, _CONTEXT)
+    blocks = len(checkpoints) * (4 * step + 2 * width * block)
     model = {name: width * entry.elements for name, entry in entries.items()}
     task_vectors = {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in plan.merged}
     # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.
@@ -177,26 +195,47 @@ def _share(sizes: Mapping[str, int], shares: int) -> int:
     return sum(size // shares if _IN_DECODER.search(name) else size for name, size in sizes.items())
 
 
-def describe(
-    plan: Plan, precision: str, device: str, *, tokens: int, gradient_checkpointing: bool, free: float, shares: int = 1
-) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for.
+
+    Args:
+        device: a process's device as text.
+        free: bytes that are free there.
+        processes: processes of the run.
+        local: processes of the run on this machine.
+        host_free: bytes of host memory that are free for each of them.
+    """
+
+    device: str
+    free: float
+    processes: int = 1
+    local: int = 1
+    host_free: float = math.inf
+
+
+def this_machine(device: str) -> Machine:
+    """The machine and the run that this process belongs to."""
+    count, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Machine(device, free_memory(device), count, local, free_host_memory())
+
+
+def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOptions, *, tokens: int) -> tuple[str, ...]:
     """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do where it is too much.
 
     Args:
         plan: the checkpoints.
         precision: ``no``, ``fp16`` or ``bf16``.
-        device: device as text.
+        machine: where the run is.
+        options: what the user wants.
         tokens: length of the longest sample with its response.
-        gradient_checkpointing: whether activations are computed again.
-        free: bytes that are free there.
-        shares: devices that the model is split over.
     """
-    needs = estimate(plan, 4 if precision == "no" else 2, tokens, device.split(":")[0], shares)
-    plain = needs.model + needs.sample + needs.working
-    least = needs.model + needs.checkpointed_sample + needs.working
-    now = least if gradient_checkpointing else plain
-    flag = "" if gradient_checkpointing else f" ({_gib(least)} with --gradient_checkpointing)"
-    elsewhere = "" if device == "cpu" else "in host memory, for each process, or "
+    shares, device = machine.processes if options.shard else 1, machine.device
+    width = 4 if precision == "no" else 2
+    needs = estimate(plan, width, tokens, device.split(":")[0], shares)
+    now = needs.least if options.gradient_checkpointing else needs.plain
+    flag = "" if options.gradient_checkpointing else f" ({_gib(needs.least)} with --gradient_checkpointing)"
+    elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
     lines = [
         f"learning needs at least {_gib(now)}{flag} for each process on {device}: model {_gib(needs.model)}, a sample "
         f"of {tokens} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
@@ -204,12 +243,42 @@ def describe(
         "the files",
         f"with weight gradients added up, {_gib(needs.gradients)} more",
     ]
-    if now > free:
-        more = "shorter samples, smaller pictures (the family's own flags), "
-        more += "--shard over several devices, or one with more memory" if shares == 1 else "or more devices"
-        advice = "--gradient_checkpointing" if least <= free and not gradient_checkpointing else more
-        lines.append(f"that does not fit on {device}, where {_gib(free)} are free: it takes {advice}")
+    if now > machine.free:
+        lines.append(
+            f"that does not fit on {device}, where {_gib(machine.free)} are free: it takes "
+            + _what_fits(plan, width, tokens, machine, options)
+        )
+    elif options.task_vectors == DEVICE and now + needs.task_vectors > machine.free:
+        lines.append(f"--task_vectors device does not fit on {device}, where {_gib(machine.free)} are free: use auto")
+    if options.task_vectors == HOST and needs.task_vectors > machine.host_free:
+        lines.append(f"--task_vectors host does not fit, where {_gib(machine.host_free)} are free a process: use auto")
     return tuple(lines)
+
+
+def _together(size: int, machine: Machine) -> str:
+    """What all processes of this machine take in host memory, beside what there is."""
+    if machine.local == 1:
+        return ""
+    free = machine.local * machine.host_free
+    return f", {_gib(machine.local * size)} for the {machine.local} processes of this machine ({_gib(free)} are free)"
+
+
+def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: TrainingOptions) -> str:
+    """What to do where a device has not enough memory: the flags that cost least and are enough, or what else."""
+    again = "" if options.gradient_checkpointing else "--gradient_checkpointing"
+    # Another number of processes than there are is worth a word only for those who have not split the model yet.
+    counts = [machine.processes] if options.shard or machine.processes > 1 else [1, 2, 4, 8, 16]
+    for count in counts if options.shard else dict.fromkeys([1, *counts]):
+        needs = estimate(plan, width, tokens, machine.device.split(":")[0], count)
+        shard = "" if count == 1 or options.shard else "--shard"
+        over = f" over {count} devices" if shard and machine.processes == 1 else ""
+        flags = {shard + over: needs.least if options.gradient_checkpointing else needs.plain}
+        flags[" ".join(filter(None, (shard, again))) + over] = needs.least
+        for given, size in flags.items():
+            if given and size <= machine.free:
+                return given + (f", which needs {_gib(size)} on each" if shard else "")
+    more = "shorter samples, smaller pictures (the family's own flags), "
+    return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
 
 
 def free_memory(device: str) -> float:

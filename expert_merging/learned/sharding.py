@@ -8,9 +8,8 @@ model's own forward pass, embeddings, which may be the head, and vision towers, 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,31 +17,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from expert_merging.backbone import Backbone
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 
 
-def load_on(device: torch.device, backbone: Backbone, folder: Path, dtype: torch.dtype, *, sharded: bool) -> Any:
+def load_on(
+    device: torch.device, backbone: Backbone, checkpoint: Checkpoint, dtype: torch.dtype, *, sharded: bool
+) -> Any:
     """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
+
+    It is loaded in the files' own type, so that its weights are the files' pages, which all processes of a machine
+    share and which need not stay in memory; each is converted on its way to where it belongs.
 
     Args:
         device: this process's device.
         backbone: the model family.
-        folder: the checkpoint.
+        checkpoint: the checkpoint.
         dtype: type of the weights in memory.
         sharded: split it.
 
     Raises:
         InputError: it cannot be split.
     """
-    model = backbone.load_model(folder, dtype)
+    stored = {entry.torch_dtype for entry in checkpoint.entries.values() if entry.is_float}
+    own = stored.pop() if len(stored) == 1 else dtype
+    model = backbone.load_model(checkpoint.folder, own)
+
+    def bring(module: torch.nn.Module) -> None:
+        """Bring weights to the device, in the wanted type but where the model keeps one of its own choice."""
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):
+                there = parameter.data.to(device)  # before the conversion, which a GPU does faster
+                parameter.data = there.to(dtype) if parameter.dtype == own else there
+
     if sharded:
         gc.collect()  # an earlier model, which FSDP2 has tied into circles
-        _shard(model, device)
+        _shard(model, device, bring)
+    bring(model)
     return model.to(device)
 
 
-def _shard(model: Any, device: torch.device) -> None:
-    """Split the layers, moving one at a time to the device."""
+def _shard(model: Any, device: torch.device, bring: Callable[[torch.nn.Module], None]) -> None:
+    """Split the layers, bringing one at a time to the device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -55,6 +71,7 @@ def _shard(model: Any, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     whole = set(decoder.parameters()) - {parameter for layer in layers for parameter in layer.parameters()}
     for layer in layers:
+        bring(layer)
         split: Any = fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         # Gradients of the processes' samples are added up, not averaged.
         split.set_gradient_divide_factor(1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.learned import Context, Work
 from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
-from expert_merging.learned.memory import describe, free_memory
+from expert_merging.learned.memory import describe, this_machine
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.trainer import Trainer
@@ -220,15 +219,8 @@ def _work(
     # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
     decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
-    memory = describe(
-        plan,
-        settings.precision,
-        context.device,
-        tokens=settings.longest,
-        gradient_checkpointing=settings.options.gradient_checkpointing,
-        free=free_memory(context.device),
-        shares=int(os.environ["WORLD_SIZE"]) if settings.options.shard else 1,
-    )
+    machine = this_machine(context.device)
+    memory = describe(plan, settings.precision, machine, settings.options, tokens=settings.longest)
     return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 
 

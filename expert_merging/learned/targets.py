@@ -89,7 +89,7 @@ class TargetMaker:
         with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
             for expert, checkpoint in self.plan.experts.items():
                 advance(0, expert)
-                model = load_on(self.device, self.backbone, checkpoint.folder, self.dtype, sharded=self.sharded)
+                model = load_on(self.device, self.backbone, checkpoint, self.dtype, sharded=self.sharded)
                 own = [index for index, sample in enumerate(samples) if sample.expert == expert]
                 answered = self._answer(model, processor, [samples[index] for index in own], advance)
                 head = self._own_head(model, expert)

@@ -3,7 +3,7 @@
 They are kept in the checkpoints' own types, which is exact and takes no more room than the files, tensor by tensor on
 the training device, in host memory, or not at all: then they are read from the files whenever they are needed. What is
 not on the device is brought there a block ahead of its use, on a CUDA device by a stream of its own. The subtraction
-``expert - base`` is done in float32 on blocks that fit into a processor's cache, so it costs little more than reading.
+``expert - base`` is done in float32 on pieces that fit into a core's cache, so it costs little more than reading.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import logging
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 
-# Entries of a block on a CPU, where one fits into the cache and two threads still gain from sharing it, and on a GPU,
-# where each block costs a handful of kernel launches.
+# Entries of a block that is fetched at a time, on a CPU and on a GPU, where each costs a handful of kernel launches.
 BLOCK_ON_CPU, BLOCK_ON_GPU = 1 << 18, 1 << 23
+# Entries that a CPU computes with at a time: few, so that all experts' stay in a core's cache from the first operation
+# to the last, but enough to outweigh the calls.
+STEP_ON_CPU = 1 << 15
 _ALIGNED = 64  # bytes
 
 
@@ -75,12 +76,14 @@ class TaskVectors:
         self.magnitudes = _mean_magnitudes(plan, trimming)
         self.places = dict.fromkeys(plan.merged, DISK)
         self._held = {name: [Span(name, 0, self.elements(name))] for name in plan.merged}
+        # By span, matrices ``(checkpoints, entries)``, the base's row first: one, or several where types differ.
         self._kept: dict[Span, list[Tensor]] = {}
         self._pinned: list[Tensor] = []
         self._warned = False
-        self._block = BLOCK_ON_GPU if device.type == "cuda" else BLOCK_ON_CPU
+        on_gpu = device.type == "cuda"
+        self._block, self._step = (BLOCK_ON_GPU, BLOCK_ON_GPU) if on_gpu else (BLOCK_ON_CPU, STEP_ON_CPU)
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._coming: tuple[Span, Future[list[Tensor]]] | None = None
         self._scratch = torch.empty(0)
 
@@ -107,9 +110,9 @@ class TaskVectors:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes on the device beside what is kept there: float32 numbers of one block, and two blocks on their way."""
+        """Bytes on the device beside what is kept there: float32 numbers of one step, and two blocks on their way."""
         widest = max(FLOATS[self.plan.base.entries[name].dtype][1] for name in self.plan.merged)
-        return (len(self.scale) + 1) * self._block * (4 + 2 * widest)
+        return (len(self.scale) + 1) * (4 * self._step + 2 * widest * self._block)
 
     def place(self, places: Mapping[str, str]) -> None:
         """Bring tensors to where they are to be kept.
@@ -144,7 +147,7 @@ class TaskVectors:
                 "host memory cannot be pinned (see ulimit -l); task vectors travel to the device more slowly"
             )
         return [
-            pages[start : start + size].view(tensor.dtype).copy_(tensor)
+            pages[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             for tensor, start, size in zip(stored, starts, sizes, strict=False)
         ]
 
@@ -169,15 +172,15 @@ class TaskVectors:
         return self.plan.base.entries[name].elements
 
     def blocks(self, spans: Iterable[Span], after: Span | None = None) -> Iterator[tuple[Span, Span, Tensor, Tensor]]:
-        """Go through spans in blocks, fetching each while the one before it is used.
+        """Go through spans piece by piece, fetching each block while the one before it is used.
 
         Args:
             spans: what is needed.
             after: what will be needed next time, if it is known.
 
         Yields:
-            The span, the part of it that the block is, base weights ``(entries,)`` and task vectors
-            ``(experts, entries)``, both float32. The next block overwrites them.
+            The span, the part of it that the piece is, base weights ``(entries,)`` and task vectors
+            ``(experts, entries)``, both float32. Both may be overwritten, and are by the next piece.
         """
         owned = [(span, part) for span in spans for part in self._parts(span)]
         upcoming = next(iter(self._parts(after)), None) if after is not None else None
@@ -185,21 +188,21 @@ class TaskVectors:
         for (span, part), following in zip(owned, ahead, strict=False):
             stored = self._fetched(part)
             self._fetch_ahead(following)
-            yield span, part, *self._in_float32(stored)
+            for piece in _cut(part, self._step):
+                run = slice(piece.start - part.start, piece.stop - part.start)
+                yield span, piece, *self._in_float32([matrix[:, run] for matrix in stored])
 
     def _parts(self, span: Span) -> list[Span]:
-        return [
-            Span(span.name, start, min(start + self._block, span.stop))
-            for start in range(span.start, span.stop, self._block)
-        ]
+        return _cut(span, self._block)
 
     def _in_float32(self, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
-        entries = stored[0].numel()
         if self._scratch.numel() == 0:
-            self._scratch = torch.empty(len(stored), self._block, device=self.device)
-        base, task_vectors = self._scratch[0, :entries].copy_(stored[0]), self._scratch[1:, :entries]
-        for row, expert in zip(task_vectors, stored[1:], strict=True):
-            row.copy_(expert).sub_(base)  # converted apart: a CPU is slow where types are mixed
+            self._scratch = torch.empty(len(self.scale) + 1, self._step, device=self.device)
+        rows = self._scratch[:, : stored[0].shape[1]]
+        for part, matrix in zip(torch.split(rows, [len(matrix) for matrix in stored]), stored, strict=True):
+            part.copy_(matrix)
+        base, task_vectors = rows[0], rows[1:]
+        task_vectors.sub_(base)  # apart from the conversion: a CPU is slow where types are mixed
         if self.trimming is not None:
             task_vectors = self.trimming(task_vectors)
         for row, factor in zip(task_vectors, self.scale, strict=True):
@@ -233,18 +236,37 @@ class TaskVectors:
 
     def _bring(self, part: Span) -> list[Tensor]:
         """Copy a block to the device; runs in a thread of its own."""
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return [tensor.to(self.device, non_blocking=True) for tensor in self._stored(part)]
+        stored = self._stored(part)
+        if self._stream is None:
+            return stored
+        with torch.cuda.stream(self._stream):
+            moved = [torch.empty_like(matrix, device=self.device) for matrix in stored]
+            for target, source in zip(moved, stored, strict=True):
+                for row, stored_row in zip(target, source, strict=True):  # a part of a matrix would be copied twice
+                    row.copy_(stored_row, non_blocking=True)
+            return moved
 
     def _stored(self, part: Span) -> list[Tensor]:
         for span in self._held[part.name]:
             if span in self._kept and span.start <= part.start and part.stop <= span.stop:
-                return [tensor[part.start - span.start : part.stop - span.start] for tensor in self._kept[span]]
+                return [matrix[:, part.start - span.start : part.stop - span.start] for matrix in self._kept[span]]
         return self._read(part)
 
     def _read(self, span: Span) -> list[Tensor]:
+        found = []
         checkpoints = (self.plan.base, *self.plan.experts.values())
-        return [checkpoint.read(*span) for checkpoint in checkpoints]
+        for dtype, group in groupby(checkpoints, key=lambda checkpoint: checkpoint.entries[span.name].torch_dtype):
+            alike = list(group)
+            matrix = torch.empty(len(alike), span.stop - span.start, dtype=dtype)
+            for row, checkpoint in zip(matrix, alike, strict=True):
+                checkpoint.read_into(row, span.name, span.start)
+            found.append(matrix)
+        return found
+
+
+def _cut(span: Span, length: int) -> list[Span]:
+    """The span in parts of a length."""
+    return [Span(span.name, start, min(start + length, span.stop)) for start in range(span.start, span.stop, length)]
 
 
 def _cuda_runtime() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -101,6 +102,8 @@ class Trainer:
         if torch.device(context.device).index is not None:
             torch.cuda.set_device(context.device)
         options = settings.options
+        # Models are split here; accelerate's own way splits those that it prepares for an optimizer of their weights.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         self.accelerator = Accelerator(
             cpu=context.device == "cpu",
             mixed_precision=settings.precision,
@@ -143,7 +146,7 @@ class Trainer:
                 # The others find the responses that the main process has written, but split models need them all.
                 with nullcontext() if sharded else self.accelerator.main_process_first():
                     targets = self._make_targets(device)
-                model = load_on(device, self.context.backbone, self.plan.base.folder, dtype, sharded=sharded)
+                model = load_on(device, self.context.backbone, self.plan.base, dtype, sharded=sharded)
                 self.material = Material(targets, task_vectors, model)
         return self.material
 
@@ -347,11 +350,15 @@ class Trainer:
         (folder / "training.json").write_text(json.dumps(vars(self.state)), encoding="utf-8")
 
     def _resume(self) -> None:
-        """Take up the last saved state; what is damaged is passed over."""
+        """Take up the last saved state; what is damaged is passed over.
+
+        Raises:
+            InputError: the processes have not found the same.
+        """
         for place in self.states.found:
             try:
                 training = json.loads((place / "training.json").read_text(encoding="utf-8"))
-                saved = load_file(place / "coefficients.safetensors", device=str(self.accelerator.device))
+                saved = load_file(place / "coefficients.safetensors")
                 self.accelerator.load_state(str(place))
             except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
                 logger.warning("the saved state in %s cannot be read (%s)", place, str(error).split("\n")[0])
@@ -359,7 +366,13 @@ class Trainer:
             self.vector.load_state_dict(saved)
             vars(self.state).update(training)
             logger.info("continuing after update %d", self.state.updates)
-            return
+            break
+        own = torch.tensor([self.state.updates], device=self.accelerator.device)
+        if len(updates := set(self.accelerator.gather(own).tolist())) > 1:
+            raise InputError(
+                f"some processes continue after update {min(updates)}, others after {max(updates)}; all of them must "
+                f"be able to read {self.states.folder}, or move it away"
+            )
 
     def _start_tracker(self) -> None:
         """Open the tracker; after a restart, points past the last saved update are replaced."""

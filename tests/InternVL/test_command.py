@@ -149,9 +149,11 @@ def make_twin(cache: Path, merged: list[str], **options) -> PictureTwin:
 
 
 # Every floating-point tensor that the learned coefficients reach; the vision tower's attention is fused in the file.
+_TOWER_TOO = ["--exclude_params", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"]
 EXCLUSIONS = {
     "defaults": ([], MERGED),
-    "vision tower too": (["--exclude_params", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"], None),
+    "vision tower too": (_TOWER_TOO, None),
+    "layers computed again": ([*_TOWER_TOO, "--gradient_checkpointing"], None),
     "nothing": (["--exclude_params", "none"], None),
 }
 

@@ -181,9 +181,17 @@ def gradients(monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
-def test_gradients_and_learned_coefficients_are_the_plain_twins(qwen_zoo, tmp_path, gradients):
+VISUAL_TOO = ("--exclude_params", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [((), 21), (("--gradient_checkpointing",), 21), (("--gradient_checkpointing", *VISUAL_TOO), None)],
+    ids=["defaults", "layers computed again", "layers of the vision tower too"],
+)
+def test_gradients_and_learned_coefficients_are_the_plain_twins(options, count, qwen_zoo, tmp_path, gradients):
     dataset = qwen_zoo / "dataset"
-    flags = ["--gradient_accumulation_steps", 4, "--num_epochs", 2, "--learning_rate", 0.1]
+    flags = ["--gradient_accumulation_steps", 4, "--num_epochs", 2, "--learning_rate", 0.1, *options]
     run = run_command(tmp_path, *LEARNING, *flags, "--cache_dir", qwen_zoo, "--data_dir", dataset)
     learned = load_coefficients(run.folder)
     ours = list(gradients)
@@ -202,7 +210,7 @@ def test_gradients_and_learned_coefficients_are_the_plain_twins(qwen_zoo, tmp_pa
     assert len(ours) == len(gradients) == 6
     for actual, expected in zip(ours, gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-5)
-    assert len(learned.values) == 21
+    assert len(learned.values) == count or (count is None and any("visual" in name for name in learned.values))
     for name, values in learned.values.items():
         torch.testing.assert_close(values, twin.coefficients(name).detach(), rtol=1e-4, atol=2e-5)
         assert not torch.allclose(values, torch.tensor(0.3), atol=1e-3)

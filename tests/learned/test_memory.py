@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from expert_merging.checkpoint import Checkpoint
-from expert_merging.learned.memory import choose, describe, estimate, free_host_memory
+from expert_merging.learned.memory import Machine, choose, describe, estimate, free_host_memory, this_machine
+from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
 from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import write_checkpoint
@@ -160,6 +162,10 @@ def decoder(layers: int, hidden: int, middle: int, key_value: int, vocabulary: i
     return shapes
 
 
+def tell(plan: Plan, machine: Machine, **options) -> tuple[str, ...]:
+    return describe(plan, "fp16", machine, LearningOptions(**options), tokens=2048)
+
+
 def plan_of(folder: Path, experts: int, config: dict, shapes: dict[str, tuple[int, ...]]) -> Plan:
     checkpoint = hollow_checkpoint(folder, config, shapes)
     merged = tuple(name for name in shapes if ".layers." in name)
@@ -172,7 +178,7 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
     plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
 
     def told(free, *, again):
-        return describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=again, free=free * 2**30)
+        return tell(plan, Machine("cuda", free * 2**30), gradient_checkpointing=again)
 
     first, second, third = told(80, again=False)
     assert first.startswith(
@@ -187,10 +193,13 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
         "that does not fit on cuda, where 16.0 GiB are free: it takes --gradient_checkpointing",
     )
     assert told(16, again=True)[3:] == ()
-    (too_much,) = told(15, again=True)[3:]
+    ending = "where 15.0 GiB are free: it takes --shard{} over 2 devices, which needs {} GiB on each"
+    assert told(15, again=True)[3].endswith(ending.format("", "10.9"))
+    assert told(15, again=False)[3].endswith(ending.format(" --gradient_checkpointing", "10.9"))
+    (too_much,) = told(1, again=True)[3:]
     assert "it takes shorter samples, smaller pictures" in too_much
     assert "--shard over several devices" in too_much
-    assert told(15, again=False)[3:] == (too_much,)
+    assert told(1, again=False)[3:] == (too_much,)
 
 
 def test_the_plan_for_a_model_split_over_eight_devices(tmp_path):
@@ -201,10 +210,12 @@ def test_the_plan_for_a_model_split_over_eight_devices(tmp_path):
     assert share.model == 2 * (plan.merged_elements // 8 + 2 * 4096 * 32000)
     assert (share.task_vectors, share.gradients) == (whole.task_vectors // 8, whole.gradients // 8)
     assert share.working == whole.working + (2 * 2 + 4) * plan.merged_elements // 32
-    first, *others = describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=True, free=6 * 2**30, shares=8)
+    eight = Machine("cuda", 6 * 2**30, processes=8, local=8, host_free=12 * 2**30)
+    first, *others = tell(plan, eight, gradient_checkpointing=True, shard=True)
     assert "for each process on cuda: model 2.1 GiB, " in first
     assert len(others) == 2
-    *_, last = describe(plan, "fp16", "cuda", tokens=2048, gradient_checkpointing=True, free=2**30, shares=8)
+    assert "in host memory, 52.0 GiB for the 8 processes of this machine (96.0 GiB are free), or read" in others[0]
+    *_, last = tell(plan, replace(eight, free=2**30), gradient_checkpointing=True, shard=True)
     assert last.endswith("it takes shorter samples, smaller pictures (the family's own flags), or more devices")
 
 
@@ -217,6 +228,47 @@ def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):
     assert needs.model == 2 * plan.base_elements
     assert 28 * 2**30 < needs.model + needs.sample + needs.working < 31 * 2**30
     assert needs.task_vectors == 6 * 2 * plan.merged_elements
+
+
+V100, V100_32 = 15.5 * 2**30, 31.5 * 2**30  # what a driver leaves of 16 and 32 GB
+
+
+def test_what_makes_a_7b_model_fit_on_eight_v100s(tmp_path):
+    """A plan for each device: what does not fit, and the flags that cost least of those that make it fit."""
+    config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+    mistral = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
+    nested = {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
+    vision = {f"visual.blocks.{block}.mlp.weight": (19660800 // 1280, 1280) for block in range(32)}
+    qwen = plan_of(tmp_path / "qwen", 5, {"text_config": nested}, decoder(28, 3584, 18944, 512, 152064) | vision)
+    small = Machine("cuda:0", V100, processes=8, local=8, host_free=60 * 2**30)
+    large = replace(small, free=V100_32)
+
+    (problem,) = tell(mistral, small)[3:]
+    assert problem == (
+        "that does not fit on cuda:0, where 15.5 GiB are free: it takes --shard --gradient_checkpointing, which needs "
+        "6.0 GiB on each"
+    )
+    first, second, third = tell(mistral, small, shard=True, gradient_checkpointing=True)
+    assert first.startswith("learning needs at least 6.0 GiB for each process on cuda:0: model 2.1 GiB")
+    assert "6.5 GiB more" in second  # which fits as well
+    assert third == "with weight gradients added up, 3.2 GiB more"
+    assert tell(qwen, large)[3:] == ()
+    assert "72.9 GiB more; otherwise they are in host memory, 583.4 GiB for the 8" in tell(qwen, large)[1]
+    assert tell(qwen, large, task_vectors="host")[3:] == (
+        "--task_vectors host does not fit, where 60.0 GiB are free a process: use auto",
+    )
+    assert tell(qwen, large, task_vectors="device")[3:] == (
+        "--task_vectors device does not fit on cuda:0, where 31.5 GiB are free: use auto",
+    )
+    assert tell(qwen, large, task_vectors="device", shard=True)[3:] == ()
+
+
+def test_the_machine_is_what_the_launcher_says(monkeypatch):
+    monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 5.0)
+    assert this_machine("cpu") == Machine("cpu", 5.0, 1, 1, 5.0)
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert this_machine("cpu") == Machine("cpu", 5.0, 16, 8, 5.0)
 
 
 def test_estimated_activations_are_those_that_autograd_keeps(tmp_path):

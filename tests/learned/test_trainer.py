@@ -218,6 +218,16 @@ def test_task_vectors_that_do_not_fit_on_the_device_are_refused(answered_zoo, tm
         trainer.train()
 
 
+def test_task_vectors_that_do_not_fit_in_host_memory_are_refused(answered_zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 100)
+    trainer = make_trainer(answered_zoo, tmp_path, task_vectors="host")
+    problem = (
+        r"--task_vectors host needs 0\.0 GB for each process, and host memory has 0\.0 GB for each of those on this"
+    )
+    with pytest.raises(InputError, match=problem):
+        trainer.train()
+
+
 def test_without_memory_to_spare_everything_is_read_from_the_files(answered_zoo, tmp_path, monkeypatch, caplog):
     usual = make_trainer(answered_zoo, tmp_path / "a").train()
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 0)
@@ -538,7 +548,7 @@ def scale_losses(trainer: Trainer, scale: float) -> torch.amp.GradScaler:
 
 def test_half_precision_overflow_is_skipped_and_counted(answered_zoo, tmp_path):
     """A scaler like the one accelerate uses for fp16 skips an update whose gradient is not finite."""
-    trainer = make_trainer(answered_zoo, tmp_path, samples_per_task=1, num_epochs=2)
+    trainer = make_trainer(answered_zoo, tmp_path, samples_per_task=1, num_epochs=2, log_with="tensorboard")
     scaler = scale_losses(trainer, 4.0)
     original = Trainer._collect
 
@@ -554,6 +564,9 @@ def test_half_precision_overflow_is_skipped_and_counted(answered_zoo, tmp_path):
     assert trainer.state.skipped == 1
     assert trainer.state.updates == 2
     assert scaler.get_scale() == 2.0
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("skipped_updates")] == [(1, 1.0), (2, 1.0)]
     # The samples of the skipped attempt are not lost: they come again with the smaller scale.
     AcceleratorState._reset_state(reset_partial_state=True)
     plain = make_trainer(answered_zoo, tmp_path / "plain", samples_per_task=1, num_epochs=2).train()
