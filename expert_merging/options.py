@@ -373,8 +373,11 @@ def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[
             "--base_model_path PATH and --expert NAME=PATH for each expert"
         )
     for name in experts or {}:
-        if not name.strip() or name == "base":
-            raise InputError(f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH")
+        if not name.strip() or name in ("base", ".", "..") or "/" in name:
+            raise InputError(
+                f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a "
+                "file's and is not base"
+            )
     base = Path(general["base_model_path"] or Path(cache) / backbone.base_folder)
     folders = experts or {name: str(Path(cache) / folder) for name, folder in backbone.expert_folders.items()}
     return base, {name: Path(folder) for name, folder in folders.items()}

@@ -330,9 +330,13 @@ def test_without_checkpoints_the_command_says_how_to_give_them(arguments):
     )
 
 
-@pytest.mark.parametrize("name", ["", " ", "base"])
-def test_an_expert_needs_a_name_of_its_own(name):
-    with pytest.raises(InputError, match=f"^an expert cannot be called {name!r}; "):
+@pytest.mark.parametrize("name", ["", " ", "base", ".", "..", "a/b", "../../evil", "/tmp/x", "x/"])
+def test_an_expert_needs_a_name_of_its_own_that_a_file_can_have(name):
+    problem = (
+        f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a file's and "
+        "is not base"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(problem)}$"):
         checkpoint_folders(general("--cache_dir", "/c", "--expert", json.dumps({name: "/a", "A": "/b"})), BACKBONE)
 
 
