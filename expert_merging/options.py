@@ -56,6 +56,14 @@ class GeneralOptions:
 
 
 GENERAL = read_options(GeneralOptions)
+# What an option is where no value is given, if that is not simply nothing.
+_UNSET = {
+    "data_dir": "dataset/ at the repository root",
+    "rank_ratio": "1/experts",
+    "solver": "by variant",
+    "step_size": "by solver",
+}
+_LARGEST_FACTOR = 1000
 _GROUPS = {
     "what is merged": ("method", "cache_dir", "base_model_path", "expert", "exclude_params"),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
@@ -95,6 +103,7 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
     """The command line of one family, with help from docstrings and the family's defaults."""
     from rich_argparse import RichHelpFormatter
 
+    RichHelpFormatter.group_name_formatter = str  # by default it writes every word with a capital, flags too
     parser = _Parser(
         prog="model_merging.py",
         description=f"Merge experts of {backbone.base_folder}, or of another base, into one model.",
@@ -154,24 +163,28 @@ def _option_users() -> dict[str, list[Method]]:
 
 
 def _shown_help(name: str, users: list[Method]) -> str:
-    """What the option means, said for each group of methods where it does not mean the same for all."""
+    """What the option means and which methods have it, for each group of them where it does not mean the same."""
     by_text: dict[str, list[str]] = {}
     for method in users:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
-        return next(iter(by_text)) + "."
+        (text, methods), *_ = by_text.items()
+        return f"{text}." if users == _option_users()["data_dir"] else f"{text} (with {', '.join(methods)})."
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 
 def _shown_default(name: str, users: list[Method], backbone: Backbone) -> str:
     by_default: dict[str, list[str]] = {}
     for method in users:
-        by_default.setdefault(show(method.defaults(backbone.defaults)[name]), []).append(method.name)
-    if name == "data_dir":
-        return "dataset at the repository root"
+        by_default.setdefault(show_default(name, method.defaults(backbone.defaults)[name]), []).append(method.name)
     if len(by_default) == 1:
         return next(iter(by_default))
     return ", ".join(f"{value} ({', '.join(methods)})" for value, methods in by_default.items())
+
+
+def show_default(name: str, value: Any) -> str:
+    """An option's default in words; empty where it is nothing."""
+    return _UNSET.get(name, "") if value is None else show(value)
 
 
 def show(value: Any) -> str:
@@ -189,7 +202,7 @@ def add_flag(group: Any, option: Option, default: Any) -> None:
         return
     takes = describe_type(option.annotation)
     notes = [] if option.annotation in (str, str | None) else [f"Takes {takes}."]
-    notes += [] if default in (None, "none") else [f"Default: {show(default)}."]
+    notes += [] if default in (None, "") else [f"Default: {show(default)}."]
     text = " ".join([text, *notes])
     group.add_argument(
         f"--{option.name}",

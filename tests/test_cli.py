@@ -419,6 +419,9 @@ def test_methods_are_listed_with_options_and_defaults(capsys, monkeypatch):
         assert all(f"--{name} " in shown for name in method.options)
     assert "--scaling_coefficient 1.0" in shown
     assert "--scaling_coefficient 0.3" in shown
+    for option in ("rank_ratio 1/experts", "solver by variant", "step_size by solver", "data_dir dataset/"):
+        assert f"--{option}" in shown
+    assert " none " not in shown
 
 
 def test_help_tells_every_option(capsys, monkeypatch):

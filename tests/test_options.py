@@ -377,6 +377,18 @@ def encode(processor, sample, template, *, max_tiles: int = 6, words: dict[str, 
 
 FAMILY = replace(BACKBONE, encode_prompt=encode)
 
+def test_help_says_which_methods_have_an_option_and_what_it_is_without_a_value():
+    text = " ".join(build_parser(FAMILY).format_help().split())
+    assert "expert keeps (with ties, dare_ties, adamerging++). Takes" in text
+    assert "Default: 1/experts." in text
+    assert "Default: adam (wudi), by variant (wudi2)." in text
+    assert "Default: 1e-05 (wudi), by solver (wudi2)." in text
+    assert "TASK.json. Default: dataset/ at the repository root." in text
+    assert "Samples per update. Takes" in text, "what all methods that learn have names none of them"
+    assert "options of Mistral, for methods that learn and --run_tests:" in text
+    assert "Default: none" not in text
+
+
 
 def family_resolved(*arguments):
     return resolve(parse(arguments, FAMILY), {}, FAMILY)
