@@ -35,7 +35,7 @@ class Backbone:
     """One model family.
 
     Keyword-only parameters of `load_model`, `parameter_names`, `load_processor` and `encode_prompt` are flags of the
-    family's command, as those of methods are.
+    family's command, as those of methods are; dictionaries among them are by task.
 
     Args:
         name: the family, as its folder is called.

@@ -208,7 +208,7 @@ def add_flag(group: Any, option: Option, default: Any) -> None:
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="*" if option.name == "exclude_params" else 1,
+        nargs="+" if option.name == "exclude_params" else 1,
         help=text.replace("%", "%%"),
     )
 
@@ -353,6 +353,8 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
                 target[name] = _absolute(name, table[name].convert(value))
         elif name in given:  # a configuration file may serve several methods
             ignored.append(name)
+    for name in ("scaling_coefficient", "task_vector_coeffs_dict"):
+        problems.found += _too_large(name, options.get(name))
     problems.check()
     if general["exclude_params"] is None:
         general["exclude_params"] = list(backbone.exclude_params)
@@ -361,7 +363,33 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
     if "data_dir" in options:
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
+        problems.found += _unknown_tasks(Path(options["data_dir"]), family, backbone)
+    problems.check()
     return Resolved(general, method, options, family, tuple(ignored))
+
+
+def _too_large(name: str, given: Any) -> list[str]:
+    """The factor of a number, list or dictionary of them that is nowhere near what task vectors are scaled by."""
+    factors = given.values() if isinstance(given, Mapping) else given if isinstance(given, list) else [given or 0]
+    return [
+        f"--{name} takes numbers in [-{_LARGEST_FACTOR}, {_LARGEST_FACTOR}], got {factor:g}"
+        for factor in factors
+        if abs(factor) > _LARGEST_FACTOR
+    ][:1]
+
+
+def _unknown_tasks(data_dir: Path, family: Mapping[str, Any], backbone: Backbone) -> list[str]:
+    """Tasks that an option of the family names and that have neither a file nor a default of that option."""
+    if not data_dir.is_dir():
+        return []  # which is told when its files are read
+    files = sorted(file.stem for file in data_dir.glob("*.json"))
+    return [
+        f"--{name} names the task {task!r}, and {data_dir} has no {task}.json. {near_name(task, files)}"
+        for name, option in backbone.options.items()
+        if isinstance(family[name], dict)
+        for task in family[name]
+        if task not in {*files, *(option.default or {})}
+    ]
 
 
 def _absolute(name: str, value: Any) -> Any:

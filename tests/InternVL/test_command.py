@@ -337,8 +337,10 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
     line = refusal(capsys, *flags, "--max_tiles", 0, family=BACKBONE)
     assert line == "--max_tiles must be a whole number in [1, inf), got 0"
     line = refusal(capsys, *flags, "--max_tiles_dict", '{"Chart": 0}', family=BACKBONE)
-    assert line.startswith("--max_tiles_dict must be ")
-    assert line.endswith('whole number in [1, inf), got {"Chart": 0}')
+    assert line == "--max_tiles_dict must be a whole number in [1, inf), got 0 for 'Chart'"
+    line = refusal(capsys, *flags, "--max_tiles_dict", "chart=3", family=BACKBONE)
+    assert line.startswith("--max_tiles_dict names the task 'chart', and ")
+    assert line.endswith(" has no chart.json. Did you mean 'Chart'?")
 
 
 def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
