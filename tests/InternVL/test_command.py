@@ -345,6 +345,14 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
 
 def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
     dataset = tmp_path / "dataset"
+def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
+    cache = make_zoo(tmp_path / "cache", {"llm_config.max_position_embeddings": 180})
+    flags = [*LEARNING, "--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", tmp_path / "out"]
+    ends = {line.split(":")[0]: line.split("takes 180; ")[1] for line in refused_command(capsys, *flags)}
+    assert ends["Chart, question 0"] == "shorten the sample or lower --max_pixels or --max_tiles, or --max_new_tokens"
+    assert ends["Chart, question 1"] == "shorten the sample or lower --max_new_tokens", "it has no picture"
+
+
     dataset.mkdir()
     (dataset / "broken.png").write_text("no picture")
     faulty = [
