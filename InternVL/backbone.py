@@ -48,14 +48,14 @@ class Processor:
         tokenizer: the tokenizer.
         tiling: how pictures are cut.
         tile_tokens: tokens that stand for a tile.
-        template: name of the conversation template that the checkpoint was trained with.
+        template: name of the conversation template that the checkpoint was trained with; None where it is not said.
     """
 
     folder: Path
     tokenizer: Any
     tiling: Tiling
     tile_tokens: int
-    template: str
+    template: str | None
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
@@ -111,7 +111,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
         tokenizer=_load_tokenizer(folder, trust_remote_code),
         tiling=Tiling(tile_size(config), bool(config["dynamic_image_size"]), bool(config["use_thumbnail"])),
         tile_tokens=tile_tokens(config),
-        template=str(config.get("template")),
+        template=config.get("template"),
     )
 
 
@@ -172,10 +172,10 @@ def encode_prompt(
 def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
     """Text of the prompt with one mark for each picture."""
     if template is None and processor.template != TEMPLATE_NAME:
-        raise InputError(
-            f"{processor.folder / 'config.json'} asks for the conversation template {processor.template!r} and only "
-            f"{TEMPLATE_NAME!r} is known; give --prompt_template with {{question}} in it"
-        )
+        asks = "names no conversation template"
+        if processor.template is not None:
+            asks = f"asks for the conversation template {processor.template!r} and only {TEMPLATE_NAME!r} is known"
+        raise InputError(f"{processor.folder / 'config.json'} {asks}; give --prompt_template with {{question}} in it")
     template = template or TEMPLATE
     question = marked_question(sample, template, mark=f"{MARK}\n", reserved=(IMAGE_TOKEN,))
     return template.replace("{question}", question)
