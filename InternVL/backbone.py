@@ -203,7 +203,7 @@ BACKBONE = Backbone(
     ),
     vlmeval_class="InternVLChat",
     loading=(
-        'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)',
+        'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)  # with transformers 4',
         'AutoTokenizer.from_pretrained("{model}", trust_remote_code=True)',
     ),
 )

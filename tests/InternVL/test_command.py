@@ -301,7 +301,8 @@ def test_the_merged_folder_has_all_that_evaluation_needs(internvl_zoo, tmp_path)
     assert evaluation["model"] == {"InternVL-mean": {"class": "InternVLChat", "model_path": str(run.model.resolve())}}
     log = " ".join(run.log.read_text().split())
     assert f"python run.py --config {run.model / 'eval.json'} --verbose" in log
-    assert f"lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks refcoco" in log
+    assert f"launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks " in log
+    assert f'("{run.model}", torch_dtype="auto", trust_remote_code=True) # with transformers 4' in log
     assert load_processor(run.model).tokenizer.get_vocab() == load_processor(internvl_zoo / BASE).tokenizer.get_vocab()
 
 
