@@ -175,8 +175,9 @@ class Job:
         if not is_main_process():
             return 0
         self._report(summary, time.monotonic() - start)
-        if self.resolved.general["run_tests"] and not self.resolved.method.per_expert:
-            self._ask_questions()
+        if self.resolved.general["run_tests"]:
+            for model in self._models():
+                self._ask_questions(model)
         return 0
 
     def _log_start(self) -> None:
@@ -250,10 +251,13 @@ class Job:
         from expert_merging.card import vlmeval_config
         from expert_merging.writing import write_atomically
 
-        for folder in self._results(self.run):
-            final = self.run.model / folder.relative_to(self.run.partial_model)
+        for folder, final in zip(self._results(self.run), self._models(), strict=True):
             name = "-".join([self.backbone.name, self.run.folder.name, *final.relative_to(self.run.model).parts])
             write_atomically(folder / EVALUATION, vlmeval_config(self.backbone.vlmeval_class, name, final.resolve()))
+
+    def _models(self) -> list[Path]:
+        """Where the results are once the run is complete."""
+        return [self.run.model / folder.relative_to(self.run.partial_model) for folder in self._results(self.run)]
 
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
@@ -298,26 +302,24 @@ class Job:
                 name = max(summary.changes, key=lambda key: summary.changes[key])
                 logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
             logger.info("done in %.1f s", seconds)
-        model = self.run.model
-        if self.resolved.method.per_expert:
-            logger.info("models: %s", ", ".join(str(model / expert) for expert in self.plan.experts))
-            return
-        logger.info("merged model: %s", model)
-        logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
         if self.run.board.exists():
             logger.info("curves:       tensorboard --logdir %s", self.run.board)
-        for command in self.backbone.evaluation:
-            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
+        for model in self._models():
+            logger.info("merged model: %s", model)
+            logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
+            for command in self.backbone.evaluation:
+                logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
 
-    def _ask_questions(self) -> None:
-        """Let the merged model answer the family's test questions."""
+    def _ask_questions(self, folder: Path) -> None:
+        """Let a merged model answer the family's test questions."""
         import torch
 
         from expert_merging.learned.targets import generate, place
 
-        processor = self.backbone.load_processor(self.run.model)
+        logger.info("questions to  %s", folder)
+        processor = self.backbone.load_processor(folder)
         dtype = torch.float32 if self.device == "cpu" else self.plan.base.entries[self.plan.merged[0]].torch_dtype
-        model = self.backbone.load_model(self.run.model, dtype).to(self.device)
+        model = self.backbone.load_model(folder, dtype).to(self.device)
         for sample in self.backbone.test_questions:
             inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
             answer, _ = generate(model, processor, place(inputs, torch.device(self.device), dtype), 128)
