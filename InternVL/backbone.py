@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone
+from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
@@ -195,13 +195,17 @@ BACKBONE = Backbone(
     takes_images=True,
     file_name=published_name,
     test_questions=TEST_QUESTIONS,
-    evaluation=(
-        "python run.py --config {eval} --verbose",
-        "accelerate launch --num_processes 8 -m lmms_eval --model internvl2 --batch_size 1 "
-        "--model_args pretrained={model} "
-        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",
-    ),
-    vlmeval_class="InternVLChat",
+    evaluation={
+        "internvl_chat": Evaluation(
+            commands=(
+                "python run.py --config {eval} --verbose",
+                "accelerate launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={model} "
+                "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val "
+                "--output_path {model}/../lmms_eval",
+            ),
+            vlmeval={"class": "InternVLChat", "version": "V2.0"},  # as it has for all of InternVL 2 to 3.5
+        )
+    },
     loading=(
         'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)  # with transformers 4',
         'AutoTokenizer.from_pretrained("{model}", trust_remote_code=True)',

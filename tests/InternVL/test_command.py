@@ -298,7 +298,8 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(internvl_zoo, tmp_
 def test_the_merged_folder_has_all_that_evaluation_needs(internvl_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", internvl_zoo, "--run_name", "mean")
     evaluation = json.loads((run.model / "eval.json").read_text())
-    assert evaluation["model"] == {"InternVL-mean": {"class": "InternVLChat", "model_path": str(run.model.resolve())}}
+    settings = {"class": "InternVLChat", "version": "V2.0", "model_path": str(run.model.resolve())}
+    assert evaluation["model"] == {"InternVL-mean": settings}
     log = " ".join(run.log.read_text().split())
     assert f"python run.py --config {run.model / 'eval.json'} --verbose" in log
     assert f"launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks " in log
@@ -344,8 +345,6 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
     assert line.endswith(" has no chart.json. Did you mean 'Chart'?")
 
 
-def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
-    dataset = tmp_path / "dataset"
 def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
     cache = make_zoo(tmp_path / "cache", {"llm_config.max_position_embeddings": 180})
     flags = [*LEARNING, "--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", tmp_path / "out"]
@@ -354,6 +353,8 @@ def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
     assert ends["Chart, question 1"] == "shorten the sample or lower --max_new_tokens", "it has no picture"
 
 
+def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
+    dataset = tmp_path / "dataset"
     dataset.mkdir()
     (dataset / "broken.png").write_text("no picture")
     faulty = [
