@@ -202,9 +202,21 @@ class Job:
         ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
         return [
             *ignored,
+            *self._foreign_base(),
             *self._idle_patterns(),
             *differing_settings(self.plan),
             *self._misleading_path(),
+        ]
+
+    def _foreign_base(self) -> list[str]:
+        """A base of a kind that the family is not made for, where it is not made for all."""
+        kinds = self.backbone.evaluation
+        if self._model_type in kinds or "" in kinds:
+            return []
+        return [
+            f"the base has the model_type {self._model_type!r}, and the {self.backbone.name} command is made for "
+            f"{' and '.join(kinds)}: its patterns may leave out other parameters than they should (a vision tower may "
+            "be merged); look at the names and give --exclude_params, or use the command of the base's own family"
         ]
 
     def _idle_patterns(self) -> list[str]:

@@ -387,6 +387,26 @@ def test_a_path_that_vlmevalkit_misreads_is_told(config, name, wrong, tmp_path, 
     )
 
 
+def test_a_base_of_another_family_is_told(qwen_zoo, tmp_path, capsys):
+    base = write_checkpoint(
+        tmp_path / "base",
+        {"vision_tower.layers.0.weight": torch.ones(3), "language_model.lm_head.weight": torch.ones(3)},
+        config={"model_type": "internvl"},
+    )
+    flags = ["--method", "weight_average", "--expert", f"A={base}", "--base_model_path", base, "--dry_run"]
+    assert merge(*flags, family=BACKBONE) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    assert line == (
+        "warning: the base has the model_type 'internvl', and the Qwen2VL command is made for qwen2_vl and qwen2_5_vl: "
+        "its patterns may leave out other parameters than they should (a vision tower may be merged); look at the "
+        "names and give --exclude_params, or use the command of the base's own family"
+    )
+    assert merge(*flags) == 0
+    assert "model_type" not in capsys.readouterr().out, "the Mistral command takes any language model"
+    assert merge("--method", "ties", "--cache_dir", qwen_zoo, "--dry_run", family=BACKBONE) == 0
+    assert "model_type" not in capsys.readouterr().out
+
+
 def test_the_merged_model_answers_the_test_questions(qwen_zoo, tmp_path):
     flags = ["--method", "weight_average", "--cache_dir", qwen_zoo, "--run_tests", "--max_pixels", "6272"]
     run = run_command(tmp_path, *flags)
