@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone
+from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
@@ -48,14 +48,14 @@ class Processor:
         tokenizer: the tokenizer.
         tiling: how pictures are cut.
         tile_tokens: tokens that stand for a tile.
-        template: name of the conversation template that the checkpoint was trained with.
+        template: name of the conversation template that the checkpoint was trained with; None where it is not said.
     """
 
     folder: Path
     tokenizer: Any
     tiling: Tiling
     tile_tokens: int
-    template: str
+    template: str | None
 
 
 def load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
@@ -111,7 +111,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
         tokenizer=_load_tokenizer(folder, trust_remote_code),
         tiling=Tiling(tile_size(config), bool(config["dynamic_image_size"]), bool(config["use_thumbnail"])),
         tile_tokens=tile_tokens(config),
-        template=str(config.get("template")),
+        template=config.get("template"),
     )
 
 
@@ -172,10 +172,10 @@ def encode_prompt(
 def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
     """Text of the prompt with one mark for each picture."""
     if template is None and processor.template != TEMPLATE_NAME:
-        raise InputError(
-            f"{processor.folder / 'config.json'} asks for the conversation template {processor.template!r} and only "
-            f"{TEMPLATE_NAME!r} is known; give --prompt_template with {{question}} in it"
-        )
+        asks = "names no conversation template"
+        if processor.template is not None:
+            asks = f"asks for the conversation template {processor.template!r} and only {TEMPLATE_NAME!r} is known"
+        raise InputError(f"{processor.folder / 'config.json'} {asks}; give --prompt_template with {{question}} in it")
     template = template or TEMPLATE
     question = marked_question(sample, template, mark=f"{MARK}\n", reserved=(IMAGE_TOKEN,))
     return template.replace("{question}", question)
@@ -201,15 +201,19 @@ BACKBONE = Backbone(
     takes_images=True,
     file_name=published_name,
     test_questions=TEST_QUESTIONS,
-    evaluation=(
-        "python run.py --config {eval} --verbose",
-        "accelerate launch --num_processes 8 -m lmms_eval --model internvl2 --batch_size 1 "
-        "--model_args pretrained={model} "
-        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --output_path {model}/../lmms_eval",
-    ),
-    vlmeval_class="InternVLChat",
+    evaluation={
+        "internvl_chat": Evaluation(
+            commands=(
+                "python run.py --config {eval} --verbose",
+                "accelerate launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={model} "
+                "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val "
+                "--output_path {model}/../lmms_eval",
+            ),
+            vlmeval={"class": "InternVLChat", "version": "V2.0"},  # as it has for all of InternVL 2 to 3.5
+        )
+    },
     loading=(
-        'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)',
+        'AutoModel.from_pretrained("{model}", torch_dtype="auto", trust_remote_code=True)  # with transformers 4',
         'AutoTokenizer.from_pretrained("{model}", trust_remote_code=True)',
     ),
 )

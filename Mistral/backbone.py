@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, import_transformers, load_tokenizer
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_tokenizer
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 
@@ -91,5 +91,9 @@ BACKBONE = Backbone(
         Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
         Sample.test("Write a Python function that returns the second largest number of a list."),
     ),
-    evaluation=("lm_eval --model hf --model_args pretrained={model} --tasks gsm8k,humaneval,mbpp --batch_size auto",),
+    evaluation={
+        "": Evaluation(
+            ("lm_eval --model hf --model_args pretrained={model} --tasks gsm8k,humaneval,mbpp --batch_size auto",)
+        )
+    },
 )

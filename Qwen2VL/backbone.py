@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.backbone import Backbone, Evaluation, import_transformers
 from expert_merging.errors import InputError
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
 from expert_merging.registry import Count
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.calibration import Sample
-
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -89,10 +87,10 @@ def parameter_names(folder: Path) -> list[str]:
 
 def _config(folder: Path) -> Any:
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in MODEL_TYPES:
+    if kind not in EVALUATION:
         raise InputError(
             f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family takes "
-            f"{' and '.join(MODEL_TYPES)}"
+            f"{' and '.join(EVALUATION)}"
         )
     return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -211,6 +209,26 @@ def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
     return text
 
 
+def _commands(model_type: str) -> tuple[str, ...]:
+    return (
+        "python run.py --config {eval} --verbose",
+        f"accelerate launch -m lmms_eval --model {model_type} --model_args pretrained={{model}},max_pixels=2359296 "
+        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --batch_size 1",
+    )
+
+
+# As in VLMEvalKit's own configurations. Its class tells the generations apart by words in the path.
+_VLMEVAL = {"class": "Qwen2VLChat", "min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28}
+EVALUATION = {
+    "qwen2_vl": Evaluation(_commands("qwen2_vl"), _VLMEVAL, vlmeval_path=r"(?!.*(2\.5|2_5|qwen25|omni))"),
+    "qwen2_5_vl": Evaluation(
+        _commands("qwen2_5_vl"),
+        {**_VLMEVAL, "use_custom_prompt": False},
+        vlmeval_path=r"(?!.*omni).*(2\.5|2_5|qwen25)",
+        run_name="Qwen2_5VL",
+    ),
+}
+
 BACKBONE = Backbone(
     name="Qwen2VL",
     base_folder="Qwen2-VL-7B",
@@ -233,12 +251,7 @@ BACKBONE = Backbone(
     file_name=file_name,
     task_experts=TASK_EXPERTS,
     test_questions=TEST_QUESTIONS,
-    evaluation=(
-        "python run.py --config {eval} --verbose",
-        "accelerate launch -m lmms_eval --model qwen2_vl --model_args pretrained={model},max_pixels=2359296 "
-        "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --batch_size 1",
-    ),
-    vlmeval_class="Qwen2VLChat",
+    evaluation=EVALUATION,
     loading=(
         'AutoModelForImageTextToText.from_pretrained("{model}", dtype="auto")',
         'AutoProcessor.from_pretrained("{model}")',

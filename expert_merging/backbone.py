@@ -31,11 +31,30 @@ _CONFIGURABLE = ("load_model", "parameter_names", "load_processor", "encode_prom
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """How merged models of one ``model_type`` are evaluated.
+
+    Args:
+        commands: commands that evaluate a merged folder, with ``{model}`` in them for the folder and ``{eval}`` for
+            VLMEvalKit's configuration.
+        vlmeval: VLMEvalKit's class for the model and its settings; the merged folder gets a configuration for it.
+        vlmeval_path: regular expression that a folder's path must match (`re.match`, in any case) for that class to
+            take the model for what it is.
+        run_name: beginning of the names that runs get by default; the family's name if it is empty.
+    """
+
+    commands: tuple[str, ...] = ()
+    vlmeval: Mapping[str, Any] = field(default_factory=dict)
+    vlmeval_path: str = ""
+    run_name: str = ""
+
+
+@dataclass(frozen=True)
 class Backbone:
     """One model family.
 
     Keyword-only parameters of `load_model`, `parameter_names`, `load_processor` and `encode_prompt` are flags of the
-    family's command, as those of methods are.
+    family's command, as those of methods are; dictionaries among them are by task.
 
     Args:
         name: the family, as its folder is called.
@@ -53,9 +72,8 @@ class Backbone:
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
             names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
         test_questions: what ``--run_tests`` asks the merged model.
-        evaluation: commands that evaluate a merged folder, with ``{model}`` in them for the folder and ``{eval}`` for
-            VLMEvalKit's configuration.
-        vlmeval_class: VLMEvalKit's class for the family; the merged folder gets a configuration for it.
+        evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
+            an empty name for all others.
         loading: expressions with transformers that load model and processor, with ``{model}`` for the folder.
     """
 
@@ -72,8 +90,7 @@ class Backbone:
     takes_images: bool = False
     file_name: Callable[[str], str] = same_name
     test_questions: tuple[Sample, ...] = ()
-    evaluation: tuple[str, ...] = ()
-    vlmeval_class: str = ""
+    evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
     loading: tuple[str, str] = (
         'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
         'AutoTokenizer.from_pretrained("{model}")',

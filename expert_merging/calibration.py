@@ -14,6 +14,10 @@ from expert_merging.errors import InputError, Problems, near_name
 logger = logging.getLogger(__name__)
 
 
+# Parts of names that say that a field is about a picture.
+_PICTURES = ("image", "img", "picture", "photo")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One unlabeled input.
@@ -126,12 +130,19 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
     where = f"{file}, entry {number}"
     if not isinstance(entry, dict):
         raise InputError(f"{where}: must be an object with a 'question', got {json.dumps(entry)[:60]}")
+    _check_characters(where, entry)
     question, response = entry.get("question"), entry.get("response")
     if not isinstance(question, str) or not question.strip():
         fields = "" if "question" in entry else f" (its fields: {', '.join(map(str, entry)) or 'none'})"
         raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}{fields}")
     if response is not None and not isinstance(response, str):
         raise InputError(f"{where}: 'response' must be a text (or left out), got {json.dumps(response)[:60]}")
+    others = [key for key, value in entry.items() if value and any(word in key.lower() for word in _PICTURES)]
+    if others and not entry.get("image_path"):
+        raise InputError(
+            f"{where}: has {others[0]!r}, and pictures are named by 'image_path'; rename it, or take it out if the "
+            "question is to be asked without a picture"
+        )
     return Sample(
         task=file.stem,
         expert=expert,
@@ -140,6 +151,17 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
         identity=str(entry.get("question_id", number)),
         images=_find_images(file, where, entry.get("image_path")),
     )
+
+
+def _check_characters(where: str, entry: Any) -> None:
+    """Check that the entry's texts are texts: JSON can name halves of characters, which no tokenizer takes."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: has half a character ({error.object[error.start]!a}), which is no text; write the whole "
+            "character, or leave it out"
+        ) from None
 
 
 def _find_images(file: Path, where: str, given: Any) -> tuple[Path, ...]:
@@ -151,6 +173,8 @@ def _find_images(file: Path, where: str, given: Any) -> tuple[Path, ...]:
     for path in paths:
         if not isinstance(path, str):
             raise InputError(f"{where}: 'image_path' must be a text or a list of texts, got {json.dumps(path)}")
+        if not path.strip():
+            raise InputError(f"{where}: 'image_path' is empty; leave it out where there is no picture")
         places = [file.parent, file.parent.parent, Path.cwd()]
         hits = [place / path for place in places if (place / path).is_file()]
         if not hits:

@@ -92,16 +92,16 @@ def model_card(
     )
 
 
-def vlmeval_config(model_class: str, name: str, folder: Path) -> bytes:
+def vlmeval_config(settings: Mapping[str, Any], name: str, folder: Path) -> bytes:
     """Content of a file for ``python run.py --config FILE`` of VLMEvalKit.
 
     Args:
-        model_class: VLMEvalKit's class of the model.
+        settings: VLMEvalKit's class of the model (``class``) and what it is to be made with.
         name: what the model is called in its tables.
         folder: where the model is.
     """
     data = {benchmark: {"class": dataset, "dataset": benchmark} for benchmark, dataset in _BENCHMARKS.items()}
-    config = {"model": {name: {"class": model_class, "model_path": str(folder)}}, "data": data}
+    config = {"model": {name: {**settings, "model_path": str(folder)}}, "data": data}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from expert_merging.backbone import Backbone
 from expert_merging.errors import InputError
 from expert_merging.job import Job, is_main_process
-from expert_merging.options import Resolved, parse, resolve, show
+from expert_merging.options import Resolved, parse, resolve, show_default
 from expert_merging.registry import all_methods
 
 
@@ -101,5 +101,7 @@ def _list_methods(backbone: Backbone) -> None:
     for method in all_methods().values():
         names = ", ".join([method.name, *method.aliases])
         defaults = method.defaults(backbone.defaults).items()
-        table.add_row(names, method.summary, "\n".join(f"--{name} {show(value)}" for name, value in defaults))
+        table.add_row(
+            names, method.summary, "\n".join(f"--{name} {show_default(name, value)}" for name, value in defaults)
+        )
     Console().print(table)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging import __version__
-from expert_merging.backbone import Backbone
+from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.errors import InputError, Problems
 from expert_merging.options import Resolved, checkpoint_folders, command_line, show
 from expert_merging.run import Run, default_name, provenance
@@ -57,12 +57,19 @@ class Job:
             with problems.collecting():
                 self.device = choose_device(resolved.general["device"])
         problems.check()
+        kinds = backbone.evaluation
+        self.evaluation = kinds.get(self._model_type, kinds.get("", Evaluation()))
         self.team = _join_processes(resolved.method.learns, self.device)
         _check_one_per_expert(resolved, tuple(self.plan.experts))
         self.description = self._describe()
         self.run, self.work, earlier = self._open_run()
         if earlier is not None:
             self.description = earlier
+
+    @property
+    def _model_type(self) -> str:
+        """What ``config.json`` calls the base's kind of model, empty where it does not say."""
+        return str(self.plan.base.config.get("model_type") or "")
 
     def _describe(self) -> dict[str, Any]:
         """The run's ``config.json``."""
@@ -108,7 +115,7 @@ class Job:
         if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
             problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
             run_name = None
-        name = run_name or default_name(self.backbone.name, self.description)
+        name = run_name or default_name(self.evaluation.run_name or self.backbone.name, self.description)
         run = Run(parent / name, several=method.per_expert)
         with problems.collecting():
             _check_output(run.folder, [self.plan.base.folder, *self.experts.values()])
@@ -178,8 +185,9 @@ class Job:
         if not is_main_process():
             return 0
         self._report(summary, time.monotonic() - start)
-        if self.resolved.general["run_tests"] and not self.resolved.method.per_expert:
-            self._ask_questions()
+        if self.resolved.general["run_tests"]:
+            for model in self._models():
+                self._ask_questions(model)
         return 0
 
     def _meet(self) -> None:
@@ -211,7 +219,24 @@ class Job:
 
         flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
         ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
-        return ignored + self._idle_patterns() + differing_settings(self.plan)
+        return [
+            *ignored,
+            *self._foreign_base(),
+            *self._idle_patterns(),
+            *differing_settings(self.plan),
+            *self._misleading_path(),
+        ]
+
+    def _foreign_base(self) -> list[str]:
+        """A base of a kind that the family is not made for, where it is not made for all."""
+        kinds = self.backbone.evaluation
+        if self._model_type in kinds or "" in kinds:
+            return []
+        return [
+            f"the base has the model_type {self._model_type!r}, and the {self.backbone.name} command is made for "
+            f"{' and '.join(kinds)}: its patterns may leave out other parameters than they should (a vision tower may "
+            "be merged); look at the names and give --exclude_params, or use the command of the base's own family"
+        ]
 
     def _idle_patterns(self) -> list[str]:
         """Patterns of the user's own that exclude nothing; the family's may be for tensors that not all bases have."""
@@ -220,6 +245,17 @@ class Job:
             f"--exclude_params {pattern!r} matches no parameter, from the start of its name (such as {min(names)})"
             for pattern in self.resolved.general["exclude_params"]
             if pattern not in self.backbone.exclude_params and not any(re.match(pattern, name) for name in names)
+        ]
+
+    def _misleading_path(self) -> list[str]:
+        """The place of a result that VLMEvalKit would take for another kind of model."""
+        wanted = self.evaluation.vlmeval_path
+        paths = [str(folder.resolve()) for folder in self._models()]
+        wrong = [path for path in paths if not re.match(wanted, path, re.IGNORECASE)]
+        return [
+            f"VLMEvalKit goes by the path and will not take {path} for {self._model_type}, for which it has to match "
+            f"{wanted!r}; choose another --run_name or --output_path before you evaluate it there"
+            for path in wrong[:1]
         ]
 
     def _rule(self) -> Rule:
@@ -259,7 +295,7 @@ class Job:
                 card = model_card(self.description, title=title, loading=loading, merged=merged, tensors=tensors)
                 write_atomically(folder / "README.md", card.encode())
         if is_main_process():
-            if self.backbone.vlmeval_class:
+            if self.evaluation.vlmeval:
                 self._write_evaluation()
             self.run.finish()
         return summary
@@ -269,10 +305,13 @@ class Job:
         from expert_merging.card import vlmeval_config
         from expert_merging.writing import write_atomically
 
-        for folder in self._results(self.run):
-            final = self.run.model / folder.relative_to(self.run.partial_model)
+        for folder, final in zip(self._results(self.run), self._models(), strict=True):
             name = "-".join([self.backbone.name, self.run.folder.name, *final.relative_to(self.run.model).parts])
-            write_atomically(folder / EVALUATION, vlmeval_config(self.backbone.vlmeval_class, name, final.resolve()))
+            write_atomically(folder / EVALUATION, vlmeval_config(self.evaluation.vlmeval, name, final.resolve()))
+
+    def _models(self) -> list[Path]:
+        """Where the results are once the run is complete."""
+        return [self.run.model / folder.relative_to(self.run.partial_model) for folder in self._results(self.run)]
 
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
@@ -317,26 +356,24 @@ class Job:
                 name = max(summary.changes, key=lambda key: summary.changes[key])
                 logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
             logger.info("done in %.1f s", seconds)
-        model = self.run.model
-        if self.resolved.method.per_expert:
-            logger.info("models: %s", ", ".join(str(model / expert) for expert in self.plan.experts))
-            return
-        logger.info("merged model: %s", model)
-        logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
         if self.run.board.exists():
             logger.info("curves:       tensorboard --logdir %s", self.run.board)
-        for command in self.backbone.evaluation:
-            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
+        for model in self._models():
+            logger.info("merged model: %s", model)
+            logger.info("load it:      %s", self.backbone.loading[0].format(model=model))
+            for command in self.evaluation.commands:
+                logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
 
-    def _ask_questions(self) -> None:
-        """Let the merged model answer the family's test questions."""
+    def _ask_questions(self, folder: Path) -> None:
+        """Let a merged model answer the family's test questions."""
         import torch
 
         from expert_merging.learned.targets import generate, place
 
-        processor = self.backbone.load_processor(self.run.model)
+        logger.info("questions to  %s", folder)
+        processor = self.backbone.load_processor(folder)
         dtype = torch.float32 if self.device == "cpu" else self.plan.base.entries[self.plan.merged[0]].torch_dtype
-        model = self.backbone.load_model(self.run.model, dtype).to(self.device)
+        model = self.backbone.load_model(folder, dtype).to(self.device)
         for sample in self.backbone.test_questions:
             inputs = self.backbone.encode_prompt(processor, sample, self.resolved.options.get("prompt_template"))
             answer, _ = generate(model, processor, place(inputs, torch.device(self.device), dtype), 128)

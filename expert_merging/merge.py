@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _COPY_BYTES = 1 << 22
 
 # Each row of these matrices belongs to a word: they are no maps from one space into another.
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|lm_head)\.weight$")
+_EMBEDDING = re.compile(r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)\.weight$")
 
 
 @dataclass

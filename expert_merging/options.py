@@ -56,6 +56,14 @@ class GeneralOptions:
 
 
 GENERAL = read_options(GeneralOptions)
+# What an option is where no value is given, if that is not simply nothing.
+_UNSET = {
+    "data_dir": "dataset/ at the repository root",
+    "rank_ratio": "1/experts",
+    "solver": "by variant",
+    "step_size": "by solver",
+}
+_LARGEST_FACTOR = 1000
 _GROUPS = {
     "what is merged": ("method", "cache_dir", "base_model_path", "expert", "exclude_params"),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
@@ -95,6 +103,7 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
     """The command line of one family, with help from docstrings and the family's defaults."""
     from rich_argparse import RichHelpFormatter
 
+    RichHelpFormatter.group_name_formatter = str  # by default it writes every word with a capital, flags too
     parser = _Parser(
         prog="model_merging.py",
         description=f"Merge experts of {backbone.base_folder}, or of another base, into one model.",
@@ -154,24 +163,28 @@ def _option_users() -> dict[str, list[Method]]:
 
 
 def _shown_help(name: str, users: list[Method]) -> str:
-    """What the option means, said for each group of methods where it does not mean the same for all."""
+    """What the option means and which methods have it, for each group of them where it does not mean the same."""
     by_text: dict[str, list[str]] = {}
     for method in users:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
-        return next(iter(by_text)) + "."
+        (text, methods), *_ = by_text.items()
+        return f"{text}." if users == _option_users()["data_dir"] else f"{text} (with {', '.join(methods)})."
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 
 def _shown_default(name: str, users: list[Method], backbone: Backbone) -> str:
     by_default: dict[str, list[str]] = {}
     for method in users:
-        by_default.setdefault(show(method.defaults(backbone.defaults)[name]), []).append(method.name)
-    if name == "data_dir":
-        return "dataset at the repository root"
+        by_default.setdefault(show_default(name, method.defaults(backbone.defaults)[name]), []).append(method.name)
     if len(by_default) == 1:
         return next(iter(by_default))
     return ", ".join(f"{value} ({', '.join(methods)})" for value, methods in by_default.items())
+
+
+def show_default(name: str, value: Any) -> str:
+    """An option's default in words; empty where it is nothing."""
+    return _UNSET.get(name, "") if value is None else show(value)
 
 
 def show(value: Any) -> str:
@@ -189,13 +202,13 @@ def add_flag(group: Any, option: Option, default: Any) -> None:
         return
     takes = describe_type(option.annotation)
     notes = [] if option.annotation in (str, str | None) else [f"Takes {takes}."]
-    notes += [] if default in (None, "none") else [f"Default: {show(default)}."]
+    notes += [] if default in (None, "") else [f"Default: {show(default)}."]
     text = " ".join([text, *notes])
     group.add_argument(
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="*" if option.name == "exclude_params" else 1,
+        nargs="+" if option.name == "exclude_params" else 1,
         help=text.replace("%", "%%"),
     )
 
@@ -342,6 +355,8 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
                 target[name] = _absolute(name, table[name].convert(value))
         elif name in given:  # a configuration file may serve several methods
             ignored.append(name)
+    for name in ("scaling_coefficient", "task_vector_coeffs_dict"):
+        problems.found += _too_large(name, options.get(name))
     problems.check()
     if general["exclude_params"] is None:
         general["exclude_params"] = list(backbone.exclude_params)
@@ -350,7 +365,33 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
     if "data_dir" in options:
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
+        problems.found += _unknown_tasks(Path(options["data_dir"]), family, backbone)
+    problems.check()
     return Resolved(general, method, options, family, tuple(ignored))
+
+
+def _too_large(name: str, given: Any) -> list[str]:
+    """The factor of a number, list or dictionary of them that is nowhere near what task vectors are scaled by."""
+    factors = given.values() if isinstance(given, Mapping) else given if isinstance(given, list) else [given or 0]
+    return [
+        f"--{name} takes numbers in [-{_LARGEST_FACTOR}, {_LARGEST_FACTOR}], got {factor:g}"
+        for factor in factors
+        if abs(factor) > _LARGEST_FACTOR
+    ][:1]
+
+
+def _unknown_tasks(data_dir: Path, family: Mapping[str, Any], backbone: Backbone) -> list[str]:
+    """Tasks that an option of the family names and that have neither a file nor a default of that option."""
+    if not data_dir.is_dir():
+        return []  # which is told when its files are read
+    files = sorted(file.stem for file in data_dir.glob("*.json"))
+    return [
+        f"--{name} names the task {task!r}, and {data_dir} has no {task}.json. {near_name(task, files)}"
+        for name, option in backbone.options.items()
+        if isinstance(family[name], dict)
+        for task in family[name]
+        if task not in {*files, *(option.default or {})}
+    ]
 
 
 def _absolute(name: str, value: Any) -> Any:
@@ -375,8 +416,11 @@ def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[
             "--base_model_path PATH and --expert NAME=PATH for each expert"
         )
     for name in experts or {}:
-        if not name.strip() or name == "base":
-            raise InputError(f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH")
+        if not name.strip() or name in ("base", ".", "..") or "/" in name:
+            raise InputError(
+                f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a "
+                "file's and is not base"
+            )
     base = Path(general["base_model_path"] or Path(cache) / backbone.base_folder)
     folders = experts or {name: str(Path(cache) / folder) for name, folder in backbone.expert_folders.items()}
     return base, {name: Path(folder) for name, folder in folders.items()}

@@ -37,6 +37,20 @@ TEST_QUESTIONS = (
 MARK = "<image>"
 
 
+# What Pillow raises for damaged files.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    struct.error,
+)
+
+
 def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
     """The picture, turned upright where a camera marked it as rotated, as every viewer shows it.
 
@@ -55,13 +69,20 @@ def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 upright = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                    upright = _eight_bits(upright)
                 return upright.convert("RGB") if rgb else upright
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(
             f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to be read safely; make it smaller"
         ) from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises all of them for damaged files
+    except _DAMAGED as error:
         raise InputError(f"{file} cannot be read as a picture ({error}); is it complete?") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16-bit grey in 8 bits; Pillow's own conversion would cut it off at 255 instead of scaling it."""
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def marked_question(sample: Sample, template: str, *, mark: str, reserved: Sequence[str]) -> str:

@@ -70,7 +70,19 @@ class Option:
             hint = ""
             if "in (0, 1]" in str(error) and isinstance(value, str | int | float) and _is_percentage(value):
                 hint = f"; for {value} % write {float(value) / 100:g}"
-            raise InputError(f"--{self.name} must be {error}, got {_shown(value)}{hint}") from None
+            raise InputError(f"--{self.name} must be {error}, got {self._faulty(value)}{hint}") from None
+
+    def _faulty(self, value: object) -> str:
+        """The value as it was given, or of a dictionary the first entry that does not fit."""
+        parsed = _parse_json(value)
+        for kind in [self.annotation, *typing.get_args(self.annotation)]:
+            if typing.get_origin(kind) is dict and isinstance(parsed, dict):
+                for key, entry in parsed.items():
+                    try:
+                        _convert(entry, typing.get_args(kind)[1])
+                    except ValueError:
+                        return f"{_shown(entry)} for {str(key)!r}"
+        return _shown(value)
 
 
 def _shown(value: object) -> str:

@@ -160,7 +160,21 @@ def test_a_file_without_a_list(data, content):
         ({"question": "a", "response": 3}, "'response' must be a text (or left out), got 3"),
         ({"question": "a", "image_path": 3}, "'image_path' must be a text or a list of texts, got 3"),
         ({"question": "a", "image_path": ["x.jpg", 3]}, "image_path x.jpg does not exist (looked in {places})"),
-        ({"question": "a", "image_path": ""}, "image_path  does not exist (looked in {places})"),
+        ({"question": "a", "image_path": ""}, "'image_path' is empty; leave it out where there is no picture"),
+        ({"question": "a", "image_path": [" "]}, "'image_path' is empty; leave it out where there is no picture"),
+        (
+            {"question": "a", "Images": ["x.jpg"]},
+            "has 'Images', and pictures are named by 'image_path'; rename it, or take it out if the question is to be "
+            "asked without a picture",
+        ),
+        (
+            {"question": "\ud800?"},
+            "has half a character ('\\ud800'), which is no text; write the whole character, or leave it out",
+        ),
+        (
+            {"question": "a", "response": "b\udfff"},
+            "has half a character ('\\udfff'), which is no text; write the whole character, or leave it out",
+        ),
     ],
 )
 def test_faulty_entries_are_named(data, monkeypatch, tmp_path, entry, problem):
@@ -193,5 +207,8 @@ def test_pictures_are_found_beside_the_file_its_parent_and_the_current_folder(da
     for file in [*expected, tmp_path / "1.jpg"]:
         file.write_bytes(b"")
     assert load(folder)[0].images == tuple(expected)
-    data("Chat", [{"question": "a", "image_path": "2.jpg"}, {"question": "b", "image_path": None}])
+    data(
+        "Chat",
+        [{"question": "a", "image_path": "2.jpg", "image_id": 7}, {"question": "b", "image_path": None, "image": ""}],
+    )
     assert [sample.images for sample in load(folder)] == [(tmp_path / "2.jpg",), ()]

@@ -68,7 +68,9 @@ def test_places_on_this_machine_are_left_out():
 
 
 def test_vlmevalkit_gets_the_model_and_its_benchmarks(tmp_path):
-    config = json.loads(vlmeval_config("Qwen2VLChat", "run-7", tmp_path))
-    assert config["model"] == {"run-7": {"class": "Qwen2VLChat", "model_path": str(tmp_path)}}
+    config = json.loads(vlmeval_config({"class": "Qwen2VLChat", "min_pixels": 784}, "run-7", tmp_path))
+    assert config["model"] == {
+        "run-7": {"class": "Qwen2VLChat", "min_pixels": 784, "model_path": str(tmp_path)},
+    }
     assert config["data"]["MathVista_MINI"] == {"class": "MathVista", "dataset": "MathVista_MINI"}
     assert all(set(entry) == {"class", "dataset"} for entry in config["data"].values())

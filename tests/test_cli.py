@@ -419,6 +419,9 @@ def test_methods_are_listed_with_options_and_defaults(capsys, monkeypatch):
         assert all(f"--{name} " in shown for name in method.options)
     assert "--scaling_coefficient 1.0" in shown
     assert "--scaling_coefficient 0.3" in shown
+    for option in ("rank_ratio 1/experts", "solver by variant", "step_size by solver", "data_dir dataset/"):
+        assert f"--{option}" in shown
+    assert " none " not in shown
 
 
 def test_help_tells_every_option(capsys, monkeypatch):
@@ -645,3 +648,16 @@ def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
     run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests", "--device", "cpu")
     text = run.log.read_text()
     assert text.count("question: ") == text.count("\nanswer:") == 3
+
+
+def test_every_model_of_a_run_is_asked_and_can_be_evaluated(tiny_zoo, tmp_path):
+    command = ["--method", "svd_intermediate", "--cache_dir", tiny_zoo, "--run_tests", "--device", "cpu"]
+    run = merged(tmp_path, *command)
+    text = run.log.read_text()
+    for expert in EXPERTS:
+        folder = run.folder / "models" / expert
+        assert f"merged model: {folder}\n" in text
+        assert f'load it:      AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")' in text
+        assert f"pretrained={folder} " in text
+        assert f"questions to  {folder}\n" in text
+    assert text.count("question: ") == text.count("\nanswer:") == 3 * len(EXPERTS)

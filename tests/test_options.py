@@ -130,7 +130,6 @@ def test_entries_come_back_as_they_were_given(entries):
     [
         ([], list(BACKBONE.exclude_params)),
         (["--exclude_params", "none"], []),
-        (["--exclude_params"], []),
         (["--exclude_params", ".*norm.*"], [".*norm.*"]),
         (["--exclude_params", "a.*", "b"], ["a.*", "b"]),
         (["--exclude_params", "a", "--exclude_params", "b"], ["a", "b"]),
@@ -281,6 +280,22 @@ def test_flags_are_not_abbreviated():
         (["stray"], "unexpected argument 'stray'; --help shows all options"),
         (["-m", "ties"], "unexpected argument '-m'; --help shows all options"),
         (["--seed"], "argument --seed: expected 1 argument; --help shows all options"),
+        (
+            ["--exclude_params"],
+            "argument --exclude_params: expected at least one argument; --help shows all options",
+        ),
+        (
+            ["--method", "task_arithmetic", "--scaling_coefficient", "1e300"],
+            "--scaling_coefficient takes numbers in [-1000, 1000], got 1e+300",
+        ),
+        (
+            ["--method", "dare_ta", "--scaling_coefficient", "0.3, -1001"],
+            "--scaling_coefficient takes numbers in [-1000, 1000], got -1001",
+        ),
+        (
+            ["--task_vector_coeffs_dict", '{"Chat": 1000, "Math": 1e4}'],
+            "--task_vector_coeffs_dict takes numbers in [-1000, 1000], got 10000",
+        ),
         (["--method", "task-arithmetik"], "no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?"),
         (["--seed", "x"], "--seed must be a whole number, got x"),
     ],
@@ -330,9 +345,13 @@ def test_without_checkpoints_the_command_says_how_to_give_them(arguments):
     )
 
 
-@pytest.mark.parametrize("name", ["", " ", "base"])
-def test_an_expert_needs_a_name_of_its_own(name):
-    with pytest.raises(InputError, match=f"^an expert cannot be called {name!r}; "):
+@pytest.mark.parametrize("name", ["", " ", "base", ".", "..", "a/b", "../../evil", "/tmp/x", "x/"])
+def test_an_expert_needs_a_name_of_its_own_that_a_file_can_have(name):
+    problem = (
+        f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a file's and "
+        "is not base"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(problem)}$"):
         checkpoint_folders(general("--cache_dir", "/c", "--expert", json.dumps({name: "/a", "A": "/b"})), BACKBONE)
 
 
@@ -356,6 +375,18 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
     assert "Takes a whole number in [1, inf). Default: 5." in text
     assert "Chat=Mistral-7B-Instruct-v0.1" in text
     assert "Default: .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*." in text
+
+
+def test_help_says_which_methods_have_an_option_and_what_it_is_without_a_value():
+    text = " ".join(build_parser(FAMILY).format_help().split())
+    assert "expert keeps (with ties, dare_ties, adamerging++). Takes" in text
+    assert "Default: 1/experts." in text
+    assert "Default: adam (wudi), by variant (wudi2)." in text
+    assert "Default: 1e-05 (wudi), by solver (wudi2)." in text
+    assert "TASK.json. Default: dataset/ at the repository root." in text
+    assert "Samples per update. Takes" in text, "what all methods that learn have names none of them"
+    assert "options of Mistral, for methods that learn and --run_tests:" in text
+    assert "Default: none" not in text
 
 
 def encode(processor, sample, template, *, max_tiles: int = 6, words: dict[str, int] | None = None):
@@ -399,6 +430,19 @@ def test_flags_of_a_family_are_for_methods_that_read_samples(root):
         family_resolved("--max_tile", "1")
     with pytest.raises(InputError, match="no flag --max_tiles"):
         parse(["--max_tiles", "1"], BACKBONE)
+
+
+def test_tasks_that_an_option_of_the_family_names_must_be_there(root):
+    (root / "dataset").mkdir()
+    for task in ("Chart", "OCR"):
+        (root / "dataset" / f"{task}.json").write_text("[]")
+    with pytest.raises(InputError) as caught:
+        family_resolved("--words", "Chart=3", "--words", "chart=3", "--words", "Nope=3")
+    assert list(caught.value.problems) == [
+        f"--words names the task 'chart', and {root / 'dataset'} has no chart.json. Did you mean 'Chart'?",
+        f"--words names the task 'Nope', and {root / 'dataset'} has no Nope.json. Known: Chart, OCR.",
+    ]
+    assert family_resolved("--words", "Chart=3").family["words"] == {"Chart": 3}
 
 
 def test_a_configuration_file_may_serve_several_methods(root):

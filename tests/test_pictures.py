@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
@@ -38,12 +38,16 @@ def test_pictures_of_every_mode_become_rgb(mode, tmp_path):
     assert (values(image) == torch.tensor(MODES[mode])).all()
 
 
-def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
-    image = Image.new("I;16", (2, 1))
-    image.putpixel((0, 0), 65535)
-    image.putpixel((1, 0), 0)
-    image.save(tmp_path / "a.png")
-    assert values(read_picture(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [0] * 3]
+@pytest.mark.parametrize(("kind", "mode"), [("png", "I;16"), ("tif", "I;16"), ("tif", "I;16B"), ("pgm", "I;16")])
+def test_sixteen_bit_grey_keeps_its_shades(kind, mode, tmp_path):
+    image = Image.new(mode, (4, 1))
+    for place, shade in enumerate((65535, 0, 128 * 257, 50 * 257)):
+        image.putpixel((place, 0), shade)
+    file = tmp_path / f"a.{kind}"
+    image.save(file)
+    assert values(read_picture(file))[0].tolist() == [[255] * 3, [0] * 3, [128] * 3, [50] * 3]
+    grey = read_picture(file, rgb=False)
+    assert (grey.mode, grey.tobytes()) == ("L", bytes([255, 0, 128, 50]))
 
 
 def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path):
@@ -85,6 +89,20 @@ def test_truncated_files_are_named(kind, tmp_path):
     file = make_picture(tmp_path / f"a.{kind}", (300, 200))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(InputError, match=rf"a\.{kind} cannot be read as a picture \(.*\); is it complete\?"):
+        read_picture(file)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("broken"), NotImplementedError("rare"), TypeError("odd"), KeyError(3), ZeroDivisionError()]
+)
+def test_whatever_a_damaged_file_does_to_pillow_it_is_named(error, tmp_path, monkeypatch):
+    file = make_picture(tmp_path / "a.png", (3, 2))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(InputError, match=r"a\.png cannot be read as a picture \(.*\); is it complete\?"):
         read_picture(file)
 
 

@@ -117,7 +117,12 @@ def test_texts_become_values(annotation, text, value):
         (float | list[float], "low", "a number or a list of numbers, got low"),
         (list[float], '["a"]', 'a number, got ["a"]'),
         (list[Annotated[int, Interval("[0, inf)")]], "-1", "a whole number in [0, inf), got -1"),
-        (dict[str, Count], '{"Chat": 0}', 'a whole number in [1, inf), got {"Chat": 0}'),
+        (dict[str, Count], '{"Math": 1, "Chat": 0}', "a whole number in [1, inf), got 0 for 'Chat'"),
+        (
+            dict[str, Count] | None,
+            {"Chat": "0"},
+            "a JSON object of whole numbers in [1, inf) by name, got 0 for 'Chat'",
+        ),
         (dict[str, Count], "5", "a JSON object of whole numbers in [1, inf) by name, got 5"),
         (Fraction, "0", "a number in (0, 1], got 0"),
         (Fraction, "80", "a number in (0, 1], got 80; for 80 % write 0.8"),

@@ -188,9 +188,10 @@ def check_length(base: Checkpoint, sample: Sample, tokens: int) -> None:
     """
     most = language_setting(base.config, "max_position_embeddings")
     if most is not None and tokens > most:
+        pictures = "--max_pixels or --max_tiles, or " if sample.images else ""
         raise InputError(
             f"{sample.task}, question {sample.identity}: prompt and response have {tokens} tokens and the model takes "
-            f"{most}; shorten the sample or lower --max_new_tokens"
+            f"{most}; shorten the sample or lower {pictures}--max_new_tokens"
         )
 
 

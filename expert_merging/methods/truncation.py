@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from expert_merging.methods.spectral import is_matrix, rounding_floor, singular_triples
 from expert_merging.registry import Fraction, register
 
 if TYPE_CHECKING:
@@ -33,12 +35,9 @@ def svd_intermediate(
     Returns:
         Truncated task vector ``(*shape)``.
     """
-    import torch
-
-    task_vector: Tensor = task_vectors[0]
-    if task_vector.dim() != 2 or 0 in task_vector.shape:
-        return task_vector * scaling_coefficient
-    rank = max(1, int(min(task_vector.shape) * (rank_ratio or 1 / len(experts))))
-    left, values, right = torch.linalg.svd(task_vector, full_matrices=False)
-    truncated: Tensor = (left[:, :rank] * (scaling_coefficient * values[:rank])) @ right[:rank]
-    return truncated
+    if not is_matrix(task_vectors):
+        return task_vectors[0] * scaling_coefficient
+    side = min(task_vectors[0].shape)
+    rank = int(Decimal(str(rank_ratio)) * side) if rank_ratio else side // len(experts)
+    left, values, right = singular_triples(task_vectors[0], rounding_floor(task_vectors), max(1, rank))
+    return ((left * (scaling_coefficient * values)) @ right.mT).float()

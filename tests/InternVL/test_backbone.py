@@ -168,6 +168,9 @@ def test_other_conversation_templates_are_refused_unless_one_is_given(tmp_path):
     ):
         encode_prompt(processor, sample("Why?"), None)
     assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [[*b"Why?"]]
+    silent = load_processor(save_model(tmp_path / "silent", 1, {"template": None}))
+    with pytest.raises(InputError, match=r"config\.json names no conversation template; give --prompt_template with"):
+        encode_prompt(silent, sample("Why?"), None)
 
 
 def test_picture_settings_come_from_the_checkpoint(tmp_path, pictures):

@@ -300,10 +300,12 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(internvl_zoo, tmp_
 def test_the_merged_folder_has_all_that_evaluation_needs(internvl_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", internvl_zoo, "--run_name", "mean")
     evaluation = json.loads((run.model / "eval.json").read_text())
-    assert evaluation["model"] == {"InternVL-mean": {"class": "InternVLChat", "model_path": str(run.model.resolve())}}
+    settings = {"class": "InternVLChat", "version": "V2.0", "model_path": str(run.model.resolve())}
+    assert evaluation["model"] == {"InternVL-mean": settings}
     log = " ".join(run.log.read_text().split())
     assert f"python run.py --config {run.model / 'eval.json'} --verbose" in log
-    assert f"lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks refcoco" in log
+    assert f"launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks " in log
+    assert f'("{run.model}", torch_dtype="auto", trust_remote_code=True) # with transformers 4' in log
     assert load_processor(run.model).tokenizer.get_vocab() == load_processor(internvl_zoo / BASE).tokenizer.get_vocab()
 
 
@@ -339,8 +341,18 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
     line = refusal(capsys, *flags, "--max_tiles", 0, family=BACKBONE)
     assert line == "--max_tiles must be a whole number in [1, inf), got 0"
     line = refusal(capsys, *flags, "--max_tiles_dict", '{"Chart": 0}', family=BACKBONE)
-    assert line.startswith("--max_tiles_dict must be ")
-    assert line.endswith('whole number in [1, inf), got {"Chart": 0}')
+    assert line == "--max_tiles_dict must be a whole number in [1, inf), got 0 for 'Chart'"
+    line = refusal(capsys, *flags, "--max_tiles_dict", "chart=3", family=BACKBONE)
+    assert line.startswith("--max_tiles_dict names the task 'chart', and ")
+    assert line.endswith(" has no chart.json. Did you mean 'Chart'?")
+
+
+def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
+    cache = make_zoo(tmp_path / "cache", {"llm_config.max_position_embeddings": 180})
+    flags = [*LEARNING, "--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", tmp_path / "out"]
+    ends = {line.split(":")[0]: line.split("takes 180; ")[1] for line in refused_command(capsys, *flags)}
+    assert ends["Chart, question 0"] == "shorten the sample or lower --max_pixels or --max_tiles, or --max_new_tokens"
+    assert ends["Chart, question 1"] == "shorten the sample or lower --max_new_tokens", "it has no picture"
 
 
 def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -19,10 +20,10 @@ from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Qwen2VL.backbone import BACKBONE, encode_prompt, load_processor
-from tests.checkpoints import perturb, tensors_of
-from tests.command import assert_same_bytes, merge_plainly, merged, refusal, refused
+from tests.checkpoints import perturb, tensors_of, write_checkpoint
+from tests.command import assert_same_bytes, merge, merge_plainly, merged, refusal, refused
 from tests.learned.twin import Example, Twin
-from tests.qwen2vl import BASE, CONFIG_2_5, EXPERTS, make_zoo, newer_name, save_picture, with_newer_names
+from tests.qwen2vl import BASE, CONFIG, CONFIG_2_5, EXPERTS, make_zoo, newer_name, save_picture, with_newer_names
 from tests.Qwen2VL.reference import chat, patches, positions, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -345,8 +346,10 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(qwen_zoo, tmp_path
 def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", qwen_zoo, "--run_name", "mean")
     evaluation = json.loads((run.model / "eval.json").read_text())
-    assert evaluation["model"] == {"Qwen2VL-mean": {"class": "Qwen2VLChat", "model_path": str(run.model.resolve())}}
+    settings = {"class": "Qwen2VLChat", "min_pixels": 1003520, "max_pixels": 12845056}
+    assert evaluation["model"] == {"Qwen2VL-mean": {**settings, "model_path": str(run.model.resolve())}}
     log = run.log.read_text()
+    assert "VLMEvalKit goes by the path" not in log
     assert (
         f"--model qwen2_vl --model_args pretrained={run.model},max_pixels=2359296 --tasks refcoco_bbox_rec_val" in log
     )
@@ -355,6 +358,61 @@ def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
     assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in card
     processor = load_processor(run.model)
     assert processor.tokenizer.chat_template == load_processor(qwen_zoo / BASE).tokenizer.chat_template
+
+
+def test_the_second_generation_is_evaluated_as_such(second_zoo, tmp_path):
+    run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", second_zoo)
+    assert re.fullmatch(r"Qwen2_5VL-[0-9a-f]{8}", run.folder.name)
+    (settings,) = json.loads((run.model / "eval.json").read_text())["model"].values()
+    assert settings["use_custom_prompt"] is False
+    log = run.log.read_text()
+    assert "lmms_eval --model qwen2_5_vl --model_args" in log
+    assert "VLMEvalKit" not in log
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "wrong"),
+    [
+        (CONFIG, "mean", False),
+        (CONFIG, "like-Qwen2.5", True),
+        (CONFIG_2_5, "mean", True),
+        (CONFIG_2_5, "my-Qwen25", False),
+        (CONFIG_2_5, "qwen25-omni", True),
+    ],
+)
+def test_a_path_that_vlmevalkit_misreads_is_told(config, name, wrong, tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base", {"model.layers.0.weight": torch.ones(3)}, config=config)
+    flags = ["--base_model_path", base, "--expert", f"A={base}", "--output_path", tmp_path, "--run_name", name]
+    assert merge("--method", "weight_average", *flags, "--dry_run", family=BACKBONE) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    path = tmp_path / "weight_average" / name / "model"
+    kind = config["model_type"]
+    assert len(told) == wrong
+    assert all(
+        line.startswith(f"warning: VLMEvalKit goes by the path and will not take {path} for {kind}, for which it has")
+        and line.endswith("; choose another --run_name or --output_path before you evaluate it there")
+        for line in told
+    )
+
+
+def test_a_base_of_another_family_is_told(qwen_zoo, tmp_path, capsys):
+    base = write_checkpoint(
+        tmp_path / "base",
+        {"vision_tower.layers.0.weight": torch.ones(3), "language_model.lm_head.weight": torch.ones(3)},
+        config={"model_type": "internvl"},
+    )
+    flags = ["--method", "weight_average", "--expert", f"A={base}", "--base_model_path", base, "--dry_run"]
+    assert merge(*flags, family=BACKBONE) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    assert line == (
+        "warning: the base has the model_type 'internvl', and the Qwen2VL command is made for qwen2_vl and qwen2_5_vl: "
+        "its patterns may leave out other parameters than they should (a vision tower may be merged); look at the "
+        "names and give --exclude_params, or use the command of the base's own family"
+    )
+    assert merge(*flags) == 0
+    assert "model_type" not in capsys.readouterr().out, "the Mistral command takes any language model"
+    assert merge("--method", "ties", "--cache_dir", qwen_zoo, "--dry_run", family=BACKBONE) == 0
+    assert "model_type" not in capsys.readouterr().out
 
 
 def test_the_merged_model_answers_the_test_questions(qwen_zoo, tmp_path):

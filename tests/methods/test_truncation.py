@@ -23,6 +23,19 @@ def test_the_strongest_directions_are_kept(ratio, rank):
     torch.testing.assert_close((task_vector - result).norm(), left_out, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("ratio", "experts", "rank"), [(0.29, 1, 29), (None, 3, 33), (None, 100, 1)])
+def test_ranks_are_counted_without_rounding(ratio, experts, rank):
+    """In binary, 100 * 0.29 is less than 29."""
+    task_vector = torch.randn(100, 110, generator=torch.Generator().manual_seed(0))
+    result = svd_intermediate(task_vector[None], ("a",) * experts, rank_ratio=ratio)
+    assert torch.linalg.matrix_rank(result) == rank
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_no_change_stays_no_change(shape):
+    assert svd_intermediate(torch.zeros(1, *shape), NAMES).equal(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (0, 4)])
 def test_what_is_no_matrix_keeps_its_change(shape):
     task_vectors = torch.randn(1, *shape)
