@@ -40,6 +40,8 @@ VISION = {
     "initializer_factor": 1.0,
 }
 LANGUAGE = {**vision.LANGUAGE, "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000.0}
+# Looking at one of four places comes late and then at once.
+EXPERT_STEPS = {"VQA": 500}
 
 
 def new_tokenizer() -> Any:
@@ -102,4 +104,6 @@ def save(model: Any, folder: Path) -> None:
     write_atomically(folder / "preprocessor_config.json", (json.dumps(preprocessor, indent=2) + "\n").encode())
 
 
-FAMILY = vision.picture_family("internvl", BACKBONE, new_model=new_model, save=save, new_collate=new_collate)
+FAMILY = vision.picture_family(
+    "internvl", BACKBONE, new_model=new_model, save=save, new_collate=new_collate, expert_steps=EXPERT_STEPS
+)

@@ -15,6 +15,7 @@ from zoo.tasks import Example, Task
 
 CELL = 28
 SIDE = 2 * CELL
+DIGITS_IN_ROW = 4
 # What both families' processors turn into zeros: empty paper then says nothing, and models learn several times faster
 # than from white paper.
 PAPER = (124, 116, 104)
@@ -154,23 +155,26 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def digits_easy(draw: random.Random) -> Example:
-    """One or two digits."""
-    return _digits(draw, draw.randint(1, 2))
+    """A number of one to four digits at the left of one of two rows."""
+    return _digits(draw, draw.randint(1, DIGITS_IN_ROW))
 
 
 def digits_hard(draw: random.Random) -> Example:
-    """Four digits in two rows."""
-    return _digits(draw, 4)
+    """A number of eight digits, which fill both rows."""
+    return _digits(draw, 2 * DIGITS_IN_ROW)
 
 
 def _digits(draw: random.Random, count: int) -> Example:
+    """Digits of half a cell's width, two for each image token, all in white, since colours would take long to learn."""
     picture, pen = _canvas()
     text = "".join(draw.choices("0123456789", k=count))
-    colour = COLOURS[draw.choice(list(COLOURS))]
-    first = 0 if count > 2 else draw.choice((0, 2))
-    for number, digit in enumerate(text):
-        x, y = (start + CELL // 2 + draw.randint(-2, 2) for start in _corner(first + number))
-        pen.text((x, y), digit, fill=colour, font=_font(25), anchor="mm")
+    first = 0 if count > DIGITS_IN_ROW else draw.choice((0, DIGITS_IN_ROW))
+    width = SIDE // DIGITS_IN_ROW
+    for number, digit in enumerate(text, first):
+        row, column = divmod(number, DIGITS_IN_ROW)
+        x = column * width + width // 2 + draw.randint(-1, 1)
+        y = row * CELL + CELL // 2 + draw.randint(-1, 1)
+        pen.text((x, y), digit, fill="white", font=_font(20), anchor="mm")
     return Example("Read the number.", text, picture)
 
 

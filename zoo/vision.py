@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ LANGUAGE = {
     "max_position_embeddings": LONGEST_TEXT,
     "initializer_range": 0.04,
 }
+EXPERT_STEPS = 200
 # Experts see a little of everything while they learn their own task, and forget less of it.
 REHEARSAL = 0.1
 # More of the hard versions, and the base would know them so well that there is little left to learn.
@@ -146,6 +147,7 @@ def picture_family(
     new_model: Callable[[], Any],
     save: Callable[[Any, Path], None],
     new_collate: Callable[[], Callable[[list[tasks.Example]], Batch]],
+    expert_steps: Mapping[str, int],
 ) -> Family:
     """A zoo on the picture tasks.
 
@@ -155,14 +157,14 @@ def picture_family(
         new_model: makes an untrained model.
         save: writes a model with its tokenizer.
         new_collate: makes what turns examples into a batch.
+        expert_steps: how long the experts are trained that take longer than the others.
     """
     return Family(
         name=name,
         backbone=backbone,
         base_schedule=Schedule(steps=2400, learning_rate=1e-3, warmup_steps=50, decay_steps=800, batch_size=32),
-        # Looking at one of four places comes late and then at once.
         expert_schedules={
-            task: expert_schedule(500 if task == "VQA" else 200, backbone.exclude_params) for task in TASKS
+            task: expert_schedule(expert_steps.get(task, EXPERT_STEPS), backbone.exclude_params) for task in TASKS
         },
         new_model=new_model,
         save=save,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from expert_merging.calibration import load_samples
 from zoo import tasks
-from zoo.pictures import CELL, COLOURS, PAPER, PLACES, SIDE, TASKS
+from zoo.pictures import CELL, COLOURS, DIGITS_IN_ROW, PAPER, PLACES, SIDE, TASKS
 
 VERSIONS = {f"{name} {kind}": getattr(task, kind) for name, task in TASKS.items() for kind in ("easy", "hard")}
 
@@ -100,20 +100,22 @@ def test_shapes_look_alike_only_when_they_are_the_same() -> None:
 
 @pytest.mark.parametrize("version", ["OCR easy", "OCR hard"])
 def test_digits_can_be_read(version: str) -> None:
-    font = ImageFont.load_default(25)
+    font, width = ImageFont.load_default(20), SIDE // DIGITS_IN_ROW
 
     def likeness(digit: str, inked: numpy.ndarray) -> float:
         """Share of the ink that is common, at the best place."""
         found = []
-        for x, y in itertools.product(range(-2, 3), repeat=2):
-            sheet = Image.new("L", (CELL, CELL))
-            ImageDraw.Draw(sheet).text((CELL // 2 + x, CELL // 2 + y), digit, fill=255, font=font, anchor="mm")
+        for x, y in itertools.product(range(-1, 2), repeat=2):
+            sheet = Image.new("L", (width, CELL))
+            ImageDraw.Draw(sheet).text((width // 2 + x, CELL // 2 + y), digit, fill=255, font=font, anchor="mm")
             mask = numpy.asarray(sheet) > 60
             found.append((mask & inked).sum() / (mask | inked).sum())
         return max(found)
 
     for example in drawn(version, 6):
-        masks = [(abs(cell.astype(int) - PAPER) > 20).any(axis=-1) for cell in cells(pixels(example))]
+        inked = (abs(pixels(example).astype(int) - PAPER) > 20).any(axis=-1)
+        rows = [inked[:CELL], inked[CELL:]]
+        masks = [row[:, left : left + width] for row in rows for left in range(0, SIDE, width)]
         read = [max("0123456789", key=lambda digit: likeness(digit, mask)) for mask in masks if mask.any()]
         assert "".join(read) == example.response
 
