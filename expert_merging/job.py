@@ -221,10 +221,30 @@ class Job:
         ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
         return [
             *ignored,
+            *self._short_memory(),
             *self._foreign_base(),
             *self._idle_patterns(),
             *differing_settings(self.plan),
             *self._misleading_path(),
+        ]
+
+    @property
+    def _working_memory(self) -> int:
+        import torch
+
+        from expert_merging.merge import working_memory
+
+        return working_memory(self.plan, elementwise=self.resolved.method.elementwise, device=torch.device(self.device))
+
+    def _short_memory(self) -> list[str]:
+        from expert_merging.learned.memory import free_memory
+
+        needed, free = self._working_memory, free_memory(self.device)
+        if needed <= free:
+            return []
+        return [
+            f"merging needs about {_size(needed)} of memory, and {_size(free)} are free on {self.device}; leave out "
+            "the largest tensors (--exclude_params) or take a machine with more"
         ]
 
     def _foreign_base(self) -> list[str]:
@@ -315,12 +335,9 @@ class Job:
 
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
-        import torch
-
         from expert_merging.checkpoint import weights_in_other_formats
-        from expert_merging.merge import working_memory
 
-        plan, method = self.plan, self.resolved.method
+        plan = self.plan
         tensors = len(plan.base.entries)
         lines = [
             f"base {plan.base.folder}",
@@ -332,9 +349,9 @@ class Job:
             f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
             f"{tensors - len(plan.merged)} keep the base's value"
         )
-        memory = working_memory(plan, elementwise=method.elementwise, device=torch.device(self.device))
         written = len(self._results(self.run)) * plan.output_bytes
-        lines.append(f"writes {_size(written)}; merging needs about {_size(memory)} of memory on {self.device}")
+        needed = _size(self._working_memory)
+        lines.append(f"writes {_size(written)}; merging needs about {needed} of memory on {self.device}")
         unread = weights_in_other_formats(plan.base)
         if unread:
             lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")

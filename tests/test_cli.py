@@ -230,6 +230,19 @@ def test_weights_in_other_formats_are_left_out_and_named(command, tmp_path):
     assert "not copied, since they hold the base's weights: pytorch_model.bin" in run.log.read_text()
 
 
+def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
+    folders = [write_checkpoint(tmp_path / name, {"w": torch.ones(300, 300)}) for name in ("base", "expert")]
+    command = ("--method", "iso", *flags(folders[0], A=folders[1]), "--device", "cpu", "--dry_run")
+    assert merge(*command) == 0
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr("expert_merging.learned.memory.free_memory", lambda device: 1e6)
+    assert merge(*command) == 0
+    assert (
+        "warning: merging needs about 6.8 MB of memory, and 1.0 MB are free on cpu; leave out the largest tensors "
+        "(--exclude_params) or take a machine with more" in capsys.readouterr().out
+    )
+
+
 def test_an_expert_that_computes_otherwise_is_told(tmp_path):
     base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 9})
     expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"rope_theta": 1e6, "vocab_size": 10})

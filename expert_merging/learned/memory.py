@@ -238,9 +238,10 @@ def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOpti
     elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
     lines = [
         f"learning needs at least {_gib(now)}{flag} for each process on {device}: model {_gib(needs.model)}, a sample "
-        f"of {tokens} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}",
+        f"of {tokens} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}"
+        + _own_heads(plan, width),
         f"with base and experts there too, {_gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
-        "the files",
+        "the files" + (f", as {device} has no room for them" if now + needs.task_vectors > machine.free else ""),
         f"with weight gradients added up, {_gib(needs.gradients)} more",
     ]
     if now > machine.free:
@@ -255,6 +256,13 @@ def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOpti
     return tuple(lines)
 
 
+def _own_heads(plan: Plan, width: int) -> str:
+    """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
+    heads = [entry.elements for name, entry in plan.base.entries.items() if name.endswith("lm_head.weight")]
+    size = len(plan.experts) * width * sum(heads)
+    return f", and up to {_gib(size)} for experts' own output heads" if size else ""
+
+
 def _together(size: int, machine: Machine) -> str:
     """What all processes of this machine take in host memory, beside what there is."""
     if machine.local == 1:
@@ -266,6 +274,14 @@ def _together(size: int, machine: Machine) -> str:
 def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: TrainingOptions) -> str:
     """What to do where a device has not enough memory: the flags that cost least and are enough, or what else."""
     again = "" if options.gradient_checkpointing else "--gradient_checkpointing"
+    if width == 4:
+        kind = machine.device.split(":")[0]
+        needs = estimate(plan, 2, tokens, kind, machine.processes if options.shard else 1)
+        narrow = f"--mixed_precision {'bf16' if kind == 'cpu' else 'fp16'}"
+        if needs.plain <= machine.free:
+            return narrow
+        if needs.least <= machine.free:
+            return f"{narrow} {again}".strip()
     # Another number of processes than there are is worth a word only for those who have not split the model yet.
     counts = [machine.processes] if options.shard or machine.processes > 1 else [1, 2, 4, 8, 16]
     for count in counts if options.shard else dict.fromkeys([1, *counts]):

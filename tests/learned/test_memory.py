@@ -263,6 +263,25 @@ def test_what_makes_a_7b_model_fit_on_eight_v100s(tmp_path):
     assert tell(qwen, large, task_vectors="device", shard=True)[3:] == ()
 
 
+def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
+    config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+    plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
+    first, second, _ = tell(plan, Machine("cuda", 80 * 2**30))
+    assert first.endswith(", and up to 750.0 MiB for experts' own output heads")
+    assert second.endswith("or read from the files")
+    assert tell(plan, Machine("cuda", 78 * 2**30))[1].endswith("the files, as cuda has no room for them")
+    tied = plan_of(tmp_path / "tied", 3, config, {"model.embed_tokens.weight": (9, 5), "layers.0.w": (5, 5)})
+    assert "output heads" not in tell(tied, Machine("cuda", 2**40))[0]
+
+    def advice(free, device, **options):
+        (problem,) = describe(plan, "no", Machine(device, free * 2**30), LearningOptions(**options), tokens=2048)[3:]
+        return problem.rpartition("it takes ")[2]
+
+    assert advice(28, "cpu") == "--mixed_precision bf16"
+    assert advice(20, "cuda:0") == "--mixed_precision fp16 --gradient_checkpointing"
+    assert advice(20, "cuda:0", gradient_checkpointing=True) == "--mixed_precision fp16"
+
+
 def test_the_machine_is_what_the_launcher_says(monkeypatch):
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 5.0)
     assert this_machine("cpu") == Machine("cpu", 5.0, 1, 1, 5.0)
