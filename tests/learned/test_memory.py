@@ -267,7 +267,7 @@ def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
     config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
     plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
     first, second, _ = tell(plan, Machine("cuda", 80 * 2**30))
-    assert first.endswith(", and up to 750.0 MiB for experts' own output heads")
+    assert first.endswith(", and up to 0.7 GiB for experts' own output heads")
     assert second.endswith("or read from the files")
     assert tell(plan, Machine("cuda", 78 * 2**30))[1].endswith("the files, as cuda has no room for them")
     tied = plan_of(tmp_path / "tied", 3, config, {"model.embed_tokens.weight": (9, 5), "layers.0.w": (5, 5)})
