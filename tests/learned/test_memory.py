@@ -270,7 +270,7 @@ def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
     assert first.endswith(", and up to 0.7 GiB for experts' own output heads")
     assert second.endswith("or read from the files")
     assert tell(plan, Machine("cuda", 78 * 2**30))[1].endswith("the files, as cuda has no room for them")
-    tied = plan_of(tmp_path / "tied", 3, config, {"model.embed_tokens.weight": (9, 5), "layers.0.w": (5, 5)})
+    tied = plan_of(tmp_path / "tied", 3, config, {"model.embed_tokens.weight": (9, 5), "model.layers.0.w": (5, 5)})
     assert "output heads" not in tell(tied, Machine("cuda", 2**40))[0]
 
     def advice(free, device, **options):
