@@ -93,7 +93,12 @@ BACKBONE = Backbone(
     ),
     evaluation={
         "": Evaluation(
-            ("lm_eval --model hf --model_args pretrained={model} --tasks gsm8k,humaneval,mbpp --batch_size auto",)
+            (
+                "lm_eval --model hf --model_args pretrained={model} --tasks gsm8k --batch_size auto",
+                # Runs what the model writes, which takes two permissions.
+                "HF_ALLOW_CODE_EVAL=1 lm_eval --model hf --model_args pretrained={model} --tasks humaneval,mbpp "
+                "--batch_size auto --confirm_run_unsafe_code",
+            )
         )
     },
 )

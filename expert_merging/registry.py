@@ -345,13 +345,13 @@ def all_methods() -> dict[str, Method]:
 
 
 def find_method(name: str) -> Method:
-    """The method of that name or alias; dashes count as underscores.
+    """The method of that name or alias; dashes count as underscores, and capitals as small letters.
 
     Raises:
         InputError: there is none; the message offers the nearest name.
     """
     methods = all_methods()
-    asked = name.replace("-", "_")
+    asked = name.lower().replace("-", "_")
     asked = _TABLE.aliases.get(asked, asked)
     if asked not in methods:
         raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *_TABLE.aliases])}")

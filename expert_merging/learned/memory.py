@@ -260,7 +260,7 @@ def _own_heads(plan: Plan, width: int) -> str:
     """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
     heads = [entry.elements for name, entry in plan.base.entries.items() if name.endswith("lm_head.weight")]
     size = len(plan.experts) * width * sum(heads)
-    return f", and up to {_gib(size)} for experts' own output heads" if size else ""
+    return f", and up to {_gib(size)} for experts' own output heads" if size >= 2**20 else ""
 
 
 def _together(size: int, machine: Machine) -> str:
