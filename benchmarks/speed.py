@@ -152,14 +152,17 @@ def whole_process(command: list[str]) -> dict[str, float]:
 
 def watched(command: list[str], output: IO[str] | int, file: str, field: str, pause: float) -> int:
     """Run a command; the largest sum over its processes of a field (in kB) of a file under ``/proc``, in bytes."""
-    with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=output, stderr=errors) as process,
+    ):
         peak = 0
         while process.poll() is None:
             peak = max(peak, sum(_kilobytes(number, file, field) for number in _family(process.pid)))
             time.sleep(pause)
         if process.returncode:
-            errors = process.stderr.read().decode()[-2000:] if process.stderr else ""
-            raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
     return 1024 * peak
 
 

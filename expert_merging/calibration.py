@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 # Parts of names that say that a field is about a picture.
-_PICTURES = ("image", "img", "picture", "photo")
+_PICTURES = {
+    *("image", "images", "image_paths", "image_file", "image_files", "image_url", "img", "imgs", "img_path"),
+    *("picture", "pictures", "photo", "photos"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
         raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}{fields}")
     if response is not None and not isinstance(response, str):
         raise InputError(f"{where}: 'response' must be a text (or left out), got {json.dumps(response)[:60]}")
-    others = [key for key, value in entry.items() if value and any(word in key.lower() for word in _PICTURES)]
+    others = [key for key, value in entry.items() if value and key.lower() in _PICTURES]
     if others and not entry.get("image_path"):
         raise InputError(
             f"{where}: has {others[0]!r}, and pictures are named by 'image_path'; rename it, or take it out if the "

@@ -104,6 +104,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._pages: dict[Path, Tensor] = {}
         self.folder = folder
         self.config = _read_config(folder)
         self.files = _weight_files(folder)
@@ -157,15 +158,17 @@ class Checkpoint:
     def mapped(self, name: str) -> Tensor:
         """The flattened tensor ``(entries,)`` as pages of the file, which take memory while they are used.
 
-        Whoever writes to it changes copies of the pages and not the file.
+        Whoever writes to it changes copies of the pages, which later calls for this checkpoint get, and not the file.
         """
         import torch
 
         entry = self.entries[name]
         if entry.offset % entry.torch_dtype.itemsize or not entry.size:  # allowed, but no tensor begins there
             return self.read(name)
-        pages = torch.from_file(str(entry.file), shared=False, size=entry.offset + entry.size, dtype=torch.uint8)
-        return pages[entry.offset :].view(entry.torch_dtype)
+        if entry.file not in self._pages:
+            size = entry.file.stat().st_size
+            self._pages[entry.file] = torch.from_file(str(entry.file), shared=False, size=size, dtype=torch.uint8)
+        return self._pages[entry.file][entry.offset : entry.offset + entry.size].view(entry.torch_dtype)
 
     def descriptor(self, file: Path) -> int:
         """An open read-only file descriptor, kept until the checkpoint is closed."""
@@ -174,7 +177,8 @@ class Checkpoint:
         return self._descriptors[file]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; pages that somebody still holds stay."""
+        self._pages.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

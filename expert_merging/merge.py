@@ -63,7 +63,8 @@ def working_memory(plan: Plan, *, elementwise: bool, device: torch.device) -> in
     entries = [plan.base.entries[name] for name in plan.merged]
     if elementwise:
         largest = max(entry.elements for entry in entries)
-        return 4 * (experts + 4) * min(block_entries(device), largest) * Crew.for_blocks(plan, device).size
+        workers = Crew.for_entries(plan.base_elements, device).size
+        return 4 * (experts + 4) * min(block_entries(device), largest) * workers
     needs = sorted((_whole_memory(entry, experts) for entry in entries), reverse=True)
     return max(needs[0], min(sum(needs[: _whole_workers(plan, device)]), half_of_memory(device)))
 
@@ -190,7 +191,8 @@ class _Merger:
         self.merged = set(plan.merged)
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
-        self.crew = Crew.for_blocks(plan, device, team) if elementwise else Crew(_whole_workers(plan, device))
+        workers = Crew.for_entries(plan.base_elements, device)
+        self.crew = workers if elementwise else Crew(_whole_workers(plan, device))
         self.room = _Room(half_of_memory(device) // (team.size if device.type == "cpu" else 1))
         if device.type != "cpu":
             import torch

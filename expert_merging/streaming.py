@@ -16,9 +16,11 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -263,14 +265,15 @@ class Crew:
     worker: ClassVar[threading.local] = threading.local()
 
     @classmethod
-    def for_blocks(cls, plan: Plan, device: torch.device, team: Team = ALONE) -> Crew:
-        """Who merges blocks of that device; a model on the processor is shared by its cores."""
+    def for_entries(cls, entries: int, device: torch.device) -> Crew:
+        """Who works on so many entries on that device; the processes of a run on this machine divide its cores."""
         cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         if device.type != "cpu":
             return cls(max(2, cores))
-        if plan.base_elements < SMALL_MODEL:
+        if entries < SMALL_MODEL:
             return cls(1)
-        return cls(max(1, cores // team.size), forked=sys.platform == "linux")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(max(1, cores // local), forked=sys.platform == "linux")
 
     @classmethod
     def number(cls) -> int:
@@ -318,7 +321,9 @@ class Crew:
                         done(block, result)
 
         with warnings.catch_warnings():
-            # Of forking beside other threads: the children use nothing that these may have locked.
+            # Of forking beside other threads, which may hold locks for ever in the children. These only read and write
+            # files and call torch's and numpy's functions on one thread each, as the workers of torch's own data loader
+            # do; they neither log nor print.
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             pool = self._pool(work)
             try:
@@ -326,11 +331,11 @@ class Crew:
                     pending[pool.submit(_work_on, batch)] = batch
                     collect(most=4 * self.size)
                 collect(most=0)
-            except BrokenProcessPool:
+            except BrokenProcessPool as error:
                 raise InputError(
                     "a process of this run was ended from outside, perhaps because memory ran out; "
                     "the same command continues the run"
-                ) from None
+                ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -362,7 +367,14 @@ def _start_process(work: Callable[[Entry, int, int], Any], numbers: Any, parent:
 
 
 def _work_on(batch: list[Block]) -> list[Any]:
-    return [Crew.worker.work(*block) for block in batch]
+    try:
+        return [Crew.worker.work(*block) for block in batch]
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301  (it was made here)
+        except Exception:  # noqa: BLE001  (whatever it is, it would be taken for the end of the process)
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        raise
 
 
 def _batches(blocks: Iterable[Block], entries: int) -> Iterator[list[Block]]:
@@ -435,7 +447,7 @@ class Passes:
         entries = [self.plan.base.entries[name] for name in ([only] if only else self.plan.merged)]
         width = 1 + len(self.plan.experts)
         reader = Reader(self.plan, self.device)
-        crew = Crew.for_blocks(self.plan, self.device, self.team)
+        crew = Crew.for_entries(sum(entry.elements for entry in entries) // sample, self.device)
         # Each worker counts for itself: adding up large counts after every block would cost more than counting.
         rows = shared_zeros((crew.size, *shape), torch.int64).to(self.device)
 

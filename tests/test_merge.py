@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from expert_merging.registry import all_methods, find_method
 from expert_merging.streaming import Crew, Passes, Reader
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
+from tests.test_streaming import CREWS
 
 EXCLUDED = [".*norm.*"]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -114,8 +116,8 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
         patch.setattr(streaming, "BLOCK", draw(st.integers(1, 50)))
         patch.setattr(streaming, "STEP", draw(st.integers(1, 50)))
         patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
-        crew = Crew(draw(st.integers(1, 3)), forked=draw(st.booleans()))
-        patch.setattr(Crew, "for_blocks", lambda *_: crew)
+        crew = Crew(draw(st.integers(1, 3)), forked=draw(st.booleans()) and sys.platform == "linux")
+        patch.setattr(Crew, "for_entries", lambda *_: crew)
         folders = []
         for seed, count in enumerate(counts):
             tensors = random_tensors(shapes, draw(types), seed)
@@ -349,7 +351,7 @@ def test_embeddings_and_heads_are_no_matrices(tmp_path):
 
 
 def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, monkeypatch):
-    monkeypatch.setattr(Crew, "for_blocks", lambda *_: Crew(2))
+    monkeypatch.setattr(Crew, "for_entries", lambda *_: Crew(2))
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
     assert working_memory(plan, elementwise=False, device=CPU) == largest
@@ -533,10 +535,10 @@ def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp
     assert_same_bytes(*results)
 
 
-@pytest.mark.parametrize("crew", [Crew(3), Crew(3, forked=True)], ids=["threads", "processes"])
+@pytest.mark.parametrize("crew", CREWS)
 def test_surveys_and_merges_give_the_same_bytes_whoever_does_them(crew, base, experts, tmp_path, monkeypatch):
     expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
-    monkeypatch.setattr(Crew, "for_blocks", lambda *_: crew)
+    monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
     monkeypatch.setattr(streaming, "BLOCK", 10)
     monkeypatch.setattr(streaming, "_BATCH", 20)
     assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from expert_merging import streaming
 from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
-from expert_merging.streaming import Crew, Team, shared_zeros
+from expert_merging.streaming import Crew, shared_zeros
 
 ENTRY = Entry("a", "F32", (100,), Path("a"), 0, 400)
 BLOCKS = [(ENTRY, start, start + 5) for start in range(0, 100, 5)]
@@ -76,6 +76,24 @@ def test_the_first_error_stops_the_work_and_tells_all_its_problems(crew):
     assert begun.sum() < 60
 
 
+class OddError(Exception):
+    """Cannot be sent from one process to another."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@pytest.mark.parametrize("crew", CREWS)
+@pytest.mark.parametrize("error", [OSError(28, "no space"), MemoryError(), OddError("strange", 2)], ids=repr)
+def test_every_error_is_told_as_what_it_is(crew, error):
+    def work(entry, start, stop):
+        raise error
+
+    with pytest.raises((type(error), RuntimeError)) as caught:
+        crew.work_through(BLOCKS, work)
+    assert type(error).__name__ in repr(caught.value)
+
+
 @FORKS
 def test_a_process_that_is_ended_from_outside_ends_the_run():
     def work(entry, start, stop):
@@ -104,23 +122,36 @@ Crew(2, forked=True).work_through(BLOCKS, work)
 
 
 @FORKS
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_processes_end_with_the_one_that_they_were_forked_from(how):
     """Otherwise they would write into files that the next run is writing."""
-    command = [sys.executable, "-c", LONELY.format(root=str(ROOT))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
-        children = [int(parent.stdout.readline()) for _ in range(2)]
-        os.kill(parent.pid, signal.SIGKILL if how == signal.SIGKILL else signal.SIGINT)
-        if how == signal.SIGINT:  # and then a second time, by somebody impatient
-            time.sleep(0.5)
-            os.kill(parent.pid, signal.SIGKILL)
+    with lonely() as (parent, children):
+        os.kill(parent.pid, how)
         parent.wait(timeout=30)
         for child in children:
             assert ended(child), "a process outlived its parent"
 
 
-def ended(process: int) -> bool:
-    for _ in range(100):
+@FORKS
+def test_only_the_parent_hears_an_interrupt():
+    """A terminal sends it to all; the parent alone decides, and the others finish what they are writing."""
+    with lonely() as (parent, children):
+        os.killpg(parent.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert not any(ended(child, patience=1) for child in children)
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+@contextmanager
+def lonely():
+    command = [sys.executable, "-c", LONELY.format(root=str(ROOT))]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **streams, text=True, start_new_session=True) as parent:
+        yield parent, [int(parent.stdout.readline()) for _ in range(2)]
+
+
+def ended(process: int, patience: int = 100) -> bool:
+    for _ in range(patience):
         state = Path(f"/proc/{process}/stat")
         if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return True
@@ -128,16 +159,17 @@ def ended(process: int) -> bool:
     return False
 
 
-def test_the_cores_share_a_large_model_and_one_worker_does_a_small_one(monkeypatch):
+def test_the_cores_share_much_work_and_one_worker_does_little(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    large, small = (SimpleNamespace(base_elements=elements) for elements in (10**9, 10**6))
-    assert Crew.for_blocks(large, cpu) == Crew(6, forked=True)
-    assert Crew.for_blocks(large, cpu, Team(0, 2)) == Crew(3, forked=True)
-    assert Crew.for_blocks(large, cpu, Team(0, 8)) == Crew(1, forked=True)
-    assert Crew.for_blocks(small, cpu) == Crew(1)
-    assert Crew.for_blocks(large, gpu) == Crew(6)
+    assert Crew.for_entries(10**9, cpu) == Crew(6, forked=True)
+    assert Crew.for_entries(10**6, cpu) == Crew(1)
+    assert Crew.for_entries(10**9, gpu) == Crew(6)
+    for processes, cores in ((2, 3), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert Crew.for_entries(10**9, cpu) == Crew(cores, forked=True)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    assert Crew.for_blocks(large, cpu) == Crew(4)
+    assert Crew.for_entries(10**9, cpu) == Crew(4)

@@ -171,7 +171,7 @@ class _Projection:
 
     def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
         self.head = head
-        self.weight = head.weight if isinstance(head, torch.nn.Linear) and head.bias is None else None
+        self.weight = head.weight if type(head) is torch.nn.Linear and head.bias is None else None
         self.room: Tensor | None = None
 
     def __call__(self, states: Tensor) -> Tensor:

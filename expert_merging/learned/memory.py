@@ -83,30 +83,35 @@ def choose(
     return Arrangement(places, accumulates)
 
 
-def arrange(live: LiveModel, options: TrainingOptions, rehearse: Callable[[], None]) -> None:
+def arrange(
+    live: LiveModel, options: TrainingOptions, rehearse: Callable[[], None], meet: Callable[[], None] = lambda: None
+) -> None:
     """Choose, bring the task vectors to their places, and say what was chosen.
 
     Args:
         live: the model, on its device.
         options: what the user wants.
         rehearse: a forward and backward pass over the sample that takes most memory.
+        meet: waits for the other processes of the run, so that all measure before one takes anything.
 
     Raises:
         InputError: what was asked for does not fit.
     """
     vectors, sizes = live.task_vectors, live.task_vectors.sizes
     kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
+    meet()
     if vectors.device.type == "cuda":
         device_room = _room_on_gpu(live, rehearse) + kept[DEVICE]
         host_room = (free_host_memory() + kept[HOST]) / 2
     else:
         device_room, host_room = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
+    spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
+    meet()
     if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
         raise InputError(
             f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
             f"{max(0, device_room) / 1e9:.1f} GB to spare; use auto, host or disk"
         )
-    spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
     if options.task_vectors == HOST and sum(sizes.values()) > spare:
         raise InputError(
             f"--task_vectors host needs {sum(sizes.values()) / 1e9:.1f} GB for each process, and host memory has "
@@ -284,6 +289,8 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
             return f"{narrow} {again}".strip()
     # Another number of processes than there are is worth a word only for those who have not split the model yet.
     counts = [machine.processes] if options.shard or machine.processes > 1 else [1, 2, 4, 8, 16]
+    if machine.device == "cpu" and not options.shard:
+        counts = [1]  # the processes of a machine share its memory
     for count in counts if options.shard else dict.fromkeys([1, *counts]):
         needs = estimate(plan, width, tokens, machine.device.split(":")[0], count)
         shard = "" if count == 1 or options.shard else "--shard"

@@ -26,8 +26,9 @@ def load_on(
 ) -> Any:
     """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
 
-    It is loaded in the files' own type, so that its weights are the files' pages, which all processes of a machine
-    share and which need not stay in memory; each is converted on its way to where it belongs.
+    Where that makes no difference to the model, it is loaded in the files' own type, so that its weights are the files'
+    pages, which all processes of a machine share and which need not stay in memory; each is converted on its way to
+    where it belongs.
 
     Args:
         device: this process's device.
@@ -39,9 +40,7 @@ def load_on(
     Raises:
         InputError: it cannot be split.
     """
-    stored = {entry.torch_dtype for entry in checkpoint.entries.values() if entry.is_float}
-    own = stored.pop() if len(stored) == 1 else dtype
-    model = backbone.load_model(checkpoint.folder, own)
+    model, own = _loaded(backbone, checkpoint, dtype)
 
     def bring(module: torch.nn.Module) -> None:
         """Bring weights to the device, in the wanted type but where the model keeps one of its own choice."""
@@ -55,6 +54,19 @@ def load_on(
         _shard(model, device, bring)
     bring(model)
     return model.to(device)
+
+
+def _loaded(backbone: Backbone, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, torch.dtype]:
+    """The model and the type of its weights: the files' own if nothing but weights depends on it, or the wanted one."""
+    stored = {entry.torch_dtype for entry in checkpoint.entries.values() if entry.is_float}
+    if len(stored) == 1 and stored <= {torch.float16, torch.bfloat16} - {dtype}:
+        (own,) = stored
+        model = backbone.load_model(checkpoint.folder, own)
+        tables = [buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()]
+        if own not in tables and {parameter.dtype for parameter in model.parameters()} == {own}:
+            return model, own
+        del model  # such as Gemma, whose scale of embeddings is rounded to the type that it is loaded in
+    return backbone.load_model(checkpoint.folder, dtype), dtype
 
 
 def _shard(model: Any, device: torch.device, bring: Callable[[torch.nn.Module], None]) -> None:

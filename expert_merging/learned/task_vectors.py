@@ -300,7 +300,7 @@ def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[f
         for entry in (plan.base.entries[name] for name in plan.merged)
         for start in range(0, entry.elements, BLOCK)
     )
-    Crew.for_blocks(plan, device).work_through(blocks, work, done)
+    Crew.for_entries(plan.merged_elements, device).work_through(blocks, work, done)
     return {
         name: tuple((found.sum(0) / max(1, plan.base.entries[name].elements)).tolist()) for name, found in sums.items()
     }

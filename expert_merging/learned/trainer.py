@@ -130,7 +130,12 @@ class Trainer:
             try:
                 if self.settings.options.gradient_checkpointing:
                     self.live.checkpoint_activations()
-                arrange(self.live, self.settings.options, lambda: self._rehearse(material.targets))
+                arrange(
+                    self.live,
+                    self.settings.options,
+                    lambda: self._rehearse(material.targets),
+                    self.accelerator.wait_for_everyone,
+                )
                 return self._learn(material.targets)
             finally:
                 self.live.close()

@@ -28,6 +28,8 @@ _SEGMENT = 1 << 16
 # that a sample of this share of the entries points to. That is 2 % of a magnitude and some 1 % of the entries.
 _RANGE = 3 << 16
 _SAMPLE = 16
+# Of fewer entries a sample tells less than that.
+_SAMPLED = 1 << 22
 
 _INFINITY = 0x7F800000  # its bits
 
@@ -95,19 +97,16 @@ def _draw_segment(key: str, entries: int, drop_rate: float) -> Any:
     return kept
 
 
-@functools.cache
-def _generators() -> threading.local:
-    return threading.local()
+_GENERATORS = threading.local()
 
 
 def _generator() -> Any:
     """This thread's generator, whose state is set before each use; to make one costs as much as ten thousand digits."""
     import numpy
 
-    mine = _generators()
-    if not hasattr(mine, "generator"):
-        mine.generator = numpy.random.SFC64(0)
-    return mine.generator
+    if not hasattr(_GENERATORS, "own"):
+        _GENERATORS.own = numpy.random.SFC64(0)
+    return _GENERATORS.own
 
 
 def trim_thresholds(passes: Passes, change: Change, density: float, only: str | None = None) -> Tensor:
@@ -147,7 +146,7 @@ def trim_thresholds(passes: Passes, change: Change, density: float, only: str | 
             row[0] += below
             row[1:].scatter_add_(0, offsets.to(row.device), torch.ones_like(offsets, device=row.device))
 
-    for sample in (_SAMPLE, 1):
+    for sample in (_SAMPLE, 1) if entries >= _SAMPLED else (1,):
         seen = passes.total(count_upper, (experts, 1 << 15), "sampling magnitudes", only, sample).cumsum(1)
         buckets = (seen < max(1, rank * int(seen[0, -1]) // entries)).sum(1)
         lowest = (buckets - 1).clamp_(min=0) << 16

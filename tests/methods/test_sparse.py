@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import dare_linear
 from peft.utils.merge_utils import ties as peft_ties
 
+from expert_merging.methods import sparse
 from expert_merging.methods.sparse import drop_and_rescale, trim, trim_thresholds
 from expert_merging.plan import Part
 from expert_merging.registry import find_method
@@ -83,7 +84,7 @@ def test_thresholds_are_exact_at_any_magnitude(exponent, entries, density, seed)
 
 
 @pytest.mark.parametrize("order", ["drawn", "nearly all zero", "ascending", "descending", "zeros first"])
-def test_thresholds_are_exact_whatever_the_first_entries_look_like(order):
+def test_thresholds_are_exact_whatever_the_first_entries_look_like(order, monkeypatch):
     """Samples are the first entries of a block, so that sorted ones mislead; then all entries are counted."""
     (row,) = task_vectors((50_000,), 1)
     rows = {
@@ -94,10 +95,19 @@ def test_thresholds_are_exact_whatever_the_first_entries_look_like(order):
         "nearly all zero": torch.cat([row[:5], torch.zeros(49_995)]),
     }
     given_vectors = torch.stack([rows[order], row])
+    monkeypatch.setattr(sparse, "_SAMPLED", 50_000)
     passes = CountingPasses(given_vectors)
     found = trim_thresholds(passes, lambda rows, part: rows, 0.2)
     assert found.equal(given_vectors.abs().kthvalue(40_000, dim=1).values)
     assert passes.passes == (2 if order in ("drawn", "nearly all zero") else 4)
+
+
+def test_few_entries_are_not_sampled():
+    given_vectors = task_vectors((5000,), 2)
+    passes = CountingPasses(given_vectors)
+    found = trim_thresholds(passes, lambda rows, part: rows, 0.2)
+    assert found.equal(given_vectors.abs().kthvalue(4000, dim=1).values)
+    assert passes.passes == 2
 
 
 class CountingPasses(OneTensor):
