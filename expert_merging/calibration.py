@@ -14,7 +14,7 @@ from expert_merging.errors import InputError, Problems, near_name
 logger = logging.getLogger(__name__)
 
 
-# Parts of names that say that a field is about a picture.
+# Names under which other formats have pictures.
 _PICTURES = {
     *("image", "images", "image_paths", "image_file", "image_files", "image_url", "img", "imgs", "img_path"),
     *("picture", "pictures", "photo", "photos"),

@@ -65,6 +65,12 @@ def test_entries_are_read_in_blocks(dtype, shape, cuts):
     assert mapped.equal(tensor.flatten())
 
 
+def test_a_file_is_mapped_once_for_all_its_tensors(tmp_path):
+    """Each mapping counts as much as its file where a machine limits what processes may ask for."""
+    checkpoint = Checkpoint(write_checkpoint(tmp_path / "folder", {"x": torch.ones(5), "y": torch.zeros(3)}))
+    assert len({checkpoint.mapped(name).untyped_storage().data_ptr() for name in ("x", "y")}) == 1
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_what_is_written_to_mapped_pages_does_not_reach_the_file(padding, tmp_path):
     """Nor does it matter where in the file a tensor begins."""

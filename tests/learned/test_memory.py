@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from expert_merging.checkpoint import Checkpoint
+from expert_merging.learned import memory
 from expert_merging.learned.memory import Machine, choose, describe, estimate, free_host_memory, this_machine
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
@@ -228,6 +230,19 @@ def test_the_plan_for_qwen2_vl_7b_with_five_experts(tmp_path):
     assert needs.model == 2 * plan.base_elements
     assert 28 * 2**30 < needs.model + needs.sample + needs.working < 31 * 2**30
     assert needs.task_vectors == 6 * 2 * plan.merged_elements
+
+
+def test_all_processes_measure_before_one_takes_anything(monkeypatch):
+    """Otherwise the last would find less, divide it by all, and take it for its share."""
+    events = []
+    vectors = SimpleNamespace(sizes={"w": 8}, places={"w": "disk"}, device=torch.device("cpu"))
+    vectors.place = lambda places: events.append("place")
+    live = SimpleNamespace(task_vectors=vectors, spans={})
+    monkeypatch.setattr(memory, "free_host_memory", lambda: events.append("measure") or 100.0)
+    memory.arrange(live, LearningOptions(), lambda: None, lambda: events.append("meet"))
+    assert list(dict.fromkeys(events)) == ["meet", "measure", "place"]
+    last = len(events) - 1 - events[::-1].index("meet")
+    assert "measure" not in events[last:]
 
 
 V100, V100_32 = 15.5 * 2**30, 31.5 * 2**30  # what a driver leaves of 16 and 32 GB
