@@ -301,6 +301,8 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
             if given and size <= machine.free:
                 return given + (f", which needs {_gib(size)} on each" if shard else "")
     more = "shorter samples, smaller pictures (the family's own flags), "
+    if machine.device == "cpu" and not options.shard:
+        return more + "or a machine with more memory"
     return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
 
 

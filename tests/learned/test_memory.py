@@ -293,6 +293,7 @@ def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
         return problem.rpartition("it takes ")[2]
 
     assert advice(28, "cpu") == "--mixed_precision bf16"
+    assert advice(1, "cpu").endswith("or a machine with more memory"), "its processes share what it has"
     assert advice(20, "cuda:0") == "--mixed_precision fp16 --gradient_checkpointing"
     assert advice(20, "cuda:0", gradient_checkpointing=True) == "--mixed_precision fp16"
 
