@@ -36,17 +36,21 @@ from tests.learned.twin import Example, Twin
 
 EXCLUDED = list(BACKBONE.exclude_params)
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 @contextmanager
 def no_progress(title, total, unit):
     yield lambda count, note="": None
 
 
-def make_trainer(cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", **options):
+def make_trainer(
+    cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", device="cpu", **options
+):
     plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    context = Context(BACKBONE, run, 3, "cpu", log_with, no_progress)
+    context = Context(BACKBONE, run, 3, device, log_with, no_progress)
     settings = check(
         plan, context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options})
     )
@@ -330,6 +334,34 @@ def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo
     change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
     change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
     assert torch.nn.functional.cosine_similarity(change, change_half, dim=0) > 0.99
+
+
+@needs_gpu
+@pytest.mark.parametrize("rank_batches", ["sample", "update"])
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_a_gpu_learns_what_the_processor_learns(place, rank_batches, answered_zoo, tmp_path):
+    usual = make_trainer(answered_zoo, tmp_path / "a", learning_rate=0.1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {"learning_rate": 0.1, "task_vectors": place, "rank_batches": rank_batches}
+    trainer = make_trainer(answered_zoo, tmp_path / "b", device="cuda", **options)
+    coefficients = trainer.train()
+    assert {parameter.device.type for parameter in trainer.live.model.parameters()} == {"cuda"}
+    assert set(trainer.gather().task_vectors.places.values()) == {place}
+    for name, values in usual.values.items():
+        torch.testing.assert_close(coefficients.values[name], values, rtol=0, atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision_on_a_gpu_tracks_float32_on_the_processor(precision, checkpointing, answered_zoo, tmp_path):
+    full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {"learning_rate": 0.1, "mixed_precision": precision, "gradient_checkpointing": checkpointing}
+    half = make_trainer(answered_zoo, tmp_path / "half", device="cuda", **options).train()
+    change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
+    change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
+    assert torch.nn.functional.cosine_similarity(change, change_half, dim=0) > 0.95
 
 
 def test_small_gradients_survive_float16(answered_zoo, tmp_path):
