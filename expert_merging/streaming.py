@@ -424,23 +424,26 @@ class Passes:
 
     def total(
         self,
-        count: Callable[[Tensor, Part, Tensor], None],
+        count: Callable[[Tensor, Part, Tensor], Any],
         shape: tuple[int, ...],
         title: str,
         only: str | None = None,
         sample: int = 1,
+        keep: Callable[[Any], None] = lambda _: None,
     ) -> Tensor:
         """Counts over all blocks of all merged tensors, or of a single one.
 
         Args:
-            count: ``(task_vectors (experts, entries), part, counts)``, which adds to the counts.
+            count: ``(task_vectors (experts, entries), part, counts)``, adds to the counts, which are on the CPU, and
+                may return something.
             shape: shape of the counts; they are int64, so that the sum does not depend on the order of the blocks.
             title: shown beside the progress bar.
             only: name of the single tensor, for which no bar is shown.
             sample: count the first one of so many entries of each block, rounded up.
+            keep: told in this process of everything but None that the count returned for its blocks.
 
         Returns:
-            The counts, on the CPU.
+            The counts.
         """
         import torch
 
@@ -449,12 +452,14 @@ class Passes:
         reader = Reader(self.plan, self.device)
         crew = Crew.for_entries(sum(entry.elements for entry in entries) // sample, self.device)
         # Each worker counts for itself: adding up large counts after every block would cost more than counting.
-        rows = shared_zeros((crew.size, *shape), torch.int64).to(self.device)
+        rows = shared_zeros((crew.size, *shape), torch.int64)
 
-        def work(entry: Entry, start: int, stop: int) -> None:
+        def work(entry: Entry, start: int, stop: int) -> list[Any]:
             with reader.streaming():
-                for first, last, _, task_vectors in reader.steps(entry.name, start, stop):
+                return [
                     count(task_vectors, Part(entry.name, entry.shape, first, last), rows[Crew.number()])
+                    for first, last, _, task_vectors in reader.steps(entry.name, start, stop)
+                ]
 
         block = block_entries(self.device)
         blocks = [
@@ -468,10 +473,15 @@ class Passes:
 
         size = sum(share(*block) for block in blocks)
         with self.progress(title, size, "B") if only is None else nullcontext(no_advance) as advance:
-            crew.work_through(
-                self.team.share(blocks), work, lambda block, _: advance(self.team.size * share(*block), block[0].name)
-            )
-        of_team = self.team.add(rows.sum(0).cpu())
+
+            def done(block: Block, returned: list[Any]) -> None:
+                advance(self.team.size * share(*block), block[0].name)
+                for result in returned:
+                    if result is not None:
+                        keep(result)
+
+            crew.work_through(self.team.share(blocks), work, done)
+        of_team = self.team.add(rows.sum(0))
         assert of_team is not None  # noqa: S101  (every process brings counts)
         return of_team
 

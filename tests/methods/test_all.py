@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from expert_merging.plan import Part
 from expert_merging.registry import Method, all_methods, find_method
+from expert_merging.streaming import ALONE
 
 METHODS = [method for method in all_methods().values() if not method.learns and not method.per_expert]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
@@ -39,13 +40,16 @@ class OneTensor:
         self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part("weight", tuple(task_vectors.shape[1:]), 0, task_vectors[0].numel())
+        self.team = ALONE
 
-    def total(self, count, shape, title, only=None, sample=1):
+    def total(self, count, shape, title, only=None, sample=1, keep=lambda _: None):
         counts = torch.zeros(shape, dtype=torch.int64)
         stop = -(-self.part.elements // sample)
         if stop:
             entries = self.task_vectors.reshape(-1, self.part.elements)[:, :stop].clone()
-            count(entries, replace(self.part, stop=stop), counts)
+            returned = count(entries, replace(self.part, stop=stop), counts)
+            if returned is not None:
+                keep(returned)
         return counts
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import dare_linear
 from peft.utils.merge_utils import ties as peft_ties
 
-from expert_merging.methods import sparse
-from expert_merging.methods.sparse import drop_and_rescale, trim, trim_thresholds
+from expert_merging.methods import thresholds
+from expert_merging.methods.sparse import drop
+from expert_merging.methods.thresholds import find_thresholds, trim
 from expert_merging.plan import Part
 from expert_merging.registry import find_method
 from tests.checkpoints import tensors_of, write_checkpoint
@@ -77,7 +78,7 @@ def test_ties_agrees_with_peft():
 @settings(max_examples=60, deadline=None)
 def test_thresholds_are_exact_at_any_magnitude(exponent, entries, density, seed):
     given_vectors = task_vectors((entries,), 2, seed) * 10.0**exponent
-    found = trim_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
+    found, _ = find_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
     rank = int((1 - Decimal(str(density))) * entries)
     expected = given_vectors.abs().kthvalue(rank, dim=1).values if rank else torch.zeros(2)
     assert found.equal(expected)
@@ -95,19 +96,44 @@ def test_thresholds_are_exact_whatever_the_first_entries_look_like(order, monkey
         "nearly all zero": torch.cat([row[:5], torch.zeros(49_995)]),
     }
     given_vectors = torch.stack([rows[order], row])
-    monkeypatch.setattr(sparse, "_SAMPLED", 50_000)
+    monkeypatch.setattr(thresholds, "_SAMPLED", 50_000)
     passes = CountingPasses(given_vectors)
-    found = trim_thresholds(passes, lambda rows, part: rows, 0.2)
+    found, _ = find_thresholds(passes, lambda rows, part: rows, 0.2)
     assert found.equal(given_vectors.abs().kthvalue(40_000, dim=1).values)
-    assert passes.passes == (2 if order in ("drawn", "nearly all zero") else 4)
+    assert passes.passes == (3 if order in ("drawn", "nearly all zero") else 6)
 
 
 def test_few_entries_are_not_sampled():
     given_vectors = task_vectors((5000,), 2)
     passes = CountingPasses(given_vectors)
-    found = trim_thresholds(passes, lambda rows, part: rows, 0.2)
+    found, _ = find_thresholds(passes, lambda rows, part: rows, 0.2)
     assert found.equal(given_vectors.abs().kthvalue(4000, dim=1).values)
-    assert passes.passes == 2
+    assert passes.passes == 3
+
+
+@given(
+    experts=st.integers(1, 5),
+    levels=st.sampled_from([2, 5, 40, 2**20]),
+    density=st.sampled_from([0.02, 0.2, 0.5, 0.9, 1.0]),
+    slack=st.sampled_from([0, 1, 10]),
+    room=st.sampled_from([0, 1 << 20]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=150, deadline=None)
+def test_thresholds_and_the_majority_are_exact_whatever_a_sample_leaves_undecided(
+    experts, levels, density, slack, room, seed
+):
+    """From none to nearly all entries undecided, alone in their column or not, with room for these columns or not."""
+    given_vectors = (task_vectors((2000,), experts, seed) * 3 * levels).round() / levels
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_SAMPLED", 1000), ("_SLACK", slack), ("_KEPT_BYTES", room), ("_SAMPLE", 4)):
+            patch.setattr(thresholds, name, value)
+        found, majority = find_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
+    rank = 2000 - round(2000 * density)
+    expected = given_vectors.abs().kthvalue(rank, dim=1).values if rank else torch.zeros(experts)
+    assert found.equal(expected)
+    kept = torch.where(given_vectors.abs() >= expected[:, None], given_vectors, 0.0)
+    assert majority == sum(kept).sign().sum().sign()
 
 
 class CountingPasses(OneTensor):
@@ -115,9 +141,9 @@ class CountingPasses(OneTensor):
 
     passes = 0
 
-    def total(self, *arguments):
+    def total(self, *arguments, **keywords):
         self.passes += 1
-        return super().total(*arguments)
+        return super().total(*arguments, **keywords)
 
 
 def test_what_equals_the_threshold_is_kept():
@@ -167,7 +193,7 @@ def part_of(entries: int, name: str = "w") -> Part:
 
 
 def mask(entries: int, rate: float, seed: int = 0, name: str = "w", experts=("a",)) -> torch.Tensor:
-    return drop_and_rescale(torch.ones(len(experts), entries), part_of(entries, name), seed, experts, rate)
+    return drop(torch.ones(len(experts), entries), part_of(entries, name), seed, experts, rate)
 
 
 @pytest.mark.parametrize("rate", [1e-5, 0.001, 0.2, 0.25, 0.5, 0.9, 0.999])
@@ -175,7 +201,7 @@ def test_the_share_that_is_dropped_and_the_mean_that_is_kept(rate):
     """Rates that one byte can tell apart, and others."""
     entries = 4_000_000
     drawn = mask(entries, rate)
-    assert drawn.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
+    assert drawn.unique().tolist() == [0.0, 1.0]
     deviation = math.sqrt(rate * (1 - rate) / entries)
     assert (drawn == 0).double().mean().item() == pytest.approx(rate, abs=4 * deviation)
 
@@ -237,7 +263,7 @@ def test_any_block_of_a_large_tensor_is_drawn_alone():
     """Blocks that begin, end and pass over the segments that random numbers are drawn in."""
     whole, part = mask(200_000, 0.5), part_of(200_000)
     for start, stop in [(0, 10), (65_530, 65_540), (65_536, 131_072), (100_000, 199_999), (131_072, 200_000)]:
-        (block,) = drop_and_rescale(torch.ones(1, stop - start), replace(part, start=start, stop=stop), 0, ("a",), 0.5)
+        (block,) = drop(torch.ones(1, stop - start), replace(part, start=start, stop=stop), 0, ("a",), 0.5)
         assert block.equal(whole[0, start:stop])
 
 
@@ -253,7 +279,7 @@ def test_dare_with_its_own_masks_agrees_with_peft(monkeypatch):
     given_vectors = task_vectors((30, 20))
     part = Part("weight", (30, 20), 0, 600)
     names = ("expert 0", "expert 1", "expert 2")
-    drawn = iter([(row > 0).float() for row in drop_and_rescale(torch.ones_like(given_vectors), part, 3, names, 0.25)])
+    drawn = iter([(row > 0).float() for row in drop(torch.ones_like(given_vectors), part, 3, names, 0.25)])
     monkeypatch.setattr(torch, "bernoulli", lambda *_args, **_keywords: next(drawn))
     theirs = dare_linear(list(given_vectors), torch.full((3,), 0.4), density=0.75)
     ours = apply(find_method("dare_ta"), given_vectors, drop_rate=0.25, scaling_coefficient=0.4)
@@ -262,11 +288,11 @@ def test_dare_with_its_own_masks_agrees_with_peft(monkeypatch):
 
 def test_dare_ties_trims_what_was_not_dropped():
     given_vectors = task_vectors((400,))
-    dropped = drop_and_rescale(
+    dropped = drop(
         given_vectors.clone(), Part("weight", (400,), 0, 400), 3, tuple(f"expert {k}" for k in range(3)), 0.3
     )
     ours = apply(find_method("dare_ties"), given_vectors, drop_rate=0.3, density=0.4)
-    torch.testing.assert_close(ours, plain_ties(dropped, 0.4))
+    torch.testing.assert_close(ours, plain_ties(dropped / 0.7, 0.4))
 
 
 @pytest.mark.parametrize("method", ["dare_ta", "dare_ties", "ties"])
