@@ -20,18 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly
+from expert_merging.crew import SMALL_MODEL, Block, Crew
 from expert_merging.errors import InputError
 from expert_merging.plan import Advance, Part, Plan, Progress, Rule
-from expert_merging.streaming import (
-    ALONE,
-    SMALL_MODEL,
-    Block,
-    Crew,
-    Reader,
-    Team,
-    block_entries,
-    half_of_memory,
-)
+from expert_merging.streaming import ALONE, Reader, Team, block_entries, half_of_memory
 from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
 if TYPE_CHECKING:
@@ -204,8 +196,7 @@ class _Merger:
         import torch
 
         base = self.plan.base
-        names = [entry.name for entry in base.in_file(file) if entry.name in self.merged]
-        squares = torch.zeros(len(names), 2, dtype=torch.float64)
+        squares = {entry.name: [0.0, 0.0] for entry in base.in_file(file) if entry.name in self.merged}
         writer = self._open(file, target)
 
         def work(entry: Entry, start: int, stop: int) -> tuple[float, float]:
@@ -217,7 +208,8 @@ class _Merger:
         def done(block: Block, change_and_size: tuple[float, float]) -> None:
             entry, start, stop = block
             if entry.name in self.merged:
-                squares[names.index(entry.name)] += torch.tensor(change_and_size, dtype=torch.float64)
+                pairs = zip(squares[entry.name], change_and_size, strict=True)
+                squares[entry.name] = [before + more for before, more in pairs]
             share = self.team.size * (stop - start) / max(1, self._length(entry))
             advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
 
@@ -226,13 +218,14 @@ class _Merger:
         except BaseException:
             writer.abandon()
             raise
-        totals = self.team.add(squares)  # and by that, all processes have written their blocks
+        own = torch.tensor([*squares.values()], dtype=torch.float64)
+        totals = self.team.add(own)  # and by that, all processes have written their blocks
         assert totals is not None  # noqa: S101  (every process brings a tensor)
         if self.team.rank == 0:
             writer.finish()
         else:
             writer.leave()
-        return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(names, totals, strict=True)}
+        return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(squares, totals, strict=True)}
 
     def _open(self, file: Path, target: Path) -> ShardWriter:
         """The shard being written: made by the first process, joined by the others."""
@@ -273,8 +266,8 @@ class _Merger:
         with self.room.taking(need), self.reader.streaming():
             for first, last, base, task_vectors in self._pieces(entry, start, stop):
                 change = self.rule(task_vectors, Part(entry.name, entry.shape, first, last)).reshape(-1)
-                change_squares = float(torch.dot(change, change))
-                squares, base_squares = squares + change_squares, base_squares + float(torch.dot(base, base))
+                found = torch.stack([torch.dot(change, change), torch.dot(base, base)]).tolist()
+                change_squares, squares, base_squares = found[0], squares + found[0], base_squares + found[1]
                 merged[first - start : last - start].copy_(base.add_(change), non_blocking=True)
                 # Only float16 is so narrow that finite float32 numbers overflow in it.
                 doubtful = entry.dtype == "F16" or not math.isfinite(change_squares)

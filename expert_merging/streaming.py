@@ -1,35 +1,21 @@
-"""Read task vectors in blocks with a few processes or threads.
+"""Read task vectors in blocks, and count what is in them.
 
-A block's result depends on its entries alone, so results are the same whatever the number of processes and threads.
-What a block is read for is done in steps that fit into a core's cache, in memory that is used again.
-
-A step is some twenty operations of ten microseconds each, too short for threads to share an interpreter: handing its
-lock from one to another costs as much as an operation. On Linux, the processor's share of the work is therefore done by
-forked processes, which share the memory of what was loaded before; elsewhere, and for a GPU, by threads.
+A block's result depends on its entries alone, so results are the same whoever works on which. What a block is read for
+is done in steps that fit into a core's cache, in memory that is used again.
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import math
-import mmap
-import multiprocessing
 import os
-import pickle
-import signal
-import sys
 import threading
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoint import Entry
+from expert_merging.crew import Block, Crew, shared_zeros
 from expert_merging.errors import InputError
 from expert_merging.plan import Part, Plan, Progress
 
@@ -40,19 +26,11 @@ if TYPE_CHECKING:
 # Entries of one block, which a worker reads, merges and writes at a time: many, since reading and writing a block costs
 # about as much as merging some ten thousand entries.
 BLOCK = 1 << 19
-# Entries that a forked process is handed at a time.
-_BATCH = 1 << 22
 # Entries of a block that a worker computes with at a time: few, so that the numbers of all experts stay in a core's
 # cache from the first operation to the last, but enough to outweigh the calls.
 STEP = 1 << 16
-# A GPU computes with a whole block at a time, and it takes millions of entries to keep one busy.
-GPU_BLOCK = 1 << 21
-
-# Models with fewer parameters are worked on by one worker: more would wait for each other, many times as long as they
-# compute.
-SMALL_MODEL = 10_000_000
-
-Block = tuple[Entry, int, int]
+# A GPU computes with a whole block at a time.
+GPU_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -175,38 +153,56 @@ class Reader(threading.local):
         Raises:
             InputError: NaN or infinite values.
         """
+        if self.stream is None:
+            pieces = self._convert_in_steps(name, start, stop)
+        else:
+            pieces = iter([(start, stop, *self._convert_on_gpu(name, start, stop))])
+        for first, last, base, task_vectors in pieces:
+            # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
+            # know it, the host waits for the copies to the device, so that its buffers can be used again.
+            if not math.isfinite(task_vectors.sum()):
+                _refuse_non_finite(self.plan, name, first, last)
+            yield first, last, base, task_vectors
+
+    def _convert_in_steps(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        import torch
+
         pieces = []
         for number, checkpoint in enumerate(self.checkpoints):
             buffer = self.host_buffer(f"file {number}", stop - start, checkpoint.entries[name].torch_dtype)
             checkpoint.read_into(buffer, name, start)
-            pieces.append(buffer.to(self.device, non_blocking=True))
-        step = STEP if self.stream is None else stop - start
-        for first in range(0, stop - start, step):
-            entries = min(step, stop - start - first)
-            base, task_vectors, rows = self._workspace(entries)
+            pieces.append(buffer)
+        experts = len(pieces) - 1
+        for first in range(0, stop - start, STEP):
+            entries = min(STEP, stop - start - first)
+            if entries not in self._spaces:
+                base = self.host_buffer("base", entries, torch.float32)
+                task_vectors = self.host_buffer("task vectors", experts * entries, torch.float32).view(experts, entries)
+                self._spaces = {entries: (base, task_vectors, task_vectors.unbind())}
+            base, task_vectors, rows = self._spaces[entries]
             base.copy_(pieces[0][first : first + entries])
             for row, piece in zip(rows, pieces[1:], strict=True):
                 # Converting and subtracting apart is faster than one subtraction of mixed types.
                 row.copy_(piece[first : first + entries]).sub_(base)
-            # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
-            # know it, the host waits for the copies to the device, so that its buffers can be used again.
-            if not math.isfinite(task_vectors.sum()):
-                _refuse_non_finite(self.plan, name, start + first, start + first + entries)
             yield start + first, start + first + entries, base, task_vectors
 
-    def _workspace(self, entries: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Room in float32 for the base's entries, for all task vectors' and, as views of these, for each one's."""
+    def _convert_on_gpu(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """All at once, in few calls: while one thread makes them, the others wait."""
         import torch
 
-        if self.stream is not None:
-            task_vectors = torch.empty(len(self.checkpoints) - 1, entries, device=self.device)
-            return torch.empty(entries, device=self.device), task_vectors, task_vectors.unbind()
-        if entries not in self._spaces:
-            experts = len(self.checkpoints) - 1
-            base = self.host_buffer("base", entries, torch.float32)
-            task_vectors = self.host_buffer("task vectors", experts * entries, torch.float32).view(experts, entries)
-            self._spaces = {entries: (base, task_vectors, task_vectors.unbind())}
-        return self._spaces[entries]
+        count, dtypes = len(self.checkpoints), [checkpoint.entries[name].torch_dtype for checkpoint in self.checkpoints]
+        if len(set(dtypes)) == 1:
+            given = self.host_buffer("files", count * (stop - start), dtypes[0]).view(count, stop - start)
+            for checkpoint, row in zip(self.checkpoints, given, strict=True):
+                checkpoint.read_into(row, name, start)
+            rows = given.to(self.device, non_blocking=True).float()
+        else:
+            rows = torch.empty(count, stop - start, device=self.device)
+            for number, (checkpoint, row) in enumerate(zip(self.checkpoints, rows, strict=True)):
+                buffer = self.host_buffer(f"file {number}", stop - start, dtypes[number])
+                checkpoint.read_into(buffer, name, start)
+                row.copy_(buffer, non_blocking=True)
+        return rows[0], rows[1:].sub_(rows[0])
 
     def read(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The base's entries ``[start, stop)``, ``(entries,)``, and all task vectors', ``(experts, entries)``.
@@ -246,154 +242,6 @@ def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
             who = expert if checkpoint is plan.base else f"expert {expert}"
             count = int(bad.sum())
             raise InputError(f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})")
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Who works through blocks: this thread alone, a few threads, or a few processes forked from this one.
-
-    Each worker computes with one thread of torch's, as many work side by side; so what it computes does not depend on
-    their number.
-
-    Args:
-        size: number of workers.
-        forked: they are processes; what they are to tell, they return or write into `shared_zeros`.
-    """
-
-    size: int
-    forked: bool = False
-    worker: ClassVar[threading.local] = threading.local()
-
-    @classmethod
-    def for_entries(cls, entries: int, device: torch.device) -> Crew:
-        """Who works on so many entries on that device; the processes of a run on this machine divide its cores."""
-        cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-        if device.type != "cpu":
-            return cls(max(2, cores))
-        if entries < SMALL_MODEL:
-            return cls(1)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(max(1, cores // local), forked=sys.platform == "linux")
-
-    @classmethod
-    def number(cls) -> int:
-        """Number of the worker that asks."""
-        return getattr(cls.worker, "number", 0)
-
-    def work_through(
-        self,
-        blocks: Iterable[Block],
-        work: Callable[[Entry, int, int], Any],
-        done: Callable[[Block, Any], None] = lambda _block, _result: None,
-    ) -> None:
-        """Work through blocks, at most a few ahead, and stop at the first error.
-
-        Args:
-            blocks: arguments of the work.
-            work: called once for each block, from any worker.
-            done: told of each finished block and of what the work returned, in this thread.
-
-        Raises:
-            InputError: what the work raised, or a process was ended from outside.
-        """
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            if self.size == 1:
-                for block in blocks:
-                    done(block, work(*block))
-            else:
-                self._share_out(blocks, work, done)
-        finally:
-            torch.set_num_threads(threads)
-
-    def _share_out(
-        self, blocks: Iterable[Block], work: Callable[[Entry, int, int], Any], done: Callable[[Block, Any], None]
-    ) -> None:
-        pending: dict[Future[list[Any]], list[Block]] = {}
-
-        def collect(most: int) -> None:
-            while len(pending) > most:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    for block, result in zip(pending.pop(future), future.result(), strict=True):
-                        done(block, result)
-
-        with warnings.catch_warnings():
-            # Of forking beside other threads, which may hold locks for ever in the children. These only read and write
-            # files and call torch's and numpy's functions on one thread each, as the workers of torch's own data loader
-            # do; they neither log nor print.
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-            pool = self._pool(work)
-            try:
-                for batch in _batches(blocks, _BATCH if self.forked else 1):
-                    pending[pool.submit(_work_on, batch)] = batch
-                    collect(most=4 * self.size)
-                collect(most=0)
-            except BrokenProcessPool as error:
-                raise InputError(
-                    "a process of this run was ended from outside, perhaps because memory ran out; "
-                    "the same command continues the run"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _pool(self, work: Callable[[Entry, int, int], Any]) -> Executor:
-        if self.forked:
-            context = multiprocessing.get_context("fork")
-            numbers = context.Value("i", 0)
-            return ProcessPoolExecutor(self.size, context, _start_process, (work, numbers, os.getpid()))
-        return ThreadPoolExecutor(self.size, "merge", _start_worker, (work, itertools.count()))
-
-
-def _start_worker(work: Callable[[Entry, int, int], Any], numbers: Iterator[int]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    Crew.worker.work, Crew.worker.number = work, next(numbers)
-
-
-def _start_process(work: Callable[[Entry, int, int], Any], numbers: Any, parent: int) -> None:
-    """Begin the life of a forked process, which ends with its parent's, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    with numbers.get_lock():
-        numbers.value += 1
-        number = numbers.value - 1
-    _start_worker(work, iter([number]))
-
-
-def _work_on(batch: list[Block]) -> list[Any]:
-    try:
-        return [Crew.worker.work(*block) for block in batch]
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))  # noqa: S301  (it was made here)
-        except Exception:  # noqa: BLE001  (whatever it is, it would be taken for the end of the process)
-            raise RuntimeError("".join(traceback.format_exception(error))) from None
-        raise
-
-
-def _batches(blocks: Iterable[Block], entries: int) -> Iterator[list[Block]]:
-    """Runs of blocks with that many entries together, at least one block each."""
-    batch: list[Block] = []
-    for block in blocks:
-        batch.append(block)
-        if sum(stop - start for _, start, stop in batch) >= entries:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory that forked processes share with this one."""
-    import torch
-
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)

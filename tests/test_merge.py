@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging import merge, streaming
+from expert_merging.crew import Crew
 from expert_merging.errors import InputError
 from expert_merging.merge import working_memory, write_merged
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.plan import Plan, make_plan
 from expert_merging.registry import all_methods, find_method
-from expert_merging.streaming import Crew, Passes, Reader
+from expert_merging.streaming import Passes, Reader
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
-from tests.test_streaming import CREWS
+from tests.test_crew import CREWS
 
 EXCLUDED = [".*norm.*"]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -91,6 +92,14 @@ def experts(tmp_path):
         write_checkpoint(tmp_path / f"expert{number}", random_tensors(SHAPES, TYPES[number:] + TYPES[:number], number))
         for number in range(1, 4)
     ]
+
+
+@pytest.fixture(params=["types of their own", "the base's types"])
+def given_experts(request, experts, tmp_path):
+    """Types decide whether all are copied to a GPU together."""
+    if request.param == "types of their own":
+        return experts
+    return [write_checkpoint(tmp_path / f"like{number}", random_tensors(SHAPES, TYPES, number)) for number in (1, 2, 3)]
 
 
 def whole_tensor_rule(task_vectors: torch.Tensor) -> torch.Tensor:
@@ -540,26 +549,26 @@ def test_surveys_and_merges_give_the_same_bytes_whoever_does_them(crew, base, ex
     expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
     monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
     monkeypatch.setattr(streaming, "BLOCK", 10)
-    monkeypatch.setattr(streaming, "_BATCH", 20)
+    monkeypatch.setattr("expert_merging.crew._BATCH", 20)
     assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "iso"])
-def test_reading_as_for_a_gpu_gives_the_same(name, base, experts, tmp_path, monkeypatch):
-    expected = merge_by_method(name, base, experts, tmp_path / "expected", CPU)
+def test_reading_as_for_a_gpu_gives_the_same(name, base, given_experts, tmp_path, monkeypatch):
+    expected = merge_by_method(name, base, given_experts, tmp_path / "expected", CPU)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **keywords: empty(*args, **keywords))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(merge, "Reader", StandInReader)
     monkeypatch.setattr(streaming, "Reader", StandInReader)
     monkeypatch.setattr(streaming, "BLOCK", 10)
-    assert_same_bytes(merge_by_method(name, base, experts, tmp_path / "output", CPU), expected)
+    assert_same_bytes(merge_by_method(name, base, given_experts, tmp_path / "output", CPU), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", METHODS)
-def test_a_gpu_gives_nearly_the_same(name, base, experts, tmp_path, monkeypatch):
+def test_a_gpu_gives_nearly_the_same(name, base, given_experts, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "GPU_BLOCK", 10)
-    expected = merge_by_method(name, base, experts, tmp_path / "expected", CPU)
-    for tensor_name, tensor in merge_by_method(name, base, experts, tmp_path / "o", torch.device("cuda")).items():
+    expected = merge_by_method(name, base, given_experts, tmp_path / "expected", CPU)
+    for tensor_name, tensor in merge_by_method(name, base, given_experts, tmp_path / "o", torch.device("cuda")).items():
         torch.testing.assert_close(tensor, expected[tensor_name], rtol=1e-2, atol=1e-2)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from expert_merging.checkpoint import FLOATS, Entry
+from expert_merging.crew import Block, Crew
 from expert_merging.learned.coefficients import Trimming
 from expert_merging.plan import Plan
-from expert_merging.streaming import BLOCK, Block, Crew, Reader
+from expert_merging.streaming import BLOCK, Reader
 
 logger = logging.getLogger(__name__)
 

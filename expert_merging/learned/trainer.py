@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expert_merging.crew import SMALL_MODEL
 from expert_merging.errors import InputError
 from expert_merging.learned import Context
 from expert_merging.learned.coefficients import Coefficients, Trimming
@@ -32,7 +33,7 @@ from expert_merging.learned.targets import Target, TargetMaker
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.methods.sparse import survey_ties
 from expert_merging.plan import Advance, Plan
-from expert_merging.streaming import SMALL_MODEL, Passes, no_advance
+from expert_merging.streaming import Passes, no_advance
 
 logger = logging.getLogger(__name__)
 

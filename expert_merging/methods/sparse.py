@@ -60,7 +60,7 @@ def _draw(part: Part, key: str, drop_rate: float) -> Tensor:
     import numpy
     import torch
 
-    pieces = []
+    pieces = [numpy.empty(0, dtype=numpy.uint8)] if part.start == part.stop else []
     for segment in range(part.start // _SEGMENT, -(-part.stop // _SEGMENT)):
         first = segment * _SEGMENT
         entries = min(_SEGMENT, part.elements - first)
@@ -83,8 +83,8 @@ def _draw_segment(key: str, entries: int, drop_rate: float) -> Any:
     digits = generator.random_raw(-(-entries // 8)).astype("<u8", copy=False).view(numpy.uint8)[:entries]
     boundary, others = divmod(drop_rate * 256, 1)
     kept = digits > int(boundary)
-    undecided = numpy.flatnonzero(digits == int(boundary))
-    kept[undecided] = generator.random_raw(len(undecided)) * 2.0**-64 >= others
+    undecided = (digits == int(boundary)).nonzero()[0]
+    kept[undecided] = generator.random_raw(len(undecided)) * 2.0**-64 >= others if others else True
     return kept.view(numpy.uint8)
 
 

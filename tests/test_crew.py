@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_merging import streaming
 from expert_merging.checkpoint import Entry
+from expert_merging.crew import Crew, shared_zeros
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
-from expert_merging.streaming import Crew, shared_zeros
 
 ENTRY = Entry("a", "F32", (100,), Path("a"), 0, 400)
 BLOCKS = [(ENTRY, start, start + 5) for start in range(0, 100, 5)]
@@ -31,7 +30,7 @@ CREWS = [
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(streaming, "_BATCH", 10)
+    monkeypatch.setattr("expert_merging.crew._BATCH", 10)
 
 
 @pytest.mark.parametrize("crew", CREWS)
@@ -111,7 +110,7 @@ def test_a_process_that_is_ended_from_outside_ends_the_run():
 LONELY = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from tests.test_streaming import BLOCKS, Crew
+from tests.test_crew import BLOCKS, Crew
 
 def work(entry, start, stop):
     print(os.getpid(), flush=True)
@@ -165,7 +164,7 @@ def test_the_cores_share_much_work_and_one_worker_does_little(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert Crew.for_entries(10**9, cpu) == Crew(6, forked=True)
     assert Crew.for_entries(10**6, cpu) == Crew(1)
-    assert Crew.for_entries(10**9, gpu) == Crew(6)
+    assert Crew.for_entries(10**9, gpu) == Crew(4)
     for processes, cores in ((2, 3), (8, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert Crew.for_entries(10**9, cpu) == Crew(cores, forked=True)
