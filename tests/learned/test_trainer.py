@@ -416,24 +416,30 @@ def test_an_expert_is_matched_on_the_tokens_that_it_wrote(tiny_zoo, tmp_path, mo
 def test_an_empty_answer_is_refused_with_its_sample(tiny_zoo, tmp_path, monkeypatch):
     answering(monkeypatch)
     trainer = make_trainer(tiny_zoo, tmp_path)
-    with pytest.raises(InputError, match="Chat, question 0: expert Chat answered with nothing; give the sample a resp"):
+    with pytest.raises(
+        InputError, match=r"Chat\.json, entry 0 \(counted from 0\): expert Chat answered with nothing; "
+    ):
         trainer.train()
 
 
 def test_a_sample_longer_than_the_models_context_is_refused_before_any_expert_is_asked(tiny_zoo, tmp_path):
-    write_tasks(tmp_path / "dataset", responses={"Math": "4" * 200})
-    with pytest.raises(InputError) as caught:
-        make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(tmp_path / "dataset"))
-    assert re.fullmatch(
-        r"Math, question 0: prompt and response have 2\d\d tokens and the model takes 128; shorten the sample or lower "
-        "--max_new_tokens",
-        caught.value.problems[0],
-    )
+    folder = tmp_path / "dataset"
+    write_tasks(folder, count=8, responses={"Math": "4" * 200})
+    for count, places in ((8, "entries 0, 1, 2, 3, 4 and 3 more"), (5, "entries 0, 1, 2, 3, 4"), (1, "entry 0")):
+        with pytest.raises(InputError) as caught:
+            make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(folder), samples_per_task=count)
+        (problem,) = caught.value.problems
+        up_to, samples = ("", "sample") if count == 1 else ("up to ", "samples")
+        assert problem == (
+            f"{folder / 'Math.json'}, {places} (counted from 0): prompt and response have {up_to}218 tokens and the "
+            f"model takes 128; shorten the {samples}"
+        )
 
 
 def test_an_answer_longer_than_the_models_context_is_refused(tiny_zoo, tmp_path, monkeypatch):
     answering(monkeypatch, *[5] * 200)
-    with pytest.raises(InputError, match=r"question 0: prompt and response have 2\d\d tokens and the model takes 128"):
+    told = r"entry 0 \(counted from 0\): .* have 2\d\d tokens .* 128; shorten the sample or lower --max_new_tokens$"
+    with pytest.raises(InputError, match=told):
         make_trainer(tiny_zoo, tmp_path).train()
 
 
