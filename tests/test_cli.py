@@ -437,6 +437,19 @@ def test_methods_are_listed_with_options_and_defaults(capsys, monkeypatch):
     assert " none " not in shown
 
 
+def test_the_list_fits_80_columns_and_has_what_methods_share_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert merge("--list_methods") == 0
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) == 80
+    for line in ("--num_epochs 1", "--gradient_accumulation_steps 8", "--task_vector_coeffs_dict", "--budget 1.0"):
+        assert shown.count(f" {line} ") == 1, line
+    learning = [method for method in all_methods().values() if "data_dir" in method.options]
+    assert shown.count("the learning options below") == len(learning)
+    assert shown.count("--density 0.2") == sum("density" in method.options for method in all_methods().values())
+
+
 def test_help_tells_every_option(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit_:
