@@ -98,6 +98,10 @@ class Backbone:
         'AutoTokenizer.from_pretrained("{model}")',
     )
 
+    def evaluation_of(self, model_type: str) -> Evaluation:
+        """How merged models of the type are evaluated."""
+        return self.evaluation.get(model_type, self.evaluation.get("", Evaluation()))
+
     @property
     def options(self) -> dict[str, Option]:
         """The family's own flags by name."""

@@ -289,6 +289,20 @@ def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, ca
     assert "ignored, since task_arithmetic has no such option: --num_epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "factor", "meant"),
+    [("80", "80", "0.8"), ("[0.3, -30]", "-30", "-0.3"), ("10", None, None), ("[0.3, 2]", None, None)],
+)
+def test_a_factor_that_nobody_uses_is_told(command, capsys, given, factor, meant):
+    assert merge(*command, "--scaling_coefficient", given, "--dry_run") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    told = (
+        f"warning: --scaling_coefficient {factor} is a factor on task vectors, which are hardly ever scaled by more "
+        f"than 2; for {factor} % write {meant}"
+    )
+    assert warnings == ([told] if factor else [])
+
+
 def test_a_pattern_that_matches_nothing_is_told(command, capsys):
     assert merge(*command, "--dry_run", "--exclude_params", "head", ".*bias.*", ".*norm") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
