@@ -154,13 +154,12 @@ def encode_prompt(
     """
     import torch
 
-    where = f"{sample.task}, question {sample.identity}"
     most = {**MAX_TILES, **max_tiles_dict}.get(sample.task, max_tiles)
     try:
         text = _prompt(processor, sample, template)
         pixels = [pixel_values(read_picture(file), processor.tiling, most) for file in sample.images]
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{sample.place}: {error}") from None
     for tiles in pixels:
         places = IMAGE_TOKEN * (processor.tile_tokens * len(tiles))
         text = text.replace(MARK, IMAGE_START + places + IMAGE_END, 1)
@@ -199,6 +198,7 @@ BACKBONE = Backbone(
     encode_prompt=encode_prompt,
     task_experts=TASK_EXPERTS,
     takes_images=True,
+    picture_bounds=("max_tiles", "max_tiles_dict"),
     file_name=published_name,
     test_questions=TEST_QUESTIONS,
     evaluation={

@@ -156,12 +156,11 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     """
     import torch
 
-    where = f"{sample.task}, question {sample.identity}"
     try:
         text = _prompt(processor, sample, template)
         pictures = [_patches(processor, file) for file in sample.images]
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{sample.place}: {error}") from None
     prompt, *rest = text.split(PICTURE_TOKENS[1])
     for picture, piece in zip(pictures, rest, strict=True):
         count = int(picture["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
@@ -248,6 +247,7 @@ BACKBONE = Backbone(
     load_processor=load_processor,
     encode_prompt=encode_prompt,
     takes_images=True,
+    picture_bounds=("max_pixels",),
     file_name=file_name,
     task_experts=TASK_EXPERTS,
     test_questions=TEST_QUESTIONS,

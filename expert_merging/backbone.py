@@ -69,6 +69,7 @@ class Backbone:
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
             response starts.
         takes_images: samples may have pictures.
+        picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
             names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
         test_questions: what ``--run_tests`` asks the merged model.
@@ -88,6 +89,7 @@ class Backbone:
     encode_prompt: Callable[[Any, Sample, str | None], dict[str, Tensor]]
     task_experts: Mapping[str, str] = field(default_factory=dict)
     takes_images: bool = False
+    picture_bounds: tuple[str, ...] = ()
     file_name: Callable[[str], str] = same_name
     test_questions: tuple[Sample, ...] = ()
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Backbone:
         'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
         'AutoTokenizer.from_pretrained("{model}")',
     )
+
+    def evaluation_of(self, model_type: str) -> Evaluation:
+        """How merged models of the type are evaluated."""
+        return self.evaluation.get(model_type, self.evaluation.get("", Evaluation()))
 
     @property
     def options(self) -> dict[str, Option]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ class Sample:
         expert: the expert whose behaviour the merged model should match on it.
         question: the prompt.
         response: text that follows the prompt; None where the expert is to write it.
-        identity: ``question_id`` of the entry, or its position in the file.
+        identity: ``question_id`` of the entry, or its number.
         images: pictures that belong to it.
         tokens: the response as an expert wrote it, its end token included; None where the file has the response.
+        file: the file that it is from, if it is from one.
+        number: its place there, counted from 0.
     """
 
     task: str
@@ -42,11 +44,25 @@ class Sample:
     identity: str
     images: tuple[Path, ...] = ()
     tokens: tuple[int, ...] | None = None
+    file: Path | None = None
+    number: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f"the question {self.question!r}" if self.file is None else entry_place(self.file, [self.number])
 
     @classmethod
     def test(cls, question: str, *images: Path) -> Sample:
         """A question to ask any model."""
         return cls(task="test", expert="", question=question, response=None, identity="0", images=images)
+
+
+def entry_place(file: Path, numbers: Sequence[int], shown: int = 5) -> str:
+    """The first entries of those numbers, for messages: all count from 0, as JSON's own positions do."""
+    first = ", ".join(map(str, numbers[:shown]))
+    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return f"{file}, {'entry' if len(numbers) == 1 else 'entries'} {first}{more} (counted from 0)"
 
 
 def load_samples(
@@ -130,7 +146,7 @@ def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
 
 
 def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
-    where = f"{file}, entry {number}"
+    where = entry_place(file, [number])
     if not isinstance(entry, dict):
         raise InputError(f"{where}: must be an object with a 'question', got {json.dumps(entry)[:60]}")
     _check_characters(where, entry)
@@ -153,6 +169,8 @@ def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
         response=response or None,
         identity=str(entry.get("question_id", number)),
         images=_find_images(file, where, entry.get("image_path")),
+        file=file,
+        number=number,
     )
 
 

@@ -131,6 +131,11 @@ class Checkpoint:
                 )
             self.entries[entry.name] = entry
 
+    @property
+    def model_type(self) -> str:
+        """What ``config.json`` calls the kind of model, empty where it does not say."""
+        return str(self.config.get("model_type") or "")
+
     def in_file(self, file: Path) -> list[Entry]:
         """The tensors of one file in the order of their bytes."""
         return sorted((entry for entry in self.entries.values() if entry.file == file), key=lambda entry: entry.offset)

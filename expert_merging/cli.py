@@ -97,11 +97,24 @@ def _list_methods(backbone: Backbone) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "what it does", "options and defaults", header_style="bold", show_lines=True)
-    for method in all_methods().values():
-        names = ", ".join([method.name, *method.aliases])
-        defaults = method.defaults(backbone.defaults).items()
-        table.add_row(
-            names, method.summary, "\n".join(f"--{name} {show_default(name, value)}" for name, value in defaults)
-        )
-    Console().print(table)
+    methods = all_methods().values()
+    options = {
+        method.name: [
+            f"--{name} {show_default(name, value)}" for name, value in method.defaults(backbone.defaults).items()
+        ]
+        for method in methods
+    }
+    learning = [options[method.name] for method in methods if "data_dir" in method.options]
+    shared = [line for line in learning[0] if all(line in lines for lines in learning)]
+    console = Console()
+    table = Table(header_style="bold", show_lines=True)
+    table.add_column("method")
+    table.add_column("what it does", max_width=max(20, console.width - 58))  # what the other columns leave
+    table.add_column("options and defaults", overflow="fold")
+    for method in methods:
+        lines = options[method.name]
+        if "data_dir" in method.options:
+            lines = [*(line for line in lines if line not in shared), "the learning options below"]
+        table.add_row("\n".join([method.name, *method.aliases]), method.summary, "\n".join(lines))
+    table.add_row("learning options", "What all methods that learn from samples have.", "\n".join(shared))
+    console.print(table)

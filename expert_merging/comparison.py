@@ -91,7 +91,7 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     from expert_merging.learned.align import relative
 
     shares = relative(found)
-    console.print(_table(shares))
+    console.print(_table(shares), soft_wrap=False)  # which would cut names instead of folding them
     counts = Counter(sample.task for sample in samples)
     console.print(f"on {', '.join(f'{count} questions of {task}' for task, count in sorted(counts.items()))}")
     if options.json is not None:
@@ -266,13 +266,18 @@ def _samples_used(record: Mapping[str, Any], task: str) -> int:
 
 def _table(shares: Mapping[str, Distances]) -> Table:
     """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from expert_merging.learned.align import BASE, MEAN
 
     tasks = [task for task in shares[BASE] if task != MEAN]
-    result = Table("", title="Divergence from each task's expert (0: the expert, 1: the base)")
-    for column in (*tasks, MEAN, "hidden states"):
+    # Without lines between columns there is more room for the names of models.
+    result = Table(
+        title="Divergence from each task's expert (0: the expert, 1: the base)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    result.add_column("", overflow="fold")
+    for column in (*tasks, MEAN, "hidden\nstates"):
         result.add_column(column, justify="right")
     for label, found in shares.items():
         divergences = [f"{found[task].divergence:.3f}" for task in (*tasks, MEAN)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import time
 from datetime import timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging import __version__
-from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.backbone import Backbone
 from expert_merging.errors import InputError, Problems
 from expert_merging.options import Resolved, checkpoint_folders, command_line, show
 from expert_merging.run import Run, default_name, provenance
@@ -57,19 +56,13 @@ class Job:
             with problems.collecting():
                 self.device = choose_device(resolved.general["device"])
         problems.check()
-        kinds = backbone.evaluation
-        self.evaluation = kinds.get(self._model_type, kinds.get("", Evaluation()))
+        self.evaluation = backbone.evaluation_of(self.plan.base.model_type)
         self.team = _join_processes(resolved.method.learns, self.device)
         _check_one_per_expert(resolved, tuple(self.plan.experts))
         self.description = self._describe()
         self.run, self.work, earlier = self._open_run()
         if earlier is not None:
             self.description = earlier
-
-    @property
-    def _model_type(self) -> str:
-        """What ``config.json`` calls the base's kind of model, empty where it does not say."""
-        return str(self.plan.base.config.get("model_type") or "")
 
     def _describe(self) -> dict[str, Any]:
         """The run's ``config.json``."""
@@ -214,19 +207,16 @@ class Job:
             logger.warning("%s", line)
 
     def _warnings(self) -> list[str]:
-        """What may not be as the user thinks, but is no mistake for certain."""
-        from expert_merging.plan import differing_settings
+        from expert_merging.advice import warnings_before
 
-        flags = ", ".join(f"--{name}" for name in self.resolved.ignored)
-        ignored = [f"ignored, since {self.resolved.method.name} has no such option: {flags}"] if flags else []
-        return [
-            *ignored,
-            *self._short_memory(),
-            *self._foreign_base(),
-            *self._idle_patterns(),
-            *differing_settings(self.plan),
-            *self._misleading_path(),
-        ]
+        return warnings_before(
+            self.resolved,
+            self.backbone,
+            self.plan,
+            models=self._models(),
+            memory=self._working_memory,
+            device=self.device,
+        )
 
     @property
     def _working_memory(self) -> int:
@@ -235,48 +225,6 @@ class Job:
         from expert_merging.merge import working_memory
 
         return working_memory(self.plan, elementwise=self.resolved.method.elementwise, device=torch.device(self.device))
-
-    def _short_memory(self) -> list[str]:
-        from expert_merging.learned.memory import free_memory
-
-        needed, free = self._working_memory, free_memory(self.device)
-        if needed <= free:
-            return []
-        return [
-            f"merging needs about {_size(needed)} of memory, and {_size(free)} are free on {self.device}; leave out "
-            "the largest tensors (--exclude_params) or take a machine with more"
-        ]
-
-    def _foreign_base(self) -> list[str]:
-        """A base of a kind that the family is not made for, where it is not made for all."""
-        kinds = self.backbone.evaluation
-        if self._model_type in kinds or "" in kinds:
-            return []
-        return [
-            f"the base has the model_type {self._model_type!r}, and the {self.backbone.name} command is made for "
-            f"{' and '.join(kinds)}: its patterns may leave out other parameters than they should (a vision tower may "
-            "be merged); look at the names and give --exclude_params, or use the command of the base's own family"
-        ]
-
-    def _idle_patterns(self) -> list[str]:
-        """Patterns of the user's own that exclude nothing; the family's may be for tensors that not all bases have."""
-        names = {published for name in self.plan.base.entries for published in (name, self.backbone.file_name(name))}
-        return [
-            f"--exclude_params {pattern!r} matches no parameter, from the start of its name (such as {min(names)})"
-            for pattern in self.resolved.general["exclude_params"]
-            if pattern not in self.backbone.exclude_params and not any(re.match(pattern, name) for name in names)
-        ]
-
-    def _misleading_path(self) -> list[str]:
-        """The place of a result that VLMEvalKit would take for another kind of model."""
-        wanted = self.evaluation.vlmeval_path
-        paths = [str(folder.resolve()) for folder in self._models()]
-        wrong = [path for path in paths if not re.match(wanted, path, re.IGNORECASE)]
-        return [
-            f"VLMEvalKit goes by the path and will not take {path} for {self._model_type}, for which it has to match "
-            f"{wanted!r}; choose another --run_name or --output_path before you evaluate it there"
-            for path in wrong[:1]
-        ]
 
     def _rule(self) -> Rule:
         """The method's rule; learning happens here."""
@@ -336,6 +284,7 @@ class Job:
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
         from expert_merging.checkpoint import weights_in_other_formats
+        from expert_merging.plan import show_size
 
         plan = self.plan
         tensors = len(plan.base.entries)
@@ -350,8 +299,8 @@ class Job:
             f"{tensors - len(plan.merged)} keep the base's value"
         )
         written = len(self._results(self.run)) * plan.output_bytes
-        needed = _size(self._working_memory)
-        lines.append(f"writes {_size(written)}; merging needs about {needed} of memory on {self.device}")
+        needed = show_size(self._working_memory)
+        lines.append(f"writes {show_size(written)}; merging needs about {needed} of memory on {self.device}")
         unread = weights_in_other_formats(plan.base)
         if unread:
             lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
@@ -473,7 +422,3 @@ def _check_output(folder: Path, checkpoints: list[Path]) -> None:
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     if not os.access(existing, os.W_OK):
         raise InputError(f"{existing} cannot be written to; choose another --output_path")
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

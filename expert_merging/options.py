@@ -340,6 +340,11 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     values = {**({"cache_dir": cache_dir} if cache_dir else {}), **launched, **config, **given}
     method = find_method(str(values.get("method", GENERAL["method"].default)))
     problems = Problems()
+    if method.learns and environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        problems.add(
+            "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
+            "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
+        )
     general = {name: option.default for name, option in GENERAL.items()} | {"method": method.name}
     options = method.defaults(backbone.defaults)
     family = {name: option.default for name, option in backbone.options.items()}

@@ -95,6 +95,11 @@ class Plan:
         return sum(self.base.entries[name].elements for name in self.merged)
 
 
+def show_size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def make_plan(
     base_folder: Path,
     expert_folders: Mapping[str, Path],

@@ -59,10 +59,11 @@ def test_the_first_entries_of_each_file_are_taken(data):
 def test_an_entry_has_a_response_and_an_identity_or_not(data):
     folder = data("Chat", [{"question": "a", "response": "b", "question_id": 7, "task_name": "x"}, {"question": "c"},
                            {"question": "d", "response": ""}])  # fmt: skip
+    file = folder / "Chat.json"
     assert load(folder) == [
-        Sample("Chat", "Chat", "a", "b", "7"),
-        Sample("Chat", "Chat", "c", None, "1"),
-        Sample("Chat", "Chat", "d", None, "2"),
+        Sample("Chat", "Chat", "a", "b", "7", file=file),
+        Sample("Chat", "Chat", "c", None, "1", file=file, number=1),
+        Sample("Chat", "Chat", "d", None, "2", file=file, number=2),
     ]
 
 
@@ -182,16 +183,18 @@ def test_faulty_entries_are_named(data, monkeypatch, tmp_path, entry, problem):
     monkeypatch.chdir(tmp_path / "here")
     folder = data("Chat", [{"question": "fine"}, entry])
     places = f"{folder}, {tmp_path}, {tmp_path / 'here'}"
-    assert problems(folder) == [f"{folder / 'Chat.json'}, entry 1: {problem.replace('{places}', places)}"]
+    assert problems(folder) == [
+        f"{folder / 'Chat.json'}, entry 1 (counted from 0): {problem.replace('{places}', places)}"
+    ]
 
 
 def test_all_faulty_entries_of_all_files_are_reported(data):
     data("Chat", [{"question": 1}, {"question": "fine"}, 2])
     folder = data("Math", [3])
     assert [line.split(":")[0] for line in problems(folder, ["Chat", "Math"])] == [
-        f"{folder / 'Chat.json'}, entry 0",
-        f"{folder / 'Chat.json'}, entry 2",
-        f"{folder / 'Math.json'}, entry 0",
+        f"{folder / 'Chat.json'}, entry 0 (counted from 0)",
+        f"{folder / 'Chat.json'}, entry 2 (counted from 0)",
+        f"{folder / 'Math.json'}, entry 0 (counted from 0)",
     ]
 
 

@@ -289,6 +289,20 @@ def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, ca
     assert "ignored, since task_arithmetic has no such option: --num_epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "factor", "meant"),
+    [("80", "80", "0.8"), ("[0.3, -30]", "-30", "-0.3"), ("10", None, None), ("[0.3, 2]", None, None)],
+)
+def test_a_factor_that_nobody_uses_is_told(command, capsys, given, factor, meant):
+    assert merge(*command, "--scaling_coefficient", given, "--dry_run") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    told = (
+        f"warning: --scaling_coefficient {factor} is a factor on task vectors, which are hardly ever scaled by more "
+        f"than 2; for {factor} % write {meant}"
+    )
+    assert warnings == ([told] if factor else [])
+
+
 def test_a_pattern_that_matches_nothing_is_told(command, capsys):
     assert merge(*command, "--dry_run", "--exclude_params", "head", ".*bias.*", ".*norm") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
@@ -435,6 +449,19 @@ def test_methods_are_listed_with_options_and_defaults(capsys, monkeypatch):
     for option in ("rank_ratio 1/experts", "solver by variant", "step_size by solver", "data_dir dataset/"):
         assert f"--{option}" in shown
     assert " none " not in shown
+
+
+def test_the_list_fits_80_columns_and_has_what_methods_share_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert merge("--list_methods") == 0
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) == 80
+    for line in ("--num_epochs 1", "--gradient_accumulation_steps 8", "--task_vector_coeffs_dict", "--budget 1.0"):
+        assert shown.count(f" {line} ") == 1, line
+    learning = [method for method in all_methods().values() if "data_dir" in method.options]
+    assert shown.count("the learning options below") == len(learning)
+    assert shown.count("--density 0.2") == sum("density" in method.options for method in all_methods().values())
 
 
 def test_help_tells_every_option(capsys, monkeypatch):

@@ -56,7 +56,7 @@ def demo(
     scores = evaluate(zoo, runs)
     note = ""
     if TUNED in names:
-        best, scores[f"{TUNED}, best coefficient"] = merge.best_coefficient()
+        best, scores[f"{TUNED}, best coefficient"] = merge.best_coefficient(console)
         note = f"best coefficient: {best:g}, the best of {len(COEFFICIENTS)} on these very questions"
     console.print(table(scores))
     console.print(note, highlight=False)
@@ -108,12 +108,14 @@ class _Merging:
             arguments += ["--output_path", str(self.results)]
         return [sys.executable, str(script), *arguments, "--run_name", name], self.results / method / name
 
-    def best_coefficient(self) -> tuple[float, Scores]:
+    def best_coefficient(self, console: Console) -> tuple[float, Scores]:
         """Task arithmetic's best coefficient on the test questions, and its scores."""
+        console.print(f"looking for the best coefficient of {TUNED} ...", highlight=False)
         found = {}
         for coefficient in COEFFICIENTS:
             run = self.run(TUNED, "--scaling_coefficient", f"{coefficient:g}")
             scores = exact_match(self.family.backbone, run / "model", self.zoo / "test")
             found[coefficient] = with_mean({task: scores[task] for task in self.family.backbone.expert_folders})
+            console.print(f"  {coefficient:g}: {found[coefficient]['mean']:.1f}", highlight=False)
         best = max(found, key=lambda coefficient: found[coefficient]["mean"])
         return best, found[best]

@@ -57,6 +57,8 @@ def _read_test(path: Path) -> list[Sample]:
             response=entry["response"],
             identity=str(number),
             images=(path.parent / entry["image_path"],) if "image_path" in entry else (),
+            file=path,
+            number=number,
         )
         for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")))
     ]

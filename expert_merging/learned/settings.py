@@ -17,7 +17,7 @@ from expert_merging.learned import Context
 from expert_merging.learned.coefficients import CoefficientVector, choose_chunks
 from expert_merging.learned.objectives import Objective, alignment, prediction_entropy
 from expert_merging.learned.options import AlignmentOptions, LearningOptions, TrainingOptions
-from expert_merging.learned.targets import check_length, response_tokens
+from expert_merging.learned.targets import check_lengths, response_tokens
 from expert_merging.plan import Plan
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -147,12 +147,15 @@ def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], option
     processor = backbone.load_processor(plan.base.folder)
     problems = Problems()
     longest = 0
+    lengths = []
     for sample in samples:
         with problems.collecting():
             prompt = backbone.encode_prompt(processor, sample, options.prompt_template)["input_ids"].shape[1]
             given = None if sample.response is None else len(response_tokens(processor, sample.response))
-            check_length(plan.base, sample, prompt + (1 if given is None else given))
+            lengths.append((sample, prompt + (1 if given is None else given)))
             longest = max(longest, prompt + (options.max_new_tokens if given is None else given))
+    with problems.collecting():
+        check_lengths(plan.base, backbone, lengths)
     problems.check()
     return longest
 

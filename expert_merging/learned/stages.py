@@ -218,7 +218,8 @@ def _work(
     digest = hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
     # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
     decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
-    aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {settings.precision}"
+    precision = "float32" if settings.precision == "no" else settings.precision
+    aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {precision}"
     machine = this_machine(context.device)
     memory = describe(plan, settings.precision, machine, settings.options, tokens=settings.longest)
     return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from expert_merging.writing import sync_files
@@ -17,18 +17,31 @@ class TrainingState:
     def __init__(self) -> None:
         self.updates = 0
         self.skipped = 0
-        self.epoch_loss = 0.0
+        self.epochs = 0
+        self.epoch_losses: dict[str, float] = {}
         self.epoch_samples = 0
         self.best_loss = math.inf
         self.epochs_without_better = 0
 
+    def add(self, losses: Mapping[str, float], samples: int) -> None:
+        """Count the mean losses of an update's samples; the one called ``total`` is the sum of the others."""
+        for name, loss in losses.items():
+            self.epoch_losses[name] = self.epoch_losses.get(name, 0.0) + loss * samples
+        self.epoch_samples += samples
+
+    @property
+    def epoch_means(self) -> dict[str, float]:
+        """Mean losses of the epoch so far."""
+        return {name: total / self.epoch_samples for name, total in self.epoch_losses.items()}
+
     def end_epoch(self) -> None:
         """Compare the epoch's mean loss with the best so far."""
-        mean = self.epoch_loss / self.epoch_samples
+        mean = self.epoch_means["total"]
         better = mean < self.best_loss
         self.best_loss = min(mean, self.best_loss)
         self.epochs_without_better = 0 if better else self.epochs_without_better + 1
-        self.epoch_loss, self.epoch_samples = 0.0, 0
+        self.epochs += 1
+        self.epoch_losses, self.epoch_samples = {}, 0
 
 
 class StateFolder:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.backbone import Backbone, language_setting
-from expert_merging.calibration import Sample
+from expert_merging.calibration import Sample, entry_place
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.learned.sharding import load_on
@@ -123,10 +123,9 @@ class TargetMaker:
         prompt_tokens = inputs["input_ids"].shape[1]
         if not response:
             raise InputError(
-                f"{sample.task}, question {sample.identity}: expert {sample.expert} answered with nothing; give the "
-                "sample a response"
+                f"{sample.place}: expert {sample.expert} answered with nothing; give the sample a response"
             )
-        check_length(self.plan.base, sample, prompt_tokens + len(response))
+        check_lengths(self.plan.base, self.backbone, [(sample, prompt_tokens + len(response))])
         return place(with_response(inputs, response), self.device, self.dtype), prompt_tokens
 
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
@@ -180,19 +179,36 @@ def response_tokens(processor: Any, response: str) -> list[int]:
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
 
 
-def check_length(base: Checkpoint, sample: Sample, tokens: int) -> None:
+def check_lengths(base: Checkpoint, backbone: Backbone, lengths: Sequence[tuple[Sample, int]]) -> None:
     """Check that the model has positions for so many tokens.
 
+    Args:
+        base: the checkpoint that says how many it has.
+        backbone: the model family, for what makes samples shorter.
+        lengths: samples from files, with the tokens of prompt and response.
+
     Raises:
-        InputError: it has not.
+        InputError: it has not; one problem for each file.
     """
     most = language_setting(base.config, "max_position_embeddings")
-    if most is not None and tokens > most:
-        pictures = "--max_pixels or --max_tiles, or " if sample.images else ""
-        raise InputError(
-            f"{sample.task}, question {sample.identity}: prompt and response have {tokens} tokens and the model takes "
-            f"{most}; shorten the sample or lower {pictures}--max_new_tokens"
+    long: dict[Path, list[tuple[Sample, int]]] = {}
+    for sample, tokens in lengths:
+        if most is not None and tokens > most:
+            long.setdefault(sample.file or Path(), []).append((sample, tokens))
+    problems = []
+    for file, found in long.items():
+        several = len(found) > 1
+        place = entry_place(file, [sample.number for sample, _ in found])
+        tokens = max(tokens for _, tokens in found)
+        flags = backbone.picture_bounds if any(sample.images for sample, _ in found) else ()
+        flags += ("max_new_tokens",) if any(sample.tokens for sample, _ in found) else ()
+        lower = " or lower " + " or ".join(f"--{flag}" for flag in flags) if flags else ""
+        problems.append(
+            f"{place}: prompt and response have {'up to ' if several else ''}{tokens} tokens and the model takes "
+            f"{most}; shorten the sample{'s' if several else ''}{lower}"
         )
+    if problems:
+        raise InputError(*problems)
 
 
 def with_response(inputs: Mapping[str, Tensor], response: Sequence[int]) -> dict[str, Tensor]:

@@ -316,29 +316,39 @@ class Trainer:
                 f"the loss is not a number after {self.state.updates} updates; lower --learning_rate, or use "
                 "--mixed_precision no"
             )
-        self.state.updates += 1
-        self.state.epoch_loss += total * count
-        self.state.epoch_samples += int(count)
-        report = {
-            "loss/total": total,
-            "loss/regularisation": penalty,
-            "learning_rate": rate,
-            "skipped_updates": float(self.state.skipped),
-        }
         names = self.settings.objective.names
-        report |= {f"loss/{name}": loss / count for name, loss in zip(names, losses, strict=True)}
+        means = {name: loss / count for name, loss in zip(names, losses, strict=True)}
+        means = {"total": total, **means, "regularisation": penalty}
+        self.state.updates += 1
+        self.state.add(means, int(count))
+        report = {f"loss/{name}": loss for name, loss in means.items()}
+        report |= {"learning_rate": rate, "skipped_updates": float(self.state.skipped)}
         for task, (*task_losses, task_count) in zip(self.tasks, sums.tolist(), strict=True):
             if task_count:
                 report |= {
                     f"task_{name}/{task}": loss / task_count for name, loss in zip(names, task_losses, strict=True)
                 }
-        for expert, row in zip(self.plan.experts, self._by_expert(), strict=True):
+        values = self._by_expert()
+        for expert, row in zip(self.plan.experts, values, strict=True):
             report[f"coefficient_mean/{expert}"] = float(row.mean())
             report[f"coefficient_spread/{expert}"] = float(row.std(correction=0))
         self.accelerator.log(report, step=self.state.updates)
         if last:
+            self._log_epoch(float(values.mean()))
             self.state.end_epoch()
         self._save_state()
+
+    def _log_epoch(self, coefficient: float) -> None:
+        """One line with the epoch's mean losses."""
+        total, *parts = (f"{name} {loss:.4g}" for name, loss in self.state.epoch_means.items())
+        logger.info(
+            "epoch %d of %d: mean losses: %s (%s); mean coefficient %.4g",
+            self.state.epochs + 1,
+            self.settings.options.num_epochs,
+            total,
+            ", ".join(parts),
+            coefficient,
+        )
 
     @torch.no_grad()
     def _by_expert(self) -> Tensor:

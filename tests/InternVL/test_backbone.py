@@ -28,8 +28,11 @@ def pictures(tmp_path_factory) -> list[Path]:
     return [make_picture(folder / f"{seed}.png", (20 + 45 * seed, 50), seed=seed) for seed in range(3)]
 
 
+PLACE = r"GQA\.json, entry 7 \(counted from 0\)"
+
+
 def sample(question: str, *images: Path, task: str = "GQA") -> Sample:
-    return Sample(task, "VQA", question, None, "7", images=images)
+    return Sample(task, "VQA", question, None, "7", images=images, file=Path(f"{task}.json"), number=7)
 
 
 def picture_tokens(tiles: int) -> list[int]:
@@ -125,7 +128,8 @@ def test_more_marks_than_pictures_are_refused(processor, pictures):
     for question, images, count in (("<image> and <image>", pictures[:1], 1), ("see <image>", [], 0)):
         marks = question.count("<image>")
         with pytest.raises(
-            InputError, match=f"^GQA, question 7: {marks} <image> marks for {count} pictures; add image"
+            InputError,
+            match=f"^{PLACE}: {marks} <image> marks for {count} pictures; add image",
         ):
             encode_prompt(processor, sample(question, *images), None)
 
@@ -139,7 +143,7 @@ def test_more_marks_than_pictures_are_refused(processor, pictures):
     ],
 )
 def test_the_token_of_picture_content_is_no_text(question, response, template, processor):
-    message = "^GQA, question 7: <IMG_CONTEXT> stands for picture content and cannot be part of a question, response or"
+    message = rf"^{PLACE}: <IMG_CONTEXT> stands for picture content and cannot be part of a question, response or"
     with pytest.raises(InputError, match=message):
         encode_prompt(processor, replace(sample(question), response=response), template)
 
@@ -155,7 +159,7 @@ def test_answers_have_no_picture_tokens(internvl_zoo, processor):
 
 def test_an_unreadable_picture_is_named_with_its_entry(processor, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"^GQA, question 7: .*a\.png cannot be read as a picture"):
+    with pytest.raises(InputError, match=rf"^{PLACE}: .*a\.png cannot be read as a picture"):
         encode_prompt(processor, sample("What?", tmp_path / "a.png"), None)
 
 

@@ -350,9 +350,10 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
 def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
     cache = make_zoo(tmp_path / "cache", {"llm_config.max_position_embeddings": 180})
     flags = [*LEARNING, "--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", tmp_path / "out"]
-    ends = {line.split(":")[0]: line.split("takes 180; ")[1] for line in refused_command(capsys, *flags)}
-    assert ends["Chart, question 0"] == "shorten the sample or lower --max_pixels or --max_tiles, or --max_new_tokens"
-    assert ends["Chart, question 1"] == "shorten the sample or lower --max_new_tokens", "it has no picture"
+    lines = refused_command(capsys, *flags)
+    (shown,) = [line for line in lines if "Chart.json, entries 0, " in line]
+    assert shown.endswith("takes 180; shorten the samples or lower --max_tiles or --max_tiles_dict")
+    assert len(lines) <= len(TASKS), "one for each file"
 
 
 def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
@@ -366,8 +367,9 @@ def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
     for task in TASKS:
         (dataset / f"{task}.json").write_text(json.dumps(faulty if task == "Chart" else [{"question": "What?"}]))
     flags = [*LEARNING, "--cache_dir", internvl_zoo, "--data_dir", dataset, "--output_path", tmp_path / "out"]
+    places = [f"{dataset / 'Chart.json'}, entry {number} (counted from 0)" for number in range(2)]
     for mode in ([], ["--dry_run"]):
         broken, mark = refused_command(capsys, *flags, *mode)
-        assert broken.startswith(f"Chart, question 0: {dataset / 'broken.png'} cannot be read as a picture")
-        assert mark == "Chart, question q1: 1 <image> marks for 0 pictures; add image_path or remove marks"
+        assert broken.startswith(f"{places[0]}: {dataset / 'broken.png'} cannot be read as a picture")
+        assert mark == f"{places[1]}: 1 <image> marks for 0 pictures; add image_path or remove marks"
     assert not (tmp_path / "out").exists()

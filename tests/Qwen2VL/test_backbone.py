@@ -34,8 +34,11 @@ def model(base):
     return load_model(base, torch.float32)
 
 
+PLACE = "Chart.json, entry 7 (counted from 0)"
+
+
 def sample(question: str, *images: Path) -> Sample:
-    return Sample("Chart", "Chart", question, None, "7", images=images)
+    return Sample("Chart", "Chart", question, None, "7", images=images, file=Path("Chart.json"), number=7)
 
 
 def copied(base: Path, target: Path) -> Path:
@@ -216,7 +219,7 @@ def refused(processor, given: Sample, template: str | None = None) -> str:
 def test_extreme_shapes_are_refused(processor, tmp_path):
     file = save_picture(tmp_path / "line.png", 402, 2)
     problem = refused(processor, sample("?", file))
-    assert problem.startswith(f"Chart, question 7: {file} (402 x 2 pixels): ")
+    assert problem.startswith(f"{PLACE}: {file} (402 x 2 pixels): ")
     assert "aspect ratio must be smaller than 200, got 201" in problem
 
 
@@ -226,9 +229,7 @@ def test_damaged_pictures_are_refused(processor, tmp_path):
     cut.write_bytes(whole.read_bytes()[:3000])
     text.write_text("no picture")
     for file in (cut, text):
-        assert refused(processor, sample("?", file)).startswith(
-            f"Chart, question 7: {file} cannot be read as a picture ("
-        )
+        assert refused(processor, sample("?", file)).startswith(f"{PLACE}: {file} cannot be read as a picture (")
 
 
 def test_pictures_beyond_what_is_safe_to_open_are_refused(processor, tmp_path, monkeypatch):
@@ -239,7 +240,7 @@ def test_pictures_beyond_what_is_safe_to_open_are_refused(processor, tmp_path, m
 
 def test_texts_with_tokens_of_pictures_are_refused(processor):
     assert refused(processor, sample("What is <|image_pad|>?")) == (
-        "Chart, question 7: <|image_pad|> stands for picture content and cannot be part of a question, response or "
+        f"{PLACE}: <|image_pad|> stands for picture content and cannot be part of a question, response or "
         "prompt template; where a picture belongs, write <image>"
     )
     stands = "stands for picture content"
@@ -262,7 +263,7 @@ def test_answers_have_no_tokens_of_pictures(base, processor):
 def test_marks_beyond_the_pictures_are_refused(processor, tmp_path):
     file = save_picture(tmp_path / "wide.png", 90, 40)
     assert refused(processor, sample("<image> or <image>?", file)) == (
-        "Chart, question 7: 2 <image> marks for 1 pictures; add image_path or remove marks"
+        f"{PLACE}: 2 <image> marks for 1 pictures; add image_path or remove marks"
     )
     assert "1 <image> marks for 0 pictures" in refused(processor, sample("<image>?"))
     assert "2 <image> marks for 1 pictures" in refused(processor, sample("<image>?", file), "<image>{question}")
@@ -274,7 +275,7 @@ def test_a_chat_template_that_has_no_place_for_pictures_is_refused(base, tmp_pat
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     file = save_picture(tmp_path / "wide.png", 90, 40)
     assert refused(load_processor(folder), sample("?", file)) == (
-        f"Chart, question 7: the chat template of {folder} has 0 places for 1 pictures; give --prompt_template with "
+        f"{PLACE}: the chat template of {folder} has 0 places for 1 pictures; give --prompt_template with "
         "{question} in it"
     )
 
@@ -296,7 +297,7 @@ def test_without_any_chat_template_one_must_be_given(base, tmp_path):
     (folder / "chat_template.json").unlink()
     processor = load_processor(folder)
     assert refused(processor, sample("?")) == (
-        f"Chart, question 7: {folder} has no chat template; give --prompt_template with {{question}} in it"
+        f"{PLACE}: {folder} has no chat template; give --prompt_template with {{question}} in it"
     )
     assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [tokens("Why?")]
 

@@ -441,8 +441,8 @@ def test_pictures_are_checked_before_any_work(qwen_zoo, tmp_path, capsys):
     flags = [*LEARNING, "--cache_dir", qwen_zoo, "--data_dir", dataset, "--output_path", tmp_path / "out"]
     for mode in ([], ["--dry_run"]):
         line, broken = refused(capsys, *flags, *mode, family=BACKBONE)
-        assert f"Chart, question 0: {dataset / 'line.png'} (1000 x 4 pixels): " in line
-        assert f"Chart, question 1: {dataset / 'broken.png'} cannot be read as a picture" in broken
+        assert f"Chart.json, entry 0 (counted from 0): {dataset / 'line.png'} (1000 x 4 pixels): " in line
+        assert f"Chart.json, entry 1 (counted from 0): {dataset / 'broken.png'} cannot be read as a picture" in broken
     assert not (tmp_path / "out").exists()
 
 

@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from expert_merging.__main__ import main
 from expert_merging.calibration import Sample
 from expert_merging.cli import main as merge
-from expert_merging.comparison import find_models
+from expert_merging.comparison import _table, find_models
 from expert_merging.errors import InputError
 from expert_merging.learned.align import Distance, held_out, relative
 from Mistral.backbone import BACKBONE
@@ -154,6 +155,20 @@ def test_models_with_the_same_name_are_told_apart(answered_zoo, tmp_path):
         shutil.copytree(answered_zoo / BASE, tmp_path / parent / "same")
     labels = [model.label for model in find_models([tmp_path / "x" / "same", tmp_path / "y" / "same"])]
     assert labels == [str(tmp_path / "x" / "same"), str(tmp_path / "y" / "same")]
+
+
+@pytest.mark.parametrize("names", [["Chat", "Math", "Code"], ["OCR", "VQA", "Geometry", "Chart", "Grounding"]])
+def test_the_table_has_whole_names_in_80_columns(names, capsys):
+    row = {name: Distance(0.5, 0.25) for name in [*names, "mean"]}
+    label = "expert_merging++/a-run-with-a-long-name-of-its-own"
+    console = Console(soft_wrap=True, highlight=False, width=80)
+    console.print(_table({"base": row, label: row}), soft_wrap=False)
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    after = shown[shown.index(" base ") :].splitlines()[1:]
+    assert "".join(line.split()[0] for line in after if line.strip()) == label
+    assert all(name in shown for name in [*names, "mean", "hidden", "states"])
 
 
 def test_analyse_draws_a_finished_run_again(runs, capsys):

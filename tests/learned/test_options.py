@@ -185,11 +185,21 @@ def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):
     assert text(None) == "<s>(ab)=+"
 
 
-@pytest.mark.parametrize(("launched", "expected"), [("bf16", "bf16"), ("no", "no")])
+def test_deepspeed_is_refused_where_something_is_learned(command, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert command("--dry_run") == 1
+    assert capsys.readouterr().err == (
+        "error: accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of "
+        "the configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)\n"
+    )
+    assert command("--dry_run", "--method", "task_arithmetic") == 0
+
+
+@pytest.mark.parametrize(("launched", "expected"), [("bf16", "bf16"), ("no", "float32")])
 def test_the_launchers_precision_counts_where_none_is_asked_for(launched, expected, tiny_zoo, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     asked = ["--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset"), "--device", "cpu", "--dry_run"]
     assert main(BACKBONE, asked) == 0
     assert f"precision: {expected}" in capsys.readouterr().out
     assert main(BACKBONE, [*asked, "--mixed_precision", "no"]) == 0
-    assert "precision: no" in capsys.readouterr().out
+    assert "precision: float32" in capsys.readouterr().out

@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
@@ -415,24 +416,30 @@ def test_an_expert_is_matched_on_the_tokens_that_it_wrote(tiny_zoo, tmp_path, mo
 def test_an_empty_answer_is_refused_with_its_sample(tiny_zoo, tmp_path, monkeypatch):
     answering(monkeypatch)
     trainer = make_trainer(tiny_zoo, tmp_path)
-    with pytest.raises(InputError, match="Chat, question 0: expert Chat answered with nothing; give the sample a resp"):
+    with pytest.raises(
+        InputError, match=r"Chat\.json, entry 0 \(counted from 0\): expert Chat answered with nothing; "
+    ):
         trainer.train()
 
 
 def test_a_sample_longer_than_the_models_context_is_refused_before_any_expert_is_asked(tiny_zoo, tmp_path):
-    write_tasks(tmp_path / "dataset", responses={"Math": "4" * 200})
-    with pytest.raises(InputError) as caught:
-        make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(tmp_path / "dataset"))
-    assert re.fullmatch(
-        r"Math, question 0: prompt and response have 2\d\d tokens and the model takes 128; shorten the sample or lower "
-        "--max_new_tokens",
-        caught.value.problems[0],
-    )
+    folder = tmp_path / "dataset"
+    write_tasks(folder, count=8, responses={"Math": "4" * 200})
+    for count, places in ((8, "entries 0, 1, 2, 3, 4 and 3 more"), (5, "entries 0, 1, 2, 3, 4"), (1, "entry 0")):
+        with pytest.raises(InputError) as caught:
+            make_trainer(tiny_zoo, tmp_path / "run", data_dir=str(folder), samples_per_task=count)
+        (problem,) = caught.value.problems
+        up_to, samples = ("", "sample") if count == 1 else ("up to ", "samples")
+        assert problem == (
+            f"{folder / 'Math.json'}, {places} (counted from 0): prompt and response have {up_to}218 tokens and the "
+            f"model takes 128; shorten the {samples}"
+        )
 
 
 def test_an_answer_longer_than_the_models_context_is_refused(tiny_zoo, tmp_path, monkeypatch):
     answering(monkeypatch, *[5] * 200)
-    with pytest.raises(InputError, match=r"question 0: prompt and response have 2\d\d tokens and the model takes 128"):
+    told = r"entry 0 \(counted from 0\): .* have 2\d\d tokens .* 128; shorten the sample or lower --max_new_tokens$"
+    with pytest.raises(InputError, match=told):
         make_trainer(tiny_zoo, tmp_path).train()
 
 
@@ -537,7 +544,8 @@ def _never_better(calls):
 def test_epoch_means_decide_what_is_better():
     state = TrainingState()
     for mean, waiting in ((2.0, 0), (2.5, 1), (1.0, 0), (1.0, 1)):
-        state.epoch_loss, state.epoch_samples = 4 * mean, 4
+        for loss, samples in ((mean - 0.3, 4), (mean + 0.6, 2)):
+            state.add({"total": loss}, samples)
         state.end_epoch()
         assert state.epochs_without_better == waiting
 
@@ -555,6 +563,26 @@ def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     assert events.Tags()["images"]
     assert {"importance", "submodules", "depth", "coefficients", "chunks"} == set(events.Tags()["images"])
     assert all((tmp_path / "analysis" / f"{name}.png").stat().st_size > 1000 for name in events.Tags()["images"])
+
+
+def test_the_log_has_the_curves_means_of_every_epoch(answered_zoo, tmp_path):
+    common = ["--cache_dir", str(answered_zoo), "--data_dir", str(answered_zoo / "dataset"), "--device", "cpu"]
+    assert main(BACKBONE, [*common, "--num_epochs", "2", "--output_path", str(tmp_path), "--run_name", "r"]) == 0
+    run = Run(tmp_path / "expert_merging" / "r")
+    events = EventAccumulator(str(run.board))
+    events.Reload()
+    lines = [line for line in run.log.read_text().splitlines() if "mean loss" in line]
+    for epoch, line in enumerate(lines, 1):
+        shown = re.search(rf"epoch {epoch} of 2: mean losses: (.*) \((.*)\); mean (coefficient \S+)$", line)
+        assert shown
+        numbers = dict(part.split() for part in [shown[1], *shown[2].split(", "), shown[3]])
+        for name in ("total", "logits", "hidden_states", "regularisation"):
+            first, second = [point.value for point in events.Scalars(f"loss/{name}")][2 * epoch - 2 : 2 * epoch]
+            mean = (8 * first + 7 * second) / 15  # samples of the two updates
+            assert float(numbers[name]) == pytest.approx(mean, rel=1e-3), name
+        means = [events.Scalars(f"coefficient_mean/{expert}")[2 * epoch - 1].value for expert in EXPERTS]
+        assert float(numbers["coefficient"]) == pytest.approx(sum(means) / 3, rel=1e-3)
+    assert len(lines) == 2
 
 
 def test_files_of_a_finished_training(answered_zoo, tmp_path):
@@ -636,8 +664,6 @@ sys.exit(main(BACKBONE, {arguments!r}))
 @pytest.mark.parametrize("method", ["expert_merging", "expert_merging++"])
 def test_two_processes_learn_what_one_learns(method, tiny_zoo, tmp_path):
     """Uneven groups: 15 samples in groups of 8 and 7 for two processes; the drawn seed is shared."""
-    from expert_merging.cli import main
-
     arguments = ["--method", method, "--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset")]
     arguments += ["--max_new_tokens", "6", "--run_name", "r", "--device", "cpu", "--output_path"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -35,6 +36,12 @@ def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_dem
         "base", "Chat expert", "Math expert", "Code expert", "task_arithmetic", "task_arithmetic, best coefficient",
     ]  # fmt: skip
     assert all(set(found) == {"Chat", "Math", "Code", "mean"} for found in scores.values())
+    mean = scores["task_arithmetic, best coefficient"]["mean"]
+    tried = re.search(
+        r"looking for the best coefficient of task_arithmetic \.\.\.\n  0\.2: ([\d.]+)\n  0\.5: ([\d.]+)\n", shown
+    )
+    assert tried
+    assert f"{mean:.1f}" == max(tried.groups(), key=float)
     assert "the best of 2 on these very questions" in shown
     assert "Mistral/model_merging.py --method task_arithmetic" in shown
     configs = [json.loads(file.read_text()) for file in tmp_path.glob("logs/task_arithmetic/*/config.json")]
