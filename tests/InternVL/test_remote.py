@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,7 @@ def test_without_the_flag_nothing_is_executed(folder):
 
 
 def test_packages_that_do_not_import_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     folder = give_code(save_model(tmp_path / "needs_timm", 1), model="import timm")
     monkeypatch.setattr(remote, "_imports", lambda name: name == "einops")
     message = (
