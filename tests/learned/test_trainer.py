@@ -658,7 +658,8 @@ def test_two_processes_learn_what_one_learns(method, tiny_zoo, tmp_path):
     assert main(BACKBONE, [*arguments, str(tmp_path / "one"), "--seed", str(seed)]) == 0
     one = load_coefficients(tmp_path / "one" / method / "r")
     for name, value in load_coefficients(two).values.items():
-        torch.testing.assert_close(value, one.values[name], rtol=0, atol=1e-6)
+        # Sums in another order, which up to two stages of updates magnify more with some seeds than with others.
+        torch.testing.assert_close(value, one.values[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["after saving", "while saving"])
