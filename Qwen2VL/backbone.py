@@ -178,7 +178,7 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
 
 def _patches(processor: Processor, path: Path) -> Any:
     """Pixels of one picture, resized by the processor's rule and cut into patches."""
-    picture = read_picture(path, rgb=False)  # the processor puts transparent pictures on white
+    picture = read_picture(path, on_white=True)  # as only newer versions of the processor do
     try:
         return processor.image_processor(picture, return_tensors="pt")
     except ValueError as error:  # sides that differ too much

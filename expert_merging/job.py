@@ -358,6 +358,10 @@ def _join_processes(learns: bool, device: str) -> Team:
     if size == 1:
         return Team()
     if learns:
+        if device == "cpu":
+            # Where torch sees a GPU, accelerate's barriers between CPUs use the GPU of each process's number, and there
+            # may be none of that number. This must come before anything has asked CUDA for its devices.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from accelerate import PartialState
 
         # The others wait while the main process asks the experts, which may take longer than the usual ten minutes.
@@ -383,7 +387,11 @@ def _from_main_process(value: Any) -> Any:
 
 
 def choose_device(asked: str) -> str:
-    """The device to compute on; ``auto`` is the first GPU, or this process's own, if there is one.
+    """The device to compute on.
+
+    Args:
+        asked: ``cuda`` is the first GPU, or with a launcher of several processes this one's own; ``auto`` is the same
+            where there is a GPU, and the CPU elsewhere.
 
     Raises:
         InputError: there is no such device.
@@ -391,8 +399,7 @@ def choose_device(asked: str) -> str:
     import torch
 
     if asked == "auto":
-        own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-        return own if torch.cuda.is_available() else "cpu"
+        return _own_gpu() if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:
@@ -401,7 +408,27 @@ def choose_device(asked: str) -> str:
         raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
-    return asked
+    return _own_gpu() if asked == "cuda" else asked
+
+
+def _own_gpu() -> str:
+    """The GPU of this process, by its number among those that a launcher has started on this machine.
+
+    Raises:
+        InputError: some process has none; all of them find that, since only the main process tells it.
+    """
+    import torch
+
+    if "LOCAL_RANK" not in os.environ:
+        return "cuda"
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1))
+    if processes > count:
+        raise InputError(
+            f"{processes} processes run on this machine, and torch can use {count} of its GPUs; start one process for "
+            "each GPU, or give --device cpu"
+        )
+    return f"cuda:{number}"
 
 
 def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:

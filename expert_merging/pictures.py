@@ -51,12 +51,12 @@ _DAMAGED = (
 )
 
 
-def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
-    """The picture, turned upright where a camera marked it as rotated, as every viewer shows it.
+def read_picture(file: Path, *, on_white: bool = False) -> Image.Image:
+    """The picture in RGB, turned upright where a camera marked it as rotated, as every viewer shows it.
 
     Args:
         file: the picture.
-        rgb: convert it to RGB, which drops transparency; otherwise it keeps its mode.
+        on_white: put it on white where it is transparent; otherwise transparency is dropped.
 
     Raises:
         InputError: it is no picture, damaged, or larger than Pillow's limit for what may be an attack.
@@ -71,7 +71,7 @@ def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
                 upright = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                     upright = _eight_bits(upright)
-                return upright.convert("RGB") if rgb else upright
+                return (_on_white(upright) if on_white else upright).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(
             f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to be read safely; make it smaller"
@@ -83,6 +83,15 @@ def read_picture(file: Path, *, rgb: bool = True) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A picture of 16-bit grey in 8 bits; Pillow's own conversion would cut it off at 255 instead of scaling it."""
     return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def marked_question(sample: Sample, template: str, *, mark: str, reserved: Sequence[str]) -> str:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from expert_merging import __version__, options, registry
 from expert_merging.backbone import import_transformers
+from expert_merging.errors import InputError
+from expert_merging.job import choose_device
 from expert_merging.learned import Work
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.methods.linear import task_arithmetic, weight_average
@@ -232,7 +234,7 @@ def test_weights_in_other_formats_are_left_out_and_named(command, tmp_path):
 
 def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
     folders = [write_checkpoint(tmp_path / name, {"w": torch.ones(300, 300)}) for name in ("base", "expert")]
-    command = ("--method", "iso", *flags(folders[0], A=folders[1]), "--device", "cpu", "--dry_run")
+    command = ("--method", "iso", *flags(folders[0], A=folders[1]), "--dry_run")
     assert merge(*command) == 0
     assert "warning" not in capsys.readouterr().out
     monkeypatch.setattr("expert_merging.learned.memory.free_memory", lambda device: 1e6)
@@ -322,8 +324,10 @@ def test_a_complete_run_is_not_repeated(command, tmp_path, capsys):
 
 
 def test_the_same_command_has_the_same_name_and_another_has_not(command, tmp_path):
+    command = [*command, "--device", "auto"]
     run = merged(tmp_path / "out", *command)
-    assert merge(*command, "--device", "cpu", "--log_with", "none") == 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert merge(*command, "--device", device, "--log_with", "none") == 0
     assert merge(*command, "--scaling_coefficient", "0.3", "--seed", "0") == 0
     assert len(list(run.folder.parent.iterdir())) == 1
     assert merge(*command, "--scaling_coefficient", "0.4") == 0
@@ -530,6 +534,46 @@ def test_devices_that_are_not_there(command, capsys, device, problem):
     assert re.fullmatch(problem, refusal(capsys, *command, "--device", device))
 
 
+def launched(monkeypatch, *, gpus, number=None, processes=None):
+    """So many GPUs, and the variables with which a launcher of processes numbers them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {"LOCAL_RANK": number, "LOCAL_WORLD_SIZE": processes}.items():
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "device"),
+    [
+        ("auto", {"gpus": 0}, "cpu"),
+        ("auto", {"gpus": 0, "number": 1, "processes": 2}, "cpu"),
+        ("auto", {"gpus": 2}, "cuda"),
+        ("auto", {"gpus": 2, "number": 1, "processes": 2}, "cuda:1"),
+        ("auto", {"gpus": 2, "number": 1}, "cuda:1"),
+        ("cuda", {"gpus": 2, "number": 1, "processes": 2}, "cuda:1"),
+        ("cuda:0", {"gpus": 2, "number": 1, "processes": 2}, "cuda:0"),
+        ("cpu", {"gpus": 1, "number": 1, "processes": 2}, "cpu"),
+    ],
+)
+def test_each_process_takes_its_own_gpu(asked, there, device, monkeypatch):
+    launched(monkeypatch, **there)
+    assert choose_device(asked) == device
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_fewer_gpus_than_processes(asked, number, monkeypatch):
+    """The main process finds it too, which has a GPU but is the one that tells."""
+    launched(monkeypatch, gpus=1, number=number, processes=2)
+    with pytest.raises(InputError) as caught:
+        choose_device(asked)
+    assert str(caught.value) == (
+        "2 processes run on this machine, and torch can use 1 of its GPUs; start one process for each GPU, or give "
+        "--device cpu"
+    )
+
+
 def test_a_coefficient_for_each_expert_is_needed(command, capsys):
     assert refusal(capsys, *command, "--scaling_coefficient", "[0.1, 0.2, 0.3]") == (
         "--scaling_coefficient has 3 values for 2 experts (A, B)"
@@ -685,13 +729,13 @@ def test_coefficients_are_needed_for_the_method_of_that_name(command, capsys):
 
 
 def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
-    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests", "--device", "cpu")
+    run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests")
     text = run.log.read_text()
     assert text.count("question: ") == text.count("\nanswer:") == 3
 
 
 def test_every_model_of_a_run_is_asked_and_can_be_evaluated(tiny_zoo, tmp_path):
-    command = ["--method", "svd_intermediate", "--cache_dir", tiny_zoo, "--run_tests", "--device", "cpu"]
+    command = ["--method", "svd_intermediate", "--cache_dir", tiny_zoo, "--run_tests"]
     run = merged(tmp_path, *command)
     text = run.log.read_text()
     for expert in EXPERTS:

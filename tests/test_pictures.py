@@ -45,9 +45,9 @@ def test_sixteen_bit_grey_keeps_its_shades(kind, mode, tmp_path):
         image.putpixel((place, 0), shade)
     file = tmp_path / f"a.{kind}"
     image.save(file)
-    assert values(read_picture(file))[0].tolist() == [[255] * 3, [0] * 3, [128] * 3, [50] * 3]
-    grey = read_picture(file, rgb=False)
-    assert (grey.mode, grey.tobytes()) == ("L", bytes([255, 0, 128, 50]))
+    for on_white in (False, True):
+        read = read_picture(file, on_white=on_white)
+        assert values(read)[0].tolist() == [[255] * 3, [0] * 3, [128] * 3, [50] * 3]
 
 
 def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path):
@@ -60,6 +60,23 @@ def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path)
         read = read_picture(tmp_path / "a.png")
     assert values(read)[0].tolist() == [[250, 10, 20], [30, 240, 50]]
     assert not caught
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+def test_transparent_pictures_can_be_put_on_white(mode, tmp_path):
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (200, 200, 200, 0))
+    image = image.convert(mode)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 200, 200, 200])
+        image.putdata([0, 1, 0])
+    transparent = {"RGB": (200,) * 3, "L": 200, "P": bytes([255, 0]), "1": 1}.get(mode)
+    image.save(tmp_path / "a.png", **({} if transparent is None else {"transparency": transparent}))
+    shade = 255 if mode == "1" else 200
+    assert values(read_picture(tmp_path / "a.png"))[0].tolist() == [[0] * 3, [shade] * 3, [0] * 3]
+    read = read_picture(tmp_path / "a.png", on_white=True)
+    assert read.mode == "RGB"
+    assert values(read)[0].tolist() == [[0] * 3, [255] * 3, [0] * 3]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -16,7 +16,7 @@ from expert_merging.run import Run
 from tests.checkpoints import BASE, EXPERTS, write_checkpoint
 from tests.command import contents, flags, merge, merged
 
-METHOD = ("--method", "task_arithmetic")
+METHOD = ("--method", "task_arithmetic", "--device", "cpu")
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
 SCRIPT = Path("Mistral") / "model_merging.py"
 
@@ -91,7 +91,16 @@ def test_two_processes_write_the_bytes_of_one(damage, tmp_path):
             shards[2]["2.weight"][-1, -1] = float("nan")
         folders[name] = write_checkpoint(tmp_path / name, *shards)
     experts = [f"--expert={name}={folders[name]}" for name in ("a", "b")]
-    command = [SCRIPT, "--method", "dare_ties", "--base_model_path", folders["base"], *experts, "--output_path"]
+    command = [
+        SCRIPT,
+        *METHOD,
+        "--method",
+        "dare_ties",
+        "--base_model_path",
+        folders["base"],
+        *experts,
+        "--output_path",
+    ]
     two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *command, tmp_path / "two")
     if damage:
         assert two.returncode != 0

@@ -19,7 +19,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
     """A face that comes with matplotlib, so that every machine has it."""
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf"), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")), size)
 
 
 def _surface(

@@ -12,12 +12,11 @@ from rich.console import Console
 
 from expert_merging.__main__ import main
 from expert_merging.calibration import Sample
-from expert_merging.cli import main as merge
 from expert_merging.comparison import _table, find_models
 from expert_merging.errors import InputError
 from expert_merging.learned.align import Distance, held_out, relative
-from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
+from tests.command import merge
 from tests.learned.twin import Example, Twin
 
 
@@ -27,8 +26,8 @@ def runs(answered_zoo, tmp_path):
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]
     learning = ["--data_dir", str(answered_zoo / "dataset"), "--samples_per_task", "2"]
     learning += ["--samples_per_task_dict", '{"Code": 3}', "--prompt_template", "{question}!"]
-    assert merge(BACKBONE, [*common, *learning, "--run_name", "r"]) == 0
-    assert merge(BACKBONE, [*common, "--method", "task_arithmetic", "--run_name", "r"]) == 0
+    assert merge(*common, *learning, "--run_name", "r") == 0
+    assert merge(*common, "--method", "task_arithmetic", "--run_name", "r") == 0
     return tmp_path / "out" / "expert_merging" / "r", tmp_path / "out" / "task_arithmetic" / "r"
 
 
@@ -123,7 +122,7 @@ def test_what_is_missing_is_said(runs, answered_zoo, tmp_path, capsys):
 def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path, capsys):
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--method", "weight_average"]
     experts = ["--expert", f"Math={answered_zoo / EXPERTS['Math']}"]
-    assert merge(BACKBONE, [*common, *experts, "--run_name", "r"]) == 0
+    assert merge(*common, *experts, "--run_name", "r") == 0
     shown = refusal(capsys, runs[0], tmp_path / "out" / "weight_average" / "r")
     assert "made of different things" in shown
     assert "give --expert" in shown
@@ -132,7 +131,7 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
 def test_runs_that_learned_from_different_questions_need_a_choice(runs, answered_zoo, tmp_path, capsys):
     shutil.copytree(answered_zoo / "dataset", tmp_path / "other")
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]
-    assert merge(BACKBONE, [*common, "--data_dir", str(tmp_path / "other"), "--run_name", "other"]) == 0
+    assert merge(*common, "--data_dir", str(tmp_path / "other"), "--run_name", "other") == 0
     both = [runs[0], tmp_path / "out" / "expert_merging" / "other"]
     assert f"these runs learned from {answered_zoo / 'dataset'} and {tmp_path / 'other'}" in refusal(capsys, *both)
     assert numbers(tmp_path, *both, "--data_dir", tmp_path / "other")["questions"] == dict.fromkeys(EXPERTS, 1)

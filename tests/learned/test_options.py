@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_merging.cli import main
 from Mistral.backbone import BACKBONE, encode_prompt, load_processor
 from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
+from tests.command import merge
 from tests.learned.test_coefficients import make_coefficients
 
 
@@ -22,7 +22,7 @@ def command(tiny_zoo: Path, tmp_path: Path):
     def run(*arguments: str) -> int:
         fixed = ["--cache_dir", str(tiny_zoo), "--output_path", str(tmp_path / "out"), "--max_new_tokens", "4"]
         data = [] if "--data_dir" in arguments else ["--data_dir", str(tiny_zoo / "dataset")]
-        return main(BACKBONE, [*fixed, *data, *arguments])
+        return merge(*fixed, *data, *arguments)
 
     return run
 
@@ -85,7 +85,7 @@ def test_a_base_without_a_layer_count_needs_an_explicit_choice(tiny_zoo, tmp_pat
     del config["num_hidden_layers"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     arguments = ["--cache_dir", str(tiny_zoo), "--base_model_path", str(tmp_path / "base"), "--dry_run"]
-    assert main(BACKBONE, [*arguments, "--data_dir", str(tiny_zoo / "dataset")]) == 1
+    assert merge(*arguments, "--data_dir", tiny_zoo / "dataset") == 1
     assert "does not say how many layers it has; give --hidden_states_layers none" in capsys.readouterr().err
 
 
@@ -198,8 +198,8 @@ def test_deepspeed_is_refused_where_something_is_learned(command, monkeypatch, c
 @pytest.mark.parametrize(("launched", "expected"), [("bf16", "bf16"), ("no", "float32")])
 def test_the_launchers_precision_counts_where_none_is_asked_for(launched, expected, tiny_zoo, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    asked = ["--cache_dir", str(tiny_zoo), "--data_dir", str(tiny_zoo / "dataset"), "--device", "cpu", "--dry_run"]
-    assert main(BACKBONE, asked) == 0
+    asked = ["--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--dry_run"]
+    assert merge(*asked) == 0
     assert f"precision: {expected}" in capsys.readouterr().out
-    assert main(BACKBONE, [*asked, "--mixed_precision", "no"]) == 0
+    assert merge(*asked, "--mixed_precision", "no") == 0
     assert "precision: float32" in capsys.readouterr().out

@@ -30,7 +30,8 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 # Entries of what is merged of the tiny checkpoints: all of three layers but the norms.
 MERGED = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 
-# All processes but the first are refused to open anything in the run's folder for writing.
+# All processes but the first are refused to open anything in the run's folder for writing, and none may see a GPU: they
+# run on the CPU, and where there are fewer GPUs than processes, those without one would end.
 WATCHED = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -45,6 +46,7 @@ def watch(event, arguments):
 
 if os.environ["RANK"] != "0":
     sys.addaudithook(watch)
+import torch
 from expert_merging.cli import main
 from expert_merging.learned.sharding import own_part
 from expert_merging.learned.state import StateFolder
@@ -58,6 +60,8 @@ def tell_and_learn(self, targets):
     kept = sum(tensor.numel() for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
     # In one piece: all processes write to the same place at the same time.
     os.write(1, ("process %s has %d and %d\\n" % (os.environ["RANK"], held, kept)).encode())
+    if torch.cuda.is_available() or os.environ["CUDA_VISIBLE_DEVICES"]:
+        os._exit(78)
     return learn(self, targets)
 
 def collect_or_die(self, *arguments):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
@@ -22,6 +21,7 @@ from expert_merging.run import Run
 from expert_merging.streaming import read_task_vectors
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS
+from tests.command import merge
 from tests.learned.test_trainer import EXCLUDED, no_progress
 from tests.learned.twin import Example, Twin
 
@@ -242,10 +242,10 @@ def test_adamerging_task_has_one_coefficient_per_expert(answered_zoo, tmp_path):
 def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(method, answered_zoo, tmp_path):
     arguments = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path), "--log_with", "none"]
     learning = ["--method", method, "--data_dir", str(answered_zoo / "dataset"), "--run_name", "learned"]
-    assert main(BACKBONE, [*arguments, *learning]) == 0
+    assert merge(*arguments, *learning) == 0
     (run,) = tmp_path.glob("*/learned")
     again = ["--method", "coefficients", "--coefficients", str(run), "--run_name", "again"]
-    assert main(BACKBONE, [*arguments, *again]) == 0
+    assert merge(*arguments, *again) == 0
     written = (tmp_path / "coefficients" / "again" / "model" / "model.safetensors").read_bytes()
     assert written == (run / "model" / "model.safetensors").read_bytes()
 
@@ -267,9 +267,9 @@ def test_both_stages_leave_curves_pictures_and_coefficients(answered_zoo, tmp_pa
 
 def test_the_dry_run_tells_of_both_stages(answered_zoo, capsys):
     arguments = ["--cache_dir", str(answered_zoo), "--data_dir", str(answered_zoo / "dataset"), "--dry_run"]
-    assert main(BACKBONE, [*arguments, "--method", "expert_merging++", "--budget", "1.2"]) == 0
+    assert merge(*arguments, "--method", "expert_merging++", "--budget", "1.2") == 0
     shown = capsys.readouterr().out
     assert "stage 1: 63 coefficients learned from 15 samples in 1 epoch" in shown
     assert "stage 2: at most 25.2 coefficients per expert, shared out by importance (kappa 1.2), from what" in shown
-    assert main(BACKBONE, [*arguments, "--method", "expert_merging++", "--chunking", "all"]) == 0
+    assert merge(*arguments, "--method", "expert_merging++", "--chunking", "all") == 0
     assert "stage 2: 2 chunks for every parameter (42 coefficients per expert)" in capsys.readouterr().out

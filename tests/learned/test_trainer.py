@@ -182,11 +182,13 @@ def test_gradient_is_the_same_with_gradient_checkpointing(answered_zoo, tmp_path
     targets = prepared(trainer)
     trainer._collect(targets, lambda *_: None)
     plain = trainer.live.gradient.clone()
+    model = trainer.live.model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     for reentrant in (False, True):
         trainer.live.rebuild()
-        trainer.live.model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+        enable({"use_reentrant": reentrant})
         if reentrant:
-            trainer.live.model.enable_input_require_grads()
+            model.enable_input_require_grads()
         trainer._collect(targets, lambda *_: None)
         torch.testing.assert_close(trainer.live.gradient, plain, rtol=1e-5, atol=1e-8)
 
@@ -349,7 +351,8 @@ def test_a_gpu_learns_what_the_processor_learns(place, rank_batches, answered_zo
     assert {parameter.device.type for parameter in trainer.live.model.parameters()} == {"cuda"}
     assert set(trainer.gather().task_vectors.places.values()) == {place}
     for name, values in usual.values.items():
-        torch.testing.assert_close(coefficients.values[name], values, rtol=0, atol=1e-4)
+        # Adam's first steps are as long whatever a gradient's size, so the rounding of small ones shows.
+        torch.testing.assert_close(coefficients.values[name], values, rtol=0, atol=1e-3)
 
 
 @needs_gpu
@@ -681,6 +684,7 @@ def test_two_processes_learn_what_one_learns(method, tiny_zoo, tmp_path):
     assert main(BACKBONE, [*arguments, str(tmp_path / "one"), "--seed", str(seed)]) == 0
     one = load_coefficients(tmp_path / "one" / method / "r")
     for name, value in load_coefficients(two).values.items():
+        # Sums in another order, which up to two stages of updates magnify more with some seeds than with others.
         torch.testing.assert_close(value, one.values[name], rtol=0, atol=1e-5)
 
 
@@ -704,6 +708,8 @@ def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tm
             "r",
             "--method",
             "expert_merging",
+            "--device",
+            "cpu",
         ]
 
     from expert_merging.cli import main
@@ -735,6 +741,8 @@ def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp
         "r",
         "--log_with",
         "none",
+        "--device",
+        "cpu",
     ]
     monkeypatch.setattr("expert_merging.merge.write_merged", _interrupted)
     with pytest.raises(RuntimeError, match="interrupted"):

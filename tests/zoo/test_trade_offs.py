@@ -7,11 +7,11 @@ import json
 import pytest
 
 from expert_merging.__main__ import main as compare
-from expert_merging.cli import main as merge
 from Mistral.backbone import BACKBONE
+from tests.command import merge
 
 FLAGS = ["--samples_per_task", "8", "--loss_tokens", "response", "--max_new_tokens", "6", "--num_epochs", "4"]
-FLAGS += ["--learning_rate", "0.3", "--sparsity_reg_weight", "0", "--log_with", "none", "--device", "cpu"]
+FLAGS += ["--learning_rate", "0.3", "--sparsity_reg_weight", "0", "--log_with", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def divergences(built_zoo, tmp_path_factory):
     common = ["--cache_dir", str(built_zoo), "--data_dir", str(built_zoo / "dataset"), "--output_path", str(output)]
     for name in ("equal", *BACKBONE.expert_folders):
         weights = [] if name == "equal" else ["--loss_alphas", f"{name}=20"]
-        assert merge(BACKBONE, [*common, *FLAGS, *weights, "--run_name", name]) == 0
+        assert merge(*common, *FLAGS, *weights, "--run_name", name) == 0
     runs = [str(run) for run in sorted((output / "expert_merging").iterdir())]
     file = output / "align.json"
     options = ["--samples", "24", "--max_new_tokens", "6", "--device", "cpu", "--json", str(file)]

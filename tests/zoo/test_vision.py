@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from expert_merging.calibration import Sample, load_samples
-from expert_merging.cli import main
 from expert_merging.options import ROOT
+from tests.command import merge
 from tests.zoo.conftest import BRIEF
 from zoo import internvl, qwen2vl, tasks, vision
 from zoo.build import build
@@ -152,4 +152,4 @@ def test_settings_of_the_zoo_are_accepted(
 ) -> None:
     arguments = ["--config", ROOT / "zoo" / f"{family.name}.yaml", "--cache_dir", zoo, "--data_dir", zoo / "dataset"]
     arguments += ["--method", "expert_merging", "--output_path", tmp_path, "--dry_run"]
-    assert main(family.backbone, [str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    assert merge(*arguments, family=family.backbone) == 0, capsys.readouterr().err
