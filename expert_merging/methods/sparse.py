@@ -50,7 +50,7 @@ def drop(task_vectors: Tensor, part: Part, seed: int, experts: tuple[str, ...], 
         return task_vectors
     mask = torch.empty_like(task_vectors[0])  # a product of one type is faster than one of two, or than a selection
     for row, expert in zip(task_vectors, experts, strict=True):
-        mask.view(-1).copy_(_draw(part, f"{seed}/{expert}/{part.name}", drop_rate))
+        mask.view(-1).copy_(_draw(part, f"{seed}/{expert}/{part.name}", drop_rate).to(mask.device))
         row.mul_(mask)
     return task_vectors
 

@@ -146,6 +146,21 @@ class CountingPasses(OneTensor):
         return super().total(*arguments, **keywords)
 
 
+@given(
+    levels=st.sampled_from([2, 5, 40, 2**20]),
+    exponent=st.integers(-44, 38),
+    bounds=st.tuples(st.floats(0, 3), st.floats(0, 3)).map(sorted),
+    seed=st.integers(0, 99),
+)
+def test_processors_and_gpus_find_the_same_entries_between_bounds(levels, exponent, bounds, seed):
+    """Down to the smallest numbers that float32 has; on a GPU the work is torch's, on a processor numpy's."""
+    row = (task_vectors((500,), 1, seed)[0] * 10 * levels).round() / levels * 10.0**exponent
+    low, high = (torch.tensor(bounds) * 10.0**exponent).view(torch.int32).tolist()
+    found = [way(row, low, high) for way in (thresholds._between_by_numpy, thresholds._between_by_torch)]
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2].equal(found[1][2])
+
+
 def test_what_equals_the_threshold_is_kept():
     row = torch.tensor([[-0.5, 0.25, 0.5, 0.0, -0.25]])
     assert trim(row.clone(), torch.tensor([0.5]))[0].tolist() == [-0.5, 0.0, 0.5, 0.0, 0.0]
