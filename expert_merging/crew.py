@@ -65,11 +65,11 @@ class Crew:
     @classmethod
     def for_entries(cls, entries: int, device: torch.device) -> Crew:
         """Who works on so many entries on that device; the processes of a run on this machine divide its cores."""
-        cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         if device.type != "cpu":
             return cls(_GPU_THREADS)
         if entries < SMALL_MODEL:
             return cls(1)
+        cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(max(1, cores // local), forked=sys.platform == "linux")
 

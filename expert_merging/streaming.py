@@ -6,6 +6,7 @@ is done in steps that fit into a core's cache, in memory that is used again.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -113,12 +114,11 @@ class Reader(threading.local):
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        import torch
 
         self.plan = plan
         self.device = device
         self.checkpoints = (plan.base, *plan.experts.values())
-        self.stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = None if device.type == "cpu" else _stream(device, Crew.number())
         self._buffers: dict[str, Tensor] = {}
         self._spaces: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
 
@@ -161,7 +161,7 @@ class Reader(threading.local):
             # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
             # know it, the host waits for the copies to the device, so that its buffers can be used again.
             if not math.isfinite(task_vectors.sum()):
-                _refuse_non_finite(self.plan, name, first, last)
+                _refuse_non_finite(self.plan, name, first, last, task_vectors)
             yield first, last, base, task_vectors
 
     def _convert_in_steps(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -225,6 +225,14 @@ class Reader(threading.local):
         return base, task_vectors
 
 
+@functools.cache
+def _stream(device: torch.device, _worker: int) -> torch.cuda.Stream:
+    """A worker's stream, the same in every pass: torch keeps freed memory for each of them."""
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def read_task_vectors(plan: Plan, name: str, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What `Reader.read` returns, for a single call."""
     reader = Reader(plan, device)
@@ -232,8 +240,8 @@ def read_task_vectors(plan: Plan, name: str, start: int, stop: int, device: torc
         return reader.read(name, start, stop)
 
 
-def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
-    """Say which checkpoint has NaN or infinite values; return where only the float32 sum overflowed."""
+def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int, task_vectors: Tensor) -> None:
+    """Say which checkpoint has NaN or infinite values; return where only the sum of all differences overflowed."""
     import torch
 
     for expert, checkpoint in {"the base": plan.base, **plan.experts}.items():
@@ -242,6 +250,8 @@ def _refuse_non_finite(plan: Plan, name: str, start: int, stop: int) -> None:
             who = expert if checkpoint is plan.base else f"expert {expert}"
             count = int(bad.sum())
             raise InputError(f"{who} has {count} NaN or infinite values in {name} ({checkpoint.entries[name].file})")
+    if not torch.isfinite(task_vectors).all():
+        raise InputError(f"experts differ from the base in {name} by more than float32 can hold")
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ class ChunkingOptions(AlignmentOptions):
             the first stage.
         chunking: how many coefficients a parameter has in the second stage, by its importance, 2 for all, or none (one
             each, to compare with).
-        budget: with chunking by importance, at most so many coefficients per expert, times the number of merged
-            parameters.
+        budget: with chunking by importance, the upper bound on an expert's coefficients, as a multiple of the number of
+            merged parameters.
         kappa: how much more the more important parameters get; 0 spreads the budget evenly, 1 in proportion.
         stage2_init: the second stage starts from the coefficients that the first has learned, or from the initial value
             again; parameters that get no chunk keep it.

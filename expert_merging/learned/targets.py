@@ -185,27 +185,27 @@ def check_lengths(base: Checkpoint, backbone: Backbone, lengths: Sequence[tuple[
     Args:
         base: the checkpoint that says how many it has.
         backbone: the model family, for what makes samples shorter.
-        lengths: samples from files, with the tokens of prompt and response.
+        lengths: samples, with the tokens of prompt and response.
 
     Raises:
         InputError: it has not; one problem for each file.
     """
     most = language_setting(base.config, "max_position_embeddings")
-    long: dict[Path, list[tuple[Sample, int]]] = {}
+    long: dict[Path | None, list[tuple[Sample, int]]] = {}
     for sample, tokens in lengths:
         if most is not None and tokens > most:
-            long.setdefault(sample.file or Path(), []).append((sample, tokens))
+            long.setdefault(sample.file, []).append((sample, tokens))
     problems = []
     for file, found in long.items():
         several = len(found) > 1
-        place = entry_place(file, [sample.number for sample, _ in found])
+        place = entry_place(file, [sample.number for sample, _ in found]) if file else found[0][0].place
         tokens = max(tokens for _, tokens in found)
         flags = backbone.picture_bounds if any(sample.images for sample, _ in found) else ()
         flags += ("max_new_tokens",) if any(sample.tokens for sample, _ in found) else ()
         lower = " or lower " + " or ".join(f"--{flag}" for flag in flags) if flags else ""
         problems.append(
             f"{place}: prompt and response have {'up to ' if several else ''}{tokens} tokens and the model takes "
-            f"{most}; shorten the sample{'s' if several else ''}{lower}"
+            f"at most {most}; shorten the sample{'s' if several else ''}{lower}"
         )
     if problems:
         raise InputError(*problems)

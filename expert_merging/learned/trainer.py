@@ -374,6 +374,8 @@ class Trainer:
         for place in self.states.found:
             try:
                 training = json.loads((place / "training.json").read_text(encoding="utf-8"))
+                if training.keys() != vars(self.state).keys():
+                    raise ValueError("it is of another version")
                 saved = load_file(place / "coefficients.safetensors")
                 self.accelerator.load_state(str(place))
             except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:

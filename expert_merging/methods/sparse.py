@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.methods.linear import weighted_sum
@@ -14,10 +14,10 @@ from expert_merging.registry import Fraction, Interval, register
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expert_merging.methods.thresholds import Change
     from expert_merging.plan import Part
     from expert_merging.streaming import Passes
 
-    Change = Callable[[Tensor, Part], Tensor]
 
 # Random bits are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
 # alone. Part of what decides a result's bytes: changing it changes every mask.

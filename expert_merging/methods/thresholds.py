@@ -4,7 +4,7 @@ One pass over all task vectors finds both. Before it, a sample tells between whi
 lies; nearly every entry is below the lower one or not below the upper one, so that it can be trimmed, and vote, at
 once. How each of the few others would change a vote is kept: in a table by magnitude where it is the only undecided
 one of its column, otherwise together with the column, one entry of each expert. When everything is counted, the
-thresholds are known, and what they make of those.
+thresholds are known, and with them which of those entries are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.errors import InputError
 from expert_merging.methods.linear import weighted_sum
 
 if TYPE_CHECKING:
@@ -34,10 +35,14 @@ _SAMPLED = 1 << 22
 # Ranks by which a sample may be wrong, times the square root of its size. Forty standard deviations of independent
 # entries, as entries side by side are alike.
 _SLACK = 16
-# Bytes of columns that are kept; if there were more, another pass counts the votes.
-_KEPT_BYTES = 1 << 27
+# Bytes of columns that are kept, by all processes together; if there are more, another pass counts the votes.
+_KEPT_BYTES = 1 << 25
 
 _INFINITY = 0x7F800000  # its bits
+
+# Counts of an expert before those by bit pattern: entries below and up to its bounds; and in the first expert's row the
+# votes, and the number of columns.
+_HEADS = 4
 
 
 def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
@@ -81,25 +86,32 @@ def find_thresholds(passes: Passes, change: Change, density: float, only: str | 
     entries = sizes[only] if only else sum(sizes.values())
     # In decimals, so that a tenth of ten entries is one entry.
     rank = int((1 - Decimal(str(density))) * entries)
-    everything = torch.zeros(experts, dtype=torch.int64)
-    for sample in (_SAMPLE, 1) if entries >= _SAMPLED else (1,):
-        low, high = _bracket(passes, change, rank, only, sample) if rank else (everything, everything)
+    zero = torch.zeros(experts, dtype=torch.int64)
+    for share in (_SAMPLE, 1) if entries >= _SAMPLED else (1,):
+        low, high = _bracket(passes, change, (rank, entries), only, share) if rank else (zero, zero)
         counted = _count(passes, change, low, high, only)
         if counted.confirms(rank):
             break
+    else:
+        raise InputError("the checkpoints have changed while they were read")
     found = counted.patterns(rank)
     majority = counted.majority(passes, found)
     if majority is None:
         majority = _count(passes, change, found, found, only).majority(passes, found)
     assert majority is not None  # noqa: S101  (nothing was undecided)
-    return found.to(torch.int32).view(torch.float32), majority
+    return _magnitudes(found), majority
 
 
-def _bracket(passes: Passes, change: Change, rank: int, only: str | None, sample: int) -> tuple[Tensor, Tensor]:
-    """Two bit patterns for every expert, ``(experts,)`` int64, between which a sample has the magnitude of a rank."""
+def _bracket(
+    passes: Passes, change: Change, rank_of: tuple[int, int], only: str | None, sample: int
+) -> tuple[Tensor, Tensor]:
+    """Two bit patterns for every expert, ``(experts,)`` int64, between which a sample has the magnitude of a rank.
+
+    The rank is one of so many entries. A sample of all entries gives that magnitude itself, twice.
+    """
     import torch
 
-    sizes, experts = passes.sizes, len(passes.expert_names)
+    experts = len(passes.expert_names)
 
     def count_upper(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
         for row, task_vector in zip(counts, change(task_vectors, part), strict=True):
@@ -107,7 +119,7 @@ def _bracket(passes: Passes, change: Change, rank: int, only: str | None, sample
 
     seen = passes.total(count_upper, (experts, 1 << 15), "sampling magnitudes", only, sample).cumsum(1)
     size = int(seen[0, -1])
-    near = max(1, rank * size // (sizes[only] if only else sum(sizes.values())))
+    near = max(1, rank_of[0] * size // rank_of[1])
     lowest = ((seen < near).sum(1) - 1).clamp_(min=0) << 16
 
     def count_range(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
@@ -174,11 +186,12 @@ class _Counted:
         low: bit pattern for each expert, ``(experts,)`` int64.
         high: the same.
         below: number of entries whose magnitude is below ``low``, ``(experts,)``.
-        up_to: number of those whose magnitude is not above ``high``.
+        up_to: number of entries whose magnitude is not above ``high``.
         votes: sum of the signs that are elected if undecided entries are trimmed.
         undecided: number of undecided entries by bit pattern above ``low``, ``(experts, width)``.
         changes: what those that are alone in their column add to the votes if they are kept, likewise.
-        columns: the others' columns, ``(found, experts)``, seen by this process; None if they were too many.
+        columns: the others' columns, numpy arrays ``(found, experts)``, seen by this process; None if they were too
+            many for one.
     """
 
     low: Tensor
@@ -188,7 +201,7 @@ class _Counted:
     votes: int
     undecided: Tensor
     changes: Tensor
-    columns: Tensor | None
+    columns: list[Any] | None
 
     def confirms(self, rank: int) -> bool:
         """Whether every expert's magnitude of that rank lies between its bounds."""
@@ -200,21 +213,20 @@ class _Counted:
         return self.low + (seen < rank).sum(1).minimum(self.high - self.low)
 
     def majority(self, passes: Passes, patterns: Tensor) -> float | None:
-        """The sign that is elected more often with these thresholds; None if too many columns are not known."""
+        """The sign that is elected more often with these thresholds; None if columns that matter are not known."""
         import torch
 
-        own = torch.zeros(2, dtype=torch.int64)
         if self.columns is None:
-            own[0] = 1
-        else:
-            trimmed = [_elected(trim(self.columns.T.clone(), _magnitudes(bounds))) for bounds in (self.high, patterns)]
-            own[1] = (trimmed[1] - trimmed[0]).sum()
-        of_team = passes.team.add(own)
-        assert of_team is not None  # noqa: S101  (every process brings numbers)
-        if of_team[0]:
             return None
+        own = torch.zeros((), dtype=torch.int64)
+        for columns in self.columns:
+            rows = torch.from_numpy(columns).T
+            own += _elected(trim(rows.clone(), _magnitudes(patterns))).long().sum()
+            own -= _elected(trim(rows.clone(), _magnitudes(self.high))).long().sum()
+        of_team = passes.team.add(own)
+        assert of_team is not None  # noqa: S101  (every process brings a number)
         kept = torch.arange(self.changes.shape[1]) >= (patterns - self.low)[:, None]
-        votes = self.votes + int(self.changes[kept].sum()) + int(of_team[1])
+        votes = self.votes + int(self.changes[kept].sum()) + int(of_team)
         return float((votes > 0) - (votes < 0))
 
 
@@ -234,9 +246,8 @@ def _count(passes: Passes, change: Change, low: Tensor, high: Tensor, only: str 
     import torch
 
     experts, width = len(low), int((high - low).max())
-    bounds = _magnitudes(high)
-    kept = [numpy.empty((0, experts), dtype=numpy.float32)]
-    size = 0
+    bounds, most = _magnitudes(high), _KEPT_BYTES // (4 * experts)
+    kept: list[Any] = []
 
     def count(task_vectors: Tensor, part: Part, counts: Tensor) -> Any:
         rows = change(task_vectors, part)
@@ -254,15 +265,11 @@ def _count(passes: Passes, change: Change, low: Tensor, high: Tensor, only: str 
             experts_of, *(given.cpu().numpy() for given in (places, values, columns, signs.index_select(0, places)))
         )
         undecided.count(counts.numpy(), low.numpy())
-        return undecided.columns_of_several()
+        several = None if counts[0, 3] > most else undecided.columns_of_several()
+        counts[0, 3] += 0 if several is None else len(several)
+        return several
 
-    def keep(columns: Any) -> None:
-        nonlocal size
-        size += columns.nbytes
-        if size <= _KEPT_BYTES:
-            kept.append(columns)
-
-    counts = passes.total(count, (experts, _HEADS + 2 * width), "finding thresholds", only, keep=keep)
+    counts = passes.total(count, (experts, _HEADS + 2 * width), "finding thresholds", only, keep=kept.append)
     return _Counted(
         low=low,
         high=high,
@@ -271,12 +278,8 @@ def _count(passes: Passes, change: Change, low: Tensor, high: Tensor, only: str 
         votes=int(counts[0, 2]),
         undecided=counts[:, _HEADS::2],
         changes=counts[:, _HEADS + 1 :: 2],
-        columns=torch.from_numpy(numpy.concatenate(kept)) if size <= _KEPT_BYTES else None,
+        columns=None if counts[0, 3] > most else kept,
     )
-
-
-# Counts of an expert before those by bit pattern: below, up to, and with the first expert the votes.
-_HEADS = 3
 
 
 class _Undecided:
@@ -295,9 +298,7 @@ class _Undecided:
 
         self.experts, self.places, self.values, self.columns, self.signs = experts, places, values, columns, signs
         columns[experts, numpy.arange(len(experts))] = values
-        times = numpy.zeros(places.max() + 1, dtype=numpy.uint8)
-        numpy.add.at(times, places, numpy.ones(len(places), dtype=numpy.uint8))
-        self.alone = times[places] == 1
+        self.alone = numpy.bincount(places)[places] == 1
 
     def count(self, counts: Any, low: Any) -> None:
         """Count all by bit pattern, and what those that are alone in their column would add to the votes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -17,14 +18,18 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import dare_linear
 from peft.utils.merge_utils import ties as peft_ties
 
+from expert_merging import streaming
+from expert_merging.crew import Crew
 from expert_merging.methods import thresholds
 from expert_merging.methods.sparse import drop
 from expert_merging.methods.thresholds import find_thresholds, trim
-from expert_merging.plan import Part
+from expert_merging.plan import Part, make_plan
 from expert_merging.registry import find_method
+from expert_merging.streaming import Passes
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
 from tests.methods.test_all import OneTensor, apply, task_vectors
+from tests.test_crew import CREWS
 
 NAMES = ("a", "b", "c")
 
@@ -124,16 +129,120 @@ def test_thresholds_and_the_majority_are_exact_whatever_a_sample_leaves_undecide
     experts, levels, density, slack, room, seed
 ):
     """From none to nearly all entries undecided, alone in their column or not, with room for these columns or not."""
-    given_vectors = (task_vectors((2000,), experts, seed) * 3 * levels).round() / levels
+    given_vectors = balanced((task_vectors((2000,), experts, seed) * 3 * levels).round() / levels, density)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_SAMPLED", 1000), ("_SLACK", slack), ("_KEPT_BYTES", room), ("_SAMPLE", 4)):
-            patch.setattr(thresholds, name, value)
-        found, majority = find_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
-    rank = 2000 - round(2000 * density)
-    expected = given_vectors.abs().kthvalue(rank, dim=1).values if rank else torch.zeros(experts)
-    assert found.equal(expected)
-    kept = torch.where(given_vectors.abs() >= expected[:, None], given_vectors, 0.0)
-    assert majority == sum(kept).sign().sum().sign()
+        sample_much(patch, slack, room)
+        found = find_thresholds(OneTensor(given_vectors), lambda rows, part: rows, density)
+    assert_found(found, given_vectors, density)
+
+
+def sample_much(patch: pytest.MonkeyPatch, slack: int, room: int = 1 << 20) -> None:
+    for name, value in (("_SAMPLED", 1000), ("_SLACK", slack), ("_KEPT_BYTES", room), ("_SAMPLE", 4)):
+        patch.setattr(thresholds, name, value)
+
+
+def plain_thresholds(rows: torch.Tensor, density: float) -> torch.Tensor:
+    rank = rows.shape[1] - round(rows.shape[1] * density)
+    return rows.abs().kthvalue(rank, dim=1).values if rank else torch.zeros(len(rows))
+
+
+def plain_votes(rows: torch.Tensor, density: float) -> torch.Tensor:
+    return sum(torch.where(rows.abs() >= plain_thresholds(rows, density)[:, None], rows, 0.0)).sign()
+
+
+def balanced(rows: torch.Tensor, density: float) -> torch.Tensor:
+    """The same with some columns negated, so that a vote or two decide the majority."""
+    votes = plain_votes(rows, density)
+    surplus = int(votes.sum())
+    turned = (votes == (surplus > 0) - (surplus < 0)).nonzero().flatten()[: abs(surplus) // 2]
+    return rows.index_copy(1, turned, -rows[:, turned])
+
+
+def assert_found(found: tuple[torch.Tensor, float], rows: torch.Tensor, density: float) -> None:
+    assert found[0].equal(plain_thresholds(rows, density))
+    assert found[1] == plain_votes(rows, density).sum().sign()
+
+
+def test_as_many_entries_below_the_bounds_as_the_rank_make_the_sample_wrong():
+    """One more, and the entry of that rank would be between the bounds."""
+    wrong = 0
+    for seed in range(100):
+        rows = balanced(task_vectors((64,), 1, seed), 0.5)
+        passes = CountingPasses(rows)
+        with pytest.MonkeyPatch.context() as patch:
+            sample_much(patch, slack=0)
+            patch.setattr(thresholds, "_SAMPLED", 64)
+            found = find_thresholds(passes, lambda rows, part: rows, 0.5)
+        assert_found(found, rows, 0.5)
+        wrong += passes.passes == 6
+    assert 50 < wrong < 100
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20])
+@pytest.mark.parametrize("crew", CREWS)
+def test_what_workers_could_not_decide_reaches_the_process_that_decides(crew, room, tmp_path, monkeypatch):
+    monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
+    monkeypatch.setattr("expert_merging.crew._BATCH", 1000)
+    monkeypatch.setattr(streaming, "BLOCK", 500)
+    sample_much(monkeypatch, slack=10, room=room)
+    for seed in range(8):
+        rows = balanced((task_vectors((6000,), 3, seed) * 30).round() / 8, 0.3)
+        base = write_checkpoint(tmp_path / f"{seed} base", {"weight": torch.zeros(6000)})
+        experts = {
+            name: write_checkpoint(tmp_path / f"{seed} {name}", {"weight": row})
+            for name, row in zip(NAMES, rows, strict=True)
+        }
+        plan = make_plan(base, experts, [])
+        found = find_thresholds(Passes(plan, torch.device("cpu"), no_progress), lambda rows, part: rows, 0.3)
+        assert_found(found, rows, 0.3)
+
+
+@contextmanager
+def no_progress(*_arguments):
+    yield lambda *_: None
+
+
+def test_votes_of_other_processes_count():
+    class Others:
+        def add(self, votes):
+            return votes + 3
+
+    passes = OneTensor(torch.zeros(1, 1))
+    none = torch.zeros(1, dtype=torch.int64)
+    counted = thresholds._Counted(none, none, none, none, -2, none[:, None], none[:, None], [])
+    assert counted.majority(passes, none) == -1
+    passes.team = Others()
+    assert counted.majority(passes, none) == 1
+
+
+def test_more_experts_than_a_byte_can_count():
+    """All alike, so that whole columns are undecided; only those near the threshold are negative."""
+    row = 1 + torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    near = row.argsort()[1951:2060]
+    row[near] *= -1
+    rows = balanced(row.repeat(257, 1), 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        sample_much(patch, slack=1, room=1 << 30)
+        found = find_thresholds(OneTensor(rows), lambda rows, part: rows, 0.5)
+    assert_found(found, rows, 0.5)
+
+
+def test_each_tensor_has_a_majority_of_its_own(tmp_path):
+    """Where experts cancel each other, the sign is that of the tensor's majority or of the model's, by scope."""
+    signs = {"a.weight": 1.0, "b.weight": -1.0}
+    rows = {
+        name: sign * torch.stack([torch.full((size,), 2.0), torch.cat([torch.tensor([-2.0]), torch.ones(size - 1)])])
+        for (name, sign), size in zip(signs.items(), (30, 20), strict=True)
+    }
+    base = write_checkpoint(tmp_path / "base", {name: torch.zeros_like(both[0]) for name, both in rows.items()})
+    experts = {
+        name: write_checkpoint(tmp_path / name, {key: both[number] for key, both in rows.items()})
+        for number, name in enumerate("AB")
+    }
+    for scope, expected in (("tensor", (2.0, -2.0)), ("global", (2.0, 2.0))):
+        options = ("--method", "ties", "--density", 1.0, "--ties_scope", scope)
+        result = tensors_of(merged(tmp_path / scope, *options, *flags(base, **experts)).model)
+        assert (float(result["a.weight"][0]), float(result["b.weight"][0])) == expected
 
 
 class CountingPasses(OneTensor):
