@@ -56,7 +56,7 @@ def _large_factors(resolved: Resolved) -> list[str]:
 
 
 def _short_memory(needed: int, device: str) -> list[str]:
-    from expert_merging.learned.memory import free_memory
+    from expert_merging.machine import free_memory
 
     free = free_memory(device)
     if needed <= free:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly
 from expert_merging.crew import SMALL_MODEL, Block, Crew
 from expert_merging.errors import InputError
+from expert_merging.machine import half_of_memory
 from expert_merging.plan import Advance, Part, Plan, Progress, Rule
-from expert_merging.streaming import ALONE, Reader, Team, block_entries, half_of_memory
+from expert_merging.streaming import ALONE, Reader, Team, block_entries
 from expert_merging.writing import ShardWriter, partial_name, sync_folder
 
 if TYPE_CHECKING:

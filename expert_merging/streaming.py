@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -85,15 +84,6 @@ class Team:
 
 
 ALONE = Team()
-
-
-def half_of_memory(device: torch.device) -> int:
-    """Half of the bytes of memory that the device has: what threads that share it may work with."""
-    import torch
-
-    if device.type == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return torch.cuda.get_device_properties(device).total_memory // 2
 
 
 def block_entries(device: torch.device) -> int:

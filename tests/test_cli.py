@@ -237,7 +237,7 @@ def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
     command = ("--method", "iso", *flags(folders[0], A=folders[1]), "--dry_run")
     assert merge(*command) == 0
     assert "warning" not in capsys.readouterr().out
-    monkeypatch.setattr("expert_merging.learned.memory.free_memory", lambda device: 1e6)
+    monkeypatch.setattr("expert_merging.machine.free_memory", lambda device: 1e6)
     assert merge(*command) == 0
     assert (
         "warning: merging needs about 6.8 MB of memory, and 1.0 MB are free on cpu; leave out the largest tensors "

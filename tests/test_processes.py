@@ -130,6 +130,26 @@ assert not heavy, heavy
 """
 
 
+MERGE = """
+import sys
+import torch
+from expert_merging.cli import main
+from Mistral.backbone import BACKBONE
+
+before = set(sys.modules)
+assert main(BACKBONE, sys.argv[1:]) == 0
+slow = ("transformers", "accelerate", "tensorboard", "matplotlib", "sympy", "torch.distributed.tensor", "torch._dynamo")
+print([name for name in slow if name in set(sys.modules) - before])
+"""
+
+
+def test_a_merge_without_learning_loads_little_more_than_torch(tiny_zoo, tmp_path):
+    """What learning needs takes longer to import than a small model to merge."""
+    done = start("-c", MERGE, "--method", "dare_ties", "--cache_dir", tiny_zoo, "--output_path", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_mistakes_and_help_are_answered_without_torch(tmp_path):
     (tmp_path / "options.yaml").write_text("sede: 1\n")
     done = start("-c", MISTAKES, tmp_path / "options.yaml")

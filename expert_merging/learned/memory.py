@@ -8,7 +8,6 @@ not all fit there, weight gradients have precedence.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import math
@@ -16,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -25,6 +23,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
+from expert_merging.machine import free_host_memory, free_memory
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -306,11 +305,6 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
     return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
 
 
-def free_memory(device: str) -> float:
-    """Bytes that are free on a device."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else free_host_memory()
-
-
 def _gib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
@@ -328,25 +322,3 @@ def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free - needed - live.task_vectors.working_bytes - _MARGIN * total
-
-
-def free_host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes available to this process if all processes of this machine take the same; a container's limit counts.
-
-    Args:
-        proc: where the kernel tells of processes.
-        groups: where it tells of groups of processes.
-    """
-    try:
-        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # no such group, or one without a limit
-        own = (proc / "self" / "cgroup").read_text(encoding="ascii").split("0::/")[1].splitlines()[0]
-        limit, used = (
-            int((groups / own / f"memory.{kind}").read_text(encoding="ascii")) for kind in ("max", "current")
-        )
-        statistics = dict(line.split() for line in (groups / own / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(statistics["inactive_file"]))
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -12,9 +12,10 @@ import torch
 
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.learned import memory
-from expert_merging.learned.memory import Machine, choose, describe, estimate, free_host_memory, this_machine
+from expert_merging.learned.memory import Machine, choose, describe, estimate, this_machine
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
+from expert_merging.machine import free_host_memory
 from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import write_checkpoint
 
@@ -299,7 +300,8 @@ def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
 
 
 def test_the_machine_is_what_the_launcher_says(monkeypatch):
-    monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 5.0)
+    for module in ("machine", "learned.memory"):
+        monkeypatch.setattr(f"expert_merging.{module}.free_host_memory", lambda: 5.0)
     assert this_machine("cpu") == Machine("cpu", 5.0, 1, 1, 5.0)
     for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
