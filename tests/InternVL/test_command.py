@@ -352,7 +352,7 @@ def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
     flags = [*LEARNING, "--cache_dir", cache, "--data_dir", cache / "dataset", "--output_path", tmp_path / "out"]
     lines = refused_command(capsys, *flags)
     (shown,) = [line for line in lines if "Chart.json, entries 0, " in line]
-    assert shown.endswith("takes 180; shorten the samples or lower --max_tiles or --max_tiles_dict")
+    assert shown.endswith("takes at most 180; shorten the samples or lower --max_tiles or --max_tiles_dict")
     assert len(lines) <= len(TASKS), "one for each file"
 
 

@@ -435,7 +435,7 @@ def test_a_sample_longer_than_the_models_context_is_refused_before_any_expert_is
         up_to, samples = ("", "sample") if count == 1 else ("up to ", "samples")
         assert problem == (
             f"{folder / 'Math.json'}, {places} (counted from 0): prompt and response have {up_to}218 tokens and the "
-            f"model takes 128; shorten the {samples}"
+            f"model takes at most 128; shorten the {samples}"
         )
 
 
