@@ -451,6 +451,15 @@ def test_large_values_that_only_a_sum_cannot_hold_are_merged(tmp_path):
     assert tensors_of(tmp_path / "output")["a"].tolist() == pytest.approx([9e37] * 4)
 
 
+def test_differences_that_float32_cannot_hold_are_refused(tmp_path):
+    base = write_checkpoint(tmp_path / "base", {"a": torch.full((4,), -3e38)})
+    expert = write_checkpoint(tmp_path / "expert", {"a": torch.full((4,), 3e38)})
+    with pytest.raises(InputError) as caught:
+        merge_folders(base, [expert], tmp_path / "output")
+    assert str(caught.value) == "experts differ from the base in a by more than float32 can hold"
+    assert not list((tmp_path / "output").iterdir())
+
+
 def test_an_error_in_a_rule_reaches_the_caller_and_leaves_no_file(base, experts, tmp_path):
     def fail(task_vectors):
         raise ZeroDivisionError

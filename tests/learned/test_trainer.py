@@ -487,7 +487,7 @@ def test_the_best_threads_for_a_small_model_are_used_and_put_back(answered_zoo, 
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "custom"])
+@pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
 def test_a_damaged_state_is_passed_over(damage, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
     whole = make_trainer(answered_zoo, tmp_path / "whole", num_epochs=2).train()
@@ -501,6 +501,10 @@ def test_a_damaged_state_is_passed_over(damage, answered_zoo, tmp_path):
         executed = tmp_path / "executed"
         (state / "custom_checkpoint_0.pkl").write_bytes(pickle.dumps(Payload(executed), protocol=2))
         (state / "optimizer.bin").write_bytes(pickle.dumps(Payload(executed), protocol=2))
+    elif damage == "version":
+        training = json.loads((state / "training.json").read_text())
+        del training["epoch_losses"]
+        (state / "training.json").write_text(json.dumps({**training, "updates": 1}))
     else:
         (state / damage).write_bytes(b"")
     again = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2).train()

@@ -20,6 +20,7 @@ from peft.utils.merge_utils import ties as peft_ties
 
 from expert_merging import streaming
 from expert_merging.crew import Crew
+from expert_merging.errors import InputError
 from expert_merging.methods import thresholds
 from expert_merging.methods.sparse import drop
 from expert_merging.methods.thresholds import find_thresholds, trim
@@ -106,6 +107,16 @@ def test_thresholds_are_exact_whatever_the_first_entries_look_like(order, monkey
     found, _ = find_thresholds(passes, lambda rows, part: rows, 0.2)
     assert found.equal(given_vectors.abs().kthvalue(40_000, dim=1).values)
     assert passes.passes == (3 if order in ("drawn", "nearly all zero") else 6)
+
+
+def test_checkpoints_that_change_while_they_are_read_are_refused():
+    class Changing(CountingPasses):
+        def total(self, *arguments, **keywords):
+            self.task_vectors = self.task_vectors * 2
+            return super().total(*arguments, **keywords)
+
+    with pytest.raises(InputError, match="the checkpoints have changed while they were read"):
+        find_thresholds(Changing(task_vectors((5000,), 2)), lambda rows, part: rows, 0.2)
 
 
 def test_few_entries_are_not_sampled():
