@@ -274,16 +274,13 @@ def show_matrices(model: str, experts: int, device: str, methods: list[str]) -> 
 def show_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
     """Measure whole processes beside mergekit's."""
     figures = compare_with_peer(bench, methods)
-    columns = ("seconds", "mergekit", "faster", "processor", "mergekit", "peak memory", "mergekit", "less")
-    table = Table("whole process", *columns)
+    table = Table("whole process", "seconds", "mergekit", "faster", "memory", "mergekit", "less")
     for method, found in figures.items():
         table.add_row(
             method,
             f"{found['seconds']:.1f}",
             f"{found['peer_seconds']:.1f}",
             f"{found['times_faster']:.1f}x",
-            f"{found['cpu_seconds']:.1f}",
-            f"{found['peer_cpu_seconds']:.1f}",
             f"{found['peak_bytes'] / 1e9:.2f} GB",
             f"{found['peer_peak_bytes'] / 1e9:.2f} GB",
             f"{found['times_less_memory']:.0f}x",
