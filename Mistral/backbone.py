@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_tokenizer
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_tokenizer, load_whole
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The causal language model of the folder, in evaluation mode."""
-    transformers = import_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    return model.eval()
+    """The causal language model of the folder, in evaluation mode.
+
+    Raises:
+        InputError: the folder lacks a tensor of the model, or has one of another shape.
+    """
+    return load_whole("AutoModelForCausalLM", folder, dtype)
 
 
 def parameter_names(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, import_transformers
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
 from expert_merging.errors import InputError
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
 from expert_merging.registry import Count
@@ -48,28 +48,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         InputError: the folder lacks a tensor of the model, or has one of another shape.
     """
     _config(folder)
-    model, report = import_transformers().AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # to be refused below with the rest
-        output_loading_info=True,
-    )
-    if report["mismatched_keys"]:
-        name, stored, expected = min(report["mismatched_keys"])
-        raise InputError(
-            f"{folder}: {file_name(name)} has shape {list(stored)}, and {list(expected)} by config.json; "
-            "download both again"
-        )
-    if report["missing_keys"]:
-        first, *others = sorted(map(file_name, report["missing_keys"]))
-        more = f" and {len(others)} more tensors" if others else ""
-        raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+    model = load_whole("AutoModelForImageTextToText", folder, dtype, file_name)
     # A picture token in an answer would have to be given a picture when the answer is read again.
     model.generation_config.suppress_tokens = [model.config.image_token_id, model.config.video_token_id]
-    return model.eval()
+    return model
 
 
 def parameter_names(folder: Path) -> list[str]:

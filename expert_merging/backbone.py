@@ -140,6 +140,40 @@ def import_transformers() -> Any:
     return transformers
 
 
+def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = same_name) -> Any:
+    """A model whose tensors are all there and as ``config.json`` says, in evaluation mode, without remote code.
+
+    Args:
+        kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
+        folder: the checkpoint.
+        dtype: type of the weights in memory.
+        file_name: what files call a parameter, for messages.
+
+    Raises:
+        InputError: the folder lacks a tensor of the model, or has one of another shape.
+    """
+    model, report = getattr(import_transformers(), kind).from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # to be refused below with the rest
+        output_loading_info=True,
+    )
+    if report["mismatched_keys"]:
+        name, stored, expected = min(report["mismatched_keys"])
+        raise InputError(
+            f"{folder}: {file_name(name)} has shape {list(stored)}, and {list(expected)} by config.json; "
+            "download both again"
+        )
+    if report["missing_keys"]:
+        first, *others = sorted(map(file_name, report["missing_keys"]))
+        more = f" and {len(others)} more" if others else ""
+        raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+    return model.eval()
+
+
 def load_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of a checkpoint folder.
 

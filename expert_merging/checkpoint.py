@@ -230,6 +230,8 @@ def read_exactly(descriptor: int, view: memoryview, offset: int, file: Path) -> 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of the folder, with a clear error for every kind of folder that is not a full checkpoint."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give the folder of the checkpoint that it belongs to")
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist")
     if (folder / "adapter_config.json").is_file():

@@ -177,6 +177,9 @@ def test_a_fingerprint_of_large_weights_needs_little_reading(tmp_path, monkeypat
 
 def test_a_missing_folder(tmp_path):
     assert problem(tmp_path / "none") == f"checkpoint folder {tmp_path / 'none'} does not exist"
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert problem(file) == f"{file} is a file; give the folder of the checkpoint that it belongs to"
 
 
 def test_a_folder_without_config(tmp_path):

@@ -61,7 +61,7 @@ def expert_merging_pp(plan: Plan, context: Context, **options: object) -> Work:
     family_defaults=("scaling_coefficient", "samples_per_task"),
 )
 def adamerging(plan: Plan, context: Context, **options: object) -> Work:
-    """One coefficient per expert and parameter, learned by making predictions sure (Yang et al., 2024, 2310.02575).
+    """A coefficient per expert and parameter, learned by making predictions sure (Yang et al., 2024, arXiv 2310.02575).
 
     Trained like Expert Merging, on the same samples, where the original has Adam at 1e-3 for 500 steps and clamps.
 

@@ -129,7 +129,7 @@ def _bracket(
             offsets = _magnitude_bits(task_vector.index_select(0, places)).long().cpu() - (low - 1)
             row.scatter_add_(0, offsets, torch.ones_like(offsets))
 
-    counted = passes.total(count_range, (experts, 1 + _RANGE), "sampling magnitudes", only, sample).cumsum(1)
+    counted = passes.total(count_range, (experts, 1 + _RANGE), "sampling near thresholds", only, sample).cumsum(1)
 
     def pattern(rank: int) -> Tensor:
         return lowest + (counted[:, 1:] < rank).sum(1).clamp_(max=_RANGE - 1)

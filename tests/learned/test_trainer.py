@@ -32,7 +32,7 @@ from expert_merging.learned.trainer import Trainer, epoch_order
 from expert_merging.plan import make_plan
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint, write_tasks
 from tests.learned.twin import Example, Twin
 
 EXCLUDED = list(BACKBONE.exclude_params)
@@ -805,6 +805,30 @@ def test_a_model_that_changes_its_logits_is_refused(answered_zoo, tmp_path):
     cache = changed_config(answered_zoo, tmp_path / "cache", final_logit_softcapping=30.0)
     with pytest.raises(InputError, match="changes its logits after the output head"):
         make_trainer(cache, tmp_path / "run")
+
+
+def test_a_model_that_is_not_whole_is_refused(tmp_path):
+    """Otherwise transformers would fill it up with random numbers."""
+    save_model(tmp_path / "whole", 0, tie_word_embeddings=True)
+    assert BACKBONE.load_model(tmp_path / "whole", torch.float32).lm_head.weight.any()
+    tensors = tensors_of(tmp_path / "whole")
+    folder = write_checkpoint(tmp_path / "part", {name: tensors[name] for name in sorted(tensors)[:-2]})
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        BACKBONE.load_model(folder, torch.float32)
+    first = sorted(tensors)[-2]
+    assert caught.value.problems == (
+        f"{folder} lacks {first} and 1 more, which the model of its config.json has; download it again",
+    )
+    write_checkpoint(folder, tensors)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(InputError) as caught:
+        BACKBONE.load_model(folder, torch.float32)
+    assert caught.value.problems == (
+        f"{folder}: model.layers.0.mlp.down_proj.weight has shape [32, 48], and [32, 40] by config.json; "
+        "download both again",
+    )
 
 
 def test_code_of_a_checkpoint_is_not_executed(answered_zoo, tmp_path):
