@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION = "eval.json"
 
+_COMPLETE = "this run is complete already; remove its folder to repeat it"
+
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
 # The same among the options of methods: they trade memory for time.
@@ -162,7 +164,9 @@ class Job:
         start = time.monotonic()
         summary = None
         if _from_main_process(self.run.is_complete):
-            logger.info("this run is complete already; remove its folder to repeat it")
+            for line in self._warnings():
+                logger.warning("%s", line)
+            logger.info(_COMPLETE)
         else:
             if is_main_process():
                 self.run.begin(self.description)
@@ -312,6 +316,10 @@ class Job:
             self.terminal.console.print(line, markup=False)
         for line in self._warnings():
             self.terminal.console.print(f"warning: {line}", markup=False)
+        if self.run.is_complete:
+            self.terminal.console.print(_COMPLETE)
+        elif self.run.config.exists():
+            self.terminal.console.print("this run has been begun and would be continued")
         self.terminal.console.print("dry run: all checks passed, nothing was written")
 
     def _report(self, summary: Summary | None, seconds: float) -> None:

@@ -320,7 +320,14 @@ def test_a_complete_run_is_not_repeated(command, tmp_path, capsys):
     before = snapshot(run.folder)
     assert merged(tmp_path / "out", *command).folder == run.folder
     assert snapshot(run.folder) == before
-    assert "this run is complete already; remove its folder to repeat it" in capsys.readouterr().out
+    complete = "this run is complete already; remove its folder to repeat it"
+    assert complete in capsys.readouterr().out
+    assert merge(*command, "--output_path", tmp_path / "out", "--drop_rate", "0.3") == 0
+    told = capsys.readouterr().out
+    assert "ignored, since task_arithmetic has no such option: --drop_rate" in told, "another run is not what was asked"
+    assert complete in told
+    assert merge(*command, "--output_path", tmp_path / "out", "--dry_run") == 0
+    assert complete in capsys.readouterr().out
 
 
 def test_the_same_command_has_the_same_name_and_another_has_not(command, tmp_path):
@@ -406,6 +413,8 @@ def test_a_resumed_run_learns_with_the_recorded_seed(command, tmp_path, capsys, 
     (config,) = (tmp_path / "out").glob("stopping/*/config.json")
     record = json.loads(config.read_text())
     assert learning[1:] == [record["seed"]] * 2
+    assert merge(*arguments, "--dry_run") == 0
+    assert "this run has been begun and would be continued\n" in capsys.readouterr().out
     assert record["inputs"] == {"device": "cpu", "version": __version__, "data": "1"}
 
 
