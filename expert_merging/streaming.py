@@ -191,7 +191,7 @@ class Reader(threading.local):
             for number, (checkpoint, row) in enumerate(zip(self.checkpoints, rows, strict=True)):
                 buffer = self.host_buffer(f"file {number}", stop - start, dtypes[number])
                 checkpoint.read_into(buffer, name, start)
-                row.copy_(buffer, non_blocking=True)
+                row.copy_(buffer.to(self.device, non_blocking=True))  # converted there, and not by the host
         return rows[0], rows[1:].sub_(rows[0])
 
     def read(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:

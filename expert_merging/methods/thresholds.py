@@ -88,7 +88,7 @@ def find_thresholds(passes: Passes, change: Change, density: float, only: str | 
     rank = int((1 - Decimal(str(density))) * entries)
     zero = torch.zeros(experts, dtype=torch.int64)
     for share in (_SAMPLE, 1) if entries >= _SAMPLED else (1,):
-        low, high = _bracket(passes, change, (rank, entries), only, share) if rank else (zero, zero)
+        low, high = _bracket(passes, change, rank, entries, only, share) if rank else (zero, zero)
         counted = _count(passes, change, low, high, only)
         if counted.confirms(rank):
             break
@@ -103,11 +103,11 @@ def find_thresholds(passes: Passes, change: Change, density: float, only: str | 
 
 
 def _bracket(
-    passes: Passes, change: Change, rank_of: tuple[int, int], only: str | None, sample: int
+    passes: Passes, change: Change, rank: int, entries: int, only: str | None, sample: int
 ) -> tuple[Tensor, Tensor]:
     """Two bit patterns for every expert, ``(experts,)`` int64, between which a sample has the magnitude of a rank.
 
-    The rank is one of so many entries. A sample of all entries gives that magnitude itself, twice.
+    The rank is one of so many entries; a sample of all of them gives that magnitude itself, twice.
     """
     import torch
 
@@ -119,7 +119,7 @@ def _bracket(
 
     seen = passes.total(count_upper, (experts, 1 << 15), "sampling magnitudes", only, sample).cumsum(1)
     size = int(seen[0, -1])
-    near = max(1, rank_of[0] * size // rank_of[1])
+    near = max(1, rank * size // entries)
     lowest = ((seen < near).sum(1) - 1).clamp_(min=0) << 16
 
     def count_range(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
@@ -131,8 +131,8 @@ def _bracket(
 
     counted = passes.total(count_range, (experts, 1 + _RANGE), "sampling near thresholds", only, sample).cumsum(1)
 
-    def pattern(rank: int) -> Tensor:
-        return lowest + (counted[:, 1:] < rank).sum(1).clamp_(max=_RANGE - 1)
+    def pattern(sampled_rank: int) -> Tensor:
+        return lowest + (counted[:, 1:] < sampled_rank).sum(1).clamp_(max=_RANGE - 1)
 
     slack = 0 if sample == 1 else int(_SLACK * math.sqrt(size))
     return pattern(max(1, near - slack)), pattern(min(size, near + slack))
