@@ -15,7 +15,6 @@ from expert_merging.learned import memory
 from expert_merging.learned.memory import Machine, choose, describe, estimate, this_machine
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
-from expert_merging.machine import free_host_memory
 from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import write_checkpoint
 
@@ -49,23 +48,6 @@ def test_what_the_user_asks_for_is_done(place, batches):
 def test_gradients_are_added_up_in_what_asked_places_leave():
     assert choose(SIZES, 50, 120, 0, task_vectors=HOST, rank_batches="auto").accumulates
     assert not choose(SIZES, 50, 120, 0, task_vectors=DEVICE, rank_batches="auto").accumulates
-
-
-def test_a_containers_limit_counts_as_the_end_of_memory(tmp_path, monkeypatch):
-    (tmp_path / "self").mkdir()
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
-    assert free_host_memory(tmp_path, tmp_path) == 4_096_000
-    (tmp_path / "self" / "cgroup").write_text("0::/job/3\n")
-    group = tmp_path / "job" / "3"
-    group.mkdir(parents=True)
-    (group / "memory.current").write_text("900000\n")
-    (group / "memory.stat").write_text("anon 600000\ninactive_file 200000\n")
-    (group / "memory.max").write_text("max\n")
-    assert free_host_memory(tmp_path, tmp_path) == 4_096_000
-    (group / "memory.max").write_text("1000000\n")
-    assert free_host_memory(tmp_path, tmp_path) == 300_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert free_host_memory(tmp_path, tmp_path) == 100_000
 
 
 def make_vectors(folder: Path, scale=(1.0, 1.0)) -> tuple[TaskVectors, list[torch.Tensor]]:
