@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,8 @@ def import_transformers() -> Any:
             sys.modules["torchvision"] = None  # type: ignore[assignment]
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what is amiss is told in this program's own words
+        transformers.utils.logging.set_verbosity_error()
     return transformers
 
 
@@ -167,11 +170,16 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
             f"{folder}: {file_name(name)} has shape {list(stored)}, and {list(expected)} by config.json; "
             "download both again"
         )
-    if report["missing_keys"]:
-        first, *others = sorted(map(file_name, report["missing_keys"]))
+    refuse_lacking(folder, {file_name(name) for name in report["missing_keys"]})
+    return model.eval()
+
+
+def refuse_lacking(folder: Path, names: Set[str]) -> None:
+    """Refuse a checkpoint in whose files tensors of its model are not; nothing is said if there are no such names."""
+    if names:
+        first, *others = sorted(names)
         more = f" and {len(others)} more" if others else ""
         raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
-    return model.eval()
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from expert_merging.options import ROOT
 from expert_merging.run import Run
-from tests.checkpoints import BASE, EXPERTS, write_checkpoint
+from tests.checkpoints import BASE, EXPERTS, tensors_of, write_checkpoint
 from tests.command import contents, flags, merge, merged
 
 METHOD = ("--method", "task_arithmetic", "--device", "cpu")
@@ -148,6 +149,29 @@ def test_a_merge_without_learning_loads_little_more_than_torch(tiny_zoo, tmp_pat
     done = start("-c", MERGE, "--method", "dare_ties", "--cache_dir", tiny_zoo, "--output_path", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+LACKING = """
+import sys
+import torch
+from pathlib import Path
+from expert_merging.errors import InputError
+from Mistral.backbone import BACKBONE
+
+try:
+    BACKBONE.load_model(Path(sys.argv[1]), torch.float32)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_transformers_adds_nothing_to_an_error(tiny_zoo, tmp_path):
+    tensors = tensors_of(tiny_zoo / BASE)
+    del tensors["model.norm.weight"]
+    config = json.loads((tiny_zoo / BASE / "config.json").read_text())
+    done = start("-c", LACKING, write_checkpoint(tmp_path / "base", tensors, config=config))
+    assert done.stdout.startswith(f"{tmp_path / 'base'} lacks model.norm.weight, which ")
+    assert done.stderr == ""
 
 
 def test_mistakes_and_help_are_answered_without_torch(tmp_path):

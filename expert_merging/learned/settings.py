@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expert_merging.backbone import Backbone, language_setting, layer_count
+from expert_merging.backbone import Backbone, language_setting, layer_count, refuse_lacking
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned import Context
@@ -161,9 +161,10 @@ def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], option
 
 
 def _check_model(plan: Plan, context: Context) -> None:
-    """Check that the model can be loaded, that what is merged are its parameters, and that its head is all there is."""
+    """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     file_name = context.backbone.file_name
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
+    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")

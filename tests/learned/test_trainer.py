@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -828,6 +829,20 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path):
     assert caught.value.problems == (
         f"{folder}: model.layers.0.mlp.down_proj.weight has shape [32, 48], and [32, 40] by config.json; "
         "download both again",
+    )
+
+
+def test_what_the_model_lacks_is_found_before_any_work(tiny_zoo, tmp_path):
+    for folder in [BASE, *EXPERTS.values()]:
+        tensors = tensors_of(tiny_zoo / folder)
+        shutil.copytree(tiny_zoo / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        del tensors["model.norm.weight"]
+        write_checkpoint(tmp_path / folder, tensors, config=json.loads((tiny_zoo / folder / "config.json").read_text()))
+    write_tasks(tmp_path / "dataset")
+    with pytest.raises(InputError) as caught:
+        make_trainer(tmp_path, tmp_path / "run")
+    assert caught.value.problems == (
+        f"{tmp_path / BASE} lacks model.norm.weight, which the model of its config.json has; download it again",
     )
 
 
