@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan, differing_settings, show_size
@@ -28,7 +29,7 @@ def warnings_before(
         device: where it is done.
     """
     return [
-        *_ignored_flags(resolved),
+        *ignored_flags(resolved),
         *_large_factors(resolved),
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
@@ -38,7 +39,8 @@ def warnings_before(
     ]
 
 
-def _ignored_flags(resolved: Resolved) -> list[str]:
+def ignored_flags(resolved: Resolved) -> list[str]:
+    """A line for flags that the method does not have, if there are any."""
     flags = ", ".join(f"--{name}" for name in resolved.ignored)
     return [f"ignored, since {resolved.method.name} has no such option: {flags}"] if flags else []
 
@@ -56,9 +58,7 @@ def _large_factors(resolved: Resolved) -> list[str]:
 
 
 def _short_memory(needed: int, device: str) -> list[str]:
-    from expert_merging.machine import free_memory
-
-    free = free_memory(device)
+    free = machine.free_memory(device)
     if needed <= free:
         return []
     return [

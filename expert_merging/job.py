@@ -161,10 +161,12 @@ class Job:
 
     def run_all(self) -> int:
         """Learn if the method learns, merge, report."""
+        from expert_merging.advice import ignored_flags
+
         start = time.monotonic()
         summary = None
         if _from_main_process(self.run.is_complete):
-            for line in self._warnings():
+            for line in ignored_flags(self.resolved):
                 logger.warning("%s", line)
             logger.info(_COMPLETE)
         else:
