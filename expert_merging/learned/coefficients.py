@@ -136,8 +136,7 @@ class Trimming:
 
     def __call__(self, task_vectors: Tensor) -> Tensor:
         """The entries that stay, the others 0; ``(experts, entries)`` to the same."""
-        from expert_merging.methods.sparse import elected_signs
-        from expert_merging.methods.thresholds import trim
+        from expert_merging.methods.thresholds import elected_signs, trim
 
         trimmed = trim(task_vectors.clone(), torch.tensor(self.thresholds))
         signs = elected_signs(trimmed, self.majority)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.methods.linear import weighted_sum
-from expert_merging.methods.thresholds import find_thresholds, trim
+from expert_merging.methods.thresholds import elected_signs, find_thresholds, trim
 from expert_merging.registry import Fraction, Interval, register
 
 if TYPE_CHECKING:
@@ -98,17 +98,6 @@ def _generator() -> Any:
     if not hasattr(_GENERATORS, "own"):
         _GENERATORS.own = numpy.random.SFC64(0)
     return _GENERATORS.own
-
-
-def elected_signs(trimmed: Tensor, majority: float) -> Tensor:
-    """Sign of the sum over experts, ``(*shape)``; the majority's sign where the sum is zero."""
-    import torch
-
-    signs = weighted_sum(trimmed, [1.0] * len(trimmed)).sign_()
-    if not majority:
-        return signs
-    # The majority where the square of the sign is zero.
-    return signs.add_(torch.addcmul(signs.new_tensor(majority), signs, signs, value=-majority))
 
 
 def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:

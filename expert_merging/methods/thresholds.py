@@ -64,6 +64,17 @@ def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
     return task_vectors
 
 
+def elected_signs(trimmed: Tensor, majority: float = 0.0) -> Tensor:
+    """Sign of the sum over experts, ``(*shape)``; the majority's sign where the sum is zero."""
+    import torch
+
+    signs = weighted_sum(trimmed, [1.0] * len(trimmed)).sign_()
+    if not majority:
+        return signs
+    # The majority where the square of the sign is zero.
+    return signs.add_(torch.addcmul(signs.new_tensor(majority), signs, signs, value=-majority))
+
+
 def find_thresholds(passes: Passes, change: Change, density: float, only: str | None = None) -> tuple[Tensor, float]:
     """Magnitude of the k-th smallest entry of every expert, k = floor((1 - density) * entries), and the majority.
 
@@ -221,8 +232,8 @@ class _Counted:
         own = torch.zeros((), dtype=torch.int64)
         for columns in self.columns:
             rows = torch.from_numpy(columns).T
-            own += _elected(trim(rows.clone(), _magnitudes(patterns))).long().sum()
-            own -= _elected(trim(rows.clone(), _magnitudes(self.high))).long().sum()
+            own += elected_signs(trim(rows.clone(), _magnitudes(patterns))).long().sum()
+            own -= elected_signs(trim(rows.clone(), _magnitudes(self.high))).long().sum()
         of_team = passes.team.add(own)
         assert of_team is not None  # noqa: S101  (every process brings a number)
         kept = torch.arange(self.changes.shape[1]) >= (patterns - self.low)[:, None]
@@ -234,11 +245,6 @@ def _magnitudes(patterns: Tensor) -> Tensor:
     import torch
 
     return patterns.to(torch.int32).view(torch.float32)
-
-
-def _elected(trimmed: Tensor) -> Tensor:
-    """Signs of the sums over experts ``(experts, entries)``, ``(entries,)``."""
-    return weighted_sum(trimmed, [1.0] * len(trimmed)).sign_()
 
 
 def _count(passes: Passes, change: Change, low: Tensor, high: Tensor, only: str | None) -> _Counted:
@@ -255,7 +261,7 @@ def _count(passes: Passes, change: Change, low: Tensor, high: Tensor, only: str 
         counts[:, :2] += torch.tensor([numbers for *numbers, _ in found])
         places = torch.cat([some for *_, some in found])
         values = torch.cat([row.index_select(0, some) for row, (*_, some) in zip(rows, found, strict=True)])
-        signs = _elected(trim(rows, bounds))
+        signs = elected_signs(trim(rows, bounds))
         counts[0, 2] += int(signs.sum())  # exact in float32, since a block has fewer entries than 2**24
         if not len(places):
             return None
