@@ -164,10 +164,10 @@ def _check_model(plan: Plan, context: Context) -> None:
     """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     file_name = context.backbone.file_name
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
-    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed:
         raise InputError(
