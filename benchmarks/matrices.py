@@ -71,10 +71,10 @@ PLAIN: dict[str, Rule] = {"iso": plain_iso, "svd": plain_svd, "wudi": plain_wudi
 
 
 def measure_matrices(model: str, experts: int, device: str, methods: list[str]) -> dict[str, dict[str, Figures]]:
-    """Seconds of each method and of the plain way, for each shape of matrix and for a whole layer.
+    """Seconds of each method and of the plain way, for each shape of matrix and for whole layers, one per thread.
 
-    On a CPU a single matrix is merged with one thread both ways. The matrices of a layer are merged side by side with
-    a thread each, as in a merge, while the plain way takes one after another with as many threads.
+    On a CPU a single matrix is merged with one thread both ways. The matrices of the layers are merged side by side
+    with a thread each, as in a merge, while the plain way takes one after another with as many threads.
 
     Args:
         model: one of `MODELS`.
@@ -103,7 +103,7 @@ def measure_matrices(model: str, experts: int, device: str, methods: list[str]) 
             f"{shape[0]} x {shape[1]}": _compare(rule, plain, [task_vectors], 1)
             for shape, task_vectors in given.items()
         }
-        figures[method]["a layer"] = _compare(rule, plain, [given[shape] for shape in shapes], threads)
+        figures[method]["layers"] = _compare(rule, plain, [given[shape] for shape in shapes * threads], threads)
     return figures
 
 

@@ -6,6 +6,9 @@ determine (the null space of a low-rank stack, whose basis a library picks as it
 hangs on them: if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise
 the same.
 
+Everything is written for wide matrices, and a tall one is transposed: a product with a flat result is the one that BLAS
+makes fastest, up to four times as fast as its transpose.
+
 Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
 the authors' code. So do embeddings and output heads, which the driver hands over as vectors: their rows are words.
 """
@@ -31,8 +34,11 @@ _PARALLEL = 1e-5
 # matrix may be in float32 as well, whose eigenvalues span the square of it.
 _FLOAT32_SPAN = 100
 _FLOAT32_GRAM_SPAN = 10
-# Rows for a column from which a matrix without structure has so narrow a span.
-_TALL = 2
+# Columns that a Gram matrix takes at once, and rows from which on half of them can be left out.
+_GRAM_COLUMNS = 1024
+_GRAM_ROWS = 128
+# Columns for a row from which a matrix without structure has so narrow a span.
+_WIDE = 2
 # Entries that a core's cache holds in float64 beside some more.
 _CACHED = 1 << 16
 # Shorter side from which Newton-Schulz on a GPU is worth its launches.
@@ -85,55 +91,74 @@ def exact_sum(task_vectors: Tensor) -> Tensor:
     return total
 
 
-def singular_triples(matrix: Tensor, floor: float, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def singular_triples(
+    matrix: Tensor, floor: float, count: int | None = None, *, single: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples of a matrix, largest first.
 
     Args:
         matrix: ``(rows, columns)``, not empty.
         floor: singular values up to this are left out with their directions.
         count: how many at most; by default all.
+        single: float32 is enough.
 
     Returns:
         Left directions ``(rows, rank)``, singular values ``(rank,)`` and right directions ``(columns, rank)``, all
-        float64. Within equal singular values the directions are any basis.
+        float64, or float32 if single. Within equal singular values the directions are any basis.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        right, values, left = singular_triples(matrix.mT, floor, count)
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = singular_triples(matrix.mT, floor, count, single=single)
         return left, values, right
     import torch
 
-    working, scale = _scaled(matrix, torch.float64)
-    _, right = _eigenpairs(working)
-    right = right[:, :count]
-    left = working @ right
-    values = left.norm(dim=0)
+    scale = float(norms(matrix[None])) or 1
+    squares, left = _eigenpairs(matrix, scale, torch.float64)
+    squares, left = squares[:count], left[:, :count]
+    if single and _spans_less(squares, _FLOAT32_SPAN):
+        left = left.float()
+    right = left.mT @ _scaled(matrix, scale, left.dtype)
+    values = right.norm(dim=1)
     kept = values * scale > floor
-    return left[:, kept] / values[kept], values[kept] * scale, right[:, kept]
+    left, values, right = left[:, kept], values[kept], right[kept]
+    right /= values[:, None]
+    dtype = torch.float32 if single else torch.float64
+    return left.to(dtype), (values * scale).to(dtype), right.mT.to(dtype)
 
 
-def _scaled(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The matrix with Frobenius norm 1, so that squares neither overflow nor underflow, and its norm."""
-    scale = float(norms(matrix[None]))
-    return matrix.to(dtype, copy=True).div_(scale or 1), scale
+def _spans_less(squares: Tensor, span: float) -> bool:
+    """Whether the largest of some singular values is at most so many times the smallest, given their squares."""
+    return len(squares) > 0 and bool(squares[-1] * span**2 >= squares[0])
 
 
-def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values ``(columns,)``, descending, and right directions of a tall matrix, in its type.
+def _scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """A copy of the matrix over its Frobenius norm, so that squares neither overflow nor underflow."""
+    return matrix.to(dtype, copy=True).div_(scale)
+
+
+def _eigenpairs(matrix: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared singular values ``(rows,)``, descending, and left directions of a wide matrix over its norm.
 
     In float64 the Gram matrix tells singular values apart down to 1e-8 of the largest, and float32 task vectors have
     no digits beyond 1e-7.
     """
     import torch
 
-    columns = matrix.shape[1]
-    gram = matrix.new_zeros(columns, columns)
-    # Only the lower triangle is read, so that it is enough to multiply the blocks on and below the diagonal.
-    step = max(128, -(-columns // 4))
-    for start in range(0, columns, step):
-        block = slice(start, start + step)
-        gram[start:, block] = matrix[:, start:].mT @ matrix[:, block]
-    squares, right = torch.linalg.eigh(gram)
-    return squares.clamp_(min=0).flip(0), right.flip(1)
+    gram = matrix.new_zeros(len(matrix), len(matrix), dtype=dtype)
+    for columns in torch.split(matrix, matrix.shape[1] if matrix.is_cuda else _GRAM_COLUMNS, 1):
+        _add_square(gram, _scaled(columns, scale, dtype))
+    squares, left = torch.linalg.eigh(gram)
+    return squares.clamp_(min=0).flip(0), left.flip(1)
+
+
+def _add_square(gram: Tensor, matrix: Tensor) -> None:
+    """Add ``matrix @ matrix.T`` to the lower triangle, which is all that an eigenproblem reads."""
+    half = len(matrix) // 2
+    if half < _GRAM_ROWS:
+        gram.addmm_(matrix, matrix.mT)
+        return
+    gram[half:, :half].addmm_(matrix[half:], matrix[:half].mT)
+    _add_square(gram[:half, :half], matrix[:half])
+    _add_square(gram[half:, half:], matrix[half:])
 
 
 def polar_factor(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
@@ -148,41 +173,43 @@ def polar_factor(matrix: Tensor, floor: float) -> tuple[Tensor, float]:
     """
     import torch
 
-    if matrix.shape[0] < matrix.shape[1]:
+    if matrix.shape[0] > matrix.shape[1]:
         factor, mean = polar_factor(matrix.mT, floor)
         return factor.mT, mean
     if _multiplies_fast(matrix):
         converged = newton_schulz(matrix, floor)
         if converged is not None:
             # The inner product with the polar factor is the sum of the singular values.
-            return converged, float((converged * matrix).sum()) / matrix.shape[1]
-    found = _polar_factor(matrix, floor, torch.float32) if matrix.shape[0] >= _TALL * matrix.shape[1] else None
+            return converged, float((converged * matrix).sum()) / matrix.shape[0]
+    found = _polar_factor(matrix, floor, torch.float32) if matrix.shape[1] >= _WIDE * matrix.shape[0] else None
     found = found or _polar_factor(matrix, floor, torch.float64)
     assert found  # noqa: S101  (float64 always does)
     return found
 
 
 def _polar_factor(matrix: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, float] | None:
-    """What `polar_factor` returns for a tall matrix, or None where float32 is not enough."""
+    """What `polar_factor` returns for a wide matrix, or None where float32 is not enough."""
     import torch
 
-    working, scale = _scaled(matrix, dtype)
-    squares, right = _eigenpairs(working)
+    scale = float(norms(matrix[None])) or 1
+    squares, left = _eigenpairs(matrix, scale, dtype)
     kept = squares.sqrt() * scale > floor
-    if dtype == torch.float32 and not (kept.all() and squares[-1] * _FLOAT32_GRAM_SPAN**2 >= squares[0]):
+    if dtype == torch.float32 and not (kept.all() and _spans_less(squares, _FLOAT32_GRAM_SPAN)):
         return None
-    squares, right = squares[kept], right[:, kept]
-    inverse_root = (right / squares.sqrt()) @ right.mT
-    # The product loses as many digits as the kept singular values span.
-    if len(squares) and squares[-1] * _FLOAT32_SPAN**2 >= squares[0]:
-        working, inverse_root = working.float(), inverse_root.float()
-    mean = float(squares.sqrt().double().sum()) * scale / max(1, len(squares))
-    return (working @ inverse_root).float(), mean
+    squares, left = squares[kept], left[:, kept]
+    values = squares.sqrt()
+    if _spans_less(squares, _FLOAT32_SPAN):
+        # As many digits are lost as the kept singular values span.
+        factor = ((left / values) @ left.mT).float() @ _scaled(matrix, scale, torch.float32)
+    else:
+        # The right directions have all digits, and so has a product of directions in float32.
+        factor = left.float() @ ((left / values).mT @ _scaled(matrix, scale, dtype)).float()
+    return factor, float(values.double().sum()) * scale / max(1, len(values))
 
 
 def _multiplies_fast(matrix: Tensor) -> bool:
     """Whether some fifty products cost less than one eigenproblem."""
-    return matrix.is_cuda and matrix.shape[1] >= _NEWTON_SCHULZ_SIDE
+    return matrix.is_cuda and matrix.shape[0] >= _NEWTON_SCHULZ_SIDE
 
 
 def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
@@ -192,7 +219,7 @@ def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
     1. So either all singular values are above the floor and the iteration has converged, or there is no answer.
 
     Args:
-        matrix: ``(rows, columns)`` float32, at least as high as wide.
+        matrix: ``(rows, columns)`` float32, at least as wide as high.
         floor: as for `polar_factor`.
 
     Returns:
@@ -204,12 +231,12 @@ def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
     if scale <= 2 * floor:
         return None
     factor = matrix / scale
-    identity = torch.eye(matrix.shape[1], device=matrix.device)
+    identity = torch.eye(matrix.shape[0], device=matrix.device)
     for _ in range(int(math.log(scale / (2 * floor), 1.5))):
-        distance = identity - factor.mT @ factor
+        distance = identity - factor @ factor.mT
         if float(distance.norm()) < 1e-5 * math.sqrt(len(identity)):
             return factor
-        factor = torch.addmm(factor, factor, distance, alpha=0.5)
+        factor = torch.addmm(factor, distance, factor, alpha=0.5)
     return None
 
 
@@ -236,7 +263,7 @@ def svd(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     if not is_matrix(task_vectors):
         return scaled_mean(task_vectors, scaling_coefficient)
     count = expert_rank(task_vectors)
-    triples = [singular_triples(entry, rounding_floor(entry[None]), count) for entry in task_vectors]
+    triples = [singular_triples(entry, rounding_floor(entry[None]), count, single=True) for entry in task_vectors]
     left, values, right = _side_by_side(triples)
     merged: Tensor = (_orthonormal(left) * (values * scaling_coefficient)) @ _orthonormal(right).mT
     return merged
