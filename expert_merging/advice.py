@@ -9,7 +9,7 @@ from pathlib import Path
 from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.options import Resolved
-from expert_merging.plan import Plan, differing_settings, show_size
+from expert_merging.plan import Plan, differing_settings
 
 # Nobody scales task vectors by more.
 _LARGE_FACTOR = 10
@@ -62,7 +62,7 @@ def _short_memory(needed: int, device: str) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"merging needs about {show_size(needed)} of memory, and {show_size(free)} are free on {device}; leave out "
+        f"merging needs about {machine.gib(needed)} of memory, and {machine.gib(free)} are free on {device}; leave out "
         "the largest tensors (--exclude_params) or take a machine with more"
     ]
 

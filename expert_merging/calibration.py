@@ -133,7 +133,10 @@ def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{file} must hold a list of objects with a 'question' each; see dataset/README.md")
+        found = "an empty list" if entries == [] else json.dumps(entries)[:60]
+        raise InputError(
+            f"{file} must hold a list of objects with a 'question' each, and has {found}; see dataset/README.md"
+        )
     problems = Problems()
     samples = []
     for number, entry in enumerate(entries[:count]):
@@ -141,7 +144,8 @@ def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
             samples.append(_read_entry(file, number, entry, expert))
     problems.check()
     if len(samples) < count:
-        logger.info("%s has %d entries; --samples_per_task asks for %d, all are used", file, len(samples), count)
+        have = "1 entry" if len(samples) == 1 else f"{len(samples)} entries"
+        logger.info("%s has %s; --samples_per_task asks for %d, all are used", file, have, count)
     return samples
 
 

@@ -50,8 +50,14 @@ class Problems:
             raise InputError(*self.found)
 
 
-def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """The part of a message that offers the closest of the known names, or lists them all."""
+def near_name(name: str, known: list[str] | tuple[str, ...], *, before: str = "") -> str:
+    """The part of a message that offers the closest of the known names, or lists them all.
+
+    Args:
+        name: what was given.
+        known: what it may be.
+        before: what is written before the closest one.
+    """
     import difflib
 
     normal: Callable[[str], str] = lambda text: text.lower().replace("-", "_")  # noqa: E731
@@ -61,7 +67,7 @@ def near_name(name: str, known: list[str] | tuple[str, ...]) -> str:
     # Initials are a common short form, such as lr.
     close = close or [candidate for candidate in by_normal if _initials(candidate) == normal(name)][:1]
     if close:
-        return f"Did you mean {by_normal[close[0]]!r}?"
+        return f"Did you mean {before + by_normal[close[0]]!r}?"
     return f"Known: {', '.join(sorted(known))}." if known else "None is known."
 
 

@@ -56,7 +56,7 @@ class Job:
             self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"], backbone.file_name)
         if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
             with problems.collecting():
-                self.device = choose_device(resolved.general["device"])
+                self.device = choose_device(resolved.general["device"], alone=not resolved.method.learns)
         problems.check()
         self.evaluation = backbone.evaluation_of(self.plan.base.model_type)
         self.team = _join_processes(resolved.method.learns, self.device)
@@ -290,6 +290,7 @@ class Job:
     def plan_lines(self) -> list[str]:
         """The plan in words: experts, parameters, memory and disk."""
         from expert_merging.checkpoint import weights_in_other_formats
+        from expert_merging.machine import gib
         from expert_merging.plan import show_size
 
         plan = self.plan
@@ -305,7 +306,7 @@ class Job:
             f"{tensors - len(plan.merged)} keep the base's value"
         )
         written = len(self._results(self.run)) * plan.output_bytes
-        needed = show_size(self._working_memory)
+        needed = gib(self._working_memory)
         lines.append(f"writes {show_size(written)}; merging needs about {needed} of memory on {self.device}")
         unread = weights_in_other_formats(plan.base)
         if unread:
@@ -396,15 +397,16 @@ def _from_main_process(value: Any) -> Any:
     return shared[0]
 
 
-def choose_device(asked: str) -> str:
+def choose_device(asked: str, *, alone: bool = True) -> str:
     """The device to compute on.
 
     Args:
         asked: ``cuda`` is the first GPU, or with a launcher of several processes this one's own; ``auto`` is the same
             where there is a GPU, and the CPU elsewhere.
+        alone: processes do not meet on their GPUs, so that several may have the same.
 
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or only one where each process needs its own.
     """
     import torch
 
@@ -416,6 +418,12 @@ def choose_device(asked: str) -> str:
         raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.index is not None and device.type == "cuda" and processes > 1 and not alone:
+        raise InputError(
+            f"--device {asked} is one GPU, and each of the {processes} processes needs one of its own; give --device "
+            "cuda, or start one process"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
     return _own_gpu() if asked == "cuda" else asked

@@ -1,4 +1,4 @@
-"""How much memory a machine has, and has free."""
+"""How much memory a machine has, and has free, and in which words that is said."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def half_of_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return torch.cuda.get_device_properties(device).total_memory // 2
+
+
+def gib(count: float) -> str:
+    """Bytes of memory in words, in the powers of two that memory is sold in."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def free_memory(device: str) -> float:

@@ -230,7 +230,7 @@ def parse(arguments: Sequence[str], backbone: Backbone) -> dict[str, Any]:
     flags = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
     options = _all_options(backbone)
     known = [*options, "config", "list_methods"]
-    problems = [f"no flag --{flag[2:]}. {near_name(flag[2:], known)}" for flag in flags]
+    problems = [f"no flag {flag}. {near_name(flag[2:], known, before='--')}" for flag in flags]
     if unknown and not flags:
         problems = [f"unexpected argument {unknown[0]!r}; --help shows all options"]
     if problems:

@@ -96,7 +96,7 @@ class Plan:
 
 
 def show_size(count: float) -> str:
-    """Bytes in words."""
+    """Bytes of files in words."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 

@@ -101,11 +101,12 @@ def test_usual_tasks_of_a_family_belong_to_their_experts(data):
     assert owners(["Chart"]) == {"Chart": "Chart"}, "tasks of experts that are not merged are left alone"
 
 
-def test_shorter_files_are_used_whole_and_that_is_said(data, caplog):
-    folder = data("Chat", QUESTIONS[:3])
+@pytest.mark.parametrize(("count", "words"), [(3, "3 entries"), (1, "1 entry")])
+def test_shorter_files_are_used_whole_and_that_is_said(data, caplog, count, words):
+    folder = data("Chat", QUESTIONS[:count])
     with caplog.at_level(logging.INFO, "expert_merging"):
-        assert len(load(folder)) == 3
-    assert caplog.messages == [f"{folder / 'Chat.json'} has 3 entries; --samples_per_task asks for 5, all are used"]
+        assert len(load(folder)) == count
+    assert caplog.messages == [f"{folder / 'Chat.json'} has {words}; --samples_per_task asks for 5, all are used"]
 
 
 def test_a_missing_folder(tmp_path):
@@ -144,8 +145,10 @@ def test_a_file_that_is_not_json(data, content):
 @pytest.mark.parametrize("content", [{}, [], "text", {"question": "a"}, None])
 def test_a_file_without_a_list(data, content):
     folder = data("Chat", content)
+    found = "an empty list" if content == [] else json.dumps(content)
     assert problems(folder) == [
-        f"{folder / 'Chat.json'} must hold a list of objects with a 'question' each; see dataset/README.md"
+        f"{folder / 'Chat.json'} must hold a list of objects with a 'question' each, and has {found}; see "
+        "dataset/README.md"
     ]
 
 

@@ -216,7 +216,7 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
         "option scaling_coefficient 0.3",
         "2 of 4 tensors are merged (0.0M parameters), 2 keep the base's value",
     ]
-    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MB of memory on \S+", texts[6])
+    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MiB of memory on \S+", texts[6])
     assert re.fullmatch(r"merging took \d\.\d s", texts[7])
     assert texts[8] == "largest relative change: 0.45 in layers.1.weight"
     assert texts[10] == f"merged model: {run.model}"
@@ -240,7 +240,7 @@ def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("expert_merging.machine.free_memory", lambda device: 1e6)
     assert merge(*command) == 0
     assert (
-        "warning: merging needs about 6.8 MB of memory, and 1.0 MB are free on cpu; leave out the largest tensors "
+        "warning: merging needs about 6.5 MiB of memory, and 1.0 MiB are free on cpu; leave out the largest tensors "
         "(--exclude_params) or take a machine with more" in capsys.readouterr().out
     )
 
@@ -581,6 +581,21 @@ def test_fewer_gpus_than_processes(asked, number, monkeypatch):
         "2 processes run on this machine, and torch can use 1 of its GPUs; start one process for each GPU, or give "
         "--device cpu"
     )
+
+
+def test_processes_that_learn_together_cannot_share_a_gpu(monkeypatch):
+    launched(monkeypatch, gpus=2, number=1, processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError) as caught:
+        choose_device("cuda:0", alone=False)
+    assert str(caught.value) == (
+        "--device cuda:0 is one GPU, and each of the 2 processes needs one of its own; give --device cuda, or start "
+        "one process"
+    )
+    assert choose_device("cuda", alone=False) == "cuda:1"
+    assert choose_device("cpu", alone=False) == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert choose_device("cuda:0", alone=False) == "cuda:0"
 
 
 def test_a_coefficient_for_each_expert_is_needed(command, capsys):

@@ -264,14 +264,14 @@ def test_all_unknown_names_of_a_configuration_file_are_reported(root):
 
 def test_unknown_flags_are_answered_with_the_near_name():
     assert problems("--scaling-coeficient", "1", "--sede=3") == [
-        "no flag --scaling_coeficient. Did you mean 'scaling_coefficient'?",
-        "no flag --sede. Did you mean 'seed'?",
+        "no flag --scaling_coeficient. Did you mean '--scaling_coefficient'?",
+        "no flag --sede. Did you mean '--seed'?",
     ]
-    assert problems("--listmethods") == ["no flag --listmethods. Did you mean 'list_methods'?"]
+    assert problems("--listmethods") == ["no flag --listmethods. Did you mean '--list_methods'?"]
 
 
 def test_flags_are_not_abbreviated():
-    assert problems("--scaling", "1") == ["no flag --scaling. Did you mean 'scaling_coefficient'?"]
+    assert problems("--scaling", "1") == ["no flag --scaling. Did you mean '--scaling_coefficient'?"]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_flags_of_a_family_are_for_methods_that_read_samples(root):
     assert family_resolved("--config", str(root / "c.yaml")).family["max_tiles"] == 3
     with pytest.raises(InputError, match=r"--max_tiles must be a whole number, got many"):
         family_resolved("--max_tiles", "many")
-    with pytest.raises(InputError, match=r"no flag --max_tile\. Did you mean 'max_tiles'\?"):
+    with pytest.raises(InputError, match=r"no flag --max_tile\. Did you mean '--max_tiles'\?"):
         family_resolved("--max_tile", "1")
     with pytest.raises(InputError, match="no flag --max_tiles"):
         parse(["--max_tiles", "1"], BACKBONE)

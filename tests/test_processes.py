@@ -180,7 +180,7 @@ def test_mistakes_and_help_are_answered_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
         "error: no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?",
-        "error: no flag --sede. Did you mean 'seed'?",
+        "error: no flag --sede. Did you mean '--seed'?",
         "error: --seed must be a whole number, got x",
         f"error: {tmp_path / 'options.yaml'}: no option 'sede'. Did you mean 'seed'?",
     ]

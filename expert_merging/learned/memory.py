@@ -23,7 +23,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
-from expert_merging.machine import free_host_memory, free_memory
+from expert_merging.machine import free_host_memory, free_memory, gib
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -108,13 +108,13 @@ def arrange(
     meet()
     if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
         raise InputError(
-            f"--task_vectors device needs {sum(sizes.values()) / 1e9:.1f} GB, and {vectors.device} has "
-            f"{max(0, device_room) / 1e9:.1f} GB to spare; use auto, host or disk"
+            f"--task_vectors device needs {gib(sum(sizes.values()))}, and {vectors.device} has "
+            f"{gib(max(0, device_room))} to spare; use auto, host or disk"
         )
     if options.task_vectors == HOST and sum(sizes.values()) > spare:
         raise InputError(
-            f"--task_vectors host needs {sum(sizes.values()) / 1e9:.1f} GB for each process, and host memory has "
-            f"{max(0, spare) / 1e9:.1f} GB for each of those on this machine; use auto or disk"
+            f"--task_vectors host needs {gib(sum(sizes.values()))} for each process, and host memory has "
+            f"{gib(max(0, spare))} for each of those on this machine; use auto or disk"
         )
     gradients = 4 * sum(span.stop - span.start for span in live.spans.values())
     chosen = choose(
@@ -128,7 +128,7 @@ def arrange(
         DISK: "read from the files when needed",
     }
     amounts = {place: sum(size for name, size in sizes.items() if chosen.places[name] == place) for place in where}
-    parts = [f"{amount / 1e9:.2f} GB {where[place]}" for place, amount in amounts.items() if amount]
+    parts = [f"{gib(amount)} {where[place]}" for place, amount in amounts.items() if amount]
     logger.info("base and experts: %s", ", ".join(parts))
     logger.info("weight gradients are used once per %s", "update" if chosen.accumulates else "sample")
 
@@ -238,25 +238,25 @@ def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOpti
     width = 4 if precision == "no" else 2
     needs = estimate(plan, width, tokens, device.split(":")[0], shares)
     now = needs.least if options.gradient_checkpointing else needs.plain
-    flag = "" if options.gradient_checkpointing else f" ({_gib(needs.least)} with --gradient_checkpointing)"
+    flag = "" if options.gradient_checkpointing else f" ({gib(needs.least)} with --gradient_checkpointing)"
     elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
     lines = [
-        f"learning needs at least {_gib(now)}{flag} for each process on {device}: model {_gib(needs.model)}, a sample "
-        f"of {tokens} tokens {_gib(now - needs.model - needs.working)}, work in progress {_gib(needs.working)}"
+        f"learning needs at least {gib(now)}{flag} for each process on {device}: model {gib(needs.model)}, a sample "
+        f"of {tokens} tokens {gib(now - needs.model - needs.working)}, work in progress {gib(needs.working)}"
         + _own_heads(plan, width),
-        f"with base and experts there too, {_gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
+        f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
         "the files" + (f", as {device} has no room for them" if now + needs.task_vectors > machine.free else ""),
-        f"with weight gradients added up, {_gib(needs.gradients)} more",
+        f"with weight gradients added up, {gib(needs.gradients)} more",
     ]
     if now > machine.free:
         lines.append(
-            f"that does not fit on {device}, where {_gib(machine.free)} are free: it takes "
+            f"that does not fit on {device}, where {gib(machine.free)} are free: it takes "
             + _what_fits(plan, width, tokens, machine, options)
         )
     elif options.task_vectors == DEVICE and now + needs.task_vectors > machine.free:
-        lines.append(f"--task_vectors device does not fit on {device}, where {_gib(machine.free)} are free: use auto")
+        lines.append(f"--task_vectors device does not fit on {device}, where {gib(machine.free)} are free: use auto")
     if options.task_vectors == HOST and needs.task_vectors > machine.host_free:
-        lines.append(f"--task_vectors host does not fit, where {_gib(machine.host_free)} are free a process: use auto")
+        lines.append(f"--task_vectors host does not fit, where {gib(machine.host_free)} are free a process: use auto")
     return tuple(lines)
 
 
@@ -264,7 +264,7 @@ def _own_heads(plan: Plan, width: int) -> str:
     """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
     heads = [entry.elements for name, entry in plan.base.entries.items() if name.endswith("lm_head.weight")]
     size = len(plan.experts) * width * sum(heads)
-    return f", and up to {_gib(size)} for experts' own output heads" if size >= 2**20 else ""
+    return f", and up to {gib(size)} for experts' own output heads" if size >= 2**20 else ""
 
 
 def _together(size: int, machine: Machine) -> str:
@@ -272,7 +272,7 @@ def _together(size: int, machine: Machine) -> str:
     if machine.local == 1:
         return ""
     free = machine.local * machine.host_free
-    return f", {_gib(machine.local * size)} for the {machine.local} processes of this machine ({_gib(free)} are free)"
+    return f", {gib(machine.local * size)} for the {machine.local} processes of this machine ({gib(free)} are free)"
 
 
 def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: TrainingOptions) -> str:
@@ -298,15 +298,11 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
         flags[" ".join(filter(None, (shard, again))) + over] = needs.least
         for given, size in flags.items():
             if given and size <= machine.free:
-                return given + (f", which needs {_gib(size)} on each" if shard else "")
+                return given + (f", which needs {gib(size)} on each" if shard else "")
     more = "shorter samples, smaller pictures (the family's own flags), "
     if machine.device == "cpu" and not options.shard:
         return more + "or a machine with more memory"
     return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:

@@ -31,7 +31,7 @@ class TrainingOptions:
         shard: split base, merged weights and task vectors over the processes of the run, for models that no device has
             room for; also the experts while they are asked.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MB.
+        logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MiB.
         loss_alphas: weight of a task in the losses, by task; 1 where none is given.
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
         loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where

@@ -221,7 +221,7 @@ def test_task_vectors_that_do_not_fit_on_the_device_are_refused(answered_zoo, tm
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 100)
     trainer = make_trainer(answered_zoo, tmp_path, task_vectors="device")
     with pytest.raises(
-        InputError, match=r"--task_vectors device needs 0\.0 GB, and cpu has 0\.0 GB to spare; use auto, h"
+        InputError, match=r"--task_vectors device needs 0\.4 MiB, and cpu has 0\.0 MiB to spare; use auto, h"
     ):
         trainer.train()
 
@@ -230,7 +230,7 @@ def test_task_vectors_that_do_not_fit_in_host_memory_are_refused(answered_zoo, t
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 100)
     trainer = make_trainer(answered_zoo, tmp_path, task_vectors="host")
     problem = (
-        r"--task_vectors host needs 0\.0 GB for each process, and host memory has 0\.0 GB for each of those on this"
+        r"--task_vectors host needs 0\.4 MiB for each process, and host memory has 0\.0 MiB for each of those on this"
     )
     with pytest.raises(InputError, match=problem):
         trainer.train()
@@ -241,7 +241,7 @@ def test_without_memory_to_spare_everything_is_read_from_the_files(answered_zoo,
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 0)
     caplog.set_level("INFO")
     frugal = make_trainer(answered_zoo, tmp_path / "b").train()
-    assert "GB read from the files when needed" in caplog.text
+    assert "0.4 MiB read from the files when needed" in caplog.text
     assert "weight gradients are used once per sample" in caplog.text
     for name, values in usual.values.items():
         torch.testing.assert_close(values, frugal.values[name], rtol=0, atol=1e-6)
