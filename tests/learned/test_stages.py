@@ -22,7 +22,7 @@ from expert_merging.streaming import read_task_vectors
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS
 from tests.command import merge
-from tests.learned.test_trainer import EXCLUDED, no_progress
+from tests.learned.training import EXCLUDED, no_progress
 from tests.learned.twin import Example, Twin
 
 RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}

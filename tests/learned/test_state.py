@@ -1,0 +1,137 @@
+"""What is kept while learning: killed or interrupted, a run goes on to the same result."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_merging.cli import main
+from expert_merging.learned import stages
+from expert_merging.learned.trainer import Trainer
+from Mistral.backbone import BACKBONE
+from tests.learned.training import make_trainer
+
+
+@pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
+def test_a_damaged_state_is_passed_over(damage, answered_zoo, tmp_path):
+    """Training starts again; and what a state's files hold is never executed."""
+    whole = make_trainer(answered_zoo, tmp_path / "whole", num_epochs=2).train()
+    trainer = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", _interrupted)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            trainer.train()
+    state = tmp_path / "run" / "state"
+    if damage == "custom":
+        executed = tmp_path / "executed"
+        (state / "custom_checkpoint_0.pkl").write_bytes(pickle.dumps(Payload(executed), protocol=2))
+        (state / "optimizer.bin").write_bytes(pickle.dumps(Payload(executed), protocol=2))
+    elif damage == "version":
+        training = json.loads((state / "training.json").read_text())
+        del training["epoch_losses"]
+        (state / "training.json").write_text(json.dumps({**training, "updates": 1}))
+    else:
+        (state / damage).write_bytes(b"")
+    again = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2).train()
+    assert all(torch.equal(again.values[name], whole.values[name]) for name in whole.values)
+    assert not (tmp_path / "executed").exists()
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from expert_merging.cli import main
+from expert_merging.learned.trainer import Trainer
+from Mistral.backbone import BACKBONE
+save = Trainer._save_state
+def die_after(self):
+    if self.state.updates == {updates} and {inside}:
+        self.accelerator.save_state = lambda folder: (os.mkdir(folder), os.kill(os.getpid(), signal.SIGKILL))
+    save(self)
+    if self.state.updates == {updates}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._save_state = die_after
+sys.exit(main(BACKBONE, {arguments!r}))
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["after saving", "while saving"])
+def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tmp_path):
+    root = str(Path(__file__).parents[2])
+
+    def arguments(output):
+        return [
+            "--cache_dir",
+            str(tiny_zoo),
+            "--data_dir",
+            str(tiny_zoo / "dataset"),
+            "--output_path",
+            str(tmp_path / output),
+            "--num_epochs",
+            "3",
+            "--max_new_tokens",
+            "6",
+            "--run_name",
+            "r",
+            "--method",
+            "expert_merging",
+            "--device",
+            "cpu",
+        ]
+
+    assert main(BACKBONE, arguments("whole")) == 0
+    script = KILLED.format(root=root, updates=3, inside=inside, arguments=arguments("killed"))
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
+    killed = tmp_path / "killed" / "expert_merging" / "r"
+    assert not (killed / "model").exists()
+    assert (killed / "state").is_dir()
+    assert main(BACKBONE, arguments("killed")) == 0
+    whole = tmp_path / "whole" / "expert_merging" / "r"
+    assert "continuing after update" in (killed / "merge.log").read_text()
+    for name in ("coefficients.safetensors", "weight_coeffs.json", "model/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp_path, monkeypatch):
+
+    arguments = [
+        "--cache_dir",
+        str(answered_zoo),
+        "--data_dir",
+        str(answered_zoo / "dataset"),
+        "--output_path",
+        str(tmp_path),
+        "--run_name",
+        "r",
+        "--log_with",
+        "none",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr("expert_merging.merge.write_merged", _interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        main(BACKBONE, arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(stages.Trainer, "train", None)
+    assert main(BACKBONE, arguments) == 0
+
+
+def _interrupted(*_args, **_keywords):
+    raise RuntimeError("interrupted")

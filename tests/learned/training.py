@@ -1,0 +1,60 @@
+"""Trainers of small checkpoints, and their plain twins."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from expert_merging.learned import Context
+from expert_merging.learned.options import LearningOptions
+from expert_merging.learned.settings import check
+from expert_merging.learned.trainer import Trainer
+from expert_merging.plan import make_plan
+from expert_merging.run import Run
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, EXPERTS
+from tests.learned.twin import Example, Twin
+
+EXCLUDED = list(BACKBONE.exclude_params)
+
+
+@contextmanager
+def no_progress(title, total, unit):
+    yield lambda count, note="": None
+
+
+def make_trainer(
+    cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", device="cpu", **options
+):
+    plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
+    run = Run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    context = Context(BACKBONE, run, 3, device, log_with, no_progress)
+    settings = check(
+        plan, context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options})
+    )
+    return Trainer(plan, context, settings)
+
+
+def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
+    plan, settings = trainer.plan, trainer.settings
+    twin = Twin(
+        base=plan.base.folder,
+        experts={name: checkpoint.folder for name, checkpoint in plan.experts.items()},
+        merged=list(plan.merged),
+        initial=list(settings.initial),
+        layers=list(settings.objective.layers),
+        **options,
+    )
+    answers = json.loads(trainer.context.run.responses.read_text()) if trainer.context.run.responses.exists() else {}
+    examples = [
+        Example(
+            sample.expert,
+            sample.task,
+            sample.question,
+            sample.response or answers[f"{sample.task}/{sample.identity}/{sample.question}"]["response"],
+        )
+        for sample in settings.samples
+    ]
+    return twin, examples
