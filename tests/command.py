@@ -17,6 +17,15 @@ from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import tensors_of
 
+# A base that no model class knows.
+TENSORS = {
+    "layers.0.weight": torch.arange(12.0).view(4, 3),
+    "layers.1.weight": torch.ones(5),
+    "norm.weight": torch.ones(3),
+    "embed_tokens.weight": torch.ones(6, 3),
+}
+COMMAND = ("--method", "task_arithmetic")
+
 
 def merge(*arguments: object, family: Backbone = BACKBONE) -> int:
     """Exit code of the command, on the CPU unless a device is given: there, bytes and twins are the same everywhere."""

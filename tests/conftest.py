@@ -10,7 +10,8 @@ import torch
 from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
-from tests.checkpoints import make_zoo
+from tests.checkpoints import make_zoo, write_checkpoint
+from tests.command import COMMAND, TENSORS, flags
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
@@ -31,3 +32,20 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the developer's own settings reaches a test."""
     for name in ("CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[object]:
+    """Flags for a base and two experts that no model class knows, at ``tmp_path / base``, ``a`` and ``b``."""
+    base = write_checkpoint(tmp_path / "base", TENSORS)
+    experts = {
+        name: write_checkpoint(tmp_path / name.lower(), {key: tensor + shift for key, tensor in TENSORS.items()})
+        for name, shift in {"A": 0.5, "B": -2.0}.items()
+    }
+    return [*COMMAND, *flags(base, **experts)]
+
+
+@pytest.fixture
+def command(tiny: list[object], tmp_path: Path) -> list[object]:
+    """The flags of ``tiny`` with results in ``tmp_path / out``."""
+    return [*tiny, "--output_path", tmp_path / "out"]
