@@ -331,7 +331,8 @@ class Job:
                 logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
             if summary.changes:
                 name = max(summary.changes, key=lambda key: summary.changes[key])
-                logger.info("largest relative change: %.3g in %s", summary.changes[name], name)
+                among = " among the other tensors" if summary.kept_shards else ""
+                logger.info("largest relative change%s: %.3g in %s", among, summary.changes[name], name)
             logger.info("done in %.1f s", seconds)
         if self.run.board.exists():
             logger.info("curves:       tensorboard --logdir %s", self.run.board)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 19
 # Entries of a block that a worker computes with at a time: few, so that the numbers of all experts stay in a core's
 # cache from the first operation to the last, but enough to outweigh the calls.
-STEP = 1 << 16
+STEP = 1 << 17
 # A GPU computes with a whole block at a time.
 GPU_BLOCK = 1 << 22
 

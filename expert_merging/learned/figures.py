@@ -63,7 +63,7 @@ def importance_by_stage(layers: Sequence[Layer], file: Path) -> Any:
     _write_stages(file, table)
     figure, (axis,) = _figure(1, 1, width=8)
     _bars(axis, table, "share of the importance of all layers")
-    return _finish(figure, file)
+    return _finish(figure, file, "Importance of each submodule by depth")
 
 
 def shares_by_submodule(layers: Sequence[Layer], file: Path) -> Any:
@@ -81,7 +81,7 @@ def shares_by_submodule(layers: Sequence[Layer], file: Path) -> Any:
     for axis, (title, values) in zip(axes, columns.items(), strict=True):
         axis.bar(list(values), list(values.values()), color=_SHADES[1])
         axis.set_ylabel(title)
-    return _finish(figure, file)
+    return _finish(figure, file, "Parameters and mean coefficients of each submodule")
 
 
 def coefficients_by_stage(layers: Sequence[Layer], file: Path) -> Any:
@@ -98,7 +98,7 @@ def coefficients_by_stage(layers: Sequence[Layer], file: Path) -> Any:
     _write_stages(file, table)
     figure, (axis,) = _figure(1, 1, width=8)
     _bars(axis, table, "share of the mean coefficients")
-    return _finish(figure, file)
+    return _finish(figure, file, "Mean coefficients of each submodule by depth")
 
 
 def coefficient_map(layers: Sequence[Layer], file: Path) -> Any:
@@ -112,7 +112,8 @@ def coefficient_map(layers: Sequence[Layer], file: Path) -> Any:
         for title, group in groups.items()
     }
     depths = {title: _depths(group) for title, group in groups.items()}
-    return _heat_maps(panels, experts, "coefficient", file, depths=depths)
+    title = "Mean coefficients of each expert by submodule and depth"
+    return _heat_maps(panels, experts, "coefficient", file, title, depths=depths)
 
 
 def chunk_map(layers: Sequence[Layer], file: Path) -> Any:
@@ -126,7 +127,8 @@ def chunk_map(layers: Sequence[Layer], file: Path) -> Any:
         for position, layer in enumerate(group):
             column = position if layer.depth is None else layer.depth
             row[column] = numpy.nan_to_num(row[column]) + layer.chunks
-    return _heat_maps({"chunks": grid}, list(groups), "chunks", file, depths={"chunks": list(range(grid.shape[1]))})
+    depths = {"": list(range(grid.shape[1]))}
+    return _heat_maps({"": grid}, list(groups), "chunks", file, "Chunks of each submodule by depth", depths=depths)
 
 
 def present(layers: Sequence[Layer]) -> list[str]:
@@ -194,7 +196,13 @@ def _bars(axis: Any, table: Mapping[str, Mapping[str, float]], label: str) -> No
 
 
 def _heat_maps(
-    panels: Mapping[str, Any], rows: Sequence[str], label: str, file: Path, *, depths: Mapping[str, Sequence[int]]
+    panels: Mapping[str, Any],
+    rows: Sequence[str],
+    label: str,
+    file: Path,
+    title: str,
+    *,
+    depths: Mapping[str, Sequence[int]],
 ) -> Any:
     """Panels with the same rows over depth and one colour bar."""
     from matplotlib.ticker import MaxNLocator
@@ -207,12 +215,12 @@ def _heat_maps(
     low = min(float(numpy.nanmin(grid)) for grid in panels.values())
     high = max(float(numpy.nanmax(grid)) for grid in panels.values())
     image: Any = None
-    for axis, (title, grid) in zip(axes, panels.items(), strict=False):
+    for axis, (name, grid) in zip(axes, panels.items(), strict=False):
         image = axis.imshow(grid, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(name, fontsize=9)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        step = 1 if len(depths[title]) <= _LONGEST_AXIS else _LONGEST_AXIS
-        axis.set_xticks(range(0, len(depths[title]), step), depths[title][::step])
+        step = 1 if len(depths[name]) <= _LONGEST_AXIS else _LONGEST_AXIS
+        axis.set_xticks(range(0, len(depths[name]), step), depths[name][::step])
         axis.tick_params(labelsize=8)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -221,13 +229,14 @@ def _heat_maps(
         bar.locator = MaxNLocator(integer=True)
         bar.update_ticks()
     figure.supxlabel("layer", fontsize=9)
-    return _finish(figure, file)
+    return _finish(figure, file, title)
 
 
-def _finish(figure: Any, file: Path) -> Any:
+def _finish(figure: Any, file: Path, title: str) -> Any:
     """Write the picture as PNG and return it as ``(height, width, 3)`` uint8 array."""
     from matplotlib.image import imsave
 
+    figure.suptitle(title, fontsize=10)
     figure.set_dpi(110)
     figure.canvas.draw()  # once: drawing is most of the time, and saving a figure draws it again
     picture = numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

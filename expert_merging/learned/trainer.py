@@ -402,9 +402,11 @@ class Trainer:
         options = {
             name: value for name, value in asdict(self.settings.options).items() if isinstance(value, str | int | float)
         }
-        # TensorBoard takes the project's name for a folder.
-        project = self.context.run.board.name if self.context.log_with == "tensorboard" else "expert_merging"
-        self.accelerator.init_trackers(project, config=options, init_kwargs=arguments)
+        tensorboard = self.context.log_with == "tensorboard"
+        # TensorBoard takes the project's name for a folder, and would show the options of every start as another run.
+        project = self.context.run.board.name if tensorboard else "expert_merging"
+        config = None if tensorboard and self.state.updates else options
+        self.accelerator.init_trackers(project, config=config, init_kwargs=arguments)
 
     def _result(self) -> Coefficients:
         values = self.vector.by_name()

@@ -105,6 +105,7 @@ def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tm
     assert main(BACKBONE, arguments("killed")) == 0
     whole = tmp_path / "whole" / "expert_merging" / "r"
     assert "continuing after update" in (killed / "merge.log").read_text()
+    assert len(list(killed.glob("board/*/hparams.yml"))) == 1
     for name in ("coefficients.safetensors", "weight_coeffs.json", "model/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
