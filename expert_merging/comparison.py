@@ -202,9 +202,11 @@ def _measure(
     from expert_merging.console import Terminal
     from expert_merging.job import choose_device
     from expert_merging.learned.align import Probe, measure
+    from expert_merging.machine import limit_threads
     from expert_merging.plan import make_plan
 
     device = torch.device(choose_device(options.device))
+    limit_threads()
     plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name)
     samples = _choose_samples(learned, plan, backbone, options)
     first = learned[0] if learned else {}

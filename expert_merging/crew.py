@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError
+from expert_merging.machine import cores
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,8 @@ class Crew:
             return cls(_GPU_THREADS)
         if entries < SMALL_MODEL:
             return cls(1)
-        cores = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(max(1, cores // local), forked=sys.platform == "linux")
+        return cls(max(1, min(8, cores()) // local), forked=sys.platform == "linux")
 
     @classmethod
     def number(cls) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging import __version__
 from expert_merging.backbone import Backbone
 from expert_merging.errors import InputError, Problems
+from expert_merging.machine import limit_threads
 from expert_merging.options import Resolved, checkpoint_folders, command_line, show
 from expert_merging.run import Run, default_name, provenance
 
@@ -58,6 +59,7 @@ class Job:
             with problems.collecting():
                 self.device = choose_device(resolved.general["device"], alone=not resolved.method.learns)
         problems.check()
+        limit_threads()
         self.evaluation = backbone.evaluation_of(self.plan.base.model_type)
         self.team = _join_processes(resolved.method.learns, self.device)
         _check_one_per_expert(resolved, tuple(self.plan.experts))

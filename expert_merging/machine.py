@@ -1,9 +1,10 @@
-"""How much memory a machine has, and has free, and in which words that is said."""
+"""What a machine has and has free, of memory and of processors; where a container has less, that counts."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,54 @@ if TYPE_CHECKING:
     import torch
 
 
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def cores(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
+    """Processors that this process may use, at least one; a share of one counts as one.
+
+    Args:
+        proc: where the kernel tells of processes.
+        groups: where it tells of groups of processes.
+    """
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or one without a limit
+        quota, period = map(int, _of_own_group("cpu.max", proc, groups).split())
+        count = min(count, -(-quota // period))
+    return count
+
+
+def limit_threads() -> None:
+    """Let torch compute with no more threads than there are processors: it counts a machine's, not a container's."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+
+
+def host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
+    """Bytes of memory that this machine has.
+
+    Args:
+        proc: where the kernel tells of processes.
+        groups: where it tells of groups of processes.
+    """
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        size = min(size, int(_of_own_group("memory.max", proc, groups)))
+    return size
+
+
+def _of_own_group(kind: str, proc: Path, groups: Path) -> str:
+    own = (proc / "self" / "cgroup").read_text(encoding="ascii").split("0::/")[1].splitlines()[0]
+    return (groups / own / kind).read_text(encoding="ascii")
+
+
 def half_of_memory(device: torch.device) -> int:
     """Half of the bytes of memory that the device has: what threads that share it may work with."""
     import torch
 
     if device.type == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return host_memory() // 2
     return torch.cuda.get_device_properties(device).total_memory // 2
 
 
@@ -32,8 +75,8 @@ def free_memory(device: str) -> float:
     return float(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else free_host_memory()
 
 
-def free_host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes available to this process if all processes of this machine take the same; a container's limit counts.
+def free_host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> float:
+    """Bytes available to this process if all processes of this machine take the same.
 
     Args:
         proc: where the kernel tells of processes.
@@ -45,10 +88,7 @@ def free_host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cg
     except (OSError, StopIteration):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # no such group, or one without a limit
-        own = (proc / "self" / "cgroup").read_text(encoding="ascii").split("0::/")[1].splitlines()[0]
-        limit, used = (
-            int((groups / own / f"memory.{kind}").read_text(encoding="ascii")) for kind in ("max", "current")
-        )
-        statistics = dict(line.split() for line in (groups / own / "memory.stat").read_text().splitlines())
+        limit, used = (int(_of_own_group(f"memory.{kind}", proc, groups)) for kind in ("max", "current"))
+        statistics = dict(line.split() for line in _of_own_group("memory.stat", proc, groups).splitlines())
         free = min(free, limit - used + int(statistics["inactive_file"]))
     return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
