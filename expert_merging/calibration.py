@@ -13,6 +13,9 @@ from expert_merging.errors import InputError, Problems, near_name
 
 logger = logging.getLogger(__name__)
 
+# Characters of a faulty value that a message shows.
+_SHOWN = 60
+
 
 # Names under which other formats have pictures.
 _PICTURES = {
@@ -133,7 +136,7 @@ def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
-        found = "an empty list" if entries == [] else json.dumps(entries)[:60]
+        found = "an empty list" if entries == [] else _shown(entries)
         raise InputError(
             f"{file} must hold a list of objects with a 'question' each, and has {found}; see dataset/README.md"
         )
@@ -149,17 +152,23 @@ def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
     return samples
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a value of a JSON file, for messages."""
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
 def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
     where = entry_place(file, [number])
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: must be an object with a 'question', got {json.dumps(entry)[:60]}")
+        raise InputError(f"{where}: must be an object with a 'question', got {_shown(entry)}")
     _check_characters(where, entry)
     question, response = entry.get("question"), entry.get("response")
     if not isinstance(question, str) or not question.strip():
         fields = "" if "question" in entry else f" (its fields: {', '.join(map(str, entry)) or 'none'})"
         raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}{fields}")
     if response is not None and not isinstance(response, str):
-        raise InputError(f"{where}: 'response' must be a text (or left out), got {json.dumps(response)[:60]}")
+        raise InputError(f"{where}: 'response' must be a text (or left out), got {_shown(response)}")
     others = [key for key, value in entry.items() if value and key.lower() in _PICTURES]
     if others and not entry.get("image_path"):
         raise InputError(

@@ -56,7 +56,7 @@ def near_name(name: str, known: list[str] | tuple[str, ...], *, before: str = ""
     Args:
         name: what was given.
         known: what it may be.
-        before: what is written before the closest one.
+        before: what is written before each known name.
     """
     import difflib
 
@@ -68,7 +68,7 @@ def near_name(name: str, known: list[str] | tuple[str, ...], *, before: str = ""
     close = close or [candidate for candidate in by_normal if _initials(candidate) == normal(name)][:1]
     if close:
         return f"Did you mean {before + by_normal[close[0]]!r}?"
-    return f"Known: {', '.join(sorted(known))}." if known else "None is known."
+    return f"Known: {', '.join(before + candidate for candidate in sorted(known))}." if known else "None is known."
 
 
 def _initials(name: str) -> str:

@@ -57,7 +57,7 @@ class Job:
             self.plan = make_plan(self.base, self.experts, resolved.general["exclude_params"], backbone.file_name)
         if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
             with problems.collecting():
-                self.device = choose_device(resolved.general["device"], alone=not resolved.method.learns)
+                self.device = choose_device(resolved.general["device"], one_each=resolved.method.learns)
         problems.check()
         limit_threads()
         self.evaluation = backbone.evaluation_of(self.plan.base.model_type)
@@ -333,8 +333,8 @@ class Job:
                 logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
             if summary.changes:
                 name = max(summary.changes, key=lambda key: summary.changes[key])
-                among = " among the other tensors" if summary.kept_shards else ""
-                logger.info("largest relative change%s: %.3g in %s", among, summary.changes[name], name)
+                where = " outside of them" if summary.kept_shards else ""
+                logger.info("largest relative change%s: %.3g in %s", where, summary.changes[name], name)
             logger.info("done in %.1f s", seconds)
         if self.run.board.exists():
             logger.info("curves:       tensorboard --logdir %s", self.run.board)
@@ -400,13 +400,13 @@ def _from_main_process(value: Any) -> Any:
     return shared[0]
 
 
-def choose_device(asked: str, *, alone: bool = True) -> str:
+def choose_device(asked: str, *, one_each: bool = False) -> str:
     """The device to compute on.
 
     Args:
         asked: ``cuda`` is the first GPU, or with a launcher of several processes this one's own; ``auto`` is the same
             where there is a GPU, and the CPU elsewhere.
-        alone: processes do not meet on their GPUs, so that several may have the same.
+        one_each: no two processes may have the same GPU.
 
     Raises:
         InputError: there is no such device, or only one where each process needs its own.
@@ -421,11 +421,11 @@ def choose_device(asked: str, *, alone: bool = True) -> str:
         raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {asked!r}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if device.index is not None and device.type == "cuda" and processes > 1 and not alone:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if one_each and processes > 1 and device.type == "cuda" and device.index is not None:
         raise InputError(
-            f"--device {asked} is one GPU, and each of the {processes} processes needs one of its own; give --device "
-            "cuda, or start one process"
+            f"--device {asked} is one GPU, and each of the {processes} processes on this machine needs one of its own; "
+            "give --device cuda, or start one process"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: this machine has {torch.cuda.device_count()} GPUs that torch can use")

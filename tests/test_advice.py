@@ -37,8 +37,6 @@ def test_an_expert_that_computes_otherwise_is_told(tmp_path):
 
 
 OLDER = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "num_hidden_layers": 2}
-
-
 NEWER = {
     "text_config": {
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [2, 3, 3]},

@@ -142,10 +142,11 @@ def test_a_file_that_is_not_json(data, content):
     assert re.fullmatch(r".*Chat\.json is not valid JSON: .*", found)
 
 
-@pytest.mark.parametrize("content", [{}, [], "text", {"question": "a"}, None])
+@pytest.mark.parametrize("content", [{}, [], "text", {"question": "a"}, None, "a" * 80])
 def test_a_file_without_a_list(data, content):
     folder = data("Chat", content)
     found = "an empty list" if content == [] else json.dumps(content)
+    found = found if len(found) < 60 else found[:60] + "..."
     assert problems(folder) == [
         f"{folder / 'Chat.json'} must hold a list of objects with a 'question' each, and has {found}; see "
         "dataset/README.md"

@@ -352,19 +352,22 @@ def test_fewer_gpus_than_processes(asked, number, monkeypatch):
     )
 
 
-def test_processes_that_learn_together_cannot_share_a_gpu(monkeypatch):
+def test_processes_that_learn_together_cannot_share_a_gpu(command, capsys, monkeypatch):
     launched(monkeypatch, gpus=2, number=1, processes=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError) as caught:
-        choose_device("cuda:0", alone=False)
-    assert str(caught.value) == (
-        "--device cuda:0 is one GPU, and each of the 2 processes needs one of its own; give --device cuda, or start "
-        "one process"
+    refused = (
+        "--device cuda:0 is one GPU, and each of the 2 processes on this machine needs one of its own; give --device "
+        "cuda, or start one process"
     )
-    assert choose_device("cuda", alone=False) == "cuda:1"
-    assert choose_device("cpu", alone=False) == "cpu"
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert choose_device("cuda:0", alone=False) == "cuda:0"
+    with pytest.raises(InputError) as caught:
+        choose_device("cuda:0", one_each=True)
+    assert str(caught.value) == refused
+    assert choose_device("cuda", one_each=True) == "cuda:1"
+    assert choose_device("cpu", one_each=True) == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert refusal(capsys, *command, "--method", "expert_merging", "--device", "cuda:0") == refused
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the other one is on another machine
+    assert choose_device("cuda:0", one_each=True) == "cuda:0"
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/"])

@@ -242,6 +242,7 @@ def test_a_killed_merge_continues_and_gives_the_same_bytes(tmp_path):
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == before
     assert contents(run.model) == contents(whole.model)
     assert "kept 1 finished shards of an earlier, interrupted run" in run.log.read_text()
+    assert "largest relative change outside of them: " in run.log.read_text()
     assert not run.partial_model.exists()
 
 

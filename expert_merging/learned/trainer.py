@@ -405,7 +405,7 @@ class Trainer:
         tensorboard = self.context.log_with == "tensorboard"
         # TensorBoard takes the project's name for a folder, and would show the options of every start as another run.
         project = self.context.run.board.name if tensorboard else "expert_merging"
-        config = None if tensorboard and self.state.updates else options
+        config = None if tensorboard and any(self.context.run.board.glob("*/hparams.yml")) else options
         self.accelerator.init_trackers(project, config=config, init_kwargs=arguments)
 
     def _result(self) -> Coefficients:

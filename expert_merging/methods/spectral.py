@@ -6,8 +6,8 @@ determine (the null space of a low-rank stack, whose basis a library picks as it
 hangs on them: if all task vectors are padded with zero rows and columns, the result is padded likewise and otherwise
 the same.
 
-Everything is written for wide matrices, and a tall one is transposed: a product with a flat result is the one that BLAS
-makes fastest, up to four times as fast as its transpose.
+Everything is written for wide matrices, and a tall one is transposed: MKL multiplies a few rows with a wide matrix up
+to four times as fast as the transposed matrix with as many columns.
 
 Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
 the authors' code. So do embeddings and output heads, which the driver hands over as vectors: their rows are words.
@@ -30,11 +30,11 @@ ROUNDING = 2.0**-23
 # Singular directions of two experts that differ by less than this are the same direction: float32 task vectors do not
 # tell them apart.
 _PARALLEL = 1e-5
-# Largest over smallest kept singular value up to which a product in float32 is good to 1e-5, and up to which the Gram
-# matrix may be in float32 as well, whose eigenvalues span the square of it.
+# Largest over smallest kept singular value up to which a product in float32 is good to 1e-5, and up to which it is good
+# to well below `_PARALLEL`, and the Gram matrix may be in float32 as well, whose eigenvalues span the square of it.
 _FLOAT32_SPAN = 100
-_FLOAT32_GRAM_SPAN = 10
-# Columns that a Gram matrix takes at once, and rows from which on half of them can be left out.
+_FLOAT32_SMALL_SPAN = 10
+# Columns that a Gram matrix takes at once, and half of the rows from which on its upper triangle is left out.
 _GRAM_COLUMNS = 1024
 _GRAM_ROWS = 128
 # Columns for a row from which a matrix without structure has so narrow a span.
@@ -114,7 +114,7 @@ def singular_triples(
     scale = float(norms(matrix[None])) or 1
     squares, left = _eigenpairs(matrix, scale, torch.float64)
     squares, left = squares[:count], left[:, :count]
-    if single and _spans_less(squares, _FLOAT32_SPAN):
+    if single and _spans_less(squares, _FLOAT32_SMALL_SPAN):
         left = left.float()
     right = left.mT @ _scaled(matrix, scale, left.dtype)
     values = right.norm(dim=1)
@@ -132,6 +132,8 @@ def _spans_less(squares: Tensor, span: float) -> bool:
 
 def _scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """A copy of the matrix over its Frobenius norm, so that squares neither overflow nor underflow."""
+    if not 1e-30 < scale < 1e30:  # it or its inverse may not be a float32
+        return (matrix.double() / scale).to(dtype)
     return matrix.to(dtype, copy=True).div_(scale)
 
 
@@ -194,7 +196,7 @@ def _polar_factor(matrix: Tensor, floor: float, dtype: torch.dtype) -> tuple[Ten
     scale = float(norms(matrix[None])) or 1
     squares, left = _eigenpairs(matrix, scale, dtype)
     kept = squares.sqrt() * scale > floor
-    if dtype == torch.float32 and not (kept.all() and _spans_less(squares, _FLOAT32_GRAM_SPAN)):
+    if dtype == torch.float32 and not (kept.all() and _spans_less(squares, _FLOAT32_SMALL_SPAN)):
         return None
     squares, left = squares[kept], left[:, kept]
     values = squares.sqrt()
@@ -202,8 +204,9 @@ def _polar_factor(matrix: Tensor, floor: float, dtype: torch.dtype) -> tuple[Ten
         # As many digits are lost as the kept singular values span.
         factor = ((left / values) @ left.mT).float() @ _scaled(matrix, scale, torch.float32)
     else:
-        # The right directions have all digits, and so has a product of directions in float32.
-        factor = left.float() @ ((left / values).mT @ _scaled(matrix, scale, dtype)).float()
+        # Directions have all digits, and so has their product in float32.
+        right = left.mT @ _scaled(matrix, scale, dtype)
+        factor = left.float() @ (right / right.norm(dim=1, keepdim=True)).float()
     return factor, float(values.double().sum()) * scale / max(1, len(values))
 
 
@@ -230,7 +233,7 @@ def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
     scale = float(norms(matrix[None]))
     if scale <= 2 * floor:
         return None
-    factor = matrix / scale
+    factor = _scaled(matrix, scale, torch.float32)
     identity = torch.eye(matrix.shape[0], device=matrix.device)
     for _ in range(int(math.log(scale / (2 * floor), 1.5))):
         distance = identity - factor @ factor.mT

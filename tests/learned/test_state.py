@@ -111,7 +111,6 @@ def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tm
 
 
 def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp_path, monkeypatch):
-
     arguments = [
         "--cache_dir",
         str(answered_zoo),

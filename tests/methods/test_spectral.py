@@ -90,7 +90,7 @@ def test_rows_and_columns_that_nobody_uses_change_nothing(method, rank, more_row
 
 
 @methods
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e4, 1e18])
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-30, 1e-12, 1e4, 1e18, 1e37])
 def test_extreme_magnitudes_are_no_matter(method, magnitude):
     given = draw(3, 10, 6)
     assert_near(method(given * magnitude) / magnitude, method(given), 1e-4)
@@ -144,6 +144,17 @@ def test_tsv_m_keeps_one_direction_where_experts_outnumber_the_sides():
     merged = svd(given)
     assert merged.norm() > 0.5 * given.norm(dim=(1, 2)).mean()
     assert_near(merged, svd_reference(given.double()), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (400, 1200), (1200, 400)], ids=str)
+@pytest.mark.parametrize("span", [9, 11, 95])
+def test_tsv_m_knows_shared_directions_from_noise(shape, span):
+    """Also where rounding to float32, magnified by the span of the kept singular values, makes them differ a little."""
+    side = min(shape)
+    values = torch.cat([torch.ones(side // 4), torch.linspace(1.5, 1, side // 4) / span, torch.zeros(side // 2)])
+    left, right = orthogonal(shape[0], 0)[:, :side], orthogonal(shape[1], 1)[:, :side]
+    expert = (left * values) @ right.mT
+    assert_near(svd(torch.stack([expert, 0.3 * expert])), 0.65 * expert, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)], ids=str)
