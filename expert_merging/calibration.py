@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 
 # Characters of a faulty value that a message shows.
 _SHOWN = 60
-
-
 # Names under which other formats have pictures.
 _PICTURES = {
     *("image", "images", "image_paths", "image_file", "image_files", "image_url", "img", "imgs", "img_path"),

@@ -86,7 +86,7 @@ def free_host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> float:
         lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = host_memory(proc, groups) // 2
     with contextlib.suppress(OSError, ValueError, IndexError, KeyError):  # no such group, or one without a limit
         limit, used = (int(_of_own_group(f"memory.{kind}", proc, groups)) for kind in ("max", "current"))
         statistics = dict(line.split() for line in _of_own_group("memory.stat", proc, groups).splitlines())

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from expert_merging import machine
-from expert_merging.machine import cores, free_host_memory, gib, host_memory, limit_threads
+from expert_merging.machine import cores, free_host_memory, gib, half_of_memory, host_memory, limit_threads
+from tests.command import merge
 
 
 def test_a_containers_limit_counts_as_the_end_of_memory(tmp_path, monkeypatch):
@@ -42,6 +43,12 @@ def test_memory_is_a_machines_or_a_containers(tmp_path):
     for limit, memory in {"max": whole, str(2 * whole): whole, "1000000": 1_000_000}.items():
         (group / "memory.max").write_text(f"{limit}\n")
         assert host_memory(tmp_path, tmp_path) == memory
+        assert free_host_memory(tmp_path, tmp_path) == memory // 2  # where the kernel does not tell what is free
+
+
+def test_whole_tensors_share_half_of_what_a_container_has(monkeypatch):
+    monkeypatch.setattr(machine, "host_memory", lambda: 1_000_000)
+    assert half_of_memory(torch.device("cpu")) == 500_000
 
 
 @pytest.mark.parametrize(("quota", "count"), [("max", 6), ("900000", 6), ("200000", 2), ("150000", 2), ("1000", 1)])
@@ -57,13 +64,16 @@ def test_a_containers_share_of_the_processors_counts(quota, count, tmp_path, mon
     assert cores(tmp_path, tmp_path) == count
 
 
-def test_torch_computes_with_no_more_threads_than_there_are_processors(monkeypatch):
+def test_torch_computes_with_no_more_threads_than_there_are_processors(command, monkeypatch):
     before = torch.get_num_threads()
     try:
         for there, threads in ((2, 2), (8, 3)):
             monkeypatch.setattr(machine, "cores", lambda there=there: there)
             torch.set_num_threads(3)
             limit_threads()
+            assert torch.get_num_threads() == threads
+            torch.set_num_threads(3)
+            assert merge(*command, "--dry_run") == 0
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -44,6 +44,13 @@ def test_a_damaged_state_is_passed_over(damage, answered_zoo, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_run_that_begins_again_is_one_run_on_the_board(answered_zoo, tmp_path):
+    """Also where no state was saved the first time."""
+    for _ in range(2):
+        make_trainer(answered_zoo, tmp_path, samples_per_task=1, log_with="tensorboard").train()
+    assert len(list(tmp_path.glob("board/*/hparams.yml"))) == 1
+
+
 class Payload:
     """Makes a file when it is unpickled."""
 
