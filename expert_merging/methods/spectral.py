@@ -117,12 +117,13 @@ def singular_triples(
     if single and _spans_less(squares, _FLOAT32_SMALL_SPAN):
         left = left.float()
     right = left.mT @ _scaled(matrix, scale, left.dtype)
-    values = right.norm(dim=1)
-    kept = values * scale > floor
+    sizes = right.norm(dim=1)
+    values = sizes.double() * scale  # in float64, as the norm may be beyond float32
+    kept = values > floor
     left, values, right = left[:, kept], values[kept], right[kept]
-    right /= values[:, None]
+    right /= sizes[kept, None]
     dtype = torch.float32 if single else torch.float64
-    return left.to(dtype), (values * scale).to(dtype), right.mT.to(dtype)
+    return left.to(dtype), values.to(dtype), right.mT.to(dtype)
 
 
 def _spans_less(squares: Tensor, span: float) -> bool:

@@ -96,6 +96,14 @@ def test_extreme_magnitudes_are_no_matter(method, magnitude):
     assert_near(method(given * magnitude) / magnitude, method(given), 1e-4)
 
 
+@pytest.mark.parametrize("method", [svd, iso], ids=["svd", "iso"])
+@pytest.mark.parametrize("shape", [(20, 20), (10, 40)], ids=str)
+def test_a_norm_may_be_beyond_float32(method, shape):
+    given = draw(1, *shape)
+    assert (3e37 * given).norm().isinf()
+    assert_near(method(3e37 * given).double() / 3e37, method(given), 1e-5)
+
+
 @methods
 @pytest.mark.parametrize("shape", [(7,), (), (3, 4, 5)], ids=str)
 def test_other_tensors_get_the_mean(method, shape):
