@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.flags import Count
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
-from expert_merging.registry import Count
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
 from expert_merging.errors import InputError
+from expert_merging.flags import Count
 from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
-from expert_merging.registry import Count
 
 if TYPE_CHECKING:
     import torch

@@ -3,8 +3,8 @@
 ``python -m benchmarks.quality`` builds the Mistral zoo with several seeds, merges each with every method, with the
 ablations of the paper's Table 4 and with settings to choose among, and measures each result in two ways: exact match on
 the zoo's test questions, and distance from the experts on calibration questions that were not used for learning
-(`expert_merging.learned.align`). Choices are made by the second alone. Everything is kept under ``benchmarks/work``, so
-the same command goes on where it was stopped; the figures go to ``benchmarks/quality.json``.
+(`expert_merging.comparing.align`). Choices are made by the second alone. Everything is kept under ``benchmarks/work``,
+so the same command goes on where it was stopped; the figures go to ``benchmarks/quality.json``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.ranking import choose, report, rounded
 from benchmarks.recipes import ABLATION, CHOICE, COEFFICIENTS, FIRST_STAGE, METHOD, Variant, variants
-from expert_merging.registry import find_method
-from expert_merging.streaming import no_advance
+from expert_merging.catalogue import find_method
+from expert_merging.progress import no_progress
 from expert_merging.writing import write_atomically
 from zoo.family import default_folder
 from zoo.report import with_mean
@@ -141,7 +141,7 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
         models: by any name.
         held_out: calibration questions per task that the distances are measured on.
     """
-    from expert_merging.learned import align
+    from expert_merging.comparing import align
     from Mistral.backbone import BACKBONE
     from zoo.evaluate import exact_match
 
@@ -149,7 +149,7 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan, probe = make_probe(zoo, held_out, Path(folder) / "responses.json")
         folders = {name: model.folder for name, model in models.items()}
-        distances = align.relative(align.measure(plan, BACKBONE, folders, probe, silent))
+        distances = align.relative(align.measure(plan, BACKBONE, folders, probe, no_progress))
     for name, model in models.items():
         figures = {
             "divergence": {task: value.divergence for task, value in distances[name].items()},
@@ -166,7 +166,7 @@ def make_probe(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
     import torch
 
     from expert_merging.calibration import load_samples
-    from expert_merging.learned.align import Probe, held_out
+    from expert_merging.comparing.align import Probe, held_out
     from expert_merging.plan import make_plan
     from Mistral.backbone import BACKBONE
 
@@ -179,13 +179,6 @@ def make_probe(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
     device = torch.device("cpu")
     limit = config["max_new_tokens"]
     return plan, Probe(samples, config["loss_tokens"] == "response", limit, None, responses, device, torch.float32)
-
-
-@contextmanager
-def silent(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """Progress that is not shown."""
-    del title, total, unit
-    yield no_advance
 
 
 def configuration() -> dict[str, Any]:

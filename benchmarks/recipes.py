@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
-from expert_merging.registry import all_methods
+from expert_merging.catalogue import comparable_methods
 
 FIRST_STAGE, SECOND_STAGE = "expert_merging", "expert_merging++"
 METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
@@ -48,9 +48,8 @@ def variants() -> list[Variant]:
 
 def _methods() -> Iterator[Variant]:
     """Every method that makes one model, with its defaults."""
-    for name, method in all_methods().items():
-        if not method.per_expert and name != "coefficients":
-            yield Variant(name, name)
+    for name in comparable_methods():
+        yield Variant(name, name)
 
 
 def _ablations() -> Iterator[Variant]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.checkpoints import MODELS, make_checkpoints
 from benchmarks.matrices import PLAIN, measure_matrices
-from expert_merging.registry import find_method
+from expert_merging.catalogue import find_method
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
@@ -91,7 +91,7 @@ class Bench:
         """Flags of a merge."""
         arguments = ["--method", method, "--base_model_path", str(self.folders[0]), "--output_path", str(output)]
         arguments += ["--device", self.device, "--run_name", "bench"]
-        if find_method(method).elementwise:
+        if find_method(method).unit == "entries":
             arguments += ["--exclude_params", "none"]
         for folder in self.folders[1:]:
             arguments += ["--expert", f"{folder.name}={folder}"]

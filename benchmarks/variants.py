@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from expert_merging.learned.targets import Target
     from expert_merging.plan import Plan
+    from expert_merging.running.targets import Target
 
 # Tokens that every vocabulary has and that stand for text.
 TOKENS = (1000, 30000)
@@ -138,7 +138,7 @@ class Bench:
         import torch
 
         from expert_merging.calibration import Sample
-        from expert_merging.learned.targets import Target, hidden_states
+        from expert_merging.running.targets import Target, hidden_states
 
         found: list[Target] = []
         pairs = list(zip(self.owners(), self.inputs(), strict=True))
@@ -159,19 +159,21 @@ class Bench:
         import torch
 
         from expert_merging.backbone import same_name
-        from expert_merging.learned import Context
-        from expert_merging.learned.objectives import alignment
+        from expert_merging.context import Context
         from expert_merging.learned.options import LearningOptions
         from expert_merging.learned.settings import Settings
         from expert_merging.learned.task_vectors import TaskVectors
         from expert_merging.learned.trainer import Material, Trainer
+        from expert_merging.progress import no_progress
         from expert_merging.run import Run
+        from expert_merging.running.objectives import alignment
+        from expert_merging.running.samples import Samples
 
         bench, count = self, self.case.experts
 
         class Timed(Trainer):
             def _run_epochs(self, targets: list[Target]) -> None:
-                self._rehearse(targets[:1])
+                self._warm_up(targets[:1])
                 with bench.timed("learning"):
                     super()._run_epochs(targets)
 
@@ -194,12 +196,13 @@ class Bench:
         ones = dict.fromkeys(self.plan.merged, 1)
         start = (0.3,) * count
         samples = tuple(target.sample for target in targets)
-        settings = Settings(options, samples, start, (1.0,) * count, ones, objective, REGULARISATION, precision)
+        asked = Samples(samples, 0, precision, options)
+        settings = Settings(options, asked, start, (1.0,) * count, ones, objective, REGULARISATION)
         with tempfile.TemporaryDirectory() as folder:
             backbone: Any = SimpleNamespace(file_name=same_name)
-            context = Context(backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress)
+            context = Context(self.plan, backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress)
             task_vectors = TaskVectors(self.plan, settings.scale, self.device)
-            trainer = Timed(self.plan, context, settings, Material(targets, task_vectors, self.model))
+            trainer = Timed(context, settings, Material(targets, task_vectors, self.model))
             if self.device.type == "cuda":
                 self.device_peak = torch.cuda.max_memory_allocated()  # training measures anew
             trainer.train()
@@ -264,10 +267,3 @@ class Bench:
         optimizer.zero_grad()
         self.train_plainly(entries, run, step, warm_up=False)
         self.coefficients = [float(value) for row in raw.values() for value in torch.sigmoid(row.detach())]
-
-
-@contextmanager
-def no_progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """Progress that is not shown."""
-    del title, total, unit
-    yield lambda *_: None

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expert_merging.comparison import AlignOptions, compare
+from expert_merging.comparing.compare import AlignOptions, compare
 from expert_merging.errors import InputError
+from expert_merging.flags import read_options
 from expert_merging.options import add_flag, single_value
-from expert_merging.registry import read_options
 
 ALIGN = read_options(AlignOptions)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError
-from expert_merging.registry import Option, read_options
+from expert_merging.flags import Option, read_options
 
 if TYPE_CHECKING:
     import torch

@@ -29,16 +29,25 @@ tags:
 {options}
 ```
 
-{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's.
+{origin}
 
 ## Use
 
-This folder has the layout, tensor names and types of its base and loads the same way:
+{layout}:
 
 ```python
 {example}
 ```
 """
+
+_ORIGINS = {
+    True: "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's.",
+    False: "{merged} of {tensors} tensors were merged; the others are the experts', or were made for this model.",
+}
+_LAYOUTS = {
+    True: "This folder has the layout, tensor names and types of its base and loads the same way",
+    False: "This folder is a model of its own kind, which its config.json names",
+}
 
 _EXAMPLE = """from transformers import {classes}
 
@@ -58,7 +67,13 @@ _BENCHMARKS = {
 
 
 def model_card(
-    description: Mapping[str, Any], *, title: str, loading: tuple[str, str], merged: int, tensors: int
+    description: Mapping[str, Any],
+    *,
+    title: str,
+    loading: tuple[str, str],
+    merged: int,
+    tensors: int,
+    is_mirror: bool = True,
 ) -> str:
     """Text of the merged folder's ``README.md``.
 
@@ -68,6 +83,7 @@ def model_card(
         loading: expressions that load model and processor, with ``{model}`` for the folder.
         merged: number of tensors that were merged.
         tensors: number of all tensors.
+        is_mirror: the model has the base's layout.
     """
     options = dict(description["options"])
     for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
@@ -84,8 +100,8 @@ def model_card(
         method=description["method"],
         table="\n".join(f"| {role} | `{_name(path)}` |" for role, path in names.items()),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
-        merged=merged,
-        tensors=tensors,
+        origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),
+        layout=_LAYOUTS[is_mirror],
         example=_EXAMPLE.format(
             classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor
         ),

@@ -12,8 +12,7 @@ import json
 import os
 import re
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -43,6 +42,9 @@ OTHERS = {
     "I64": 8,
     "U64": 8,
 }
+# Torch's names of the types that are written, and bytes per entry of every type.
+TORCH_NAMES = {**{name: kind for name, (kind, _) in FLOATS.items()}, "U8": "uint8", "I64": "int64", "BOOL": "bool"}
+WIDTHS = {**{name: width for name, (_, width) in FLOATS.items()}, **OTHERS}
 
 _OTHER_WEIGHTS = re.compile(
     r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|safetensors)$|.*\.(bin|safetensors)\.index\.json$"
@@ -86,10 +88,15 @@ class Entry:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type as torch calls it, for floating-point entries."""
-        import torch
+        return torch_dtype(self.dtype)
 
-        dtype: torch.dtype = getattr(torch, FLOATS[self.dtype][0])
-        return dtype
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's type for safetensors' name of one."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
 
 
 class Checkpoint:
@@ -341,7 +348,7 @@ def _entry(name: str, described: Mapping[str, Any], file: Path, data_start: int)
     start, stop = described["data_offsets"]
     if any(type(number) is not int or number < 0 for number in (*shape, start, stop - start)):
         raise ValueError("numbers")
-    width = FLOATS[dtype][1] if dtype in FLOATS else OTHERS.get(dtype)
+    width = WIDTHS.get(dtype)
     if width is not None and stop - start != prod(shape) * width:
         raise ValueError("size")
     return Entry(name, dtype, shape, file, data_start + start, stop - start)
@@ -380,96 +387,3 @@ def weights_in_other_formats(checkpoint: Checkpoint) -> list[str]:
     """Names of weight files that `other_files` leaves out and that the merged folder will not have."""
     names = sorted(file.name for file in checkpoint.folder.iterdir() if _OTHER_WEIGHTS.match(file.name))
     return [name for name in names if name != INDEX and name not in checkpoint.headers]
-
-
-def check_experts(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    excluded: Sequence[str],
-    file_name: Callable[[str], str] = str,
-) -> list[str]:
-    """Check that experts fit the base and say which tensors are merged.
-
-    An expert that was saved with another naming of the same parameters goes by the base's names from here on.
-
-    Args:
-        base: the base model.
-        experts: expert checkpoints by name.
-        excluded: patterns of parameters that keep the base's value, matched from the start of the name (`re.match`), as
-            it is in the file or as it was published.
-        file_name: published name of a parameter, whatever naming it was saved with.
-
-    Returns:
-        Names of the tensors to merge, in the order of the base's files: the floating-point ones that no pattern
-        matches.
-
-    Raises:
-        InputError: missing or extra tensors, shapes or types that differ, a pattern that is not a regular expression,
-            or nothing left to merge.
-    """
-    problems = Problems()
-    patterns = []
-    for pattern in excluded:
-        try:
-            patterns.append(re.compile(pattern))
-        except re.error as error:
-            problems.add(f"--exclude_params {pattern!r} is not a regular expression: {error}")
-    problems.check()
-
-    # Older checkpoints hold this table, which follows from config.json and is no parameter.
-    patterns.append(re.compile(r".*rotary_emb\.inv_freq$"))
-
-    def is_excluded(name: str) -> bool:
-        return any(pattern.match(name) or pattern.match(file_name(name)) for pattern in patterns)
-
-    merged = [
-        entry.name
-        for file in base.files
-        for entry in base.in_file(file)
-        if entry.is_float and not is_excluded(entry.name)
-    ]
-    if not merged:
-        problems.add(f"every parameter of {base.folder} is excluded by --exclude_params; nothing would be merged")
-    for expert, checkpoint in experts.items():
-        checkpoint.entries = _by_names_of(base, checkpoint, file_name)
-        for problem in _differences(base, merged, checkpoint, is_excluded):
-            problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
-    problems.check()
-    return merged
-
-
-def _by_names_of(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str], str]) -> dict[str, Entry]:
-    """The expert's entries by the base's names, where the two name the same parameters differently."""
-    published = Counter(map(file_name, expert.entries))
-    names = {file_name(name): name for name in base.entries}
-    return {
-        name if published[file_name(name)] > 1 else names.get(file_name(name), name): entry
-        for name, entry in expert.entries.items()
-    }
-
-
-def _differences(base: Checkpoint, merged: list[str], expert: Checkpoint, is_excluded: Any) -> list[str]:
-    """What keeps an expert from being merged, the first few of each kind with the number of the rest."""
-    missing = [f"lacks the tensor {name}" for name in merged if name not in expert.entries]
-    extra = [
-        f"has the tensor {name}, which the base lacks; is it an expert of this base? (or exclude it)"
-        for name in expert.entries
-        if name not in base.entries and not is_excluded(name)
-    ]
-    shapes = [
-        f"{name} has shape {list(expert.entries[name].shape)}, the base's has {list(base.entries[name].shape)}"
-        for name in merged
-        if name in expert.entries and expert.entries[name].shape != base.entries[name].shape
-    ]
-    types = [
-        f"{name} is stored as {expert.entries[name].dtype}, which cannot be merged; allowed: {', '.join(FLOATS)}"
-        for name in merged
-        if name in expert.entries and not expert.entries[name].is_float
-    ]
-    return [problem for kind in (missing, extra, shapes, types) for problem in _first(kind)]
-
-
-def _first(problems: list[str], shown: int = 4) -> list[str]:
-    if len(problems) <= shown + 1:
-        return problems
-    return [*problems[:shown], f"... and {len(problems) - shown} more like the last"]

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from expert_merging.backbone import Backbone
+from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
-from expert_merging.job import Job, is_main_process
 from expert_merging.options import Resolved, parse, resolve, show_default
-from expert_merging.registry import all_methods
+from expert_merging.processes import is_lost_process, is_main_process
 
 
 def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         _tell(InputError(problem))
         return 1
     except RuntimeError as error:
-        if not _has_lost_process(error):
+        if not is_lost_process(error):
             raise
         _tell(InputError("another process of this run has ended, so this one does too; what it said last tells why"))
         return 1
@@ -56,40 +56,34 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _has_lost_process(error: RuntimeError) -> bool:
-    """Whether the error means that another process of a parallel run is gone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    import torch
-
-    # gloo raises a plain RuntimeError.
-    signs = ("Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
-
-
 def _tell(error: InputError) -> None:
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
 
 
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
+    from expert_merging.checks import check
     from expert_merging.console import Terminal
 
     terminal = Terminal(quiet=not is_main_process())
     job = None
     try:
-        job = Job(resolved, backbone, terminal)
+        job = check(resolved, backbone, terminal)
         if resolved.general["dry_run"]:
-            job.print_plan()
+            from expert_merging.summary import print_plan
+
+            print_plan(job, terminal.console)
             return 0
-        return job.run_all()
+        from expert_merging.job import perform
+
+        return perform(job, terminal)
     except InputError as error:
         if job is not None and not is_main_process():
             _tell(error)  # found while working on this process's share
         raise
     finally:
         if job is not None:
-            job.run.release()
+            job.context.run.release()
         terminal.close()
 
 
@@ -104,8 +98,8 @@ def _list_methods(backbone: Backbone) -> None:
         ]
         for method in methods
     }
-    learning = [options[method.name] for method in methods if "data_dir" in method.options]
-    shared = [line for line in learning[0] if all(line in lines for lines in learning)]
+    reading = [options[method.name] for method in methods if method.reads_samples]
+    shared = [line for line in reading[0] if all(line in lines for lines in reading)]
     console = Console()
     table = Table(header_style="bold", show_lines=True)
     table.add_column("method")
@@ -113,7 +107,7 @@ def _list_methods(backbone: Backbone) -> None:
     table.add_column("options and defaults", overflow="fold")
     for method in methods:
         lines = options[method.name]
-        if "data_dir" in method.options:
+        if method.reads_samples:
             lines = [*(line for line in lines if line not in shared), "the learning options below"]
         table.add_row("\n".join([method.name, *method.aliases]), method.summary, "\n".join(lines))
     table.add_row("learning options", "What all methods that learn from samples have.", "\n".join(shared))

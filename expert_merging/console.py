@@ -21,7 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from expert_merging.plan import Advance
+from expert_merging.progress import Advance
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"

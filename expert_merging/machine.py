@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expert_merging.processes import local_count
+
 if TYPE_CHECKING:
     import torch
 
@@ -91,4 +93,4 @@ def free_host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> float:
         limit, used = (int(_of_own_group(f"memory.{kind}", proc, groups)) for kind in ("max", "current"))
         statistics = dict(line.split() for line in _of_own_group("memory.stat", proc, groups).splitlines())
         free = min(free, limit - used + int(statistics["inactive_file"]))
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free / local_count()

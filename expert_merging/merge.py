@@ -1,40 +1,42 @@
-"""Apply one rule to every merged parameter and write the base's mirror image.
+"""Apply one rule to every merged parameter and write an output: the base's mirror image, or other files.
 
-Element-wise rules are fed blocks, so memory does not depend on the largest tensor; other rules get whole tensors.
-Blocks are read, merged and written by a few workers, each with its own buffers; a block's result depends on its
-entries alone, so the bytes are the same whatever the number of workers, and a run that was interrupted continues with
-the shards that are missing.
+Rules for entries are fed blocks, so memory does not depend on the largest tensor; others get whole tensors. Parts are
+read, merged and written by a few workers, each with its own buffers; a part's result depends on its entries alone, so
+the bytes are the same whatever the number of workers, and a run that was interrupted continues with the files that are
+missing.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly
-from expert_merging.crew import SMALL_MODEL, Block, Crew
+from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly, torch_dtype
 from expert_merging.errors import InputError
 from expert_merging.machine import half_of_memory
-from expert_merging.plan import Advance, Part, Plan, Progress, Rule
-from expert_merging.streaming import ALONE, Reader, Team, block_entries
-from expert_merging.writing import ShardWriter, partial_name, sync_folder
+from expert_merging.outputs import Copied, Made, Merged, Output, Slot
+from expert_merging.parts import Part
+from expert_merging.plan import Plan, Rule
+from expert_merging.processes import ALONE, Processes
+from expert_merging.progress import Advance, Progress
+from expert_merging.roles import is_matrix, is_word_table
+from expert_merging.streaming import Reader, block_entries
+from expert_merging.workers import SMALL_MODEL, Workers
+from expert_merging.writing import ShardWriter, partial_name, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _COPY_BYTES = 1 << 22
-
-# Each row of these matrices belongs to a word: they are no maps from one space into another.
-_EMBEDDING = re.compile(r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)\.weight$")
 
 
 @dataclass
@@ -50,69 +52,89 @@ class Summary:
     kept_shards: int = 0
 
 
-def working_memory(plan: Plan, *, elementwise: bool, device: torch.device) -> int:
-    """Bytes of memory that merging works with, whatever the size of the model for element-wise rules."""
+def working_memory(plan: Plan, *, unit: str, device: torch.device) -> int:
+    """Bytes of memory that merging works with, whatever the size of the model for rules that are fed blocks."""
     experts = len(plan.experts)
     entries = [plan.base.entries[name] for name in plan.merged]
-    if elementwise:
+    whole = [entry for entry in entries if not _takes_blocks(plan.part(entry.name), unit)]
+    if not whole:
         largest = max(entry.elements for entry in entries)
-        workers = Crew.for_entries(plan.base_elements, device).size
+        workers = Workers.for_entries(plan.base_elements, device).size
         return 4 * (experts + 4) * min(block_entries(device), largest) * workers
-    needs = sorted((_whole_memory(entry, experts) for entry in entries), reverse=True)
+    needs = sorted((_whole_memory(entry, experts) for entry in whole), reverse=True)
     return max(needs[0], min(sum(needs[: _whole_workers(plan, device)]), half_of_memory(device)))
 
 
-def write_merged(
+def write_output(
+    output: Output,
     plan: Plan,
     rule: Rule,
     folder: Path,
     *,
-    elementwise: bool,
+    unit: str,
     device: torch.device,
     progress: Progress,
-    team: Team = ALONE,
+    processes: Processes = ALONE,
+    made: Mapping[str, Tensor] | None = None,
 ) -> Summary:
-    """Merge every parameter and write a complete checkpoint folder.
+    """Merge every parameter of an output and write its complete folder.
 
     The weights come first and the other files last, so that nothing loads the folder before it is complete. Finished
-    shards found in the folder are kept: the caller vouches that they come from the same inputs and options.
+    files found in the folder are kept: the caller vouches that they come from the same inputs and options.
 
     Args:
+        output: what is written.
         plan: checkpoints and parameters.
         rule: how task vectors become one.
         folder: folder to write; made if needed.
-        elementwise: the rule may be fed blocks.
+        unit: what the rule is fed, as `expert_merging.method.Method` has it.
         device: where the arithmetic is done.
         progress: shows throughput in bytes read.
-        team: the processes that share the work; each calls this function.
+        processes: the processes that share the work; each calls this function.
+        made: tensors that the preparation has made.
 
     Raises:
         InputError: NaN or infinite values, named by expert and tensor.
     """
+    plan = plan if output.experts is None else plan.only(output.experts)
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    merger = _Merger(plan, rule, elementwise, device, team)
-    per_element = {
-        file: sum(entry.size for entry in plan.base.in_file(file)) * (1 + len(plan.experts)) for file in plan.base.files
-    }
-    with progress("merging", sum(per_element.values()), "B") as advance:
-        for file in plan.base.files:
-            target = folder / file.name
+    merger = _Merger(plan, rule, unit, device, processes, made or {})
+    width = 1 + len(plan.experts)
+    sizes = {file: width * sum(slot.size for slot in slots) for file, slots in output.files.items()}
+    with progress("merging", sum(sizes.values()), "B") as advance:
+        for file, slots in output.files.items():
+            target = folder / file
             if target.exists():
                 summary.kept_shards += 1
-                advance(per_element[file], file.name)
+                advance(sizes[file], file)
                 continue
-            summary.changes |= merger.write(file, target, advance)
-    if team.rank == 0:
-        copy_other_files(plan.base, folder)
+            summary.changes |= merger.write(slots, output.header(file), target, advance)
+    if processes.rank == 0 and output.is_model:
+        _complete(output, plan.base, folder)
     return summary
 
 
-def copy_other_files(base: Checkpoint, folder: Path) -> None:
-    """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``."""
+def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
+    """Write what a model's folder has beside weights."""
+    copy_other_files(base, folder, index=bool(output.headers))
+    if output.makes_index:
+        write_atomically(folder / INDEX, output.index())
+    if output.edit is not None:
+        write_atomically(folder / "config.json", (json.dumps(output.edit(base.config), indent=2) + "\n").encode())
+
+
+def copy_other_files(base: Checkpoint, folder: Path, *, index: bool = True) -> None:
+    """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``.
+
+    Args:
+        base: the base.
+        folder: where the copies go.
+        index: the base's index too.
+    """
     for relative in other_files(base.folder):
-        if relative == Path(INDEX) and base.files[0].name == SINGLE:
-            continue  # left over from other weights; `from_pretrained` reads the single file
+        if relative == Path(INDEX) and (not index or base.files[0].name == SINGLE):
+            continue  # of other weights; `from_pretrained` reads a single file first
         target = folder / ("README.base.md" if relative == Path("README.md") else relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = partial_name(target)
@@ -121,9 +143,14 @@ def copy_other_files(base: Checkpoint, folder: Path) -> None:
     sync_folder(folder)
 
 
-def _shape_for_rules(entry: Entry) -> tuple[int, ...]:
-    """The shape in which rules for whole tensors get a tensor: its own, but embeddings and output heads as vectors."""
-    return (entry.elements,) if _EMBEDDING.match(entry.name) else entry.shape
+def _takes_blocks(part: Part, unit: str) -> bool:
+    """Whether a tensor may be merged block by block."""
+    return unit == "entries" or (unit == "matrix" and not is_matrix(part))
+
+
+def _whole_shape(part: Part) -> tuple[int, ...]:
+    """The shape in which rules get a whole tensor: its own, but tables of words as vectors, as rows are words."""
+    return (part.elements,) if is_word_table(part.name) else part.shape
 
 
 def _whole_memory(entry: Entry, experts: int) -> int:
@@ -133,7 +160,7 @@ def _whole_memory(entry: Entry, experts: int) -> int:
     Gram matrix of its columns (or, where that is smaller, of all experts' rows) too.
     """
     need = 4 * (experts + 4) * entry.elements
-    if len(_shape_for_rules(entry)) == 2:
+    if is_matrix(Part.whole(entry.name, entry.shape)):
         rows, columns = entry.shape
         need += 8 * (3 * entry.elements + 4 * min(columns, 2 * experts * rows) ** 2)
     return need
@@ -151,7 +178,7 @@ def _whole_workers(plan: Plan, device: torch.device) -> int:
     return torch.get_num_threads() if plan.base_elements >= SMALL_MODEL else 1
 
 
-class _Room:
+class _MemoryBudget:
     """Memory that threads share; each takes what it needs, and waits while the others leave too little."""
 
     def __init__(self, size: int) -> None:
@@ -173,117 +200,197 @@ class _Room:
                 self.changed.notify_all()
 
 
-class _Merger:
-    """Merges the tensors of one file after another, a few blocks at a time."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a slot's bytes are in the file that is being written."""
 
-    def __init__(self, plan: Plan, rule: Rule, elementwise: bool, device: torch.device, team: Team) -> None:
+    slot: Slot
+    offset: int
+
+
+class _Merger:
+    """Writes one file after another, a few parts at a time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rule: Rule,
+        unit: str,
+        device: torch.device,
+        processes: Processes,
+        made: Mapping[str, Tensor],
+    ) -> None:
         self.plan = plan
         self.rule = rule
-        self.elementwise = elementwise
-        self.team = team
-        self.merged = set(plan.merged)
+        self.unit = unit
+        self.processes = processes
+        self.made = made
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
-        workers = Crew.for_entries(plan.base_elements, device)
-        self.crew = workers if elementwise else Crew(_whole_workers(plan, device))
-        self.room = _Room(half_of_memory(device) // (team.size if device.type == "cpu" else 1))
+        workers = Workers.for_entries(plan.base_elements, device)
+        self.workers = workers if unit == "entries" else Workers(_whole_workers(plan, device))
+        self.memory = _MemoryBudget(half_of_memory(device) // (processes.size if device.type == "cpu" else 1))
         if device.type != "cpu":
             import torch
 
             torch.linalg.eigh(torch.eye(2, device=device))  # loads the library, which several threads at once must not
 
-    def write(self, file: Path, target: Path, advance: Advance) -> dict[str, float]:
-        """Write one shard together with the team; the relative change of each merged tensor."""
+    def write(self, slots: tuple[Slot, ...], header: bytes, target: Path, advance: Advance) -> dict[str, float]:
+        """Write one file together with the other processes; the relative change of each merged tensor."""
         import torch
 
-        base = self.plan.base
-        squares = {entry.name: [0.0, 0.0] for entry in base.in_file(file) if entry.name in self.merged}
-        writer = self._open(file, target)
+        merged, others, size = _places(slots, len(header))
+        shares = {
+            **{name: sum(place.slot.size for place in places) for name, places in merged.items()},
+            **{name: place.slot.size for name, place in others.items()},
+        }
+        squares = {name: [0.0, 0.0] for name in merged}
+        writer = self._open(header, size, target)
 
-        def work(entry: Entry, start: int, stop: int) -> tuple[float, float]:
-            if entry.name in self.merged:
-                return self._merge(entry, start, stop, writer)
-            self._copy(entry, start, stop, writer)
+        def work(part: Part) -> tuple[float, float]:
+            if part.name in merged:
+                return self._merge(part, merged[part.name], writer)
+            self._copy(part, others[part.name], writer)
             return 0.0, 0.0
 
-        def done(block: Block, change_and_size: tuple[float, float]) -> None:
-            entry, start, stop = block
-            if entry.name in self.merged:
-                pairs = zip(squares[entry.name], change_and_size, strict=True)
-                squares[entry.name] = [before + more for before, more in pairs]
-            share = self.team.size * (stop - start) / max(1, self._length(entry))
-            advance(share * entry.size * (1 + len(self.plan.experts)), entry.name)
+        def done(part: Part, change_and_size: tuple[float, float]) -> None:
+            if part.name in merged:
+                pairs = zip(squares[part.name], change_and_size, strict=True)
+                squares[part.name] = [before + more for before, more in pairs]
+            share = self.processes.size * part.entries / max(1, part.elements)
+            advance(share * shares[part.name] * (1 + len(self.plan.experts)), part.name)
 
+        parts = [*self._merged_parts(merged), *self._copied_parts(others)]
         try:
-            self.crew.work_through(self.team.share(self._blocks(file)), work, done)
+            self.workers.work_through(self.processes.share(parts), work, done)
         except BaseException:
             writer.abandon()
             raise
         own = torch.tensor([*squares.values()], dtype=torch.float64)
-        totals = self.team.add(own)  # and by that, all processes have written their blocks
-        assert totals is not None  # noqa: S101  (every process brings a tensor)
-        if self.team.rank == 0:
+        totals = self.processes.add(own)  # and by that, all processes have written their parts
+        if self.processes.rank == 0:
             writer.finish()
         else:
             writer.leave()
         return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(squares, totals, strict=True)}
 
-    def _open(self, file: Path, target: Path) -> ShardWriter:
-        """The shard being written: made by the first process, joined by the others."""
-        header, size = self.plan.base.headers[file.name], file.stat().st_size
-        if self.team.rank == 0:
+    def _open(self, header: bytes, size: int, target: Path) -> ShardWriter:
+        """The file being written: made by the first process, joined by the others."""
+        if self.processes.rank == 0:
             writer = ShardWriter(target, header, size)
-            self.team.wait()
+            self.processes.barrier()
             return writer
-        self.team.wait()
+        self.processes.barrier()
         return ShardWriter(target)
 
-    def _blocks(self, file: Path) -> Iterator[Block]:
-        """Pieces of the file's tensors: blocks of entries, whole tensors for other rules, bytes for copies."""
-        for entry in self.plan.base.in_file(file):
-            length = self._length(entry)
-            merged_step = self.block if self.elementwise else max(1, length)
-            step = merged_step if entry.name in self.merged else _COPY_BYTES
-            for start in range(0, length, step):
-                yield entry, start, min(start + step, length)
+    def _merged_parts(self, names: Mapping[str, object]) -> Iterator[Part]:
+        """Blocks of tensors that are merged, or whole tensors."""
+        for name in names:
+            part = self.plan.part(name)
+            yield from part.cut(self.block if _takes_blocks(part, self.unit) else max(1, part.elements))
 
-    def _length(self, entry: Entry) -> int:
-        return entry.elements if entry.name in self.merged else entry.size
+    def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
+        """Runs of bytes of everything else, which is seen as vectors of bytes."""
+        for name, place in places.items():
+            step = _COPY_BYTES if self._is_plain_copy(place.slot) else max(1, place.slot.size)
+            yield from Part.whole(name, (place.slot.size,)).cut(step)
 
-    def _copy(self, entry: Entry, start: int, stop: int, writer: ShardWriter) -> None:
+    def _source(self, slot: Slot) -> tuple[Checkpoint, Entry]:
+        assert isinstance(slot.source, Copied)  # noqa: S101  (the caller has looked)
+        expert = slot.source.expert
+        checkpoint = self.plan.base if expert is None else self.plan.experts[expert]
+        return checkpoint, checkpoint.entries[slot.source.name]
+
+    def _is_plain_copy(self, slot: Slot) -> bool:
+        return isinstance(slot.source, Copied) and self._source(slot)[1].dtype == slot.dtype
+
+    def _copy(self, part: Part, place: _Place, writer: ShardWriter) -> None:
         import torch
 
-        view = as_bytes(self.reader.host_buffer("copy", stop - start, torch.uint8))
-        read_exactly(self.plan.base.descriptor(entry.file), view, entry.offset + start, entry.file)
-        writer.write(view, entry.offset + start)
+        slot = place.slot
+        if self._is_plain_copy(slot):
+            checkpoint, entry = self._source(slot)
+            view = as_bytes(self.reader.host_buffer("copy", part.entries, torch.uint8))
+            read_exactly(checkpoint.descriptor(entry.file), view, entry.offset + part.start, entry.file)
+            writer.write(view, place.offset + part.start)
+            return
+        dtype = torch_dtype(slot.dtype)
+        if isinstance(slot.source, Made):
+            tensor = self.made[slot.source.key]
+        else:
+            checkpoint, entry = self._source(slot)
+            tensor = checkpoint.read(entry.name)
+            _check_fits(tensor, dtype, slot)
+        writer.write(as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous()), place.offset)
 
-    def _merge(self, entry: Entry, start: int, stop: int, writer: ShardWriter) -> tuple[float, float]:
-        """Merge entries ``[start, stop)`` and write them; squared norms of the change and of the base."""
+    def _merge(self, part: Part, places: list[_Place], writer: ShardWriter) -> tuple[float, float]:
+        """Merge a part and write its results; squared norms of the change and of the base."""
         import torch
 
-        merged = self.reader.host_buffer("merged", stop - start, entry.torch_dtype)
         squares = base_squares = 0.0
-        need = 0 if self.elementwise else _whole_memory(entry, len(self.plan.experts))
-        with self.room.taking(need), self.reader.streaming():
-            for first, last, base, task_vectors in self._pieces(entry, start, stop):
-                change = self.rule(task_vectors, Part(entry.name, entry.shape, first, last)).reshape(-1)
-                found = torch.stack([torch.dot(change, change), torch.dot(base, base)]).tolist()
-                change_squares, squares, base_squares = found[0], squares + found[0], base_squares + found[1]
-                merged[first - start : last - start].copy_(base.add_(change), non_blocking=True)
-                # Only float16 is so narrow that finite float32 numbers overflow in it.
-                doubtful = entry.dtype == "F16" or not math.isfinite(change_squares)
-                if doubtful and not torch.isfinite(base.to(entry.torch_dtype)).all():
-                    raise InputError(
-                        f"the merged {entry.name} does not fit into {entry.dtype} (the base's type); "
-                        "use a smaller coefficient"
-                    )
-        writer.write(as_bytes(merged), entry.offset + start * merged.element_size())
+        blocks = _takes_blocks(part, self.unit)
+        need = 0 if blocks else _whole_memory(self.plan.base.entries[part.name], len(self.plan.experts))
+        buffers = {place: self._buffer(part, place) for place in places}
+        with self.memory.taking(need), self.reader.streaming():
+            for piece, base, task_vectors in self._pieces(part, blocks=blocks):
+                made = self.rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
+                results = made if isinstance(made, Mapping) else {"merged": made}
+                for place, buffer in buffers.items():
+                    source = place.slot.source
+                    assert isinstance(source, Merged)  # noqa: S101  (others are copied)
+                    first = (piece.start - part.start) // source.packed
+                    found = results[source.result].reshape(-1)
+                    run = buffer[first : first + len(found)]
+                    if source.result != "merged":
+                        run.copy_(found, non_blocking=True)
+                        continue
+                    numbers = torch.stack([torch.dot(found, found), torch.dot(base, base)]).tolist()
+                    squares, base_squares = squares + numbers[0], base_squares + numbers[1]
+                    run.copy_(base.add_(found), non_blocking=True)
+                    # Only float16 is so narrow that finite float32 numbers overflow in it.
+                    if place.slot.dtype == "F16" or not math.isfinite(numbers[0]):
+                        _check_fits(base, buffer.dtype, place.slot)
+        for place, buffer in buffers.items():
+            assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
+            first = part.start // place.slot.source.packed
+            writer.write(as_bytes(buffer), place.offset + first * buffer.element_size())
         return squares, base_squares
 
-    def _pieces(self, entry: Entry, start: int, stop: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Base and task vectors: in steps for element-wise rules, otherwise of the whole tensor."""
-        if self.elementwise:
-            yield from self.reader.steps(entry.name, start, stop)
+    def _buffer(self, part: Part, place: _Place) -> Tensor:
+        """Memory of the host for what a part becomes in a slot."""
+        assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
+        entries = -(-part.entries // place.slot.source.packed)
+        return self.reader.host_buffer(f"merged {place.slot.source.result}", entries, torch_dtype(place.slot.dtype))
+
+    def _pieces(self, part: Part, *, blocks: bool) -> Iterator[tuple[Part, Tensor, Tensor]]:
+        """Base and task vectors: in steps, or of the whole tensor."""
+        if blocks:
+            yield from self.reader.steps(part)
         else:
-            base, task_vectors = self.reader.read(entry.name, start, stop)
-            yield start, stop, base, task_vectors.view(len(task_vectors), *_shape_for_rules(entry))
+            base, task_vectors = self.reader.read(part)
+            yield part, base, task_vectors.view(len(task_vectors), *_whole_shape(part))
+
+
+def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]], dict[str, _Place], int]:
+    """The places of a file's slots, by the tensor that is merged and by name for the others; and the file's size."""
+    merged: dict[str, list[_Place]] = {}
+    others: dict[str, _Place] = {}
+    for slot in slots:
+        place = _Place(slot, start)
+        if isinstance(slot.source, Merged):
+            merged.setdefault(slot.source.name, []).append(place)
+        else:
+            others[slot.name] = place
+        start += slot.size
+    if both := merged.keys() & others.keys():
+        raise ValueError(f"{min(both)} is merged for one slot and the name of another that is not")
+    return merged, others, start
+
+
+def _check_fits(values: Tensor, dtype: torch.dtype, slot: Slot) -> None:
+    import torch
+
+    if not torch.isfinite(values.to(dtype)).all():
+        raise InputError(
+            f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"
+        )

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from expert_merging.backbone import Backbone
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.registry import Method, Option, all_methods, describe_type, find_method, read_options
+from expert_merging.flags import Option, describe_type, read_options
+from expert_merging.method import Method
+from expert_merging.processes import launched_with
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
@@ -25,6 +28,7 @@ class GeneralOptions:
 
     Args:
         method: merging method; --list_methods shows all.
+        post: a modifier that improves what the method has merged; repeat for several, in their order.
         cache_dir: folder that holds the family's checkpoints under their published names; also from CACHE_DIR in the
             environment or in .env.
         base_model_path: base model to use instead of the family's.
@@ -42,6 +46,7 @@ class GeneralOptions:
     """
 
     method: str = "expert_merging"
+    post: list[str] | None = None
     cache_dir: str | None = None
     base_model_path: str | None = None
     expert: dict[str, str] | None = None
@@ -63,9 +68,11 @@ _UNSET = {
     "solver": "by variant",
     "step_size": "by solver",
 }
+# Flags that take several values, and may be repeated.
+_LISTS = ("exclude_params", "post")
 _LARGEST_FACTOR = 1000
 _GROUPS = {
-    "what is merged": ("method", "cache_dir", "base_model_path", "expert", "exclude_params"),
+    "what is merged": ("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
 }
 
@@ -77,9 +84,10 @@ class Resolved:
     Args:
         general: value of every general option.
         method: the method.
-        options: value of every option of the method.
+        options: value of every option of the method and of its modifiers.
         family: value of every option of the family's own.
         ignored: flags that were given and that the method does not have.
+        modifiers: what improves the method's result, in their order.
     """
 
     general: Mapping[str, Any]
@@ -87,11 +95,21 @@ class Resolved:
     options: Mapping[str, Any]
     family: Mapping[str, Any]
     ignored: tuple[str, ...]
+    modifiers: tuple[Method, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Method, ...]:
+        """The method and its modifiers."""
+        return (self.method, *self.modifiers)
 
     @property
     def reads_samples(self) -> bool:
-        """Whether the method reads calibration samples, for which the family's own options are."""
-        return "data_dir" in self.options
+        """Whether models are run on calibration samples, for which the family's own options are."""
+        return any(step.reads_samples for step in self.steps)
+
+    def options_of(self, step: Method) -> dict[str, Any]:
+        """The options of the method or of one of its modifiers."""
+        return {name: self.options[name] for name in step.options}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,17 +149,17 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="YAML or JSON file with options by name; flags win. A run's config.json is one.",
             )
-    for learns, title in ((False, "options of methods"), (True, "options of methods that learn")):
+    for reads, title in ((False, "options of methods"), (True, "options of methods that read samples")):
         group = parser.add_argument_group(title)
         for name, users in _option_users().items():
-            if learns == all(method.learns for method in users):
+            if reads == all(method.reads_samples for method in users):
                 widest = max(
                     (user.options[name].annotation for user in users), key=lambda kind: len(describe_type(kind))
                 )
                 option = replace(users[0].options[name], annotation=widest, help=_shown_help(name, users))
                 add_flag(group, option, _shown_default(name, users, backbone))
     if backbone.options:
-        group = parser.add_argument_group(f"options of {backbone.name}, for methods that learn and --run_tests")
+        group = parser.add_argument_group(f"options of {backbone.name}, for methods that read samples and --run_tests")
         for option in backbone.options.values():
             add_flag(group, option, option.default)
     return parser
@@ -169,7 +187,11 @@ def _shown_help(name: str, users: list[Method]) -> str:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         (text, methods), *_ = by_text.items()
-        return f"{text}." if users == _option_users()["data_dir"] else f"{text} (with {', '.join(methods)})."
+        return (
+            f"{text}."
+            if users == [user for user in all_methods().values() if user.reads_samples]
+            else f"{text} (with {', '.join(methods)})."
+        )
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 
@@ -208,7 +230,7 @@ def add_flag(group: Any, option: Option, default: Any) -> None:
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="+" if option.name == "exclude_params" else 1,
+        nargs="+" if option.name in _LISTS else 1,
         help=text.replace("%", "%%"),
     )
 
@@ -249,7 +271,7 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
     """The value of a flag: the last one given, or all of them where a flag is repeated to add entries."""
     if not isinstance(value, list) or name not in options:
         return value
-    if name == "exclude_params":
+    if name in _LISTS:
         return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
     if "dict" in str(options[name].annotation):
         return merge_entries(name, value)
@@ -336,23 +358,26 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     folder = dotenv.get("CACHE_DIR")
     cache_dir = environment.get("CACHE_DIR") or (str(ROOT / Path(folder).expanduser()) if folder else None)
     # What accelerate launch sets for a configuration with FSDP.
-    launched = {"shard": True} if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" else {}
+    launched = {"shard": True} if launched_with("FSDP", environment) else {}
     values = {**({"cache_dir": cache_dir} if cache_dir else {}), **launched, **config, **given}
-    method = find_method(str(values.get("method", GENERAL["method"].default)))
     problems = Problems()
-    if method.learns and environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    method, modifiers = _find_steps(values, problems)
+    reads_samples = any(step.reads_samples for step in (method, *modifiers))
+    if reads_samples and launched_with("DEEPSPEED", environment):
         problems.add(
             "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
             "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
         )
-    general = {name: option.default for name, option in GENERAL.items()} | {"method": method.name}
-    options = method.defaults(backbone.defaults)
+    general = {name: option.default for name, option in GENERAL.items()}
+    general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
+    known = {name: option for step in (*modifiers, method) for name, option in step.options.items()}
+    options = {name: value for step in (*modifiers, method) for name, value in step.defaults(backbone.defaults).items()}
     family = {name: option.default for name, option in backbone.options.items()}
-    used_by_family = backbone.options if "data_dir" in options or values.get("run_tests") else {}
-    tables = ((GENERAL, general), (method.options, options), (used_by_family, family))
+    used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
+    tables = ((GENERAL, general), (known, options), (used_by_family, family))
     ignored = []
     for name, value in values.items():
-        if name in ("method", "config", "list_methods"):
+        if name in ("method", "post", "config", "list_methods"):
             continue
         table, target = next(((table, target) for table, target in tables if name in table), ({}, {}))
         if name in table:
@@ -372,7 +397,28 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
         problems.found += _unknown_tasks(Path(options["data_dir"]), family, backbone)
     problems.check()
-    return Resolved(general, method, options, family, tuple(ignored))
+    return Resolved(general, method, options, family, tuple(ignored), modifiers)
+
+
+def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, tuple[Method, ...]]:
+    """The method and its modifiers.
+
+    Raises:
+        InputError: there is no such method; what is wrong with the modifiers is noted.
+    """
+    method = find_method(str(values.get("method", GENERAL["method"].default)))
+    if method.is_modifier:
+        raise InputError(f"{method.name} improves what another method has merged: --method METHOD --post {method.name}")
+    modifiers = []
+    for name in GENERAL["post"].convert(values.get("post")) or []:
+        with problems.collecting():
+            found = find_method(name)
+            if found.is_modifier:
+                modifiers.append(found)
+            else:
+                known = [step.name for step in all_methods().values() if step.is_modifier]
+                problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
+    return method, tuple(modifiers)
 
 
 def _too_large(name: str, given: Any) -> list[str]:

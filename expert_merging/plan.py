@@ -1,64 +1,24 @@
-"""What is merged: checkpoints that fit together, and the words that rules and drivers share."""
+"""What is merged: checkpoints that fit together."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, TypeAlias
 
 from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import Checkpoint, check_experts, check_other_files
+from expert_merging.checkpoint import FLOATS, Checkpoint, Entry, check_other_files
 from expert_merging.errors import Problems
+from expert_merging.parts import Part
+from expert_merging.roles import is_rotary_table
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which entries of which tensor a rule is given.
-
-    Args:
-        name: tensor name.
-        shape: shape of the whole tensor.
-        start: first entry of the flattened tensor.
-        stop: end of the entries.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def elements(self) -> int:
-        """Number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-
-class Rule(Protocol):
-    """Turns task vectors ``(experts, entries)`` (whole tensors: ``(experts, *shape)``) into the merged task vector.
-
-    The task vectors are working memory, which a rule may overwrite.
-    """
-
-    def __call__(self, task_vectors: Tensor, part: Part, /) -> Tensor:
-        """Merge one part."""
-        ...
-
-
-Advance = Callable[..., None]
-
-
-class Progress(Protocol):
-    """Shows how far a piece of work is: ``with progress(title, total, unit) as advance: advance(count, note)``."""
-
-    def __call__(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
-        """Start a piece of work of ``total`` units."""
-        ...
+# ``(task_vectors, part, base) -> merged task vector``: task vectors ``(experts, entries)`` (whole tensors:
+# ``(experts, *shape)``) are working memory, which a rule may overwrite; the base's entries are not. A rule may return
+# tensors by name instead, of which ``merged`` is the merged task vector. A modifier is given that as well.
+Rule: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -75,14 +35,13 @@ class Plan:
     experts: Mapping[str, Checkpoint]
     merged: tuple[str, ...]
 
-    def split(self) -> dict[str, Plan]:
-        """A plan for each expert alone, by its name."""
-        return {name: Plan(self.base, {name: expert}, self.merged) for name, expert in self.experts.items()}
+    def only(self, experts: Sequence[str]) -> Plan:
+        """The plan with some of its experts alone."""
+        return replace(self, experts={name: self.experts[name] for name in experts})
 
-    @property
-    def output_bytes(self) -> int:
-        """Size of the merged weight files."""
-        return sum(file.stat().st_size for file in self.base.files)
+    def part(self, name: str) -> Part:
+        """All of a tensor of the base."""
+        return Part.whole(name, self.base.entries[name].shape)
 
     @property
     def base_elements(self) -> int:
@@ -128,10 +87,104 @@ def make_plan(
         base = opened.pop("")
         with problems.collecting():
             check_other_files(base.folder)
+        # Experts may name parameters otherwise than the base, as different versions of transformers do.
+        for expert in opened.values():
+            expert.entries = _by_names_of(base, expert, file_name)
         with problems.collecting():
             merged = check_experts(base, opened, excluded, file_name)
     problems.check()
     return Plan(base, opened, tuple(merged))
+
+
+def check_experts(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    excluded: Sequence[str],
+    file_name: Callable[[str], str] = str,
+) -> list[str]:
+    """Check that experts fit the base and say which tensors are merged.
+
+    An expert that was saved with another naming of the same parameters goes by the base's names from here on.
+
+    Args:
+        base: the base model.
+        experts: expert checkpoints by name.
+        excluded: patterns of parameters that keep the base's value, matched from the start of the name (`re.match`), as
+            it is in the file or as it was published.
+        file_name: published name of a parameter, whatever naming it was saved with.
+
+    Returns:
+        Names of the tensors to merge, in the order of the base's files: the floating-point ones that no pattern
+        matches.
+
+    Raises:
+        InputError: missing or extra tensors, shapes or types that differ, a pattern that is not a regular expression,
+            or nothing left to merge.
+    """
+    problems = Problems()
+    patterns = []
+    for pattern in excluded:
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            problems.add(f"--exclude_params {pattern!r} is not a regular expression: {error}")
+    problems.check()
+
+    def is_excluded(name: str) -> bool:
+        return is_rotary_table(name) or any(
+            pattern.match(name) or pattern.match(file_name(name)) for pattern in patterns
+        )
+
+    merged = [
+        entry.name
+        for file in base.files
+        for entry in base.in_file(file)
+        if entry.is_float and not is_excluded(entry.name)
+    ]
+    if not merged:
+        problems.add(f"every parameter of {base.folder} is excluded by --exclude_params; nothing would be merged")
+    for expert, checkpoint in experts.items():
+        for problem in _differences(base, merged, checkpoint, is_excluded):
+            problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
+    problems.check()
+    return merged
+
+
+def _by_names_of(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str], str]) -> dict[str, Entry]:
+    """The expert's entries by the base's names, where the two name the same parameters differently."""
+    published = Counter(map(file_name, expert.entries))
+    names = {file_name(name): name for name in base.entries}
+    return {
+        name if published[file_name(name)] > 1 else names.get(file_name(name), name): entry
+        for name, entry in expert.entries.items()
+    }
+
+
+def _differences(base: Checkpoint, merged: list[str], expert: Checkpoint, is_excluded: Any) -> list[str]:
+    """What keeps an expert from being merged, the first few of each kind with the number of the rest."""
+    missing = [f"lacks the tensor {name}" for name in merged if name not in expert.entries]
+    extra = [
+        f"has the tensor {name}, which the base lacks; is it an expert of this base? (or exclude it)"
+        for name in expert.entries
+        if name not in base.entries and not is_excluded(name)
+    ]
+    shapes = [
+        f"{name} has shape {list(expert.entries[name].shape)}, the base's has {list(base.entries[name].shape)}"
+        for name in merged
+        if name in expert.entries and expert.entries[name].shape != base.entries[name].shape
+    ]
+    types = [
+        f"{name} is stored as {expert.entries[name].dtype}, which cannot be merged; allowed: {', '.join(FLOATS)}"
+        for name in merged
+        if name in expert.entries and not expert.entries[name].is_float
+    ]
+    return [problem for kind in (missing, extra, shapes, types) for problem in _first(kind)]
+
+
+def _first(problems: list[str], shown: int = 4) -> list[str]:
+    if len(problems) <= shown + 1:
+        return problems
+    return [*problems[:shown], f"... and {len(problems) - shown} more like the last"]
 
 
 # Settings of the language model that change what the same weights compute.

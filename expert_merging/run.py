@@ -30,16 +30,17 @@ class Run:
 
     Args:
         folder: ``<output_path>/<method>/<run_name>``.
-        several: the result is a folder of models, ``models/``, instead of one.
+
+    Attributes:
+        holds_several: the result is a folder of models, ``models/``, instead of one.
     """
 
-    def __init__(self, folder: Path, *, several: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "merge.log"
         self.config = folder / "config.json"
         self.lock = folder / ".lock"
-        self.model = folder / ("models" if several else "model")
-        self.partial_model = self.model.with_name(self.model.name + ".partial")
+        self.holds_several = False
         self.board = folder / "board"
         self.state = folder / "state"
         self.responses = folder / "responses.json"
@@ -47,6 +48,16 @@ class Run:
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
         self._lock: int | None = None
+
+    @property
+    def model(self) -> Path:
+        """The result, once it is complete."""
+        return self.folder / ("models" if self.holds_several else "model")
+
+    @property
+    def partial_model(self) -> Path:
+        """Where the result is written until it is complete."""
+        return partial_name(self.model)
 
     @property
     def is_complete(self) -> bool:

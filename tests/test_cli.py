@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expert_merging import options
-from expert_merging.registry import all_methods
+from expert_merging.catalogue import all_methods
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import (
     COMMAND,

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from expert_merging import __version__, registry
 from expert_merging.backbone import import_transformers
+from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
 from expert_merging.job import choose_device
 from expert_merging.learned import Work
 from expert_merging.learned.coefficients import Coefficients
+from expert_merging.method import register
 from expert_merging.methods.linear import task_arithmetic, weight_average
-from expert_merging.registry import all_methods, register
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint
 from tests.command import (
     COMMAND,

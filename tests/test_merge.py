@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging import merge, streaming
-from expert_merging.crew import Crew
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.merge import working_memory, write_merged
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.plan import Plan, make_plan
-from expert_merging.registry import all_methods, find_method
 from expert_merging.streaming import Passes, Reader
+from expert_merging.workers import Crew
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
 from tests.test_crew import CREWS
@@ -558,7 +558,7 @@ def test_surveys_and_merges_give_the_same_bytes_whoever_does_them(crew, base, ex
     expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
     monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
     monkeypatch.setattr(streaming, "BLOCK", 10)
-    monkeypatch.setattr("expert_merging.crew._BATCH", 20)
+    monkeypatch.setattr("expert_merging.workers._BATCH", 20)
     assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from expert_merging.catalogue import comparable_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
-from expert_merging.registry import all_methods, find_method
 from zoo.build import build
 from zoo.evaluate import Scores, exact_match
 from zoo.family import Family, default_folder, load_family
@@ -46,7 +46,7 @@ def demo(
         InputError: an unknown family or method, or a merge that failed.
     """
     family = load_family(family_name)
-    names = _comparable() if "all" in methods else [find_method(name).name for name in methods]
+    names = comparable_methods() if "all" in methods else [find_method(name).name for name in methods]
     zoo = default_folder(family_name, seed)
     with progress(console) as show:
         build(family, zoo, seed=seed, show=show)
@@ -63,11 +63,6 @@ def demo(
     for run in runs:
         console.print(f"merged model: {os.path.relpath(run / 'model')}", highlight=False, soft_wrap=True)
     return scores
-
-
-def _comparable() -> list[str]:
-    """Methods that make one model out of nothing but the experts and their calibration questions."""
-    return [name for name, method in all_methods().items() if not method.per_expert and name != "coefficients"]
 
 
 @dataclass(frozen=True)

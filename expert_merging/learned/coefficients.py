@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.plan import Part
+from expert_merging.methods.thresholds import elected_signs, trim
+from expert_merging.parts import Part
 from expert_merging.writing import write_atomically
 
 
@@ -136,8 +137,6 @@ class Trimming:
 
     def __call__(self, task_vectors: Tensor) -> Tensor:
         """The entries that stay, the others 0; ``(experts, entries)`` to the same."""
-        from expert_merging.methods.thresholds import elected_signs, trim
-
         trimmed = trim(task_vectors.clone(), torch.tensor(self.thresholds))
         signs = elected_signs(trimmed, self.majority)
         return torch.stack([torch.where(row * signs > 0, row, 0.0) for row in trimmed])

@@ -12,16 +12,8 @@ from typing import Any
 
 import numpy
 
-from expert_merging.learned.importance import (
-    OTHER,
-    OUTSIDE,
-    STAGES,
-    SUBMODULES,
-    Layer,
-    load_layers,
-    save_layers,
-    write_table,
-)
+from expert_merging.learned.importance import Layer, load_layers, save_layers, write_table
+from expert_merging.roles import OTHER, OUTSIDE, STAGES, SUBMODULES
 from expert_merging.writing import write_atomically
 
 LAYERS = "layers.csv"

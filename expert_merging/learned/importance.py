@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,9 @@ from torch import Tensor
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import Coefficients, chunk_count, chunk_length
+from expert_merging.roles import find_places
 from expert_merging.writing import write_atomically
 
-SUBMODULES = ("q", "k", "v", "o", "gate", "up", "down")
-OTHER = "other"
-STAGES = ("early", "middle", "late")
-OUTSIDE = "outside"
-
-_SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
-_DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
-_VISION = re.compile(r"\bvis(ion|ual)")
 # Rounding must not turn a count that is whole by the formula into the next smaller one.
 _ROUNDING = 1 + 1e-9
 
@@ -38,7 +30,7 @@ class Layer:
 
     Args:
         name: tensor name.
-        submodule: one of `SUBMODULES`, or other.
+        submodule: one of `expert_merging.roles.SUBMODULES`, or other.
         depth: number of its transformer layer; None outside the language model's layers.
         stage: third of the language model that it lies in, or outside.
         parameters: number of its entries.
@@ -155,25 +147,6 @@ def describe_layers(
         )
         for name, value in coefficients.values.items()
     ]
-
-
-def find_places(names: Sequence[str]) -> dict[str, tuple[str, int | None, str]]:
-    """Submodule, depth and stage of each tensor, from the names alone.
-
-    A stage is a third of the language model's layers. What lies outside them, the vision tower's own layers included,
-    counts as other.
-    """
-    matches = {name: _DEPTH.match(name) for name in names}
-    depths = {name: int(match[2]) for name, match in matches.items() if match and not _VISION.search(match[1])}
-    count = max(depths.values(), default=0) + 1
-    places: dict[str, tuple[str, int | None, str]] = {}
-    for name in names:
-        if name in depths:
-            found = _SUBMODULE.search(name)
-            places[name] = (found[1] if found else OTHER, depths[name], STAGES[3 * depths[name] // count])
-        else:
-            places[name] = (OTHER, None, OUTSIDE)
-    return places
 
 
 def save_layers(layers: Sequence[Layer], file: Path) -> None:

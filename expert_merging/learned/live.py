@@ -18,8 +18,9 @@ from torch import Tensor
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import CoefficientVector, add_applied, add_inner_products
-from expert_merging.learned.sharding import beside_the_model, own_entries, own_part
-from expert_merging.learned.task_vectors import Span, TaskVectors
+from expert_merging.learned.task_vectors import TaskVectors
+from expert_merging.parts import Part
+from expert_merging.running.sharding import beside_the_model, own_entries, own_part
 
 
 class LiveModel:
@@ -54,20 +55,30 @@ class LiveModel:
         if missing:
             raise InputError(f"{missing[0]} is in the checkpoint but is no parameter of the loaded model; exclude it")
         # The entries of a merged tensor that each parameter holds here: all, or the rows that it is cut into in memory.
-        self.spans = {
-            parameter: span for name in vector.places for parameter, span in _spans(name, pieces[file_name(name)])
+        self.parts = {
+            parameter: part
+            for name in vector.places
+            for parameter, part in self._own_parts(name, pieces[file_name(name)])
         }
         self._ignores = False
         self._sums: dict[Any, Tensor] = {}
-        self._following: dict[Span, Span] = {}
-        self._last: Span | None = None
+        self._following: dict[Part, Part] = {}
+        self._last: Part | None = None
         self.hooks = []
-        for parameter in self.spans:
+        for parameter in self.parts:
             parameter.requires_grad_(True)
             self.hooks.append(parameter.register_post_accumulate_grad_hook(self._receive))
-        fixed = dict(entry for name in vector.fixed for entry in _spans(name, pieces[file_name(name)]))
-        task_vectors.hold([*self.spans.values(), *fixed.values()])
+        fixed = dict(entry for name in vector.fixed for entry in self._own_parts(name, pieces[file_name(name)]))
+        task_vectors.hold([*self.parts.values(), *fixed.values()])
         self._write(fixed, vector.constants)
+
+    def _own_parts(self, name: str, pieces: Sequence[Any]) -> Iterator[tuple[Any, Part]]:
+        """Each of the parameters that make up a merged tensor, one after the other, with what is here of it."""
+        whole, before = self.task_vectors.plan.part(name), 0
+        for parameter in pieces:
+            start, stop = own_entries(parameter)
+            yield parameter, whole.between(before + start, before + stop)
+            before += parameter.numel()
 
     def close(self) -> None:
         """Let go of the model; the hooks hold it in a circle that Python cannot see."""
@@ -114,51 +125,42 @@ class LiveModel:
         with beside_the_model(gradient):
             gradient = own_part(gradient)
             if not self.accumulates:
-                self._use(self.spans[parameter], gradient)
+                self._use(self.parts[parameter], gradient)
             elif parameter in self._sums:
                 self._sums[parameter].add_(gradient)
             else:
                 self._sums[parameter] = gradient.float()
 
-    def _use(self, span: Span, gradient: Tensor) -> None:
+    def _use(self, part: Part, gradient: Tensor) -> None:
         """Add a weight gradient's inner products, and have the task vectors fetched that came next the last time."""
         if self._last is not None:
-            self._following[self._last] = span
-        self._last = span
-        self._add_inner_products({span: gradient}, self._following.get(span))
+            self._following[self._last] = part
+        self._last = part
+        self._add_inner_products({part: gradient}, self._following.get(part))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Turn the weight gradients that were added up into the coefficients' gradient, and free them."""
-        self._add_inner_products({self.spans[parameter]: gradient for parameter, gradient in self._sums.items()})
+        self._add_inner_products({self.parts[parameter]: gradient for parameter, gradient in self._sums.items()})
         self._sums.clear()
 
-    def _add_inner_products(self, gradients: Mapping[Span, Tensor], after: Span | None = None) -> None:
-        for span, part, _, task_vectors in self.task_vectors.blocks(list(gradients), after):
-            weight_gradient = gradients[span].reshape(-1)[part.start - span.start : part.stop - span.start].float()
-            total = self.vector.view(self.gradient, span.name)
-            add_inner_products(total, weight_gradient, task_vectors, part.start, self.task_vectors.elements(span.name))
+    def _add_inner_products(self, gradients: Mapping[Part, Tensor], after: Part | None = None) -> None:
+        for own, part, _, task_vectors in self.task_vectors.blocks(list(gradients), after):
+            weight_gradient = gradients[own].reshape(-1)[part.start - own.start : part.stop - own.start].float()
+            total = self.vector.view(self.gradient, part.name)
+            add_inner_products(total, weight_gradient, task_vectors, part.start, part.elements)
 
     @torch.no_grad()
     def rebuild(self) -> None:
         """Write the merged weights of the current coefficients into the model and forget the collected gradient."""
         values = self.vector()
-        self._write(self.spans, {name: self.vector.view(values, name) for name in self.vector.places})
+        self._write(self.parts, {name: self.vector.view(values, name) for name in self.vector.places})
         self.gradient.zero_()
         self._sums.clear()
 
     @torch.no_grad()
-    def _write(self, spans: Mapping[Any, Span], values: Mapping[str, Tensor]) -> None:
-        owners = {span: own_part(parameter.detach()).view(-1) for parameter, span in spans.items()}
-        for span, part, base, task_vectors in self.task_vectors.blocks(list(owners)):
-            add_applied(base, values[span.name], task_vectors, part.start, self.task_vectors.elements(span.name))
-            owners[span][part.start - span.start : part.stop - span.start].copy_(base)
-
-
-def _spans(name: str, pieces: Sequence[Any]) -> Iterator[tuple[Any, Span]]:
-    """Each of the parameters that make up a merged tensor, one after the other, with what is here of it."""
-    before = 0
-    for parameter in pieces:
-        start, stop = own_entries(parameter)
-        yield parameter, Span(name, before + start, before + stop)
-        before += parameter.numel()
+    def _write(self, parts: Mapping[Any, Part], values: Mapping[str, Tensor]) -> None:
+        owners = {own: own_part(parameter.detach()).view(-1) for parameter, own in parts.items()}
+        for own, part, base, task_vectors in self.task_vectors.blocks(list(owners)):
+            add_applied(base, values[part.name], task_vectors, part.start, part.elements)
+            owners[own][part.start - own.start : part.stop - own.start].copy_(base)

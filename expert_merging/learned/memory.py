@@ -11,8 +11,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +23,8 @@ from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
 from expert_merging.machine import free_host_memory, free_memory, gib
 from expert_merging.plan import Plan
+from expert_merging.processes import count, local_count
+from expert_merging.roles import is_in_decoder, is_output_head
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 _MARGIN = 0.05
 # Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
 _CONTEXT, _LOGITS = 1 << 29, 1 << 28
-# Names of what `--shard` splits; encoders of pictures have layers too.
-_IN_DECODER = re.compile(r"(?<!encoder\.)\blayers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -83,29 +81,29 @@ def choose(
 
 
 def arrange(
-    live: LiveModel, options: TrainingOptions, rehearse: Callable[[], None], meet: Callable[[], None] = lambda: None
+    live: LiveModel, options: TrainingOptions, warm_up: Callable[[], None], barrier: Callable[[], None] = lambda: None
 ) -> None:
     """Choose, bring the task vectors to their places, and say what was chosen.
 
     Args:
         live: the model, on its device.
         options: what the user wants.
-        rehearse: a forward and backward pass over the sample that takes most memory.
-        meet: waits for the other processes of the run, so that all measure before one takes anything.
+        warm_up: a forward and backward pass over the sample that takes most memory.
+        barrier: waits for the other processes of the run, so that all measure before one takes anything.
 
     Raises:
         InputError: what was asked for does not fit.
     """
     vectors, sizes = live.task_vectors, live.task_vectors.sizes
     kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
-    meet()
+    barrier()
     if vectors.device.type == "cuda":
-        device_room = _room_on_gpu(live, rehearse) + kept[DEVICE]
+        device_room = _room_on_gpu(live, warm_up) + kept[DEVICE]
         host_room = (free_host_memory() + kept[HOST]) / 2
     else:
         device_room, host_room = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
     spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
-    meet()
+    barrier()
     if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
         raise InputError(
             f"--task_vectors device needs {gib(sum(sizes.values()))}, and {vectors.device} has "
@@ -116,7 +114,7 @@ def arrange(
             f"--task_vectors host needs {gib(sum(sizes.values()))} for each process, and host memory has "
             f"{gib(max(0, spare))} for each of those on this machine; use auto or disk"
         )
-    gradients = 4 * sum(span.stop - span.start for span in live.spans.values())
+    gradients = 4 * sum(part.entries for part in live.parts.values())
     chosen = choose(
         sizes, gradients, device_room, host_room, task_vectors=options.task_vectors, rank_batches=options.rank_batches
     )
@@ -182,7 +180,7 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: 
     model = {name: width * entry.elements for name, entry in entries.items()}
     task_vectors = {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in plan.merged}
     # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.
-    layer = sum(entries[name].elements for name in entries if _IN_DECODER.search(name)) // max(1, layers)
+    layer = sum(entries[name].elements for name in entries if is_in_decoder(name)) // max(1, layers)
     together = (2 * width + 4) * layer if shares > 1 else 0
     return Needs(
         model=_share(model, shares),
@@ -196,7 +194,7 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: 
 
 def _share(sizes: Mapping[str, int], shares: int) -> int:
     """What one device has of tensors of these sizes."""
-    return sum(size // shares if _IN_DECODER.search(name) else size for name, size in sizes.items())
+    return sum(size // shares if is_in_decoder(name) else size for name, size in sizes.items())
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,7 @@ class Machine:
 
 def this_machine(device: str) -> Machine:
     """The machine and the run that this process belongs to."""
-    count, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return Machine(device, free_memory(device), count, local, free_host_memory())
+    return Machine(device, free_memory(device), count(), local_count(), free_host_memory())
 
 
 def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOptions, *, tokens: int) -> tuple[str, ...]:
@@ -262,7 +259,7 @@ def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOpti
 
 def _own_heads(plan: Plan, width: int) -> str:
     """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
-    heads = [entry.elements for name, entry in plan.base.entries.items() if name.endswith("lm_head.weight")]
+    heads = [entry.elements for name, entry in plan.base.entries.items() if is_output_head(name)]
     size = len(plan.experts) * width * sum(heads)
     return f", and up to {gib(size)} for experts' own output heads" if size >= 2**20 else ""
 
@@ -290,10 +287,10 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
     counts = [machine.processes] if options.shard or machine.processes > 1 else [1, 2, 4, 8, 16]
     if machine.device == "cpu" and not options.shard:
         counts = [1]  # the processes of a machine share its memory
-    for count in counts if options.shard else dict.fromkeys([1, *counts]):
-        needs = estimate(plan, width, tokens, machine.device.split(":")[0], count)
-        shard = "" if count == 1 or options.shard else "--shard"
-        over = f" over {count} devices" if shard and machine.processes == 1 else ""
+    for number in counts if options.shard else dict.fromkeys([1, *counts]):
+        needs = estimate(plan, width, tokens, machine.device.split(":")[0], number)
+        shard = "" if number == 1 or options.shard else "--shard"
+        over = f" over {number} devices" if shard and machine.processes == 1 else ""
         flags = {shard + over: needs.least if options.gradient_checkpointing else needs.plain}
         flags[" ".join(filter(None, (shard, again))) + over] = needs.least
         for given, size in flags.items():
@@ -305,7 +302,7 @@ def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: T
     return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
 
 
-def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:
+def _room_on_gpu(live: LiveModel, warm_up: Callable[[], None]) -> float:
     """Bytes that are left beside a sample's activations, which are measured, and blocks that are worked on."""
     device = live.task_vectors.device
     gc.collect()
@@ -313,7 +310,7 @@ def _room_on_gpu(live: LiveModel, rehearse: Callable[[], None]) -> float:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with live.ignoring_gradients():
-        rehearse()
+        warm_up()
     needed = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -5,25 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from expert_merging.registry import Count, Fraction, Interval, NotNegative, Positive
+from expert_merging.flags import Count, Fraction, Interval, NotNegative, Positive
+from expert_merging.running.options import SampleOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What all of them share: the samples, and how coefficients are trained on them.
+class TrainingOptions(SampleOptions):
+    """How coefficients are trained on samples.
 
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
             strictly between 0 and 1.
-        data_dir: folder with one calibration file per task, TASK.json.
-        samples_per_task: samples taken from each task file, from its beginning.
-        samples_per_task_dict: numbers of samples that differ, by task.
-        task_expert: expert by task (TASK=EXPERT), for task files that are not called like their expert.
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
         learning_rate: AdamW's rate at the start of each cosine cycle.
         gradient_accumulation_steps: samples per update.
-        mixed_precision: type of the weights while learning; auto is what accelerate launch was told, else bf16 or fp16
-            on a GPU and float32 on a CPU.
         task_vectors: where base and experts are kept in their own type while learning: on the device, in host memory,
             or on disk alone, read whenever they are needed; auto takes the first of these with room, tensor by tensor.
         rank_batches: turn weight gradients into coefficients' gradients after every sample, which takes least memory,
@@ -34,22 +29,12 @@ class TrainingOptions:
         logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MiB.
         loss_alphas: weight of a task in the losses, by task; 1 where none is given.
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
-        loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
-            prompts cannot be predicted.
-        max_new_tokens: bound on the length of the responses that experts write where the files have none.
-        prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
-            question where it has none.
     """
 
     scaling_coefficient: float | list[float] = 0.3
-    data_dir: str | None = None
-    samples_per_task: Count = 5
-    samples_per_task_dict: dict[str, Count] | None = None
-    task_expert: dict[str, str] | None = None
     num_epochs: Count = 1
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
     rank_batches: Literal["auto", "sample", "update"] = "auto"
     shard: bool = False
@@ -57,9 +42,6 @@ class TrainingOptions:
     logits_chunk_tokens: Count | None = None
     loss_alphas: dict[str, NotNegative] | None = None
     task_vector_coeffs_dict: dict[str, float] | None = None
-    loss_tokens: Literal["all", "response"] = "all"
-    max_new_tokens: Count = 128
-    prompt_template: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

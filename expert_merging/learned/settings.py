@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from expert_merging.backbone import Backbone, language_setting, layer_count, refuse_lacking
-from expert_merging.calibration import Sample, load_samples
+from expert_merging import processes
+from expert_merging.backbone import layer_count
+from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.learned import Context
 from expert_merging.learned.coefficients import CoefficientVector, choose_chunks
-from expert_merging.learned.objectives import Objective, alignment, prediction_entropy
 from expert_merging.learned.options import AlignmentOptions, LearningOptions, TrainingOptions
-from expert_merging.learned.targets import check_lengths, response_tokens
-from expert_merging.plan import Plan
-
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from expert_merging.running.objectives import Objective, alignment, prediction_entropy
+from expert_merging.running.samples import Samples, check_samples
 
 
 @dataclass(frozen=True)
@@ -29,14 +24,12 @@ class Settings:
 
     Args:
         options: the options as given.
-        samples: calibration samples.
+        asked: calibration samples.
         initial: initial coefficient per expert.
         scale: factor on task vectors per expert.
         chunks: number of chunks by parameter name.
         objective: what is made small.
         regularisation_weight: weight of the coefficients' distance from their initial values.
-        precision: ``no``, ``fp16`` or ``bf16``.
-        longest: tokens of the longest sample with its response.
         budget: coefficients per expert that the regularisation counts; None for those that are trained.
         start: ``(experts,)`` first values by parameter name; None for the initial ones.
         shared: one coefficient per expert for all parameters together.
@@ -44,14 +37,12 @@ class Settings:
     """
 
     options: TrainingOptions
-    samples: tuple[Sample, ...]
+    asked: Samples
     initial: tuple[float, ...]
     scale: tuple[float, ...]
     chunks: Mapping[str, int]
     objective: Objective
     regularisation_weight: float
-    precision: str
-    longest: int = 0
     budget: float | None = None
     start: Mapping[str, Tensor] | None = None
     shared: bool = False
@@ -67,14 +58,12 @@ class Settings:
         return CoefficientVector(self.chunks, self.initial, device, start=self.start, shared=self.shared)
 
 
-def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
+def check(context: Context, options: TrainingOptions) -> Settings:
     """Resolve the options against experts, parameters and calibration files."""
-    problems = Problems()
+    plan, problems = context.plan, Problems()
     experts = tuple(plan.experts)
     sizes = {name: plan.base.entries[name].elements for name in plan.merged}
     initial, scale, chunks = (), (), dict.fromkeys(sizes, 1)  # type: tuple[float, ...], tuple[float, ...], dict[str, int]
-    samples: list[Sample] = []
-    longest = 0
     with problems.collecting():
         initial = _initial_values(options.scaling_coefficient, experts)
     with problems.collecting():
@@ -85,39 +74,21 @@ def check(plan: Plan, context: Context, options: TrainingOptions) -> Settings:
     with problems.collecting():
         objective = _objective(options, layer_count(plan.base.config))
     with problems.collecting():
-        precision = _precision(options.mixed_precision, context.device)
-    with problems.collecting():
         _check_tracker(context.log_with)
-    with problems.collecting():
-        _check_model(plan, context)
-    if options.shard and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if options.shard and processes.count() == 1:
         problems.add(
             "--shard splits a model over the processes of a run, and this is the only one; start it with torchrun or "
             "accelerate launch, or leave the flag away"
         )
-    if options.prompt_template is not None and "{question}" not in options.prompt_template:
-        problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():
-        samples = load_samples(
-            Path(options.data_dir or "dataset"),
-            experts,
-            default_count=options.samples_per_task,
-            counts=options.samples_per_task_dict or {},
-            task_expert=options.task_expert or {},
-            family_tasks=context.backbone.task_experts,
-        )
-        if any(sample.images for sample in samples) and not context.backbone.takes_images:
-            with_image = next(sample for sample in samples if sample.images)
-            problems.add(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
-        else:
-            longest = _check_prompts(plan, context.backbone, samples, options)
-        tasks = sorted({sample.task for sample in samples})
+        asked = check_samples(context, options)
         for task in options.loss_alphas or {}:
-            if task not in tasks:
-                problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {near_name(task, tasks)}")
+            if task not in asked.tasks:
+                known = near_name(task, asked.tasks)
+                problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {known}")
     problems.check()
     weight = options.sparsity_reg_weight if isinstance(options, AlignmentOptions) else 0.0
-    return Settings(options, tuple(samples), initial, scale, chunks, objective, weight, precision, longest)
+    return Settings(options, asked, initial, scale, chunks, objective, weight)
 
 
 def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
@@ -136,44 +107,6 @@ def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
         hidden_states_weight=options.hidden_states_weight,
         slice_tokens=options.logits_chunk_tokens,
     )
-
-
-def _check_prompts(plan: Plan, backbone: Backbone, samples: list[Sample], options: TrainingOptions) -> int:
-    """Check that every sample can be encoded: files of tokenizer and processor, pictures and their sizes.
-
-    Returns:
-        Tokens of the longest, with its response or the most that an expert may write.
-    """
-    processor = backbone.load_processor(plan.base.folder)
-    problems = Problems()
-    longest = 0
-    lengths = []
-    for sample in samples:
-        with problems.collecting():
-            prompt = backbone.encode_prompt(processor, sample, options.prompt_template)["input_ids"].shape[1]
-            given = None if sample.response is None else len(response_tokens(processor, sample.response))
-            lengths.append((sample, prompt + (1 if given is None else given)))
-            longest = max(longest, prompt + (options.max_new_tokens if given is None else given))
-    with problems.collecting():
-        check_lengths(plan.base, backbone, lengths)
-    problems.check()
-    return longest
-
-
-def _check_model(plan: Plan, context: Context) -> None:
-    """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
-    file_name = context.backbone.file_name
-    names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
-    unknown = [name for name in plan.merged if file_name(name) not in names]
-    if unknown:
-        raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
-    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
-    changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
-    if changed:
-        raise InputError(
-            f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "
-            "not cover; closed-form methods do"
-        )
 
 
 def _initial_values(given: float | list[float], experts: tuple[str, ...]) -> tuple[float, ...]:
@@ -217,21 +150,6 @@ def _aligned_layers(options: AlignmentOptions, count: int | None) -> tuple[int, 
     if outside:
         raise InputError(f"--hidden_states_layers: the model has {count} layers (0 to {count}), got {outside[0]}")
     return tuple(int(layer) for layer in chosen)
-
-
-def _precision(asked: str, device: str) -> str:
-    on_gpu = torch.device(device).type == "cuda"
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # "no" unless the user has chosen
-    if asked == "auto" and launched in ("fp16", "bf16"):
-        asked = launched
-    if asked == "auto":
-        if not on_gpu:
-            return "no"
-        with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if asked == "fp16" and not on_gpu:
-        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
-    return asked
 
 
 def _check_tracker(log_with: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +10,15 @@ from pathlib import Path
 import torch
 
 from expert_merging.backbone import import_transformers
+from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
-from expert_merging.learned import Context, Work
 from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
 from expert_merging.learned.memory import describe, this_machine
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.trainer import Trainer
+from expert_merging.method import Preparation
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -28,12 +27,11 @@ logger = logging.getLogger(__name__)
 _INSIDE = 1e-4
 
 
-def one_stage(plan: Plan, context: Context, options: TrainingOptions, *, shared: bool = False) -> Work:
+def one_stage(context: Context, options: TrainingOptions, *, shared: bool = False) -> Preparation:
     """A method that trains its coefficients once.
 
     Args:
-        plan: checkpoints and parameters.
-        context: run folder, seed, device.
+        context: the run.
         options: the method's options.
         shared: one coefficient per expert for all parameters together.
 
@@ -41,12 +39,12 @@ def one_stage(plan: Plan, context: Context, options: TrainingOptions, *, shared:
         InputError: all problems found.
     """
     density = options.density if isinstance(options, TrimmingOptions) else None
-    settings = replace(check(plan, context, options), shared=shared, density=density)
+    settings = replace(check(context, options), shared=shared, density=density)
     notes = (f"{settings.trained} coefficients learned {_amount(settings)}",)
-    return _work(plan, context, settings, lambda: Trainer(plan, context, settings).train(), notes)
+    return _work(context, settings, lambda: Trainer(context, settings).train(), notes)
 
 
-def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
+def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
     """Expert Merging++: learn one coefficient per parameter, then several for those that have proved important.
 
     The paper is silent on two points. The second stage starts from what the first has learned, or from the initial
@@ -54,17 +52,16 @@ def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
     the initial value in both cases.
 
     Args:
-        plan: checkpoints and parameters.
-        context: run folder, seed, device; the first stage works in a folder inside.
+        context: the run; the first stage works in a folder inside.
         options: the method's options.
 
     Raises:
         InputError: all problems found.
     """
-    problems = Problems()
+    plan, problems = context.plan, Problems()
     given = None
     with problems.collecting():
-        settings = check(plan, context, options)
+        settings = check(context, options)
     with problems.collecting():
         _check_budget(options, len(plan.merged))
     if options.coefficients is not None:
@@ -76,16 +73,16 @@ def two_stages(plan: Plan, context: Context, options: ChunkingOptions) -> Work:
 
     def learn() -> Coefficients:
         stage = replace(context, run=context.run.stage("stage1"))
-        first = Trainer(plan, stage, settings)
+        first = Trainer(stage, settings)
         coefficients = given or _learned(stage, first.train)
         material = first.gather()
         second = second_stage(settings, options, coefficients, material.task_vectors.magnitudes, plan)
-        return Trainer(plan, context, second, material).train()
+        return Trainer(context, second, material).train()
 
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
     notes = (f"stage 1: {settings.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
     inputs = {} if given is None else {"coefficients": given.fingerprint()}
-    return _work(plan, context, settings, learn, notes, inputs)
+    return _work(context, settings, learn, notes, inputs)
 
 
 def second_stage(
@@ -192,37 +189,32 @@ def _describe_chunks(options: ChunkingOptions, plan: Plan) -> str:
 
 def _amount(settings: Settings) -> str:
     epochs = settings.options.num_epochs
-    return f"from {len(settings.samples)} samples in {epochs} epoch{'s' if epochs > 1 else ''}"
+    return f"from {len(settings.asked.samples)} samples in {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
 def _work(
-    plan: Plan,
     context: Context,
     settings: Settings,
     train: Callable[[], Coefficients],
     notes: tuple[str, ...],
     inputs: Mapping[str, str] | None = None,
-) -> Work:
+) -> Preparation:
     """The work of a method whose options are checked."""
 
-    def learn() -> Coefficients:
+    def learn() -> dict[str, Coefficients]:
         coefficients = _learned(context, train)
         # The processes of a parallel run have met for the last time; one that leaves without this can break another.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        return coefficients
+        return {"coefficients": coefficients}
 
     layers = settings.objective.layers
-    contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in settings.samples]
-    pictures = [picture.read_bytes() for sample in settings.samples for picture in sample.images]
-    digest = hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
-    # What decides the result beside the options: `auto` and `middle` are other things elsewhere.
-    decisive = {"calibration": digest, "precision": settings.precision, "layers": ",".join(map(str, layers))}
-    precision = "float32" if settings.precision == "no" else settings.precision
+    decisive = {**settings.asked.inputs, "layers": ",".join(map(str, layers))}
+    precision = "float32" if settings.asked.precision == "no" else settings.asked.precision
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {precision}"
     machine = this_machine(context.device)
-    memory = describe(plan, settings.precision, machine, settings.options, tokens=settings.longest)
-    return Work(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
+    memory = describe(context.plan, settings.asked.precision, machine, settings.options, tokens=settings.asked.longest)
+    return Preparation(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
 
 
 def _learned(context: Context, train: Callable[[], Coefficients]) -> Coefficients:

@@ -13,16 +13,17 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from expert_merging.checkpoint import FLOATS, Entry
-from expert_merging.crew import Block, Crew
+from expert_merging.checkpoint import FLOATS
 from expert_merging.learned.coefficients import Trimming
+from expert_merging.parts import Part
 from expert_merging.plan import Plan
-from expert_merging.streaming import BLOCK, Reader
+from expert_merging.progress import no_progress
+from expert_merging.streaming import Passes
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +35,6 @@ BLOCK_ON_CPU, BLOCK_ON_GPU = 1 << 18, 1 << 23
 # to the last, but enough to outweigh the calls.
 STEP_ON_CPU = 1 << 15
 _ALIGNED = 64  # bytes
-
-
-class Span(NamedTuple):
-    """A run of entries of a flattened tensor.
-
-    Args:
-        name: tensor name.
-        start: its first entry.
-        stop: its end.
-    """
-
-    name: str
-    start: int
-    stop: int
 
 
 class TaskVectors:
@@ -76,28 +63,28 @@ class TaskVectors:
         self.trimming = trimming
         self.magnitudes = _mean_magnitudes(plan, trimming)
         self.places = dict.fromkeys(plan.merged, DISK)
-        self._held = {name: [Span(name, 0, self.elements(name))] for name in plan.merged}
-        # By span, matrices ``(checkpoints, entries)``, the base's row first: one, or several where types differ.
-        self._kept: dict[Span, list[Tensor]] = {}
+        self._held = {name: [self.plan.part(name)] for name in plan.merged}
+        # By part, matrices ``(checkpoints, entries)``, the base's row first: one, or several where types differ.
+        self._kept: dict[Part, list[Tensor]] = {}
         self._pinned: list[Tensor] = []
         self._warned = False
         on_gpu = device.type == "cuda"
         self._block, self._step = (BLOCK_ON_GPU, BLOCK_ON_GPU) if on_gpu else (BLOCK_ON_CPU, STEP_ON_CPU)
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
         self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._coming: tuple[Span, Future[list[Tensor]]] | None = None
+        self._coming: tuple[Part, Future[list[Tensor]]] | None = None
         self._scratch = torch.empty(0)
 
-    def hold(self, spans: Iterable[Span]) -> None:
+    def hold(self, parts: Iterable[Part]) -> None:
         """Say what this process needs, which is all that it then keeps; nothing is kept yet, or the same was said.
 
         Args:
-            spans: runs of entries, as `blocks` will be asked for them.
+            parts: as `blocks` will be asked for them.
         """
         self._held = {name: [] for name in self.plan.merged}
-        for span in spans:
-            if span.stop > span.start:
-                self._held[span.name].append(span)
+        for part in parts:
+            if part.entries:
+                self._held[part.name].append(part)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -105,8 +92,8 @@ class TaskVectors:
         checkpoints = (self.plan.base, *self.plan.experts.values())
         return {
             name: sum(FLOATS[checkpoint.entries[name].dtype][1] for checkpoint in checkpoints)
-            * sum(span.stop - span.start for span in spans)
-            for name, spans in self._held.items()
+            * sum(part.entries for part in parts)
+            for name, parts in self._held.items()
         }
 
     @property
@@ -125,15 +112,15 @@ class TaskVectors:
             if place == self.places[name]:
                 continue
             self.places[name] = place
-            for span in self._held[name]:
+            for part in self._held[name]:
                 if place == DISK:
-                    del self._kept[span]
+                    del self._kept[part]
                     continue
-                stored = self._read(span)
+                stored = self._read(part)
                 if place == DEVICE:
-                    self._kept[span] = [tensor.to(self.device) for tensor in stored]
+                    self._kept[part] = [tensor.to(self.device) for tensor in stored]
                 else:
-                    self._kept[span] = self._pin(stored) if self._stream else stored
+                    self._kept[part] = self._pin(stored) if self._stream else stored
 
     def _pin(self, stored: list[Tensor]) -> list[Tensor]:
         """The same in pages that a GPU reads directly; torch's own pinned memory is rounded up to powers of two."""
@@ -168,33 +155,26 @@ class TaskVectors:
             self.release()
             fetcher.shutdown(wait=False)  # the last reference may have been the fetching thread
 
-    def elements(self, name: str) -> int:
-        """Number of entries of a tensor."""
-        return self.plan.base.entries[name].elements
-
-    def blocks(self, spans: Iterable[Span], after: Span | None = None) -> Iterator[tuple[Span, Span, Tensor, Tensor]]:
-        """Go through spans piece by piece, fetching each block while the one before it is used.
+    def blocks(self, wanted: Iterable[Part], after: Part | None = None) -> Iterator[tuple[Part, Part, Tensor, Tensor]]:
+        """Go through parts piece by piece, fetching each block while the one before it is used.
 
         Args:
-            spans: what is needed.
+            wanted: what is needed.
             after: what will be needed next time, if it is known.
 
         Yields:
-            The span, the part of it that the piece is, base weights ``(entries,)`` and task vectors
+            The part, the piece of it that is read, base weights ``(entries,)`` and task vectors
             ``(experts, entries)``, both float32. Both may be overwritten, and are by the next piece.
         """
-        owned = [(span, part) for span in spans for part in self._parts(span)]
-        upcoming = next(iter(self._parts(after)), None) if after is not None else None
-        ahead = [*(part for _, part in owned[1:]), upcoming]
-        for (span, part), following in zip(owned, ahead, strict=False):
-            stored = self._fetched(part)
+        owned = [(part, block) for part in wanted for block in part.cut(self._block)]
+        upcoming = next(after.cut(self._block), None) if after is not None else None
+        ahead = [*(block for _, block in owned[1:]), upcoming]
+        for (part, block), following in zip(owned, ahead, strict=False):
+            stored = self._fetched(block)
             self._fetch_ahead(following)
-            for piece in _cut(part, self._step):
-                run = slice(piece.start - part.start, piece.stop - part.start)
-                yield span, piece, *self._in_float32([matrix[:, run] for matrix in stored])
-
-    def _parts(self, span: Span) -> list[Span]:
-        return _cut(span, self._block)
+            for piece in block.cut(self._step):
+                run = slice(piece.start - block.start, piece.stop - block.start)
+                yield part, piece, *self._in_float32([matrix[:, run] for matrix in stored])
 
     def _in_float32(self, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
         if self._scratch.numel() == 0:
@@ -211,7 +191,7 @@ class TaskVectors:
                 row.mul_(factor)
         return base, task_vectors
 
-    def _fetch_ahead(self, part: Span | None) -> None:
+    def _fetch_ahead(self, part: Part | None) -> None:
         """Start to bring a block to the device, unless it is there."""
         self._coming = None
         if part is not None and self._is_elsewhere(part.name):
@@ -220,7 +200,7 @@ class TaskVectors:
     def _is_elsewhere(self, name: str) -> bool:
         return self.places[name] == DISK or (self.places[name] == HOST and self._stream is not None)
 
-    def _fetched(self, part: Span) -> list[Tensor]:
+    def _fetched(self, part: Part) -> list[Tensor]:
         """A block as it is stored, on the device."""
         if not self._is_elsewhere(part.name):
             return self._stored(part)
@@ -235,7 +215,7 @@ class TaskVectors:
                 tensor.record_stream(current)
         return tensors
 
-    def _bring(self, part: Span) -> list[Tensor]:
+    def _bring(self, part: Part) -> list[Tensor]:
         """Copy a block to the device; runs in a thread of its own."""
         stored = self._stored(part)
         if self._stream is None:
@@ -247,27 +227,22 @@ class TaskVectors:
                     row.copy_(stored_row, non_blocking=True)
             return moved
 
-    def _stored(self, part: Span) -> list[Tensor]:
-        for span in self._held[part.name]:
-            if span in self._kept and span.start <= part.start and part.stop <= span.stop:
-                return [matrix[:, part.start - span.start : part.stop - span.start] for matrix in self._kept[span]]
+    def _stored(self, part: Part) -> list[Tensor]:
+        for held in self._held[part.name]:
+            if held in self._kept and held.start <= part.start and part.stop <= held.stop:
+                return [matrix[:, part.start - held.start : part.stop - held.start] for matrix in self._kept[held]]
         return self._read(part)
 
-    def _read(self, span: Span) -> list[Tensor]:
+    def _read(self, part: Part) -> list[Tensor]:
         found = []
         checkpoints = (self.plan.base, *self.plan.experts.values())
-        for dtype, group in groupby(checkpoints, key=lambda checkpoint: checkpoint.entries[span.name].torch_dtype):
+        for dtype, group in groupby(checkpoints, key=lambda checkpoint: checkpoint.entries[part.name].torch_dtype):
             alike = list(group)
-            matrix = torch.empty(len(alike), span.stop - span.start, dtype=dtype)
+            matrix = torch.empty(len(alike), part.entries, dtype=dtype)
             for row, checkpoint in zip(matrix, alike, strict=True):
-                checkpoint.read_into(row, span.name, span.start)
+                checkpoint.read_into(row, part.name, part.start)
             found.append(matrix)
         return found
-
-
-def _cut(span: Span, length: int) -> list[Span]:
-    """The span in parts of a length."""
-    return [Span(span.name, start, min(start + length, span.stop)) for start in range(span.start, span.stop, length)]
 
 
 def _cuda_runtime() -> Any:
@@ -276,32 +251,22 @@ def _cuda_runtime() -> Any:
 
 def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[float, ...]]:
     """Mean absolute entry of every task vector; the pass over all of them also refuses what is not finite."""
-    sums = {
-        name: torch.zeros(-(-plan.base.entries[name].elements // BLOCK), len(plan.experts), dtype=torch.float64)
-        for name in plan.merged
-    }
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in plan.merged}
 
-    device = torch.device("cpu")
-    reader = Reader(plan, device)
+    def look(task_vectors: Tensor, part: Part) -> tuple[Part, list[float]]:
+        left = task_vectors if trimming is None else trimming(task_vectors)
+        found: list[float] = left.abs_().sum(1, dtype=torch.float64).tolist()
+        return part, found
 
-    def work(entry: Entry, start: int, stop: int) -> list[float]:
+    def done(seen: tuple[Part, list[float]]) -> None:
+        part, found = seen
+        sums[part.name][part.start] = torch.tensor(found, dtype=torch.float64)
+
+    Passes(plan, torch.device("cpu"), no_progress).go_through(look, done, title="measuring task vectors")
+    means = {}
+    for name, found in sums.items():
         total = torch.zeros(len(plan.experts), dtype=torch.float64)
-        for _, _, _, task_vectors in reader.steps(entry.name, start, stop):
-            left = task_vectors if trimming is None else trimming(task_vectors)
-            total += left.abs_().sum(1, dtype=torch.float64)
-        found: list[float] = total.tolist()
-        return found
-
-    def done(block: Block, found: list[float]) -> None:
-        entry, start, _ = block
-        sums[entry.name][start // BLOCK] = torch.tensor(found, dtype=torch.float64)
-
-    blocks = (
-        (entry, start, min(start + BLOCK, entry.elements))
-        for entry in (plan.base.entries[name] for name in plan.merged)
-        for start in range(0, entry.elements, BLOCK)
-    )
-    Crew.for_entries(plan.merged_elements, device).work_through(blocks, work, done)
-    return {
-        name: tuple((found.sum(0) / max(1, plan.base.entries[name].elements)).tolist()) for name, found in sums.items()
-    }
+        for start in sorted(found):  # in the order of the entries, whoever has added them up
+            total += found[start]
+        means[name] = tuple((total / max(1, plan.base.entries[name].elements)).tolist())
+    return means

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,28 +18,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expert_merging.crew import SMALL_MODEL
+from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.learned import Context
 from expert_merging.learned.coefficients import Coefficients, Trimming
 from expert_merging.learned.live import LiveModel
-from expert_merging.learned.losses import regularisation
 from expert_merging.learned.memory import arrange
 from expert_merging.learned.settings import Settings
-from expert_merging.learned.sharding import load_on
 from expert_merging.learned.state import StateFolder, TrainingState
-from expert_merging.learned.targets import Target, TargetMaker
 from expert_merging.learned.task_vectors import TaskVectors
-from expert_merging.methods.sparse import survey_ties
-from expert_merging.plan import Advance, Plan
-from expert_merging.streaming import Passes, no_advance
+from expert_merging.methods.sparse import first_pass, unchanged
+from expert_merging.plan import Plan
+from expert_merging.processes import forget_fsdp
+from expert_merging.progress import Advance, no_advance
+from expert_merging.running.losses import regularisation
+from expert_merging.running.sharding import load_on
+from expert_merging.running.targets import Target
+from expert_merging.streaming import Passes
+from expert_merging.workers import SMALL_MODEL
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
 # Attempts at an update in float16; each overflow halves the loss scale, which starts at 2 ** 16.
 _OVERFLOWS = 24
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PUBLISHED_ADAMW = {"weight_decay": 1e-5, "betas": (0.9, 0.999)}
 _PUBLISHED_CYCLE = {"T_0": 50, "T_mult": 2}
 
@@ -89,25 +89,25 @@ class Trainer:
     coefficients are those of one process.
 
     Args:
-        plan: checkpoints and parameters.
-        context: run folder, seed, device.
+        context: the run.
         settings: checked options.
         material: what an earlier stage has gathered.
     """
 
-    def __init__(self, plan: Plan, context: Context, settings: Settings, material: Material | None = None) -> None:
+    def __init__(self, context: Context, settings: Settings, material: Material | None = None) -> None:
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-        self.plan, self.context, self.settings, self.material = plan, context, settings, material
+        self.context, self.settings, self.material = context, settings, material
+        self.plan = context.plan
         if torch.device(context.device).index is not None:
             torch.cuda.set_device(context.device)
         options = settings.options
         # Models are split here; accelerate's own way splits those that it prepares for an optimizer of their weights.
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        forget_fsdp()
         self.accelerator = Accelerator(
             cpu=context.device == "cpu",
-            mixed_precision=settings.precision,
+            mixed_precision=settings.asked.precision,
             # As a plugin, since a launcher's environment variable would win over the plain argument.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=options.gradient_accumulation_steps),
             step_scheduler_with_optimizer=False,
@@ -118,7 +118,7 @@ class Trainer:
         )
         self.state = TrainingState()
         self.states = StateFolder(context.run.state)
-        self.tasks = sorted({sample.task for sample in settings.samples})
+        self.tasks = settings.asked.tasks
 
     def train(self) -> Coefficients:
         """Learn the coefficients, save them in the run folder and return them."""
@@ -134,7 +134,7 @@ class Trainer:
                 arrange(
                     self.live,
                     self.settings.options,
-                    lambda: self._rehearse(material.targets),
+                    lambda: self._warm_up(material.targets),
                     self.accelerator.wait_for_everyone,
                 )
                 return self._learn(material.targets)
@@ -145,7 +145,7 @@ class Trainer:
         """Task vectors, the experts' targets and the base model, from the files or from an earlier stage."""
         if self.material is None:
             device, sharded = self.accelerator.device, self.settings.options.shard
-            dtype = _DTYPES[self.settings.precision]
+            dtype = self.settings.asked.dtype
             with _fitting_threads(self.plan):
                 trimming = self._trimming()
                 task_vectors = TaskVectors(self.plan, self.settings.scale, device, trimming)
@@ -161,7 +161,7 @@ class Trainer:
         if self.settings.density is None:
             return None
         passes = Passes(self.plan, torch.device("cpu"), self.context.progress)
-        found = survey_ties(passes, self.context.seed, density=self.settings.density, ties_scope="global")
+        found = first_pass(passes, unchanged, density=self.settings.density, ties_scope="global")
         name = self.plan.merged[0]  # the same for all of them
         return Trimming(tuple(found["thresholds"][name].tolist()), found["majorities"][name])
 
@@ -184,7 +184,7 @@ class Trainer:
             tracker.finish()
         return coefficients
 
-    def _rehearse(self, targets: list[Target]) -> None:
+    def _warm_up(self, targets: list[Target]) -> None:
         """Forward and backward passes over the longest sample and that with the largest pictures."""
         longest = max(targets, key=lambda target: target.inputs["input_ids"].numel())
         largest = max(targets, key=lambda target: sum(map(Tensor.numel, target.inputs.values())))
@@ -194,20 +194,9 @@ class Trainer:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
 
     def _make_targets(self, device: torch.device) -> list[Target]:
-        options = self.settings.options
-        return TargetMaker(
-            backbone=self.context.backbone,
-            plan=self.plan,
-            layers=self.settings.objective.layers,
-            response_only=options.loss_tokens == "response",
-            max_new_tokens=options.max_new_tokens,
-            prompt_template=options.prompt_template,
-            dtype=_DTYPES[self.settings.precision],
-            device=device,
-            responses=self.context.run.responses,
-            progress=self.context.progress,
-            sharded=options.shard,
-        ).make(self.settings.samples)
+        asked, layers = self.settings.asked, self.settings.objective.layers
+        maker = asked.target_maker(self.context, layers, device, sharded=self.settings.options.shard)
+        return maker.make(asked.samples)
 
     def _make_optimizer(self) -> None:
         rate = self.settings.options.learning_rate

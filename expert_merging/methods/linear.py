@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expert_merging.registry import register
+from expert_merging.arithmetic import scaled_mean, weighted_sum
+from expert_merging.method import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weighted_sum(task_vectors: Tensor | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of ``weights[k] * task_vectors[k]``, added in the order of the experts.
-
-    Args:
-        task_vectors: ``(experts, *shape)``.
-        weights: one number per expert.
-    """
-    total = task_vectors[0] * weights[0]
-    for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
-        total.add_(task_vector, alpha=weight)
-    return total
+def scaled(task_vectors: Tensor, *, scaling_coefficient: float | list[float]) -> Tensor:
+    """What each expert adds to task arithmetic's sum, ``(experts, *shape)``."""
+    weights = _weights(scaling_coefficient, len(task_vectors))
+    return task_vectors * task_vectors.new_tensor(weights).view(-1, *[1] * (task_vectors.ndim - 1))
 
 
-@register(elementwise=True)
+def scaled_share(task_vectors: Tensor, *, scaling_coefficient: float) -> Tensor:
+    """What each expert adds to the average, ``(experts, *shape)``."""
+    return task_vectors * (scaling_coefficient / len(task_vectors))
+
+
+def _weights(scaling_coefficient: float | list[float], experts: int) -> list[float]:
+    """One factor per expert."""
+    return scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * experts
+
+
+@register(unit="entries", parts=scaled_share)
 def weight_average(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     """Average of the experts' weights (Wortsman et al., 2022, arXiv 2203.05482).
 
@@ -38,11 +41,10 @@ def weight_average(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) ->
     Returns:
         Merged task vector ``(*shape)``.
     """
-    experts = len(task_vectors)
-    return weighted_sum(task_vectors, [scaling_coefficient / experts] * experts)
+    return scaled_mean(task_vectors, scaling_coefficient)
 
 
-@register(elementwise=True, family_defaults=("scaling_coefficient",))
+@register(unit="entries", parts=scaled, family_defaults=("scaling_coefficient",))
 def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: float | list[float] = 0.3) -> Tensor:
     """Scaled sum of the task vectors (Ilharco et al., 2023, arXiv 2212.04089).
 
@@ -53,6 +55,4 @@ def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: float | list[f
     Returns:
         Merged task vector ``(*shape)``.
     """
-    experts = len(task_vectors)
-    weights = scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * experts
-    return weighted_sum(task_vectors, weights)
+    return weighted_sum(task_vectors, _weights(scaling_coefficient, len(task_vectors)))

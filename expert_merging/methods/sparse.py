@@ -7,16 +7,16 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from expert_merging.methods.linear import weighted_sum
-from expert_merging.methods.thresholds import elected_signs, find_thresholds, trim
-from expert_merging.registry import Fraction, Interval, register
+from expert_merging.arithmetic import weighted_sum
+from expert_merging.context import Context
+from expert_merging.flags import Fraction, Interval
+from expert_merging.method import ORDER_FREE, Preparation, Prepare, register
+from expert_merging.methods.thresholds import Change, elected_signs, find_thresholds, trim
+from expert_merging.parts import Part
+from expert_merging.streaming import Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from expert_merging.methods.thresholds import Change
-    from expert_merging.plan import Part
-    from expert_merging.streaming import Passes
 
 
 # Random bits are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
@@ -112,8 +112,15 @@ def disjoint_mean(trimmed: Tensor, signs: Tensor) -> Tensor:
     return total.mul_(signs).div_(count.clamp_(min=1))
 
 
-def _survey_ties(passes: Passes, change: Change, density: float, ties_scope: str) -> dict[str, Any]:
-    """Thresholds and majority signs by tensor name; the same for all of them in the global scope."""
+def first_pass(passes: Passes, change: Change, *, density: float, ties_scope: str) -> dict[str, Any]:
+    """Thresholds and majority signs by tensor name; the same for all of them in the global scope.
+
+    Args:
+        passes: passes over all task vectors.
+        change: applied to task vectors first.
+        density: fraction of the entries that each expert keeps.
+        ties_scope: ``global`` or ``tensor``.
+    """
     if ties_scope == "tensor":
         found = {name: find_thresholds(passes, change, density, name) for name in passes.sizes}
     else:
@@ -124,16 +131,20 @@ def _survey_ties(passes: Passes, change: Change, density: float, ties_scope: str
     }
 
 
-def _unchanged(task_vectors: Tensor, _part: Part) -> Tensor:
+def unchanged(task_vectors: Tensor, _part: Part) -> Tensor:
+    """The task vectors as they are."""
     return task_vectors
 
 
-def survey_ties(passes: Passes, _seed: int, *, density: float, ties_scope: str, **_: object) -> dict[str, Any]:
+def prepare_ties(context: Context, *, density: float, ties_scope: str) -> Preparation:
     """What TIES needs of the whole model before it merges."""
-    return _survey_ties(passes, _unchanged, density, ties_scope)
+    return Preparation(lambda: first_pass(context.passes, unchanged, density=density, ties_scope=ties_scope))
 
 
-@register(elementwise=True, keeps_single=False, survey=survey_ties)
+_FOUND = ("thresholds", "majorities")
+
+
+@register(unit="entries", promises=frozenset({ORDER_FREE}), prepare=Prepare(prepare_ties, _FOUND))
 def ties(
     task_vectors: Tensor,
     part: Part,
@@ -166,7 +177,7 @@ def ties(
     return disjoint_mean(trimmed, elected_signs(trimmed, majorities[part.name])).mul_(scaling_coefficient)
 
 
-@register(elementwise=True, order_free=False, keeps_single=False, family_defaults=("scaling_coefficient",))
+@register(unit="entries", promises=frozenset(), family_defaults=("scaling_coefficient",))
 def dare_ta(
     task_vectors: Tensor,
     part: Part,
@@ -194,18 +205,17 @@ def dare_ta(
     return weighted_sum(dropped, [weight / (1 - drop_rate) for weight in weights])
 
 
-def survey_dare_ties(
-    passes: Passes, seed: int, *, density: float, ties_scope: str, drop_rate: float, **_: object
-) -> dict[str, Any]:
+def prepare_dare_ties(context: Context, *, density: float, ties_scope: str, drop_rate: float) -> Preparation:
     """What TIES needs of the whole model whose entries were dropped."""
+    experts = tuple(context.plan.experts)
 
     def change(task_vectors: Tensor, part: Part) -> Tensor:
-        return drop(task_vectors, part, seed, passes.expert_names, drop_rate)
+        return drop(task_vectors, part, context.seed, experts, drop_rate)
 
-    return _survey_ties(passes, change, density, ties_scope)
+    return Preparation(lambda: first_pass(context.passes, change, density=density, ties_scope=ties_scope))
 
 
-@register(elementwise=True, order_free=False, keeps_single=False, survey=survey_dare_ties)
+@register(unit="entries", promises=frozenset(), prepare=Prepare(prepare_dare_ties, _FOUND))
 def dare_ties(
     task_vectors: Tensor,
     part: Part,

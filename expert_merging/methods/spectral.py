@@ -10,7 +10,7 @@ Everything is written for wide matrices, and a tall one is transposed: MKL multi
 to four times as fast as the transposed matrix with as many columns.
 
 Other tensors than matrices (norms, biases, convolutions, stacks of matrices) get the mean of the task vectors, as in
-the authors' code. So do embeddings and output heads, which the driver hands over as vectors: their rows are words.
+the authors' code. So do embeddings and output heads, whose rows are words.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from expert_merging.methods.linear import weighted_sum
-from expert_merging.registry import Fraction, register
+from expert_merging.flags import Fraction
+from expert_merging.method import ORDER_FREE, register
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +43,6 @@ _WIDE = 2
 _CACHED = 1 << 16
 # Shorter side from which Newton-Schulz on a GPU is worth its launches.
 _NEWTON_SCHULZ_SIDE = 256
-
-
-def is_matrix(task_vectors: Tensor) -> bool:
-    """Whether the task vectors ``(experts, *shape)`` are those of a matrix that has entries."""
-    return task_vectors.ndim == 3 and task_vectors[0].numel() > 0
-
-
-def scaled_mean(task_vectors: Tensor, scaling_coefficient: float) -> Tensor:
-    """What tensors that are no matrices get: the mean of ``(experts, *shape)`` times the coefficient."""
-    return weighted_sum(task_vectors, [scaling_coefficient / len(task_vectors)] * len(task_vectors))
 
 
 def rounding_floor(task_vectors: Tensor) -> float:
@@ -244,7 +234,34 @@ def newton_schulz(matrix: Tensor, floor: float) -> Tensor | None:
     return None
 
 
-@register(aliases=("tsv_m",))
+def _orthogonal_triples(triples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """TSV-M's triples of all experts side by side, left and right directions made orthogonal."""
+    left, values, right = _side_by_side(triples)
+    return _orthonormal(left), values, _orthonormal(right)
+
+
+def _leading_triples(task_vectors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    count = expert_rank(task_vectors)
+    return [singular_triples(entry, rounding_floor(entry[None]), count, single=True) for entry in task_vectors]
+
+
+def svd_parts(task_vectors: Tensor, *, scaling_coefficient: float) -> Tensor:
+    """What each expert adds to TSV-M's sum: its own orthogonal directions, ``(experts, rows, columns)``.
+
+    Args:
+        task_vectors: ``(experts, rows, columns)`` float32.
+        scaling_coefficient: factor on the merged task vector.
+    """
+    import torch
+
+    triples = _leading_triples(task_vectors)
+    ranks = [len(values) for _, values, _ in triples]
+    left, values, right = _orthogonal_triples(triples)
+    own = zip(*(torch.split(given, ranks, 1) for given in (left * (values * scaling_coefficient), right)), strict=True)
+    return torch.stack([columns @ rows.mT for columns, rows in own])
+
+
+@register(aliases=("tsv_m",), unit="matrix", parts=svd_parts)
 def svd(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     """TSV-M: leading singular directions of every expert, made orthogonal (Gargiulo et al., 2025, arXiv 2412.00081).
 
@@ -258,18 +275,14 @@ def svd(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     part). A matrix with a side shorter than the number of experts keeps one direction per expert, not none.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
-    count = expert_rank(task_vectors)
-    triples = [singular_triples(entry, rounding_floor(entry[None]), count, single=True) for entry in task_vectors]
-    left, values, right = _side_by_side(triples)
-    merged: Tensor = (_orthonormal(left) * (values * scaling_coefficient)) @ _orthonormal(right).mT
+    left, values, right = _orthogonal_triples(_leading_triples(task_vectors))
+    merged: Tensor = (left * (values * scaling_coefficient)) @ right.mT
     return merged
 
 
@@ -291,7 +304,7 @@ def _orthonormal(directions: Tensor) -> Tensor:
     return polar_factor(directions, _PARALLEL)[0] if directions.shape[1] else directions
 
 
-@register(aliases=("iso_c",), keeps_single=False)
+@register(aliases=("iso_c",), unit="matrix", promises=frozenset({ORDER_FREE}))
 def iso(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     """Iso-C: the sum of the task vectors with all singular values made equal (Marczak et al., 2025, arXiv 2502.04959).
 
@@ -303,19 +316,17 @@ def iso(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
     null space with directions that the library picks.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
     factor, mean = polar_factor(exact_sum(task_vectors), rounding_floor(task_vectors))
     return factor.mul_(mean * scaling_coefficient)
 
 
-@register(keeps_single=False)
+@register(unit="matrix", promises=frozenset({ORDER_FREE}))
 def iso_cts(task_vectors: Tensor, *, scaling_coefficient: float = 1.0, common_space_fraction: Fraction = 0.8) -> Tensor:
     """Iso-CTS: Iso-C with the last directions given to each expert's own (Marczak et al., 2025, arXiv 2502.04959).
 
@@ -326,15 +337,13 @@ def iso_cts(task_vectors: Tensor, *, scaling_coefficient: float = 1.0, common_sp
     Directions whose singular values are mere rounding are left out and do not count in the mean, as for ``iso``.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         common_space_fraction: share of the directions that come from the sum; the rest is divided among the experts.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
     floor = rounding_floor(task_vectors)
     common_count, own_count = _shares(min(task_vectors.shape[1:]), len(task_vectors), common_space_fraction)
     common = singular_triples(exact_sum(task_vectors), floor, common_count)

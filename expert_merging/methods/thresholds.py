@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.arithmetic import weighted_sum
 from expert_merging.errors import InputError
-from expert_merging.methods.linear import weighted_sum
+from expert_merging.parts import Part
+from expert_merging.streaming import Passes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.plan import Part
-    from expert_merging.streaming import Passes
 
-    Change = Callable[[Tensor, Part], Tensor]
+Change = Callable[["Tensor", Part], "Tensor"]
 
 # Magnitudes of a sample are told apart among the bit patterns of three values of the upper 16 bits, from the one before
 # that of the rank that is looked for: 2 % of a magnitude and some 1 % of the entries.
@@ -234,10 +234,8 @@ class _Counted:
             rows = torch.from_numpy(columns).T
             own += elected_signs(trim(rows.clone(), _magnitudes(patterns))).long().sum()
             own -= elected_signs(trim(rows.clone(), _magnitudes(self.high))).long().sum()
-        of_team = passes.team.add(own)
-        assert of_team is not None  # noqa: S101  (every process brings a number)
         kept = torch.arange(self.changes.shape[1]) >= (patterns - self.low)[:, None]
-        votes = self.votes + int(self.changes[kept].sum()) + int(of_team)
+        votes = self.votes + int(self.changes[kept].sum()) + int(passes.processes.add(own))
         return float((votes > 0) - (votes < 0))
 
 

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from expert_merging.flags import Count, Fraction, Positive
+from expert_merging.method import register
 from expert_merging.methods.spectral import (
     ROUNDING,
     exact_sum,
     expert_rank,
-    is_matrix,
     norms,
-    scaled_mean,
     singular_triples,
 )
-from expert_merging.registry import Count, Fraction, Positive, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,7 +215,7 @@ def _whole_rows(task_vectors: Tensor, beginning: Tensor, *, for_steps: bool = Fa
     return interference(beginning, experts, sum(map(len, present)), for_steps=for_steps)
 
 
-@register()
+@register(unit="matrix")
 def wudi(
     task_vectors: Tensor,
     *,
@@ -232,17 +231,15 @@ def wudi(
     at most, in weights and not relative to the task vectors: its answer lies between the sum and the optimum.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         solver: adam, or exact for the optimum nearest to the sum.
         steps: number of Adam's steps.
         step_size: Adam's learning rate.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
     beginning = _beginning(task_vectors, "sum")
     if solver == "exact":
         return _filtered(task_vectors, beginning, optimum, scaling_coefficient)
@@ -261,7 +258,7 @@ def _filtered(task_vectors: Tensor, beginning: Tensor, response: Filter, scaling
     return (beginning * scaling_coefficient).float()
 
 
-@register(aliases=("wudi_v2",))
+@register(aliases=("wudi_v2",), unit="matrix")
 def wudi2(
     task_vectors: Tensor,
     *,
@@ -283,7 +280,7 @@ def wudi2(
     side shorter than the number of experts keeps one direction per expert, not none.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         wudi2_variant: centered for experts trained in full, lora for LoRA-trained ones.
         solver: adam, sgd (with momentum 0.9) or exact for the optimum; by default adam for the centered variant, sgd
@@ -292,10 +289,8 @@ def wudi2(
         step_size: learning rate; by default 1e-5 for adam and 1e-4 for sgd.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
     centered = wudi2_variant == "centered"
     solver = solver or ("adam" if centered else "sgd")
     beginning = _beginning(task_vectors, "sum" if centered else "mean")
@@ -332,7 +327,92 @@ def _leading_rows(
     return interference(beginning, experts(), count * len(present), for_steps=for_steps)
 
 
-@register()
+def _swudi_response(task_vectors: Tensor, flow_time: float, curvature_ratio: float) -> Filter:
+    return leading(flow(flow_time), _rounded_up(task_vectors.shape[-1] * curvature_ratio))
+
+
+def _aswudi_response(
+    task_vectors: Tensor, rank_rule: RankRule, cumulative_share: float, max_curvature_ratio: float
+) -> Filter:
+    def response(eigenvalues: Tensor) -> Tensor:
+        shape = tuple(task_vectors.shape[1:])
+        rank = effective_rank(eigenvalues, shape, rank_rule, cumulative_share)
+        limit = max(1, int(shape[-1] * max_curvature_ratio))
+        return leading(optimum, max(1, min(rank, limit)))(eigenvalues)
+
+    return response
+
+
+def iwudi_parts(task_vectors: Tensor, *, scaling_coefficient: float, flow_time: float, start: Start) -> Tensor:
+    """What each expert adds to IWUDI's result, ``(experts, rows, columns)``; see `filtered_parts`."""
+    return filtered_parts(task_vectors, start, flow(flow_time), scaling_coefficient)
+
+
+def swudi_parts(
+    task_vectors: Tensor, *, scaling_coefficient: float, flow_time: float, start: Start, curvature_ratio: float
+) -> Tensor:
+    """What each expert adds to SWUDI's result, ``(experts, rows, columns)``; see `filtered_parts`."""
+    response = _swudi_response(task_vectors, flow_time, curvature_ratio)
+    return filtered_parts(task_vectors, start, response, scaling_coefficient)
+
+
+def aswudi_parts(
+    task_vectors: Tensor,
+    *,
+    scaling_coefficient: float,
+    start: Start,
+    rank_rule: RankRule,
+    cumulative_share: float,
+    max_curvature_ratio: float,
+) -> Tensor:
+    """What each expert adds to ASWUDI's result, ``(experts, rows, columns)``; see `filtered_parts`."""
+    response = _aswudi_response(task_vectors, rank_rule, cumulative_share, max_curvature_ratio)
+    return filtered_parts(task_vectors, start, response, scaling_coefficient)
+
+
+def filtered_parts(task_vectors: Tensor, start: Start, response: Filter, scaling_coefficient: float) -> Tensor:
+    """What each expert adds where the flow from a start is a filter r of the curvature's eigenvalues.
+
+    With C the curvature and T an expert's task vector, ``S - (S @ C - T @ T.T @ T / norm(T)**2) @ r(C)``, where S is
+    the expert's share of the start. Both terms are sums over the experts, and so is their result.
+
+    Args:
+        task_vectors: ``(experts, rows, columns)`` float32.
+        start: as `iwudi` has it.
+        response: the filter.
+        scaling_coefficient: factor on all.
+
+    Returns:
+        ``(experts, rows, columns)`` float32.
+    """
+    import torch
+
+    factor = {"sum": 1.0, "mean": 1 / len(task_vectors), "zero": 0.0}[start]
+    shares = task_vectors.double() * factor
+    problem = _whole_rows(task_vectors, shares.sum(0))
+    if problem is not None:
+        slopes = torch.stack([*_own_slopes(task_vectors, shares, problem)])
+        own = replace(problem, slope=slopes.flatten(0, 1))
+        shares += own.filtered(response).view_as(shares)
+    return (shares * scaling_coefficient).float()
+
+
+def _own_slopes(task_vectors: Tensor, shares: Tensor, problem: Interference) -> Iterator[Tensor]:
+    """Each expert's part of the slope, ``(rows, side)``: what its target adds, and its share of the start."""
+    first = 0
+    for task_vector, share, size in zip(task_vectors.double(), shares, norms(task_vectors).tolist(), strict=True):
+        slope = share @ (problem.curvature if problem.projections is None else problem.projections.mT)
+        if size:
+            square = task_vector @ task_vector.mT / size
+            if problem.projections is None:
+                slope -= square @ task_vector / size
+            else:
+                slope[:, first : first + len(square)] -= square
+                first += len(square)
+        yield slope
+
+
+@register(unit="matrix", parts=iwudi_parts)
 def iwudi(
     task_vectors: Tensor, *, scaling_coefficient: float = 1.0, flow_time: Positive = 300, start: Start = "sum"
 ) -> Tensor:
@@ -342,18 +422,18 @@ def iwudi(
     eigenvalue e, the share ``1 - exp(-e * flow_time)`` of the way to the optimum is done.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         flow_time: for how long the gradient is followed; the eigenvalues sum up to the number of experts.
         start: where the flow starts, at the sum of the task vectors, at their mean or at zero.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
     return _closed_form(task_vectors, start, flow(flow_time), scaling_coefficient)
 
 
-@register()
+@register(unit="matrix", parts=swudi_parts)
 def swudi(
     task_vectors: Tensor,
     *,
@@ -367,20 +447,20 @@ def swudi(
     Along the other eigenvectors the start is kept.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         flow_time: for how long the gradient is followed; the eigenvalues sum up to the number of experts.
         start: where the flow starts, at the sum of the task vectors, at their mean or at zero.
         curvature_ratio: share of the eigenvectors that are followed, of all as many as the matrix has columns.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-    count = _rounded_up(task_vectors.shape[-1] * curvature_ratio)
-    return _closed_form(task_vectors, start, leading(flow(flow_time), count), scaling_coefficient)
+    response = _swudi_response(task_vectors, flow_time, curvature_ratio)
+    return _closed_form(task_vectors, start, response, scaling_coefficient)
 
 
-@register()
+@register(unit="matrix", parts=aswudi_parts)
 def aswudi(
     task_vectors: Tensor,
     *,
@@ -398,7 +478,7 @@ def aswudi(
     value threshold for an unknown level of noise.
 
     Args:
-        task_vectors: ``(experts, *shape)`` float32.
+        task_vectors: ``(experts, rows, columns)`` float32.
         scaling_coefficient: factor on the merged task vector.
         start: what is kept along the other eigenvectors, the sum of the task vectors, their mean or zero.
         rank_rule: how the number of eigenvectors is found.
@@ -406,21 +486,13 @@ def aswudi(
         max_curvature_ratio: at most this share of the eigenvectors, of all as many as the matrix has columns.
 
     Returns:
-        Merged task vector ``(*shape)``.
+        Merged task vector ``(rows, columns)``.
     """
-
-    def response(eigenvalues: Tensor) -> Tensor:
-        shape = tuple(task_vectors.shape[1:])
-        rank = effective_rank(eigenvalues, shape, rank_rule, cumulative_share)
-        limit = max(1, int(shape[-1] * max_curvature_ratio))
-        return leading(optimum, max(1, min(rank, limit)))(eigenvalues)
-
+    response = _aswudi_response(task_vectors, rank_rule, cumulative_share, max_curvature_ratio)
     return _closed_form(task_vectors, start, response, scaling_coefficient)
 
 
 def _closed_form(task_vectors: Tensor, start: Start, response: Filter, scaling_coefficient: float) -> Tensor:
-    if not is_matrix(task_vectors):
-        return scaled_mean(task_vectors, scaling_coefficient)
     return _filtered(task_vectors, _beginning(task_vectors, start), response, scaling_coefficient)
 
 

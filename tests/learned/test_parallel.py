@@ -20,8 +20,8 @@ from expert_merging.checkpoint import Checkpoint
 from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
-from expert_merging.learned.sharding import load_on
 from expert_merging.options import ROOT
+from expert_merging.running.sharding import load_on
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, make_zoo, perturb, tensors_of
 
@@ -48,7 +48,7 @@ if os.environ["RANK"] != "0":
     sys.addaudithook(watch)
 import torch
 from expert_merging.cli import main
-from expert_merging.learned.sharding import own_part
+from expert_merging.running.sharding import own_part
 from expert_merging.learned.state import StateFolder
 from expert_merging.learned.trainer import Trainer
 from Mistral.backbone import BACKBONE

@@ -73,7 +73,7 @@ def test_half_precision_on_a_gpu_tracks_float32_on_the_processor(precision, chec
 
 def test_small_gradients_survive_float16(answered_zoo, tmp_path):
     """What is divided by many tokens and improbable words would vanish in float16 before the scaler could help."""
-    from expert_merging.learned.losses import logit_alignment
+    from expert_merging.running.losses import logit_alignment
 
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 50_000, bias=False).requires_grad_(False)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from expert_merging.context import Context, stages
 from expert_merging.errors import InputError
-from expert_merging.learned import Context, stages
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.importance import load_layers
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions

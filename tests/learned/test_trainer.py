@@ -15,10 +15,10 @@ from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.live import LiveModel
-from expert_merging.learned.objectives import alignment_losses
 from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer, epoch_order
 from expert_merging.run import Run
+from expert_merging.running.objectives import alignment_losses
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.learned.training import make_trainer, make_twin
@@ -141,7 +141,7 @@ def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatc
     targets = prepared(trainer)
     trainer._collect(targets, lambda *_: None)
     whole = trainer.live.gradient.clone()
-    monkeypatch.setattr("expert_merging.learned.objectives._SLICE_BYTES", 4 * 4 * 80)  # four tokens of this vocabulary
+    monkeypatch.setattr("expert_merging.running.objectives._SLICE_BYTES", 4 * 4 * 80)  # four tokens of this vocabulary
     trainer.live.rebuild()
     trainer._collect(targets, lambda *_: None)
     torch.testing.assert_close(trainer.live.gradient, whole, rtol=1e-5, atol=1e-8)

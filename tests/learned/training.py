@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
-from expert_merging.learned import Context
+from expert_merging.context import Context
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import check
 from expert_merging.learned.trainer import Trainer
 from expert_merging.plan import make_plan
+from expert_merging.progress import no_progress
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS
@@ -19,22 +19,15 @@ from tests.learned.twin import Example, Twin
 EXCLUDED = list(BACKBONE.exclude_params)
 
 
-@contextmanager
-def no_progress(title, total, unit):
-    yield lambda count, note="": None
-
-
 def make_trainer(
     cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", device="cpu", **options
 ):
     plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    context = Context(BACKBONE, run, 3, device, log_with, no_progress)
-    settings = check(
-        plan, context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options})
-    )
-    return Trainer(plan, context, settings)
+    context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress)
+    settings = check(context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options}))
+    return Trainer(context, settings)
 
 
 def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:

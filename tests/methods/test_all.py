@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging.plan import Part
-from expert_merging.registry import Method, all_methods, find_method
-from expert_merging.streaming import ALONE
+from expert_merging.catalogue import all_methods, comparable_methods, find_method
+from expert_merging.method import Method
+from expert_merging.parts import Part
+from expert_merging.processes import ALONE
 
-METHODS = [method for method in all_methods().values() if not method.learns and not method.per_expert]
+METHODS = [find_method(name) for name in comparable_methods() if not find_method(name).reads_samples]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def those(trait: str) -> list[Method]:
-    return [method for method in METHODS if getattr(method, trait)]
+    return [method for method in METHODS if trait in method.promises or trait == method.unit]
 
 
 def each(methods: list[Method] = METHODS) -> pytest.MarkDecorator:
@@ -39,15 +40,15 @@ class OneTensor:
         self.task_vectors = task_vectors
         self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
         self.sizes = {"weight": task_vectors[0].numel()}
-        self.part = Part("weight", tuple(task_vectors.shape[1:]), 0, task_vectors[0].numel())
-        self.team = ALONE
+        self.part = Part.whole("weight", tuple(task_vectors.shape[1:]))
+        self.processes = ALONE
 
     def total(self, count, shape, title, only=None, sample=1, keep=lambda _: None):
         counts = torch.zeros(shape, dtype=torch.int64)
         stop = -(-self.part.elements // sample)
         if stop:
             entries = self.task_vectors.reshape(-1, self.part.elements)[:, :stop].clone()
-            returned = count(entries, replace(self.part, stop=stop), counts)
+            returned = count(entries, self.part.between(0, stop), counts)
             if returned is not None:
                 keep(returned)
         return counts
@@ -56,9 +57,12 @@ class OneTensor:
 def rule_for(method: Method, given: torch.Tensor, **options: object):
     """The method's rule for a model that is one tensor, and the part that is all of it."""
     defaults = {name: option.default for name, option in method.options.items()}
-    known = {name: value for name, value in options.items() if name in defaults}
+    chosen = {**defaults, **{name: value for name, value in options.items() if name in defaults}}
     passes = OneTensor(given)
-    return method.rule(passes, 3, {**defaults, **known}), passes.part
+    context = SimpleNamespace(passes=passes, plan=SimpleNamespace(experts=dict.fromkeys(passes.expert_names)), seed=3)
+    known = {"seed": 3, "experts": passes.expert_names, **method.prepared(context, chosen).run()}
+    rule, base = method.rule(known, chosen), torch.zeros(given.shape[1:], device=given.device)
+    return lambda task_vectors, part: rule(task_vectors, part, base), passes.part
 
 
 def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tensor:
@@ -127,20 +131,18 @@ def test_the_order_of_experts_does_not_matter(method, order):
     torch.testing.assert_close(apply(method, given[order]), apply(method, given), rtol=1e-4, atol=1e-6)
 
 
-@each(those("elementwise"))
+@each(those("entries"))
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, 1000), max_size=4))
 def test_blocks_give_the_bytes_of_the_whole(method, cuts):
     given = task_vectors((1000,))
     bounds = sorted({0, *cuts, 1000})
     rule, part = rule_for(method, given)
-    blocks = [
-        rule(given[:, start:stop].clone(), replace(part, start=start, stop=stop)) for start, stop in pairwise(bounds)
-    ]
+    blocks = [rule(given[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)]
     assert torch.cat(blocks).equal(apply(method, given))
 
 
-@each(those("elementwise"))
+@each(those("entries"))
 def test_the_shape_does_not_matter_to_an_elementwise_method(method):
     given = task_vectors((6, 5))
     assert apply(method, given).flatten().equal(apply(method, given.flatten(1)))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging.methods.linear import task_arithmetic, weight_average, weighted_sum
+from expert_merging.arithmetic import weighted_sum
+from expert_merging.methods.linear import task_arithmetic, weight_average
 
 COEFFICIENTS = st.floats(-2, 2, width=32)
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import dare_linear
 from peft.utils.merge_utils import ties as peft_ties
 
+from expert_merging.catalogue import find_method
 from expert_merging.methods.sparse import drop
 from expert_merging.plan import Part
-from expert_merging.registry import find_method
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
 from tests.methods.test_all import apply, task_vectors

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.methods import spectral
 from expert_merging.methods.spectral import iso, iso_cts, newton_schulz, polar_factor, singular_triples, svd
-from expert_merging.registry import find_method
 from tests.methods.reference import iso_cts_reference, iso_reference, polar, svd_reference
 
 TWINS = [(svd, svd_reference), (iso, iso_reference), (iso_cts, iso_cts_reference)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from decimal import Decimal
 
 import pytest
@@ -11,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging import streaming
-from expert_merging.crew import Crew
 from expert_merging.errors import InputError
 from expert_merging.methods import thresholds
 from expert_merging.methods.thresholds import find_thresholds, trim
 from expert_merging.plan import make_plan
+from expert_merging.progress import no_progress
 from expert_merging.streaming import Passes
+from expert_merging.workers import Crew
 from tests.checkpoints import write_checkpoint
 from tests.methods.test_all import OneTensor, task_vectors
 from tests.test_crew import CREWS
@@ -142,7 +142,7 @@ def test_as_many_entries_below_the_bounds_as_the_rank_make_the_sample_wrong():
 @pytest.mark.parametrize("crew", CREWS)
 def test_what_workers_could_not_decide_reaches_the_process_that_decides(crew, room, tmp_path, monkeypatch):
     monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
-    monkeypatch.setattr("expert_merging.crew._BATCH", 1000)
+    monkeypatch.setattr("expert_merging.workers._BATCH", 1000)
     monkeypatch.setattr(streaming, "BLOCK", 500)
     sample_much(monkeypatch, slack=10, room=room)
     for seed in range(8):
@@ -157,11 +157,6 @@ def test_what_workers_could_not_decide_reaches_the_process_that_decides(crew, ro
         assert_found(found, rows, 0.3)
 
 
-@contextmanager
-def no_progress(*_arguments):
-    yield lambda *_: None
-
-
 def test_votes_of_other_processes_count():
     class Others:
         def add(self, votes):
@@ -171,7 +166,7 @@ def test_votes_of_other_processes_count():
     none = torch.zeros(1, dtype=torch.int64)
     counted = thresholds._Counted(none, none, none, none, -2, none[:, None], none[:, None], [])
     assert counted.majority(passes, none) == -1
-    passes.team = Others()
+    passes.processes = Others()
     assert counted.majority(passes, none) == 1
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.methods import wudi as module
 from expert_merging.methods.wudi import aswudi, effective_rank, iwudi, swudi, wudi, wudi2
-from expert_merging.registry import find_method
 from tests.methods.reference import flow_reference, interference, wudi2_reference, wudi_reference
 
 SHAPES = [(40, 12), (12, 40), (20, 20), (1, 9), (9, 1), (2, 3), (1, 1)]

@@ -17,9 +17,10 @@ import torch
 from expert_merging.backbone import Backbone, layer_count
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError, Problems
-from expert_merging.learned.objectives import alignment_losses
-from expert_merging.learned.targets import Target, TargetMaker
-from expert_merging.plan import Plan, Progress
+from expert_merging.plan import Plan
+from expert_merging.progress import Progress
+from expert_merging.running.objectives import alignment_losses
+from expert_merging.running.targets import Target, TargetMaker
 
 BASE = "base"
 MEAN = "mean"

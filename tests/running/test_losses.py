@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from expert_merging.learned.losses import entropy, hidden_alignment, kl_divergence, logit_alignment, regularisation
+from expert_merging.running.losses import entropy, hidden_alignment, kl_divergence, logit_alignment, regularisation
 
 
 def test_kl_by_hand():

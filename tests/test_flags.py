@@ -11,20 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging import registry
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
+from expert_merging.flags import Count, Fraction, Interval, NotNegative, Option, Positive, read_options
+from expert_merging.method import register
 from expert_merging.options import GENERAL
-from expert_merging.registry import (
-    Count,
-    Fraction,
-    Interval,
-    NotNegative,
-    Option,
-    Positive,
-    all_methods,
-    find_method,
-    read_options,
-    register,
-)
 
 
 def option(annotation: object) -> Option:

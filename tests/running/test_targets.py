@@ -21,14 +21,14 @@ def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("a kept response must not be written again")
 
-    monkeypatch.setattr("expert_merging.learned.targets.generate", refuse)
+    monkeypatch.setattr("expert_merging.running.targets.generate", refuse)
     second = trainer._make_targets(torch.device("cpu"))
     assert [target.sample for target in first] == [target.sample for target in second]
 
 
 def answering(monkeypatch, *tokens):
     """Let the experts answer with these tokens."""
-    monkeypatch.setattr("expert_merging.learned.targets.generate", lambda *_: ("text", list(tokens)))
+    monkeypatch.setattr("expert_merging.running.targets.generate", lambda *_: ("text", list(tokens)))
 
 
 def test_an_expert_is_matched_on_the_tokens_that_it_wrote(tiny_zoo, tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from expert_merging.checkpoint import Entry
-from expert_merging.crew import Crew, shared_zeros
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
+from expert_merging.workers import Crew, shared_zeros
 
 ENTRY = Entry("a", "F32", (100,), Path("a"), 0, 400)
 BLOCKS = [(ENTRY, start, start + 5) for start in range(0, 100, 5)]
@@ -30,7 +30,7 @@ CREWS = [
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr("expert_merging.crew._BATCH", 10)
+    monkeypatch.setattr("expert_merging.workers._BATCH", 10)
 
 
 @pytest.mark.parametrize("crew", CREWS)
@@ -159,7 +159,7 @@ def ended(process: int, patience: int = 100) -> bool:
 
 
 def test_the_cores_share_much_work_and_one_worker_does_little(monkeypatch):
-    monkeypatch.setattr("expert_merging.crew.cores", lambda: 6)
+    monkeypatch.setattr("expert_merging.workers.cores", lambda: 6)
     monkeypatch.setattr(sys, "platform", "linux")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert Crew.for_entries(10**9, cpu) == Crew(6, forked=True)

@@ -1,9 +1,7 @@
-"""The table of merging methods.
+"""Flags from signatures: the keyword-only parameters of a function *are* flags of the command line.
 
-A method is a function; its keyword-only parameters *are* the command line's flags. Name, type, default and interval
-come from the signature, the help text from the ``Args`` section of the docstring, so each is written once. Nothing
-here, and no module of `expert_merging.methods`, imports torch when it is loaded: a typing mistake is answered before
-torch is.
+Name, type, default and interval come from the signature, the help text from the ``Args`` section of the docstring, so
+each is written once.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from expert_merging.errors import InputError, near_name
+from expert_merging.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -194,123 +192,6 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One merging method.
-
-    Args:
-        name: registry name and value of ``--method``.
-        function: for a closed form, ``(task_vectors, *needs, **options) -> merged task vector``; for a method that
-            learns, ``(plan, context, **options) -> work`` as `expert_merging.methods.learned` describes.
-        options: its flags by name.
-        summary: first line of the docstring.
-        aliases: other names that the command line accepts.
-        learns: the method produces coefficients from calibration data instead of merging task vectors itself.
-        elementwise: each entry of the result depends on the same entry of the task vectors alone, so that the driver
-            may feed blocks of a tensor.
-        order_free: the order of the experts does not change the result.
-        keeps_single: one expert with coefficient 1 gives that expert.
-        per_expert: the function is given one expert at a time, and each result is a model of its own.
-        family_defaults: options whose default the model family sets.
-        survey: ``(passes, seed, **options) -> values``, run before merging by a method that needs something of the
-            whole model first; ``passes`` is an `expert_merging.streaming.Passes`.
-        needs: what else the function takes, by name: ``part`` (an `expert_merging.plan.Part`), ``seed``, ``experts``
-            (names), and values of the survey. They are its positional parameters after the task vectors.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    options: Mapping[str, Option]
-    summary: str
-    aliases: tuple[str, ...] = ()
-    learns: bool = False
-    elementwise: bool = False
-    order_free: bool = True
-    keeps_single: bool = True
-    per_expert: bool = False
-    family_defaults: tuple[str, ...] = ()
-    survey: Callable[..., Mapping[str, Any]] | None = None
-    needs: tuple[str, ...] = ()
-
-    def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
-        """Default of every option, with the family's value where the method leaves it to the family.
-
-        Args:
-            family: values by option, for all methods that leave it to the family, or by ``method.option``.
-        """
-        left = {name: family[name] for name in self.family_defaults if name in family}
-        return {
-            name: family.get(f"{self.name}.{name}", left.get(name, option.default))
-            for name, option in self.options.items()
-        }
-
-    def rule(self, passes: Any, seed: int, options: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
-        """The rule that merges a part's task vectors; a survey is made first if the method has one.
-
-        Args:
-            passes: streaming passes over all task vectors.
-            seed: seed of the run.
-            options: value of every option.
-
-        Returns:
-            ``(task_vectors, part) -> merged task vector``
-        """
-        known = {
-            "seed": seed,
-            "experts": passes.expert_names,
-            **(self.survey(passes, seed, **options) if self.survey else {}),
-        }
-
-        def rule(task_vectors: Any, part: Any) -> Any:
-            needed = [part if name == "part" else known[name] for name in self.needs]
-            return self.function(task_vectors, *needed, **options)
-
-        return rule
-
-
-@dataclass
-class _Table:
-    methods: dict[str, Method] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-
-
-_TABLE = _Table()
-
-
-def register(
-    *, options: Callable[..., Any] | None = None, name: str | None = None, **traits: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter the decorated function into the table of methods.
-
-    Args:
-        options: callable (a dataclass, for instance) whose signature and docstring hold the options; by default the
-            function itself.
-        name: the method's name where it is not the function's.
-        traits: fields of `Method`.
-    """
-
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        method = Method(
-            name=name or function.__name__,
-            function=function,
-            options=read_options(options or function),
-            summary=(function.__doc__ or "").strip().split("\n")[0],
-            needs=_needs(function),
-            **traits,
-        )
-        _TABLE.methods[method.name] = method
-        _TABLE.aliases.update(dict.fromkeys(method.aliases, method.name))
-        return function
-
-    return enter
-
-
-def _needs(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the positional parameters after the first."""
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(entry.name for entry in parameters if entry.kind is not inspect.Parameter.KEYWORD_ONLY)[1:]
-
-
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only parameters of a callable as options; of a class, those that it inherits as well."""
     parameters = [
@@ -335,24 +216,3 @@ def _argument_texts(docstring: str) -> dict[str, str]:
         return {}
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
-
-
-def all_methods() -> dict[str, Method]:
-    """Every method by name, closed forms first."""
-    import expert_merging.methods  # noqa: F401  (importing the package registers its methods)
-
-    return dict(sorted(_TABLE.methods.items(), key=lambda item: item[1].learns))
-
-
-def find_method(name: str) -> Method:
-    """The method of that name or alias; dashes count as underscores, and capitals as small letters.
-
-    Raises:
-        InputError: there is none; the message offers the nearest name.
-    """
-    methods = all_methods()
-    asked = name.lower().replace("-", "_")
-    asked = _TABLE.aliases.get(asked, asked)
-    if asked not in methods:
-        raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *_TABLE.aliases])}")
-    return methods[asked]

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.backbone import Backbone, import_transformers
 from expert_merging.errors import InputError
+from expert_merging.flags import Count
 from expert_merging.options import ROOT
-from expert_merging.registry import Count
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from expert_merging.calibration import Sample
-    from expert_merging.learned.align import Distances
+    from expert_merging.comparing.align import Distances
     from expert_merging.plan import Plan
 
 
@@ -88,7 +88,7 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     backbone, base, experts = _sources(compared, options)
     learned = [model.record["options"] for model in compared if model.record and "data_dir" in model.record["options"]]
     found, samples = _measure(compared, learned, backbone, base, experts, options)
-    from expert_merging.learned.align import relative
+    from expert_merging.comparing.align import relative
 
     shares = relative(found)
     console.print(_table(shares), soft_wrap=False)  # which would cut names instead of folding them
@@ -199,11 +199,11 @@ def _measure(
     """
     import torch
 
+    from expert_merging.comparing.align import Probe, measure
     from expert_merging.console import Terminal
-    from expert_merging.job import choose_device
-    from expert_merging.learned.align import Probe, measure
     from expert_merging.machine import limit_threads
     from expert_merging.plan import make_plan
+    from expert_merging.processes import choose_device
 
     device = torch.device(choose_device(options.device))
     limit_threads()
@@ -235,7 +235,7 @@ def _choose_samples(
 ) -> list[Sample]:
     """Questions of every task that no run has learned from."""
     from expert_merging.calibration import load_samples
-    from expert_merging.learned.align import held_out
+    from expert_merging.comparing.align import held_out
 
     folders = sorted({record["data_dir"] for record in learned})
     if options.data_dir is None and len(folders) != 1:
@@ -271,7 +271,7 @@ def _table(shares: Mapping[str, Distances]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from expert_merging.learned.align import BASE, MEAN
+    from expert_merging.comparing.align import BASE, MEAN
 
     tasks = [task for task in shares[BASE] if task != MEAN]
     # Without lines between columns there is more room for the names of models.

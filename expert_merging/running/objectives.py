@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.learned.losses import entropy, hidden_alignment, logit_alignment
-from expert_merging.learned.targets import Target, hidden_states
+from expert_merging.running.losses import entropy, hidden_alignment, logit_alignment
+from expert_merging.running.targets import Target, hidden_states
 
 # Logits that are held at a time, in bytes of float32.
 _SLICE_BYTES = 1 << 26

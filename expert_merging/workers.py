@@ -1,6 +1,6 @@
-"""Who works through blocks: forked processes or threads, side by side.
+"""Workers that go through parts of tensors side by side: forked processes or threads.
 
-A step of work on a block is some twenty operations of ten microseconds each, too short for threads to share an
+A step of work on a part is some twenty operations of ten microseconds each, too short for threads to share an
 interpreter: handing its lock from one to another costs as much as an operation. On Linux, the processor's share of the
 work is therefore done by forked processes, which share the memory of what was loaded before; elsewhere, and for a GPU,
 by threads.
@@ -26,9 +26,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError
 from expert_merging.machine import cores
+from expert_merging.parts import Part
+from expert_merging.processes import local_count
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +41,15 @@ SMALL_MODEL = 10_000_000
 
 # Entries that a forked process is handed at a time.
 _BATCH = 1 << 22
-# Threads that read and write a GPU's blocks: enough to keep it busy, and more would wait for each other.
+# Threads that read and write a GPU's parts: enough to keep it busy, and more would wait for each other.
 _GPU_THREADS = 4
 
-# A tensor, and where in it the work starts and stops.
-Block = tuple[Entry, int, int]
+Work = Callable[[Part], Any]
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who works through blocks: this thread alone, a few threads, or a few processes forked from this one.
+class Workers:
+    """Who goes through parts: this thread alone, a few threads, or a few processes forked from this one.
 
     Each worker computes with one thread of torch's, as many work side by side; so what it computes does not depend on
     their number.
@@ -61,35 +61,34 @@ class Crew:
 
     size: int
     forked: bool = False
-    worker: ClassVar[threading.local] = threading.local()
+    own: ClassVar[threading.local] = threading.local()
 
     @classmethod
-    def for_entries(cls, entries: int, device: torch.device) -> Crew:
+    def for_entries(cls, entries: int, device: torch.device) -> Workers:
         """Who works on so many entries on that device; the processes of a run on this machine divide its cores."""
         if device.type != "cpu":
             return cls(_GPU_THREADS)
         if entries < SMALL_MODEL:
             return cls(1)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(max(1, min(8, cores()) // local), forked=sys.platform == "linux")
+        return cls(max(1, min(8, cores()) // local_count()), forked=sys.platform == "linux")
 
     @classmethod
     def number(cls) -> int:
         """Number of the worker that asks."""
-        return getattr(cls.worker, "number", 0)
+        return getattr(cls.own, "number", 0)
 
     def work_through(
         self,
-        blocks: Iterable[Block],
-        work: Callable[[Entry, int, int], Any],
-        done: Callable[[Block, Any], None] = lambda _block, _result: None,
+        parts: Iterable[Part],
+        work: Work,
+        done: Callable[[Part, Any], None] = lambda _part, _result: None,
     ) -> None:
-        """Work through blocks, at most a few ahead, and stop at the first error.
+        """Work through parts, at most a few ahead, and stop at the first error.
 
         Args:
-            blocks: arguments of the work.
-            work: called once for each block, from any worker.
-            done: told of each finished block and of what the work returned, in this thread.
+            parts: arguments of the work.
+            work: called once for each part, from any worker.
+            done: told of each finished part and of what the work returned, in this thread.
 
         Raises:
             InputError: what the work raised, or a process was ended from outside.
@@ -100,23 +99,21 @@ class Crew:
         torch.set_num_threads(1)
         try:
             if self.size == 1:
-                for block in blocks:
-                    done(block, work(*block))
+                for part in parts:
+                    done(part, work(part))
             else:
-                self._share_out(blocks, work, done)
+                self._share_out(parts, work, done)
         finally:
             torch.set_num_threads(threads)
 
-    def _share_out(
-        self, blocks: Iterable[Block], work: Callable[[Entry, int, int], Any], done: Callable[[Block, Any], None]
-    ) -> None:
-        pending: dict[Future[list[Any]], list[Block]] = {}
+    def _share_out(self, parts: Iterable[Part], work: Work, done: Callable[[Part, Any], None]) -> None:
+        pending: dict[Future[list[Any]], list[Part]] = {}
 
         def collect(most: int) -> None:
             while len(pending) > most:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    for block, result in zip(pending.pop(future), future.result(), strict=True):
-                        done(block, result)
+                    for part, result in zip(pending.pop(future), future.result(), strict=True):
+                        done(part, result)
 
         with warnings.catch_warnings():
             # Of forking beside other threads, which may hold locks for ever in the children. These only read and write
@@ -125,7 +122,7 @@ class Crew:
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             pool = self._pool(work)
             try:
-                for batch in _batches(blocks, _BATCH if self.forked else 1):
+                for batch in _batches(parts, _BATCH if self.forked else 1):
                     pending[pool.submit(_work_on, batch)] = batch
                     collect(most=4 * self.size)
                 collect(most=0)
@@ -137,7 +134,7 @@ class Crew:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _pool(self, work: Callable[[Entry, int, int], Any]) -> Executor:
+    def _pool(self, work: Work) -> Executor:
         if self.forked:
             context = multiprocessing.get_context("fork")
             numbers = context.Value("i", 0)
@@ -145,14 +142,14 @@ class Crew:
         return ThreadPoolExecutor(self.size, "merge", _start_worker, (work, itertools.count()))
 
 
-def _start_worker(work: Callable[[Entry, int, int], Any], numbers: Iterator[int]) -> None:
+def _start_worker(work: Work, numbers: Iterator[int]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    Crew.worker.work, Crew.worker.number = work, next(numbers)
+    Workers.own.work, Workers.own.number = work, next(numbers)
 
 
-def _start_process(work: Callable[[Entry, int, int], Any], numbers: Any, parent: int) -> None:
+def _start_process(work: Work, numbers: Any, parent: int) -> None:
     """Begin the life of a forked process, which ends with its parent's, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -164,9 +161,9 @@ def _start_process(work: Callable[[Entry, int, int], Any], numbers: Any, parent:
     _start_worker(work, iter([number]))
 
 
-def _work_on(batch: list[Block]) -> list[Any]:
+def _work_on(batch: list[Part]) -> list[Any]:
     try:
-        return [Crew.worker.work(*block) for block in batch]
+        return [Workers.own.work(part) for part in batch]
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301  (it was made here)
@@ -175,12 +172,12 @@ def _work_on(batch: list[Block]) -> list[Any]:
         raise
 
 
-def _batches(blocks: Iterable[Block], entries: int) -> Iterator[list[Block]]:
-    """Runs of blocks with that many entries together, at least one block each."""
-    batch: list[Block] = []
-    for block in blocks:
-        batch.append(block)
-        if sum(stop - start for _, start, stop in batch) >= entries:
+def _batches(parts: Iterable[Part], entries: int) -> Iterator[list[Part]]:
+    """Runs of parts with that many entries together, at least one part each."""
+    batch: list[Part] = []
+    for part in parts:
+        batch.append(part)
+        if sum(part.entries for part in batch) >= entries:
             yield batch
             batch = []
     if batch:

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from expert_merging.__main__ import main
 from expert_merging.calibration import Sample
-from expert_merging.comparison import _table, find_models
+from expert_merging.comparing.align import Distance, held_out, relative
+from expert_merging.comparing.compare import _table, find_models
 from expert_merging.errors import InputError
-from expert_merging.learned.align import Distance, held_out, relative
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.command import merge
 from tests.learned.twin import Example, Twin

@@ -23,8 +23,11 @@ from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample, entry_place
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
-from expert_merging.learned.sharding import load_on
-from expert_merging.plan import Plan, Progress
+from expert_merging.parts import Part
+from expert_merging.plan import Plan
+from expert_merging.progress import Progress
+from expert_merging.roles import output_head
+from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -267,21 +270,20 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tenso
 
 
 def _head_name(checkpoint: Checkpoint) -> str:
-    """File name of the output head's weight: its own tensor, or the embeddings where the two are tied."""
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name in checkpoint.entries:
-            if name.endswith(ending):
-                return name
-    raise InputError(f"{checkpoint.folder} has neither an lm_head nor embed_tokens; learning needs an output head")
+    """File name of the output head's weight."""
+    found = output_head(checkpoint.entries)
+    if found is None:
+        raise InputError(f"{checkpoint.folder} has neither an lm_head nor embed_tokens; learning needs an output head")
+    return found
 
 
 def _same_tensor(first: Checkpoint, first_name: str, second: Checkpoint, second_name: str) -> bool:
     """Whether two tensors of two checkpoints hold the same values, compared block by block."""
-    elements, step = first.entries[first_name].elements, 1 << 22
-    if elements != second.entries[second_name].elements:
+    entry = first.entries[first_name]
+    if entry.elements != second.entries[second_name].elements:
         return False
-    blocks = ((start, min(start + step, elements)) for start in range(0, elements, step))
     return all(
-        torch.equal(first.read(first_name, *block).float(), second.read(second_name, *block).float())
-        for block in blocks
+        torch.equal(*(checkpoint.read(name, part.start, part.stop).float() for checkpoint, name in pairs))
+        for pairs in [((first, first_name), (second, second_name))]
+        for part in Part.whole(first_name, entry.shape).cut(1 << 22)
     )

@@ -1,0 +1,208 @@
+"""The first step of a run: everything that can be wrong is found before the first tensor is read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from expert_merging import __version__
+from expert_merging.backbone import Backbone
+from expert_merging.catalogue import find_method
+from expert_merging.console import Terminal
+from expert_merging.context import Context
+from expert_merging.errors import InputError, Problems
+from expert_merging.machine import limit_threads
+from expert_merging.method import Preparation, Unit, coarsest
+from expert_merging.options import Resolved, checkpoint_folders, command_line
+from expert_merging.outputs import Output
+from expert_merging.plan import Plan, make_plan
+from expert_merging.processes import choose_device, from_main_process, is_main_process, join
+from expert_merging.run import Run, default_name, provenance
+from expert_merging.writing import check_free_disk
+
+# Options that decide where and how a run is done but not its result.
+_INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
+# The same among the options of methods: they trade memory for time.
+_SAVING = ("task_vectors", "rank_batches", "shard", "gradient_checkpointing", "logits_chunk_tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose checks have passed.
+
+    Args:
+        resolved: the options.
+        context: checkpoints, family, run folder, seed, device, processes.
+        preparations: what the method, and each of its modifiers, does before merging.
+        outputs: what is written.
+        description: the run's ``config.json``.
+    """
+
+    resolved: Resolved
+    context: Context
+    preparations: tuple[Preparation, ...]
+    outputs: tuple[Output, ...]
+    description: Mapping[str, Any]
+
+    @property
+    def unit(self) -> Unit:
+        """What the rule is fed."""
+        return coarsest(preparation.unit for preparation in self.preparations)
+
+    @property
+    def models(self) -> list[Path]:
+        """Where the results that can be loaded are once the run is complete."""
+        return [self.context.run.model / output.folder for output in self.outputs if output.is_model]
+
+
+def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
+    """Check everything.
+
+    Args:
+        resolved: the options.
+        backbone: the model family.
+        terminal: shows progress.
+
+    Raises:
+        InputError: every problem found.
+    """
+    backbone = backbone.configured(resolved.family)
+    plan, device = _open_checkpoints(resolved, backbone)
+    limit_threads()
+    processes = join(device, runs_models=resolved.reads_samples)
+    _check_one_per_expert(resolved, tuple(plan.experts))
+    description = _describe(resolved, backbone, plan, device)
+    run = _open_run(resolved, backbone, plan, description)
+    seed = description["seed"]
+    if resolved.general["seed"] < 0:
+        seed = description["seed"] = from_main_process(run.recorded_seed(seed))
+    context = Context(
+        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, processes, find_method
+    )
+    job = Job(resolved, context, (), (), description)
+    return _check_rest(job)
+
+
+def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str]:
+    problems = Problems()
+    with problems.collecting():
+        base, experts = checkpoint_folders(resolved.general, backbone)
+        plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name)
+    if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
+        with problems.collecting():
+            device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
+    problems.check()
+    return plan, device
+
+
+def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
+    given = resolved.options.get("scaling_coefficient")
+    if isinstance(given, list) and len(given) != len(experts):
+        raise InputError(
+            f"--scaling_coefficient has {len(given)} values for {len(experts)} experts ({', '.join(experts)})"
+        )
+
+
+def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -> dict[str, Any]:
+    """The run's ``config.json``, but for what its preparation reads."""
+    general, options = resolved.general, method_options(resolved)
+    checkpoints = {"base": plan.base, **plan.experts}
+    decisive = {name: value for name, value in general.items() if name not in _INDIFFERENT}
+    decisive |= {
+        "base_model_path": str(plan.base.folder.resolve()),
+        "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
+    }
+    saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
+    return {
+        "family": backbone.name,
+        "method": resolved.method.name,
+        "options": decisive | {name: value for name, value in options.items() if name not in _SAVING},
+        "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in checkpoints.items()},
+        "inputs": {"device": device.split(":")[0], "version": __version__},
+        "seed": general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31),
+        "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | saving | {"device": device},
+        **provenance(),
+        "command": command_line(),
+    }
+
+
+def method_options(resolved: Resolved) -> dict[str, Any]:
+    """Options that decide what the method does: its own, and the family's where samples are read."""
+    return {**resolved.options, **(resolved.family if resolved.reads_samples else {})}
+
+
+def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: Mapping[str, Any]) -> Run:
+    """The run's folder, which may be there already and must not lie inside a checkpoint."""
+    problems = Problems()
+    parent, run_name = Path(resolved.general["output_path"]) / resolved.method.name, resolved.general["run_name"]
+    if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
+        problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
+        run_name = None
+    family = backbone.evaluation_of(plan.base.model_type).run_name or backbone.name
+    folder = parent / (run_name or default_name(family, description))
+    with problems.collecting():
+        _check_output(folder, [plan.base.folder, *(expert.folder for expert in plan.experts.values())])
+    problems.check()
+    return Run(folder)
+
+
+def _check_output(folder: Path, checkpoints: Sequence[Path]) -> None:
+    for checkpoint in checkpoints:
+        if folder.resolve().is_relative_to(checkpoint.resolve()):
+            raise InputError(
+                f"the run folder {folder} would lie inside the checkpoint folder {checkpoint}, which is never written "
+                "to; choose another --output_path"
+            )
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{existing} cannot be written to; choose another --output_path")
+
+
+def _check_rest(job: Job) -> Job:
+    """The method's own checks, the folder's earlier content, and free disk; the job with what they have found."""
+    resolved, context, run = job.resolved, job.context, job.context.run
+    description = {**job.description, "inputs": {**job.description["inputs"]}}
+    problems = Problems()
+    preparations: list[Preparation] = []
+    outputs: tuple[Output, ...] = ()
+    for step in resolved.steps:
+        with problems.collecting():
+            preparations.append(step.prepared(context, resolved.options_of(step)))
+    for preparation in preparations:
+        description["inputs"] |= preparation.inputs
+    with problems.collecting():
+        outputs = resolved.method.outputs(context, **resolved.options_of(resolved.method))
+        run.holds_several = all(output.folder for output in outputs)
+    if resolved.general["run_tests"]:
+        with problems.collecting():
+            _check_questions(job)
+    # The main process writes to the folder while the others start, so it alone looks at it.
+    if is_main_process() and not problems.found:
+        with problems.collecting():
+            description = run.check(description) or description
+    if is_main_process() and not run.is_complete:
+        with problems.collecting():
+            check_free_disk(run.folder, _missing_bytes(run, outputs))
+    problems.check()
+    return replace(job, preparations=tuple(preparations), outputs=outputs, description=description)
+
+
+def _check_questions(job: Job) -> None:
+    """Check that the merged model can be loaded and asked, for which it needs what its base needs."""
+    backbone, base = job.context.backbone, job.context.plan.base.folder
+    backbone.parameter_names(base)
+    processor = backbone.load_processor(base)
+    for sample in backbone.test_questions:
+        backbone.encode_prompt(processor, sample, job.resolved.options.get("prompt_template"))
+
+
+def _missing_bytes(run: Run, outputs: Sequence[Output]) -> int:
+    """Bytes of the outputs that an earlier part of the run has not written."""
+    files = {
+        run.partial_model / output.folder / file: output.file_size(file) for output in outputs for file in output.files
+    }
+    return sum(size - (file.stat().st_size if file.exists() else 0) for file, size in files.items())

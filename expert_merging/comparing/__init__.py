@@ -1,0 +1,1 @@
+"""Comparing models with the experts, without labels."""

@@ -1,0 +1,137 @@
+"""Methods that learn coefficients; their results are merged like any closed form's.
+
+Each is described by the function that prepares it: it checks the options before any tensor is read, and returns the
+work to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
+from expert_merging.method import ORDER_FREE, SAMPLES, Preparation, Prepare, enter_method
+from expert_merging.parts import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expert_merging.learned.coefficients import Coefficients
+
+
+def merge_with_coefficients(task_vectors: Tensor, part: Part, coefficients: Coefficients) -> Tensor:
+    """Sum of the task vectors, each chunk times its coefficient (paper, Eq. 5)."""
+    return coefficients.rule(task_vectors, part)
+
+
+def learns(**fields: Any) -> Callable[[Callable[..., Preparation]], Callable[..., Preparation]]:
+    """Enter a method that learns coefficients from samples, by the function that prepares it.
+
+    Args:
+        fields: as for `expert_merging.method.enter_method`.
+    """
+
+    def enter(prepare: Callable[..., Preparation]) -> Callable[..., Preparation]:
+        given = {"unit": "entries", "reads": frozenset({SAMPLES}), **fields}
+        prepared = Prepare(prepare, ("coefficients",))
+        enter_method(merge_with_coefficients, described=prepare, prepare=prepared, **given)
+        return prepare
+
+    return enter
+
+
+@learns(options=LearningOptions, family_defaults=("scaling_coefficient", "samples_per_task", "sparsity_reg_weight"))
+def expert_merging(context: Context, **options: object) -> Preparation:
+    """One coefficient per expert and parameter, learned by aligning with each expert (arXiv 2509.25712).
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, LearningOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(
+    name="expert_merging++",
+    aliases=("expert_merging_pp",),
+    options=ChunkingOptions,
+    family_defaults=("scaling_coefficient", "samples_per_task", "sparsity_reg_weight"),
+)
+def expert_merging_pp(context: Context, **options: object) -> Preparation:
+    """Expert Merging, then several coefficients for the parameters that matter most (arXiv 2509.25712, section 3.3).
+
+    Raises:
+        InputError: options, calibration files, tracker or earlier coefficients cannot be used.
+    """
+    from expert_merging.learned.stages import two_stages
+
+    return two_stages(context, ChunkingOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def adamerging(context: Context, **options: object) -> Preparation:
+    """A coefficient per expert and parameter, learned by minimising entropy (Yang et al., 2024, arXiv 2310.02575).
+
+    Trained like Expert Merging, on the same samples, where the original has Adam at 1e-3 for 500 steps and clamps.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, TrainingOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def adamerging_task(context: Context, **options: object) -> Preparation:
+    """AdaMerging with one coefficient per expert.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, TrainingOptions(**options), shared=True)  # type: ignore[arg-type]
+
+
+@learns(
+    name="adamerging++",
+    aliases=("adamerging_pp",),
+    options=TrimmingOptions,
+    promises=frozenset({ORDER_FREE}),
+    family_defaults=("scaling_coefficient", "samples_per_task"),
+)
+def adamerging_pp(context: Context, **options: object) -> Preparation:
+    """AdaMerging on task vectors that TIES has trimmed, without the entries that disagree in sign.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, TrimmingOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(reads=frozenset(), promises=frozenset({ORDER_FREE}))
+def coefficients(context: Context, *, coefficients: str | None = None) -> Preparation:
+    """Coefficients of an earlier run, applied without learning.
+
+    Args:
+        context: the run.
+        coefficients: run folder or coefficients.safetensors file to take the coefficients from.
+
+    Raises:
+        InputError: there are none, or they belong to other experts or parameters.
+    """
+    from expert_merging.learned.stages import matching_coefficients
+
+    if coefficients is None:
+        raise InputError(
+            "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
+        )
+    loaded = matching_coefficients(Path(coefficients), context.plan)
+    return Preparation(lambda: {"coefficients": loaded}, {"coefficients": loaded.fingerprint()})

@@ -1,0 +1,92 @@
+"""What a tensor is for, by its name alone; the only place that knows names of architectures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from expert_merging.parts import Part
+
+SUBMODULES = ("q", "k", "v", "o", "gate", "up", "down")
+OTHER = "other"
+STAGES = ("early", "middle", "late")
+OUTSIDE = "outside"
+
+# Each row of these matrices belongs to a word: they are no maps from one space into another.
+_WORD_TABLE = re.compile(r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)\.weight$")
+_SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
+_DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
+_VISION = re.compile(r"\bvis(ion|ual)")
+# Encoders of pictures have layers too.
+_IN_DECODER = re.compile(r"(?<!encoder\.)\blayers\.\d+\.")
+# Older checkpoints hold this table, which follows from config.json and is no parameter.
+_ROTARY_TABLE = re.compile(r".*rotary_emb\.inv_freq$")
+
+
+class Place(NamedTuple):
+    """Where in a model a tensor lies.
+
+    Args:
+        submodule: one of `SUBMODULES`, or other.
+        depth: number of its transformer layer; None outside the language model's layers.
+        stage: third of the language model that it lies in, or outside.
+    """
+
+    submodule: str
+    depth: int | None
+    stage: str
+
+
+def is_word_table(name: str) -> bool:
+    """Whether the tensor is a table of embeddings or an output head."""
+    return bool(_WORD_TABLE.match(name))
+
+
+def is_matrix(part: Part) -> bool:
+    """Whether the tensor is a map from one space into another: a matrix that has entries and is no table of words."""
+    return len(part.shape) == 2 and part.elements > 0 and not is_word_table(part.name)
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether the tensor is a table of rotary frequencies."""
+    return bool(_ROTARY_TABLE.match(name))
+
+
+def is_in_decoder(name: str) -> bool:
+    """Whether the tensor belongs to a layer of the language model."""
+    return bool(_IN_DECODER.search(name))
+
+
+def is_output_head(name: str) -> bool:
+    """Whether the tensor is the weight of an output head of its own."""
+    return name.endswith("lm_head.weight")
+
+
+def output_head(names: Iterable[str]) -> str | None:
+    """The tensor that makes logits: an output head, or the embeddings where the two are tied; None without either."""
+    known = list(names)
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for name in known:
+            if name.endswith(ending):
+                return name
+    return None
+
+
+def find_places(names: Sequence[str]) -> dict[str, Place]:
+    """Submodule, depth and stage of each tensor.
+
+    A stage is a third of the language model's layers. What lies outside them, the vision tower's own layers included,
+    counts as other.
+    """
+    matches = {name: _DEPTH.match(name) for name in names}
+    depths = {name: int(match[2]) for name, match in matches.items() if match and not _VISION.search(match[1])}
+    count = max(depths.values(), default=0) + 1
+    places = {}
+    for name in names:
+        if name in depths:
+            found = _SUBMODULE.search(name)
+            places[name] = Place(found[1] if found else OTHER, depths[name], STAGES[3 * depths[name] // count])
+        else:
+            places[name] = Place(OTHER, None, OUTSIDE)
+    return places

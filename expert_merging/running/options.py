@@ -1,0 +1,36 @@
+"""Options of everything that runs models on samples; read by the command line before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from expert_merging.flags import Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Which samples are asked, and how.
+
+    Args:
+        data_dir: folder with one calibration file per task, TASK.json.
+        samples_per_task: samples taken from each task file, from its beginning.
+        samples_per_task_dict: numbers of samples that differ, by task.
+        task_expert: expert by task (TASK=EXPERT), for task files that are not called like their expert.
+        mixed_precision: type of the weights while models run; auto is what accelerate launch was told, else bf16 or
+            fp16 on a GPU and float32 on a CPU.
+        loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
+            prompts cannot be predicted.
+        max_new_tokens: bound on the length of the responses that experts write where the files have none.
+        prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
+            question where it has none.
+    """
+
+    data_dir: str | None = None
+    samples_per_task: Count = 5
+    samples_per_task_dict: dict[str, Count] | None = None
+    task_expert: dict[str, str] | None = None
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    loss_tokens: Literal["all", "response"] = "all"
+    max_new_tokens: Count = 128
+    prompt_template: str | None = None

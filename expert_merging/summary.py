@@ -1,0 +1,112 @@
+"""What a run tells of itself: the plan, what may be amiss with it, and what came out."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from rich.console import Console
+
+from expert_merging.advice import warnings_before
+from expert_merging.checkpoint import weights_in_other_formats
+from expert_merging.checks import Job, method_options
+from expert_merging.machine import gib
+from expert_merging.merge import Summary, working_memory
+from expert_merging.options import show
+from expert_merging.plan import show_size
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "this run is complete already; remove its folder to repeat it"
+EVALUATION = "eval.json"
+
+
+def heading(job: Job) -> str:
+    """Method and folder."""
+    return f"method {job.resolved.method.name}, run folder {job.context.run.folder}"
+
+
+def plan_lines(job: Job) -> list[str]:
+    """The plan in words: experts, parameters, memory and disk."""
+    plan = job.context.plan
+    tensors = len(plan.base.entries)
+    options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
+    lines = [
+        f"base {plan.base.folder}",
+        *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
+        *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
+        *(note for preparation in job.preparations for note in preparation.notes),
+        f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
+        f"{tensors - len(plan.merged)} keep the base's value",
+        f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
+        f"{gib(merging_memory(job))} of memory on {job.context.device}",
+    ]
+    unread = weights_in_other_formats(plan.base)
+    if unread:
+        lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
+    return lines
+
+
+def merging_memory(job: Job) -> int:
+    """Bytes of memory that merging works with."""
+    return working_memory(job.context.plan, unit=job.unit, device=torch.device(job.context.device))
+
+
+def warnings(job: Job) -> list[str]:
+    """One line for everything that may not be as the user thinks."""
+    return warnings_before(
+        job.resolved,
+        job.context.backbone,
+        job.context.plan,
+        models=job.models,
+        memory=merging_memory(job),
+        device=job.context.device,
+    )
+
+
+def print_plan(job: Job, console: Console) -> None:
+    """Show the plan and what may be amiss with it."""
+    run = job.context.run
+    for line in (heading(job), *plan_lines(job)):
+        console.print(line, markup=False)
+    for line in warnings(job):
+        console.print(f"warning: {line}", markup=False)
+    if run.is_complete:
+        console.print(COMPLETE)
+    elif run.config.exists():
+        console.print("this run has been begun and would be continued")
+    console.print("dry run: all checks passed, nothing was written")
+
+
+def log_start(job: Job) -> None:
+    """Write the plan and its warnings to the log."""
+    for line in (heading(job), *plan_lines(job)):
+        logger.info("%s", line)
+    for line in warnings(job):
+        logger.warning("%s", line)
+
+
+def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
+    """Write to the log what came out and what to do with it.
+
+    Args:
+        job: the run.
+        summary: what the merge did; None where the run was complete already.
+        seconds: what it took.
+    """
+    backbone, run = job.context.backbone, job.context.run
+    if summary is not None:
+        if summary.kept_shards:
+            logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
+        if summary.changes:
+            name = max(summary.changes, key=lambda key: summary.changes[key])
+            where = " outside of them" if summary.kept_shards else ""
+            logger.info("largest relative change%s: %.3g in %s", where, summary.changes[name], name)
+        logger.info("done in %.1f s", seconds)
+    if run.board.exists():
+        logger.info("curves:       tensorboard --logdir %s", run.board)
+    for model in job.models:
+        logger.info("merged model: %s", model)
+        logger.info("load it:      %s", backbone.loading[0].format(model=model))
+        for command in backbone.evaluation_of(job.context.plan.base.model_type).commands:
+            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
