@@ -148,6 +148,38 @@ def test_the_shape_does_not_matter_to_an_elementwise_method(method):
     assert apply(method, given).flatten().equal(apply(method, given.flatten(1)))
 
 
+@each(those("matrix"))
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 4)], ids=str)
+def test_a_method_for_matrices_gives_other_tensors_the_scaled_mean(method, shape):
+    given = task_vectors(shape)
+    torch.testing.assert_close(apply(method, given, scaling_coefficient=0.5), given.mean(0) * 0.5)
+
+
+@each([method for method in all_methods().values() if method.parts is not None])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 5])
+@pytest.mark.parametrize("coefficient", [1.0, 0.3])
+def test_what_the_experts_add_sums_to_the_result(method, shape, experts, coefficient):
+    given = task_vectors(shape, experts)
+    if experts > 2:
+        given[1] = 0
+        given[-1] = given[0] * 2
+    options = {name: option.default for name, option in method.options.items()} | {"scaling_coefficient": coefficient}
+    parts = method.parts_rule({}, options)(given.clone(), Part.whole("weight", shape), torch.zeros(shape))
+    assert parts.shape == given.shape
+    assert parts.dtype == torch.float32
+    merged = apply(method, given, scaling_coefficient=coefficient)
+    torch.testing.assert_close(parts.sum(0), merged, rtol=1e-4, atol=1e-5)
+
+
+@each([method for method in all_methods().values() if method.parts is not None])
+def test_what_an_expert_adds_is_nothing_where_it_has_not_changed(method):
+    given = task_vectors((5, 3))
+    given[1] = 0
+    options = {name: option.default for name, option in method.options.items()}
+    assert method.parts_rule({}, options)(given, Part.whole("weight", (5, 3)), torch.zeros(5, 3))[1].abs().max() < 1e-6
+
+
 @each()
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
 def test_the_same_inputs_give_the_same_bytes(method, shape):
