@@ -80,7 +80,7 @@ class Method:
             that it may overwrite. It may run in a forked process, so nothing but its result is kept. It is given
             the options that it names, or all of them.
         options: its flags by name.
-        summary: first line of the docstring.
+        described: the function whose docstring describes it.
         aliases: other names that the command line accepts.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
@@ -101,7 +101,7 @@ class Method:
     name: str
     merge: Callable[..., Any]
     options: Mapping[str, Option]
-    summary: str
+    described: Callable[..., Any]
     aliases: tuple[str, ...] = ()
     family_defaults: tuple[str, ...] = ()
     promises: frozenset[str] = frozenset({ORDER_FREE, KEEPS_SINGLE})
@@ -126,6 +126,11 @@ class Method:
                 raise TypeError(
                     f"method {self.name}: {kind} cannot be {min(unknown)!r}; known are {', '.join(sorted(allowed))}"
                 )
+
+    @property
+    def summary(self) -> str:
+        """First line of its description."""
+        return (self.described.__doc__ or "").strip().split("\n")[0]
 
     @property
     def is_modifier(self) -> bool:
@@ -282,7 +287,7 @@ def enter_method(
         name=name or described.__name__,
         merge=merge,
         options=read_options(options or described),
-        summary=(described.__doc__ or "").strip().split("\n")[0],
+        described=described,
         needs=_needs(merge),
         **fields,
     )

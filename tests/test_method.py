@@ -120,7 +120,7 @@ def test_needs_are_given_by_name_in_any_order():
         return task_vectors[0]
 
     prepare = Prepare(lambda context: Preparation(lambda: {"found": 7}), ("found",))
-    method = Method("x", merge_, {}, "X.", needs=("seed", "base", "found", "part", "experts"), prepare=prepare)
+    method = Method("x", merge_, {}, merge_, needs=("seed", "base", "found", "part", "experts"), prepare=prepare)
     known = {"seed": 3, "experts": ("A", "B"), **method.prepared(None, {}).run()}
     method.rule(known, {})(GIVEN, PART, BASE)
     assert seen == [3, BASE, 7, PART, ("A", "B")]
@@ -133,7 +133,7 @@ def test_what_is_no_matrix_gets_the_scaled_mean(part):
     def never(task_vectors, *, scaling_coefficient):
         raise AssertionError("matrices alone")
 
-    method = Method("x", never, {}, "X.", unit="matrix", parts=never)
+    method = Method("x", never, {}, never, unit="matrix", parts=never)
     options = {"scaling_coefficient": 3.0}
     assert method.rule({}, options)(GIVEN, part, BASE).equal(GIVEN.mean(0) * 3)
     assert method.parts_rule({}, options)(GIVEN, part, BASE).equal(GIVEN * 1.5)
@@ -161,20 +161,22 @@ def test_modifiers_see_the_task_vectors_as_they_were_and_what_was_merged_so_far(
         task_vectors.zero_()
         return merged + first
 
-    method = Method("spoil", spoil, {}, "X.")
-    modifier = Method("add", add_first, {}, "X.", needs=("merged",))
+    method = Method("spoil", spoil, {}, spoil)
+    modifier = Method("add", add_first, {}, add_first, needs=("merged",))
     assert modifier.is_modifier
     assert not method.is_modifier
     rule = modified(method.rule({}, {}), [modifier.rule({}, {})] * 2)
     assert rule(GIVEN.clone(), PART, BASE).equal(1 + 2 * GIVEN[0])
-    masks = Method("masks", lambda given: {"merged": given[0] * 0, "mask": given[1]}, {}, "X.").rule({}, {})
+    masks = Method("masks", lambda given: {"merged": given[0] * 0, "mask": given[1]}, {}, spoil).rule({}, {})
     found = modified(masks, [modifier.rule({}, {})])(GIVEN.clone(), PART, BASE)
     assert found["merged"].equal(GIVEN[0])
     assert found["mask"].equal(GIVEN[1])
 
 
 def test_a_modifier_of_matrices_leaves_what_is_none_as_it_is():
-    modifier = Method("m", lambda given, merged: merged * 2, {}, "X.", needs=("merged",), unit="matrix").rule({}, {})
+    modifier = Method("m", lambda given, merged: merged * 2, {}, find_method, needs=("merged",), unit="matrix").rule(
+        {}, {}
+    )
     assert modifier(GIVEN, Part.whole("a", (6,)), BASE, BASE + 1).equal(BASE + 1)
     assert modifier(GIVEN, PART, BASE, BASE + 1).equal(BASE + 2)
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from expert_merging.backbone import Backbone
+from expert_merging.catalogue import all_methods
+from expert_merging.flags import describe_type
+from expert_merging.method import Method
 from expert_merging.options import show_default
-from expert_merging.registry import all_methods, describe_type
 from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL
@@ -66,15 +68,15 @@ def page_name(method: str) -> str:
     return method.replace("++", "_pp")
 
 
-def _documented(method: Any) -> DocumentedMethod:
-    summary, details = _paragraphs(method.function)
+def _documented(method: Method) -> DocumentedMethod:
+    summary, details = _paragraphs(method.described)
     return DocumentedMethod(
         name=method.name,
         aliases=tuple(method.aliases),
         summary=summary,
         details=details,
         flags=tuple(_flag(method, name) for name in method.options),
-        module=method.function.__module__.replace(".", "/") + ".py",
+        module=method.described.__module__.replace(".", "/") + ".py",
     )
 
 
@@ -86,7 +88,7 @@ def _paragraphs(function: Callable[..., Any]) -> tuple[str, str]:
     return summary.strip(), details.strip()
 
 
-def _flag(method: Any, name: str) -> Flag:
+def _flag(method: Method, name: str) -> Flag:
     option = method.options[name]
     shown = [show_default(name, method.defaults(family.defaults)[name]) for family in FAMILIES]
     # The first family's value is said first, the others' where they differ from it.
