@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from expert_merging.roles import is_in_decoder, is_matrix
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
-
-logger = logging.getLogger(__name__)
 
 
 def matrices(context: Context) -> list[str]:
@@ -42,6 +39,11 @@ def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
     return {expert: sum(size(name, samples.longest * count) for name in columns) for expert, count in asked.items()}
 
 
+def file_of(folder: Path, expert: str) -> Path:
+    """Where an expert's Gram matrices are."""
+    return folder / f"{expert}.safetensors"
+
+
 def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
     """Gram matrices of every merged matrix's inputs, by expert; those that are in the folder already are taken.
 
@@ -51,17 +53,15 @@ def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
         folder: where each expert's file is.
 
     Raises:
-        InputError: an expert answers with nothing or computes NaN; or the model computes otherwise than with linear
-            layers.
+        InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
     """
-    files = {expert: folder / f"{expert}.safetensors" for expert in context.plan.experts}
+    files = {expert: file_of(folder, expert) for expert in context.plan.experts}
     left = [expert for expert, file in files.items() if not file.exists()]
     if left:
         folder.mkdir(exist_ok=True)
-        wanted = matrices(context)
 
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            write_grams(files[expert], _grams_of(context, expert, model, wanted, own))
+            write_grams(files[expert], _grams_of(context, expert, model, own, samples.precision))
 
         missing = replace(context, plan=context.plan.only(left))
         maker = samples.target_maker(missing, (), torch.device(context.device))
@@ -71,22 +71,21 @@ def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
 
 @torch.no_grad()
 def _grams_of(
-    context: Context, expert: str, model: Any, wanted: Iterable[str], own: Iterable[Asked]
+    context: Context, expert: str, model: Any, own: Iterable[Asked], precision: str
 ) -> dict[tuple[str, ...], Gram]:
     """Gram matrices of one expert, by the names of the tensors that share them."""
     file_name = context.backbone.file_name
-    watch = InputWatch(model, {file_name(name): name for name in wanted}, file_name)
+    watch = InputWatch(model, {file_name(name): name for name in matrices(context)}, file_name)
     try:
         for asked in own:
             watch.run(asked)
         grams = watch.finish()
     finally:
         watch.close()
-    for names, gram in grams.items():
-        if not bool(torch.isfinite(gram.values).all()):
-            raise InputError(
-                f"expert {expert} computes NaN or infinite inputs of {names[0]}; give --mixed_precision bf16 or no"
-            )
+    faulty = [names[0] for names, gram in grams.items() if not bool(torch.isfinite(gram.values).all())]
+    if faulty:
+        hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
+        raise InputError(f"expert {expert} computes NaN or infinite inputs of {faulty[0]}{hint}")
     return grams
 
 

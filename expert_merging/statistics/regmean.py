@@ -50,7 +50,7 @@ def prepare_regmean(context: Context, **options: object) -> Preparation:
     """
     from expert_merging.outputs import mirror_of
     from expert_merging.running.samples import check_samples
-    from expert_merging.statistics.inputs import gather_grams, matrices, most_bytes
+    from expert_merging.statistics.inputs import file_of, gather_grams, matrices, most_bytes
     from expert_merging.writing import check_free_disk
 
     samples = check_samples(context, RegMeanOptions(**options), compares_logits=False)  # type: ignore[arg-type]
@@ -59,7 +59,8 @@ def prepare_regmean(context: Context, **options: object) -> Preparation:
         raise InputError("regmean merges matrices, and --exclude_params leaves none; use another method")
     folder = context.run.statistics
     most = most_bytes(context, samples)
-    if missing := sum(size for expert, size in most.items() if not (folder / f"{expert}.safetensors").exists()):
+    missing = sum(size for expert, size in most.items() if not file_of(folder, expert).exists())
+    if missing and not context.run.is_complete:
         check_free_disk(context.run.folder, missing + mirror_of(context.plan).size)
 
     def gather() -> dict[str, Grams]:
