@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,10 +103,11 @@ def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagon
     (section 3.3, for ``W`` of shape ``(outputs, inputs)``), entries beside its diagonal times the given factor. It is
     the mean over tokens, so that an expert with longer samples does not count for more.
 
-    Two deviations, both in what the data do not say. Changes are measured from the experts' mean and pulled towards
-    it, with the weight 1e-4 of each input's mean square beside what the factor leaves: a sum of few samples' Gram
-    matrices is singular at a factor of 1, and an expert whose samples never come by a layer, such as a projector of
-    pictures, then has no say in it beyond the mean. What is no matrix, and tables of words, get the mean as published.
+    Where the data do not say what to do, the result stays near the experts' mean: changes are measured from it, and
+    pulled back with a weight of 1e-4 of each input's mean square. The paper inverts the sum, which is singular at a
+    factor of 1 and fewer tokens than inputs. An expert whose samples never come by a layer, such as a projector of
+    pictures, has no say in it beyond the mean. All that is no linear layer's matrix gets the mean, as published; so
+    does the output head, where it is merged at all.
 
     Args:
         task_vectors: ``(experts, outputs, inputs)``.
@@ -118,39 +119,38 @@ def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagon
         Merged task vector ``(outputs, inputs)``.
     """
     mean = scaled_mean(task_vectors, 1.0)
-    own = grams.of(part.name)
-    if len(task_vectors) == 1 or not any(own):
+    own = {number: gram for number, gram in enumerate(grams.of(part.name)) if gram is not None}
+    if len(task_vectors) == 1 or not own:
         return mean
-    deviations = task_vectors.double().sub_(mean)
-    known = [(deviation, gram) for deviation, gram in zip(deviations, own, strict=True) if gram is not None]
-    correction = _least_squares(known, reduce_non_diagonal_ratio)
-    return mean + correction.to(mean.dtype)
+    deviations = ((task_vectors[number].double().sub_(mean), gram) for number, gram in own.items())
+    return mean + _least_squares(deviations, reduce_non_diagonal_ratio).to(mean.dtype)
 
 
-def _least_squares(known: Sequence[tuple[Tensor, Gram]], ratio: float) -> Tensor:
+def _least_squares(deviations: Iterable[tuple[Tensor, Gram]], ratio: float) -> Tensor:
     """``(sum_k D_k G_k) (sum_k G_k + ridge)^-1`` with reduced Gram matrices, in float64.
 
     Args:
-        known: deviation ``(outputs, inputs)`` and Gram matrix of each expert.
+        deviations: deviation ``(outputs, inputs)`` and Gram matrix of each expert, each held while it is added.
         ratio: factor on entries beside the diagonals.
     """
     import torch
 
-    device = known[0][0].device
     products: Any = 0
     diagonal: Any = 0
-    for deviation, gram in known:
-        own = gram.diagonal(device)
-        products = products + ratio * gram.product(deviation) + (1 - ratio) * own * deviation
-        diagonal = diagonal + own
+    grams = []
+    for deviation, gram in deviations:
+        squares = gram.diagonal(deviation.device)
+        own = gram.product(deviation).mul_(ratio).addcmul_(deviation, squares, value=1 - ratio)
+        products, diagonal = own.add_(products), squares.add_(diagonal)
+        grams.append(gram)
     # An input that is always 0 has no column to solve for; any number does.
     loading = torch.where(diagonal > 0, (1 - ratio + _RIDGE) * diagonal, 1.0)
-    grams = [gram for _, gram in known]
     if not any(gram.is_summed for gram in grams) and sum(gram.vectors for gram in grams) < len(diagonal):
-        return _solve_by_vectors(products, loading, torch.cat([gram.rows(device) for gram in grams]), ratio)
+        rows = torch.cat([gram.rows(diagonal.device) for gram in grams])
+        return _solve_by_vectors(products, loading, rows, ratio)
     total = torch.diag(loading)
     for gram in grams:
-        total.add_(gram.matrix(device), alpha=ratio)
+        total.add_(gram.matrix(diagonal.device), alpha=ratio)
     return torch.cholesky_solve(products.T, torch.linalg.cholesky(total)).T
 
 

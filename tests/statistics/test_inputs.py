@@ -86,11 +86,14 @@ def test_inputs_that_are_overwritten_meanwhile_are_taken_as_they_were():
         q(given)
         given.mul_(2)
         k(given)
+        given.mul_(2)
+        model.mlp1(given)
         given.mul_(0)
 
     found = watched(compute, x)
     close(found["q"], x)
     close(found["k"], 2 * x)
+    close(found["mlp1"], 4 * x)
 
 
 def test_a_layer_that_runs_twice_has_both_inputs():
@@ -147,5 +150,13 @@ def test_what_is_no_linear_layer_has_no_matrix():
     x = states()
     wanted = {"table": "table", "layers.0.q.weight": "base.q"}
     assert list(watched(lambda model, x, q, k, v: q(x) @ model.table.T, x, wanted=wanted)) == ["q"]
+    # Rows of one tensor of the file, of which some are a layer's and some are not.
+    fused = {"fused": "fused", "layers.0.q.weight": "q"}
+
+    def file_name(name: str) -> str:
+        return "fused" if name in ("table", "mlp1.weight") else name
+
+    found = watched(lambda model, x, q, k, v: (q(x), model.mlp1(x)), x, wanted=fused, file_name=file_name)
+    assert list(found) == ["q"]
     with pytest.raises(InputError, match=r"^Toy has no linear layer \(torch\.nn\.Linear\) among what is merged; use a"):
         watched(lambda model, x, q, k, v: None, x, wanted={"table": "table"})
