@@ -7,10 +7,12 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import linear, sparse, spectral, truncation, wudi
 from expert_merging.outputs import mirror
+from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
     "closed forms": (linear, sparse, spectral, truncation, wudi),
+    "statistics": (regmean,),
     "learned": (learned_methods,),
 }
 

@@ -241,9 +241,12 @@ def read_options(function: Callable[..., Any]) -> dict[str, Option]:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
-    annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
-    hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
+    if inspect.isclass(function):  # each class's annotations by what its own module imports
+        hints = typing.get_type_hints(function, include_extras=True)
+    else:
+        # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
+        annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
+        hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
     documented = reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]
     texts: dict[str, str] = {}
     for entry in documented:

@@ -44,6 +44,7 @@ class Run:
         self.board = folder / "board"
         self.state = folder / "state"
         self.responses = folder / "responses.json"
+        self.statistics = folder / "statistics"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
