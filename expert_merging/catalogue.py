@@ -6,12 +6,14 @@ from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import linear, sparse, spectral, truncation, wudi
+from expert_merging.mixtures import moe
 from expert_merging.outputs import mirror
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
     "closed forms": (linear, sparse, spectral, truncation, wudi),
     "learned": (learned_methods,),
+    "mixtures": (moe,),
 }
 
 
