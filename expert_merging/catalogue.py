@@ -6,6 +6,7 @@ from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import linear, sparse, spectral, truncation, wudi
+from expert_merging.mixtures import moe
 from expert_merging.outputs import mirror
 from expert_merging.statistics import regmean
 
@@ -14,6 +15,7 @@ KINDS = {
     "closed forms": (linear, sparse, spectral, truncation, wudi),
     "statistics": (regmean,),
     "learned": (learned_methods,),
+    "mixtures": (moe,),
 }
 
 

@@ -137,6 +137,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         merged=len(output.merged),
         tensors=sum(map(len, output.files.values())),
         is_mirror=bool(output.headers),
+        about=output.about,
     )
     write_atomically(folder / "README.md", card.encode())
     settings = backbone.evaluation_of(base.model_type).vlmeval
