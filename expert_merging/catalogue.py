@@ -7,7 +7,6 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import linear, sparse, spectral, truncation, wudi
 from expert_merging.mixtures import moe
-from expert_merging.outputs import mirror
 from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
@@ -22,16 +21,6 @@ KINDS = {
 def all_methods() -> dict[str, Method]:
     """Every method by name, those that read samples last."""
     return dict(sorted(TABLE.items(), key=lambda item: item[1].reads_samples))
-
-
-def comparable_methods() -> list[str]:
-    """Names of methods that make one model of the base's kind out of experts and samples alone."""
-
-    def is_comparable(method: Method) -> bool:
-        applies_an_earlier_run = "coefficients" in method.needs and not method.reads_samples
-        return method.outputs is mirror and not method.is_modifier and not applies_an_earlier_run
-
-    return [name for name, method in all_methods().items() if is_comparable(method)]
 
 
 def find_method(name: str) -> Method:

@@ -81,7 +81,7 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     if resolved.general["seed"] < 0:
         seed = description["seed"] = from_main_process(run.recorded_seed(seed))
     context = Context(
-        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, processes, find_method
+        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, find_method, processes
     )
     job = Job(resolved, context, (), (), description)
     return _check_rest(job)

@@ -142,6 +142,17 @@ class Method:
         """Whether it runs models on calibration samples."""
         return SAMPLES in self.reads
 
+    @property
+    def makes_one_model(self) -> bool:
+        """Whether it makes one model of the base's kind out of checkpoints and samples alone."""
+        applies_an_earlier_run = "coefficients" in self.needs and not self.reads_samples
+        return self.outputs is mirror and not self.is_modifier and not applies_an_earlier_run
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether it makes one model of the base's kind out of checkpoints alone."""
+        return self.makes_one_model and not self.reads_samples
+
     def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
         """Default of every option, with the family's value where the method leaves it to the family.
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging import merge, streaming
-from expert_merging.catalogue import comparable_methods, find_method
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.merge import working_memory, write_output
@@ -533,14 +533,14 @@ class StandInReader(Reader):
         self.stream = StandIn()
 
 
-METHODS = [name for name in comparable_methods() if not find_method(name).reads_samples]
+METHODS = [name for name, method in all_methods().items() if method.is_closed_form]
 
 
 def merge_by_method(name: str, base: Path, experts: list[Path], output: Path, device: torch.device):
     plan = make_plan(base, {f"E{number}": folder for number, folder in enumerate(experts)}, EXCLUDED)
     method = find_method(name)
     options = {option.name: option.default for option in method.options.values()}
-    context = Context(plan, BACKBONE, Run(output.parent), 3, str(device), "none", Bar())
+    context = Context(plan, BACKBONE, Run(output.parent), 3, str(device), "none", Bar(), find_method)
     known = {"seed": 3, "experts": tuple(plan.experts), **method.prepared(context, options).run()}
     write_mirror(plan, method.rule(known, options), output, unit=method.unit, device=device)
     close(plan)

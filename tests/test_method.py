@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expert_merging.catalogue import all_methods, comparable_methods, find_method
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.method import (
     KEEPS_SINGLE,
@@ -199,7 +199,9 @@ def test_a_method_may_be_described_by_another_function():
 
 
 def test_comparable_methods_make_one_model_of_experts_and_samples():
-    names = comparable_methods()
+    names = [name for name, method in all_methods().items() if method.makes_one_model]
     assert {"ties", "expert_merging"} <= set(names)
     assert not {"svd_intermediate", "coefficients"} & set(names)
+    assert find_method("ties").is_closed_form
+    assert not find_method("expert_merging").is_closed_form
     assert KEEPS_SINGLE in find_method("svd").promises

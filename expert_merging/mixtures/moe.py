@@ -17,7 +17,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.flags import Count
 from expert_merging.method import Method, Preparation, Prepare, enter_method
 from expert_merging.mixtures import mixtral
-from expert_merging.outputs import Output, mirror, shards
+from expert_merging.outputs import Output, shards
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
 
@@ -140,7 +140,6 @@ class _Shared:
         Raises:
             InputError: there is none, or it cannot merge these experts.
         """
-        assert context.find_method is not None  # noqa: S101  (every run has it)
         own = replace(context, plan=replace(context.plan, merged=mixtral.shared_of(context.plan)))
         try:
             method: Method = context.find_method(name)
@@ -165,8 +164,7 @@ class _Shared:
 
 def _check_closed_form(method: Method) -> None:
     """Check that the method makes one dense model of nothing but the base and the experts."""
-    applies_an_earlier_run = "coefficients" in method.needs
-    if method.reads_samples or method.is_modifier or method.outputs is not mirror or applies_an_earlier_run:
+    if not method.is_closed_form:
         raise InputError(
             "that is no closed form; choose a method that merges the base and experts alone into one dense model, such "
             "as weight_average, task_arithmetic, ties or svd"

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging.catalogue import all_methods, comparable_methods, find_method
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.method import Method
 from expert_merging.parts import Part
 from expert_merging.processes import ALONE
 
-METHODS = [find_method(name) for name in comparable_methods() if not find_method(name).reads_samples]
+METHODS = [method for method in all_methods().values() if method.is_closed_form]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
