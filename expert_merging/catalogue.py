@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
-from expert_merging.method import TABLE, Method
-from expert_merging.methods import linear, sparse, spectral, truncation, wudi
+from expert_merging.method import AT_MOST_TWO, TABLE, Method
+from expert_merging.methods import interpolation, linear, sparse, spectral, truncation, wudi
 from expert_merging.outputs import mirror
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, sparse, spectral, truncation, wudi),
+    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi),
     "learned": (learned_methods,),
 }
 
@@ -21,11 +21,13 @@ def all_methods() -> dict[str, Method]:
 
 
 def comparable_methods() -> list[str]:
-    """Names of methods that make one model of the base's kind out of experts and samples alone."""
+    """Names of methods that make one model of the base's kind out of any experts, and samples alone."""
 
     def is_comparable(method: Method) -> bool:
         applies_an_earlier_run = "coefficients" in method.needs and not method.reads_samples
-        return method.outputs is mirror and not method.is_modifier and not applies_an_earlier_run
+        takes_any_number = AT_MOST_TWO not in method.promises
+        is_model = method.outputs is mirror and not method.is_modifier
+        return is_model and takes_any_number and not applies_an_earlier_run
 
     return [name for name, method in all_methods().items() if is_comparable(method)]
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 Unit = Literal["entries", "matrix", "tensor"]
 UNITS: tuple[Unit, ...] = ("entries", "matrix", "tensor")
 
-ORDER_FREE, KEEPS_SINGLE = "order_free", "keeps_single"
+ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO = "order_free", "keeps_single", "at_most_two"
+PROMISES = (ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO)
 SAMPLES = "samples"
 
 # What every merge function may ask for by name beside what its preparation gives.
@@ -84,7 +85,8 @@ class Method:
         aliases: other names that the command line accepts.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
-            coefficient 1 gives that expert.
+            coefficient 1 gives that expert; ``at_most_two``: it is between two experts, or the base and one, and its
+            preparation refuses more.
         needs: what else `merge` takes, by name: ``part`` (a `Part`), ``base`` (the base's entries), ``seed``,
             ``experts`` (names), ``merged`` (what another method has made of the same entries), and what `prepare`
             gives. They are its positional parameters after the task vectors.
@@ -119,7 +121,7 @@ class Method:
             (set(self.needs) - known, "needs", known),
             ({self.unit} - set(UNITS), "unit", UNITS),
             (self.reads - {SAMPLES}, "reads", (SAMPLES,)),
-            (self.promises - {ORDER_FREE, KEEPS_SINGLE}, "promises", (ORDER_FREE, KEEPS_SINGLE)),
+            (self.promises - set(PROMISES), "promises", PROMISES),
             (set(self.family_defaults) - set(self.options), "family_defaults", self.options),
         ):
             if unknown:
