@@ -5,13 +5,14 @@ from __future__ import annotations
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import AT_MOST_TWO, TABLE, Method
-from expert_merging.methods import interpolation, linear, sparse, spectral, tall, truncation, wudi
+from expert_merging.methods import consensus, interpolation, linear, sparse, spectral, tall, truncation, wudi
 from expert_merging.outputs import mirror
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
     "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi),
     "several artefacts": (tall,),
+    "modifiers": (consensus,),
     "learned": (learned_methods,),
 }
 

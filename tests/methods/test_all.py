@@ -22,6 +22,7 @@ METHODS = [
     *(find_method(name) for name in comparable_methods() if not find_method(name).reads_samples),
     *(method for method in all_methods().values() if AT_MOST_TWO in method.promises),
 ]
+MODIFIERS = [method for method in all_methods().values() if method.is_modifier and not method.reads_samples]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -78,8 +79,8 @@ def rule_for(method: Method, given: torch.Tensor, **options: object):
     known = {"seed": 3, "experts": passes.expert_names, **method.prepared(context, chosen).run()}
     rule, base = method.rule(known, chosen), base_weights(given).view(-1)
 
-    def apply_to(task_vectors: torch.Tensor, part: Part) -> torch.Tensor:
-        return rule(task_vectors, part, base[part.start : part.stop].view(task_vectors.shape[1:]))
+    def apply_to(task_vectors: torch.Tensor, part: Part, *merged: torch.Tensor) -> torch.Tensor:
+        return rule(task_vectors, part, base[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
 
     return apply_to, passes.part
 
@@ -191,6 +192,62 @@ def test_a_merge_leaves_the_global_random_state_alone(method):
     before = torch.get_rng_state()
     apply(method, as_many_as(method, (5, 3)))
     assert torch.get_rng_state().equal(before)
+
+
+# What every modifier promises that needs no samples.
+
+
+def improve(modifier: Method, given: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    rule, part = rule_for(modifier, given)
+    return rule(given.clone(), part, merged.clone())
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("experts", [2, 5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_modifier_keeps_shape_type_and_device(method, shape, experts, device):
+    given = task_vectors(shape, experts).to(device)
+    improved = improve(method, given, given.mean(0))
+    assert improved.shape == shape
+    assert improved.dtype == torch.float32
+    assert improved.device.type == device
+    assert improved.isfinite().all()
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_modifier_makes_nothing_of_nothing(method, shape):
+    zeros = torch.zeros(3, *shape)
+    assert improve(method, zeros, zeros[0]).equal(zeros[0])
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experts_that_agree_in_all_leave_nothing_to_improve(method, shape):
+    given = task_vectors(shape, 1).expand(3, *shape).contiguous()
+    torch.testing.assert_close(improve(method, given, given[0]), given[0])
+
+
+@each(MODIFIERS)
+def test_a_modifier_changes_what_experts_do_not_agree_in(method):
+    """Without this, one that does nothing would pass everything else."""
+    given = task_vectors((6, 5))
+    assert not improve(method, given, given.mean(0)).allclose(given.mean(0))
+
+
+@each([method for method in MODIFIERS if method.unit == "entries"])
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=4))
+def test_a_modifier_s_blocks_give_the_bytes_of_the_whole(method, cuts):
+    given, merged = task_vectors((1000,)), task_vectors((1000,)).mean(0)
+    bounds = sorted({0, *cuts, 1000})
+    rule, part = rule_for(method, given)
+    blocks = [
+        rule(given[:, start:stop].clone(), part.between(start, stop), merged[start:stop])
+        for start, stop in pairwise(bounds)
+    ]
+    assert torch.cat(blocks).equal(improve(method, given, merged))
 
 
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)
