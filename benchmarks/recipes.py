@@ -49,7 +49,7 @@ def variants() -> list[Variant]:
 def _methods() -> Iterator[Variant]:
     """Every method that makes one model, with its defaults."""
     for name, method in all_methods().items():
-        if method.makes_one_model:
+        if method.merges_any_experts:
             yield Variant(name, name)
 
 

@@ -351,9 +351,8 @@ class _Merger:
                 for place, buffer in buffers.items():
                     source = place.slot.source
                     assert isinstance(source, Merged)  # noqa: S101  (others are copied)
-                    first = (piece.start - part.start) // source.packed
                     found = results[source.result].reshape(-1)
-                    run = buffer[first : first + len(found)]
+                    run = buffer[_packed_run(part, piece, source, len(found))]
                     if source.result != "merged":
                         run.copy_(found, non_blocking=True)
                         continue
@@ -382,6 +381,16 @@ class _Merger:
         else:
             base, task_vectors = self.reader.read(part)
             yield part, base, task_vectors.view(len(task_vectors), *_whole_shape(part))
+
+
+def _packed_run(part: Part, piece: Part, source: Merged, found: int) -> slice:
+    """Where what a rule has made of a piece of a part lies in the buffer of the part's result."""
+    first, inside = divmod(piece.start - part.start, source.packed)
+    if inside or part.start % source.packed:
+        raise ValueError(f"{source.name} is cut at entry {piece.start}, inside a run of {source.packed}")
+    if found != (expected := -(-piece.entries // source.packed)):
+        raise ValueError(f"{source.result} of {piece.entries} entries of {source.name}: {found} instead of {expected}")
+    return slice(first, first + found)
 
 
 def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]], dict[str, _Place], int]:

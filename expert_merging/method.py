@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 Unit = Literal["entries", "matrix", "tensor"]
 UNITS: tuple[Unit, ...] = ("entries", "matrix", "tensor")
 
-ORDER_FREE, KEEPS_SINGLE = "order_free", "keeps_single"
+ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO = "order_free", "keeps_single", "at_most_two"
+PROMISES = (ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO)
 SAMPLES = "samples"
 
 # What every merge function may ask for by name beside what its preparation gives.
@@ -84,7 +85,8 @@ class Method:
         aliases: other names that the command line accepts.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
-            coefficient 1 gives that expert.
+            coefficient 1 gives that expert; ``at_most_two``: it is between two experts, or the base and one, and its
+            preparation refuses more.
         needs: what else `merge` takes, by name: ``part`` (a `Part`), ``base`` (the base's entries), ``seed``,
             ``experts`` (names), ``merged`` (what another method has made of the same entries), and what `prepare`
             gives. They are its positional parameters after the task vectors.
@@ -119,7 +121,7 @@ class Method:
             (set(self.needs) - known, "needs", known),
             ({self.unit} - set(UNITS), "unit", UNITS),
             (self.reads - {SAMPLES}, "reads", (SAMPLES,)),
-            (self.promises - {ORDER_FREE, KEEPS_SINGLE}, "promises", (ORDER_FREE, KEEPS_SINGLE)),
+            (self.promises - set(PROMISES), "promises", PROMISES),
             (set(self.family_defaults) - set(self.options), "family_defaults", self.options),
         ):
             if unknown:
@@ -143,15 +145,16 @@ class Method:
         return SAMPLES in self.reads
 
     @property
-    def makes_one_model(self) -> bool:
-        """Whether it makes one model of the base's kind out of checkpoints and samples alone."""
-        applies_an_earlier_run = "coefficients" in self.needs and not self.reads_samples
-        return self.outputs is mirror and not self.is_modifier and not applies_an_earlier_run
-
-    @property
     def is_closed_form(self) -> bool:
         """Whether it makes one model of the base's kind out of checkpoints alone."""
-        return self.makes_one_model and not self.reads_samples
+        is_own_method = not self.is_modifier and "coefficients" not in self.needs
+        return self.outputs is mirror and is_own_method and not self.reads_samples
+
+    @property
+    def merges_any_experts(self) -> bool:
+        """Whether it makes one model of the base's kind out of any number of experts, and samples if it reads them."""
+        makes_one = self.is_closed_form or (self.outputs is mirror and self.reads_samples and not self.is_modifier)
+        return makes_one and AT_MOST_TWO not in self.promises
 
     def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
         """Default of every option, with the family's value where the method leaves it to the family.

@@ -199,7 +199,7 @@ def test_a_method_may_be_described_by_another_function():
 
 
 def test_comparable_methods_make_one_model_of_experts_and_samples():
-    names = [name for name, method in all_methods().items() if method.makes_one_model]
+    names = [name for name, method in all_methods().items() if method.merges_any_experts]
     assert {"ties", "expert_merging"} <= set(names)
     assert not {"svd_intermediate", "coefficients"} & set(names)
     assert find_method("ties").is_closed_form

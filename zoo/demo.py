@@ -47,7 +47,7 @@ def demo(
     """
     family = load_family(family_name)
     names = (
-        [name for name, entry in all_methods().items() if entry.makes_one_model]
+        [name for name, entry in all_methods().items() if entry.merges_any_experts]
         if "all" in methods
         else [find_method(name).name for name in methods]
     )
