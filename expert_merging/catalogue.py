@@ -7,11 +7,13 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import linear, sparse, spectral, truncation, wudi
 from expert_merging.outputs import mirror
+from expert_merging.search import methods as search_methods
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
     "closed forms": (linear, sparse, spectral, truncation, wudi),
     "learned": (learned_methods,),
+    "search": (search_methods,),
 }
 
 

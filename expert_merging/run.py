@@ -43,6 +43,7 @@ class Run:
         self.holds_several = False
         self.board = folder / "board"
         self.state = folder / "state"
+        self.evaluations = folder / "evaluations.json"
         self.responses = folder / "responses.json"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
