@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.options import ROOT
+from expert_merging.run import Run
 from expert_merging.search.score import Scorer
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merge_plainly, merged, refusal, refused
@@ -221,3 +226,21 @@ def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monke
     assert refusal(capsys, *command, "--output_path", tmp_path / "out").startswith(
         "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread"
     )
+
+
+def test_two_processes_find_what_one_finds(command, whole, tmp_path):
+    """Each scores its share: the start is one candidate for two processes, generations are four."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "Mistral" / "model_merging.py"]
+    given = [*torchrun, *command, "--device", "cpu", "--output_path", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, given)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "evo").iterdir()
+    check_same(Run(folder), whole)
