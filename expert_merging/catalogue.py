@@ -7,6 +7,7 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import consensus, interpolation, linear, sparse, spectral, tall, truncation, wudi
 from expert_merging.mixtures import moe
+from expert_merging.search import methods as search_methods
 from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
@@ -16,6 +17,7 @@ KINDS = {
     "modifiers": (consensus,),
     "statistics": (regmean,),
     "learned": (learned_methods,),
+    "search": (search_methods,),
     "mixtures": (moe,),
 }
 

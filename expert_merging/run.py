@@ -43,6 +43,7 @@ class Run:
         self.holds_several = False
         self.board = folder / "board"
         self.state = folder / "state"
+        self.evaluations = folder / "evaluations.json"
         self.responses = folder / "responses.json"
         self.statistics = folder / "statistics"
         self.coefficients = folder / "coefficients.safetensors"
