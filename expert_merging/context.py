@@ -29,6 +29,7 @@ class Context:
         processes: the processes that share passes over task vectors.
         find_method: another method by name, with its defaults, for methods that build on one
             (`expert_merging.catalogue.find_method`).
+        dry_run: nothing is done after the checks, so that they need not keep what they have read.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Context:
     progress: Progress
     processes: Processes = ALONE
     find_method: Callable[[str], Any] | None = None
+    dry_run: bool = False
 
     @property
     def passes(self) -> Passes:
