@@ -75,6 +75,11 @@ class Target:
     layers: tuple[Tensor, ...]
     head: torch.nn.Module | None
 
+    @property
+    def task(self) -> str:
+        """The task that the sample belongs to."""
+        return self.sample.task
+
 
 @dataclass(frozen=True)
 class TargetMaker:
