@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import AT_MOST_TWO, TABLE, Method
@@ -18,8 +20,13 @@ KINDS = {
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name, those that read samples last."""
-    return dict(sorted(TABLE.items(), key=lambda item: item[1].reads_samples))
+    """Every method by name, in the order of their kinds and modules, those that read samples last."""
+    places = {module.__name__: place for place, module in enumerate(itertools.chain(*KINDS.values()))}
+
+    def place(method: Method) -> tuple[bool, int]:
+        return method.reads_samples, places.get(method.merge.__module__, len(places))
+
+    return dict(sorted(TABLE.items(), key=lambda item: place(item[1])))
 
 
 def comparable_methods() -> list[str]:
