@@ -23,7 +23,7 @@ def test_every_method_is_measured_and_no_two_share_a_run_or_figures(tmp_path, mo
     monkeypatch.setattr(quality, "default_folder", lambda family, seed: tmp_path)
     (tmp_path / "zoo.json").write_text("{}")
     cases = [Case(variant, seed) for variant in variants for seed in (0, 1)]
-    assert len({case.run for case in cases}) == len(cases)
+    assert len({case.run.folder for case in cases}) == len(cases)
     assert len({case.score for case in cases}) == len(cases)
 
 
