@@ -49,8 +49,8 @@ def demo(
     family = load_family(family_name)
     names = comparable_methods() if "all" in methods else [find_method(name).name for name in methods]
     zoo = default_folder(family_name, seed)
-    with progress(console) as show:
-        build(family, zoo, seed=seed, show=show)
+    with progress(console) as shown:
+        build(family, zoo, seed=seed, progress=shown)
     merge = _Merging(family, zoo, seed, results)
     runs = [merge.run(name, console=console) for name in names]
     console.print("answering the held-out questions ...")
