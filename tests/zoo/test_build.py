@@ -101,6 +101,7 @@ def test_folder_of_another_zoo_is_refused(own_zoo: Path) -> None:
             build(family, own_zoo, seed=seed, workers=0)
 
 
+@pytest.mark.slow
 def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
     removed = own_zoo / BACKBONE.expert_folders["Code"]
     removed.rename(own_zoo.with_name("removed"))
@@ -117,6 +118,7 @@ def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
     assert contents(own_zoo) == contents(built_zoo)
 
 
+@pytest.mark.slow
 def test_worker_that_fails_ends_the_build(tmp_path: Path) -> None:
     family = replace(brief_family(), new_model=unusable_model)
     with pytest.raises(InputError, match="training the base stopped with exit code 3; the same command goes on"):
