@@ -5,29 +5,26 @@ from __future__ import annotations
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
-from expert_merging.methods import linear, sparse, spectral, truncation, wudi
-from expert_merging.outputs import mirror
+from expert_merging.methods import consensus, interpolation, linear, sparse, spectral, tall, truncation, wudi
+from expert_merging.mixtures import moe
+from expert_merging.search import methods as search_methods
+from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, sparse, spectral, truncation, wudi),
+    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi),
+    "several artefacts": (tall,),
+    "modifiers": (consensus,),
+    "statistics": (regmean,),
     "learned": (learned_methods,),
+    "search": (search_methods,),
+    "mixtures": (moe,),
 }
 
 
 def all_methods() -> dict[str, Method]:
     """Every method by name, those that read samples last."""
     return dict(sorted(TABLE.items(), key=lambda item: item[1].reads_samples))
-
-
-def comparable_methods() -> list[str]:
-    """Names of methods that make one model of the base's kind out of experts and samples alone."""
-
-    def is_comparable(method: Method) -> bool:
-        applies_an_earlier_run = "coefficients" in method.needs and not method.reads_samples
-        return method.outputs is mirror and not method.is_modifier and not applies_an_earlier_run
-
-    return [name for name, method in all_methods().items() if is_comparable(method)]
 
 
 def find_method(name: str) -> Method:

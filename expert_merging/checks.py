@@ -81,7 +81,7 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     if resolved.general["seed"] < 0:
         seed = description["seed"] = from_main_process(run.recorded_seed(seed))
     context = Context(
-        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, processes, find_method
+        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, find_method, processes
     )
     job = Job(resolved, context, (), (), description)
     return _check_rest(job)
@@ -116,6 +116,8 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
+    if decisive["post"] is None:
+        del decisive["post"]
     saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
     return {
         "family": backbone.name,

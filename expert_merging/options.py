@@ -16,6 +16,7 @@ from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, describe_type, read_options
 from expert_merging.method import Method
+from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,6 +419,9 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
             else:
                 known = [step.name for step in all_methods().values() if step.is_modifier]
                 problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
+    if modifiers and method.outputs is not mirror:
+        names = " ".join(step.name for step in modifiers)
+        problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")
     return method, tuple(modifiers)
 
 

@@ -85,8 +85,13 @@ class Samples:
         )
 
 
-def check_samples(context: Context, options: SampleOptions) -> Samples:
+def check_samples(context: Context, options: SampleOptions, *, compares_logits: bool = True) -> Samples:
     """Read the calibration files and check that every model of the run can be asked.
+
+    Args:
+        context: the run.
+        options: which samples are asked, and how.
+        compares_logits: the models' output heads are used apart from the models.
 
     Raises:
         InputError: every problem found.
@@ -97,7 +102,7 @@ def check_samples(context: Context, options: SampleOptions) -> Samples:
     with problems.collecting():
         precision = _precision(options.mixed_precision, context.device)
     with problems.collecting():
-        _check_model(context)
+        _check_model(context, compares_logits=compares_logits)
     if options.prompt_template is not None and "{question}" not in options.prompt_template:
         problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():
@@ -141,7 +146,7 @@ def _check_prompts(context: Context, samples: list[Sample], options: SampleOptio
     return longest
 
 
-def _check_model(context: Context) -> None:
+def _check_model(context: Context, *, compares_logits: bool) -> None:
     """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     plan, file_name = context.plan, context.backbone.file_name
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
@@ -150,7 +155,7 @@ def _check_model(context: Context) -> None:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
     refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
-    if changed:
+    if changed and compares_logits:
         raise InputError(
             f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "
             "not cover; closed-form methods do"

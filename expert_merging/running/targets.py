@@ -1,4 +1,4 @@
-"""What the experts say about the calibration samples, computed once before training.
+"""The one loop over experts and their samples, and what training keeps of it.
 
 Experts are frozen and the samples fixed, so each expert is loaded once, answers the samples that have no response,
 runs over its samples, and is released. What training needs of it stays: the hidden states at the aligned layers, the
@@ -11,10 +11,10 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,12 +25,33 @@ from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
-from expert_merging.progress import Progress
+from expert_merging.progress import Advance, Progress
 from expert_merging.roles import output_head
 from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sample as its expert is asked.
+
+    Args:
+        number: its place among the samples.
+        sample: the sample, its response filled in.
+        inputs: model inputs of prompt and response, batch of one.
+        tokens: ``(selected,)`` positions that are looked at.
+    """
+
+    number: int
+    sample: Sample
+    inputs: Mapping[str, Tensor]
+    tokens: Tensor
+
+
+# ``(expert's name, its model, its samples)``; the model is released when it returns.
+Look: TypeAlias = Callable[[str, Any, Iterator[Asked]], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetMaker:
-    """Loads experts and records their behaviour.
+    """Loads experts, asks them and records their behaviour.
 
     Args:
         backbone: the model family.
@@ -86,36 +107,52 @@ class TargetMaker:
 
     def make(self, samples: Sequence[Sample]) -> list[Target]:
         """Targets of all samples, in their order."""
+        made: dict[int, Target] = {}
+
+        def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
+            head = self._own_head(model, expert)
+            for asked in own:
+                made[asked.number] = self._record(model, asked, head)
+
+        self.ask(samples, look)
+        return [made[number] for number in range(len(samples))]
+
+    def ask(self, samples: Sequence[Sample], look: Look) -> None:
+        """Load each expert once and look at it with its samples; only one is in memory at a time.
+
+        Args:
+            samples: the samples of all experts of the plan.
+            look: is shown each expert.
+        """
         processor = self.backbone.load_processor(self.plan.base.folder)
         missing = sum(sample.response is None for sample in samples)
-        made: dict[int, Target] = {}
         with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
             for expert, checkpoint in self.plan.experts.items():
                 advance(0, expert)
                 model = load_on(self.device, self.backbone, checkpoint, self.dtype, sharded=self.sharded)
-                own = [index for index, sample in enumerate(samples) if sample.expert == expert]
-                answered = self._answer(model, processor, [samples[index] for index in own], advance)
-                head = self._own_head(model, expert)
-                for index, sample in zip(own, answered, strict=True):
-                    made[index] = self._record(model, processor, sample, head)
-                    advance(1, expert)
+                own = {number: sample for number, sample in enumerate(samples) if sample.expert == expert}
+                answered = self._answer(model, processor, list(own.values()), advance)
+                look(expert, model, self._asked(processor, dict(zip(own, answered, strict=True)), advance))
                 del model
-        return [made[index] for index in range(len(samples))]
+
+    def _asked(self, processor: Any, samples: Mapping[int, Sample], advance: Advance) -> Iterator[Asked]:
+        for number, sample in samples.items():
+            inputs, prompt_tokens = self._encode(processor, sample)
+            length = inputs["input_ids"].shape[1]
+            # A token is predicted at the position before it; nothing follows the last one.
+            positions = range(prompt_tokens - 1, length - 1) if self.response_only else range(length)
+            yield Asked(number, sample, inputs, torch.tensor(list(positions), device=self.device))
+            advance(1, sample.expert)
 
     @torch.no_grad()
-    def _record(self, model: Any, processor: Any, sample: Sample, head: torch.nn.Module | None) -> Target:
-        inputs, prompt_tokens = self._encode(processor, sample)
-        length = inputs["input_ids"].shape[1]
-        # A token is predicted at the position before it; nothing follows the last one.
-        positions = range(prompt_tokens - 1, length - 1) if self.response_only else range(length)
-        tokens = torch.tensor(list(positions), device=self.device)
-        hidden, last = hidden_states(model, inputs)
+    def _record(self, model: Any, asked: Asked, head: torch.nn.Module | None) -> Target:
+        hidden, last = hidden_states(model, asked.inputs)
         return Target(
-            sample=sample,
-            inputs=inputs,
-            tokens=tokens,
-            last_hidden=last[0, tokens],
-            layers=tuple(hidden[layer][0, tokens] for layer in self.layers),
+            sample=asked.sample,
+            inputs=asked.inputs,
+            tokens=asked.tokens,
+            last_hidden=last[0, asked.tokens],
+            layers=tuple(hidden[layer][0, asked.tokens] for layer in self.layers),
             head=head,
         )
 
@@ -144,7 +181,7 @@ class TargetMaker:
             return None
         return copy.deepcopy(head)
 
-    def _answer(self, model: Any, processor: Any, samples: list[Sample], advance: Any) -> list[Sample]:
+    def _answer(self, model: Any, processor: Any, samples: list[Sample], advance: Advance) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
         kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
         answered = []
