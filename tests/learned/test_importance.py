@@ -14,12 +14,12 @@ from expert_merging.learned.coefficients import Coefficients, chunk_length
 from expert_merging.learned.importance import (
     allocate_chunks,
     describe_layers,
-    find_places,
     layer_importance,
     load_layers,
     mean_coefficients,
     save_layers,
 )
+from expert_merging.roles import find_places
 
 SIZES = {"a": 100, "b": 300, "c": 600}
 

@@ -14,7 +14,8 @@ from expert_merging.checkpoint import Checkpoint
 from expert_merging.learned import memory
 from expert_merging.learned.memory import Machine, choose, describe, estimate, this_machine
 from expert_merging.learned.options import LearningOptions
-from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
+from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, TaskVectors
+from expert_merging.parts import Part
 from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import write_checkpoint
 
@@ -50,6 +51,9 @@ def test_gradients_are_added_up_in_what_asked_places_leave():
     assert not choose(SIZES, 50, 120, 0, task_vectors=DEVICE, rank_batches="auto").accumulates
 
 
+WHOLE, SHORT = Part.whole("w", (1000,)), Part.whole("v", (7,))
+
+
 def make_vectors(folder: Path, scale=(1.0, 1.0)) -> tuple[TaskVectors, list[torch.Tensor]]:
     """Three types, and sizes around that of a block."""
     generator = torch.Generator().manual_seed(0)
@@ -70,18 +74,18 @@ def test_blocks_hold_exactly_the_differences(place, tmp_path):
     vectors, (base, *experts) = make_vectors(tmp_path, scale=(1.0, 0.5))
     vectors._block = 300
     vectors.place({"w": place, "v": place})
-    spans = [Span("w", 100, 950), Span("v", 0, 7), Span("w", 0, 0)]
+    wanted = [WHOLE.between(100, 950), SHORT, WHOLE.between(0, 0)]
     covered = []
-    for span, part, found_base, found in vectors.blocks(spans, after=spans[0]):
+    for own, part, found_base, found in vectors.blocks(wanted, after=wanted[0]):
         run = slice(part.start, part.stop)
         assert torch.equal(found_base, base[run])
         assert torch.equal(found, torch.stack([experts[0][run] - base[run], (experts[1][run] - base[run]) * 0.5]))
-        covered.append((span, part))
+        covered.append((own, part))
     assert covered == [
-        (spans[0], Span("w", 100, 400)),
-        (spans[0], Span("w", 400, 700)),
-        (spans[0], Span("w", 700, 950)),
-        (spans[1], spans[1]),
+        (wanted[0], WHOLE.between(100, 400)),
+        (wanted[0], WHOLE.between(400, 700)),
+        (wanted[0], WHOLE.between(700, 950)),
+        (wanted[1], wanted[1]),
     ]
 
 
@@ -92,11 +96,11 @@ def test_a_block_is_fetched_while_the_one_before_is_used(tmp_path, monkeypatch):
     bring = vectors._bring
     monkeypatch.setattr(vectors, "_bring", lambda part: (started.append(part), bring(part))[1])
     seen = []
-    for _, part, _, _ in vectors.blocks([Span("w", 0, 1000)], after=Span("v", 0, 7)):
+    for _, part, _, _ in vectors.blocks([WHOLE], after=SHORT):
         vectors._coming[1].result()
         seen.append((part, started[-1]))
-    assert seen == [(Span("w", 0, 500), Span("w", 500, 1000)), (Span("w", 500, 1000), Span("v", 0, 7))]
-    next(vectors.blocks([Span("v", 0, 7)]))
+    assert seen == [(WHOLE.between(0, 500), WHOLE.between(500, 1000)), (WHOLE.between(500, 1000), SHORT)]
+    next(vectors.blocks([SHORT]))
     assert len(started) == 3, "what was foreseen is not fetched again"
 
 
@@ -105,10 +109,10 @@ def test_places_can_change_and_be_released(tmp_path):
     for place in (HOST, DISK, DEVICE):
         vectors.place(dict.fromkeys(vectors.places, place))
         assert set(vectors.places.values()) == {place}
-        assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+        assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([WHOLE])] == [True]
     vectors.release()
     assert set(vectors.places.values()) == {DISK}
-    assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+    assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([WHOLE])] == [True]
 
 
 def test_magnitudes_are_the_means_of_absolute_entries(tmp_path):
@@ -220,11 +224,11 @@ def test_all_processes_measure_before_one_takes_anything(monkeypatch):
     events = []
     vectors = SimpleNamespace(sizes={"w": 8}, places={"w": "disk"}, device=torch.device("cpu"))
     vectors.place = lambda places: events.append("place")
-    live = SimpleNamespace(task_vectors=vectors, spans={})
+    live = SimpleNamespace(task_vectors=vectors, parts={})
     monkeypatch.setattr(memory, "free_host_memory", lambda: events.append("measure") or 100.0)
-    memory.arrange(live, LearningOptions(), lambda: None, lambda: events.append("meet"))
-    assert list(dict.fromkeys(events)) == ["meet", "measure", "place"]
-    last = len(events) - 1 - events[::-1].index("meet")
+    memory.arrange(live, LearningOptions(), lambda: None, lambda: events.append("barrier"))
+    assert list(dict.fromkeys(events)) == ["barrier", "measure", "place"]
+    last = len(events) - 1 - events[::-1].index("barrier")
     assert "measure" not in events[last:]
 
 

@@ -32,7 +32,7 @@ def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1)
-    trainer.settings = replace(trainer.settings, precision="fp16")
+    trainer.settings = replace(trainer.settings, asked=replace(trainer.settings.asked, precision="fp16"))
     scale_losses(trainer, 2.0**10)
     half = trainer.train()
     assert {parameter.dtype for parameter in trainer.live.model.parameters()} == {torch.float16}

@@ -48,6 +48,6 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
             sample.question,
             sample.response or answers[f"{sample.task}/{sample.identity}/{sample.question}"]["response"],
         )
-        for sample in settings.samples
+        for sample in settings.asked.samples
     ]
     return twin, examples
