@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import Coefficients, chunk_length
+from expert_merging.learned.chunks import chunk_length
+from expert_merging.learned.coefficients import Coefficients
 from expert_merging.learned.importance import (
     allocate_chunks,
     describe_layers,

@@ -9,10 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from expert_merging.catalogue import find_method
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned import stages
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.directions import find_directions
 from expert_merging.learned.importance import load_layers
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.stages import one_stage, two_stages
@@ -33,7 +35,7 @@ def prepare(cache, folder):
     """The plan, and a context whose run folder exists."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = make_plan(cache / BASE, {name: cache / path for name, path in EXPERTS.items()}, EXCLUDED)
-    return plan, Context(plan, BACKBONE, Run(folder), 3, "cpu", "none", no_progress)
+    return plan, Context(plan, BACKBONE, Run(folder), 3, "cpu", "none", no_progress, find_method=find_method)
 
 
 def learn(method, kind, cache, folder, *, shared=None, **options):
@@ -193,7 +195,7 @@ def test_coefficients_that_no_first_stage_can_have_are_refused(answered_zoo, tmp
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
     trimmed = {"thresholds": [0.0, 0.0, 0.0], "majority": 1.0}
     file.write_text(json.dumps({**json.loads(good), "trimming": trimmed}))
-    with pytest.raises(InputError, match="on trimmed task vectors; give a run of expert_merging"):
+    with pytest.raises(InputError, match="were learned on trimmed and this run learns on task_vectors"):
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
     file.write_text(good)
     next(iter(coefficients.values.values())).fill_(1.5)
@@ -213,12 +215,14 @@ def test_adamerging_is_the_twin_with_entropies(answered_zoo, tmp_path):
 
 def test_adamerging_pp_is_the_twin_on_trimmed_task_vectors(answered_zoo, tmp_path):
     coefficients = learn(one_stage, TrimmingOptions, answered_zoo, tmp_path, density=0.25, learning_rate=0.05)
-    plan, _ = prepare(answered_zoo, tmp_path)
+    plan, context = prepare(answered_zoo, tmp_path)
+    assert coefficients.directions == {"name": "trimmed", "options": {"density": 0.25}}
+    rule = find_directions(context, **coefficients.directions).prepare()
     twin, samples = twin_of(plan, layers=[], entropy=True, density=0.25, learning_rate=0.05)
     for name in plan.merged:
         _, task_vectors = read_task_vectors(plan, plan.part(name), torch.device("cpu"))
         expected = torch.stack([vector.flatten() for vector in twin.task_vectors[name]])
-        assert torch.equal(coefficients.trimming(task_vectors), expected)
+        assert torch.equal(rule(task_vectors, plan.part(name), None), expected)
         assert 0 < expected.count_nonzero() < 0.25 * expected.numel()
     twin.train(samples, 1, seed=3)
     assert_like_twin(coefficients, twin)
