@@ -7,6 +7,7 @@ has trimmed (AdaMerging++). What is known of them before training is recorded be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,7 @@ def _parts_of(context: Context, method: Method, recorded: Mapping[str, Any] | No
     own = {name: options[name] for name in method.options}
     preparation = method.prepared(context, own)
 
+    @functools.cache
     def prepare() -> Rule:
         known = {"experts": tuple(context.plan.experts), "seed": options["seed"], **preparation.run()}
         return method.parts_rule(known, own)
@@ -138,6 +140,7 @@ def _trimmed(context: Context, options: Mapping[str, Any]) -> Directions:
         options: the ``density``; or what was found for it, ``thresholds`` and ``majority``.
     """
 
+    @functools.cache
     def prepare() -> Rule:
         if "thresholds" in options:
             return Trimming(tuple(map(float, options["thresholds"])), float(options["majority"]))

@@ -43,7 +43,8 @@ def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypat
     for name, value in {"TEXT_TOKENS": (20, 40), "TILE_TOKENS": 4, "TILE_PIXELS": 56, "TOKENS": (5, 75)}.items():
         monkeypatch.setattr(variants, name, value)
     # What this process has taken at most was taken by other tests, perhaps.
-    monkeypatch.setattr(trainer, "resident", lambda kind, amounts=count(1): next(amounts))
+    amounts = count(1)
+    monkeypatch.setattr(trainer, "resident", lambda _: next(amounts))
     case = Case("limit", shape, 0, 3, 2, 9, "cpu", "float32", "host", "update", False, str(tmp_path))
     make_checkpoints(case)
     found = {}

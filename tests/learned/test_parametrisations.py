@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging.learned.chunks import chunk_count
+from expert_merging.learned.live import LiveModel
 from expert_merging.learned.parametrisations import CoefficientVector, Layout, Parametrisation
 from expert_merging.parts import Part
+from expert_merging.streaming import read_task_vectors
+from tests.learned.training import make_trainer
 
 
 @pytest.mark.parametrize("many", [1, 3, 10**6])
@@ -50,6 +55,52 @@ def test_merging_says_which_coefficient_an_entry_has():
     vector = CoefficientVector(Layout({"w": 4}, [0.3, 0.3]))
     merged = vector.merge(values, directions.view(2, -1), Part.whole("w", (4, 3)))
     torch.testing.assert_close(merged.view(4, 3), (values[:, :, None] * directions).sum(0))
+
+
+class Weights(Parametrisation):
+    """The merged task vector's entries themselves, squashed: everything but the merge is the default."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        stops = list(accumulate(sizes.values()))
+        self.places = {name: slice(stop - sizes[name], stop) for name, stop in zip(sizes, stops, strict=True)}
+        self.constants = {}
+        self.raw = torch.nn.Parameter(0.01 * torch.randn(stops[-1]))
+
+    def forward(self):
+        return self.raw * 2
+
+    def merge(self, values, directions, part):
+        return values[part.start : part.stop].tanh() * directions.mean(0)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_parametrisation_that_only_merges_has_the_gradient_of_merging_in_every_pass(
+    accumulates, answered_zoo, tmp_path
+):
+    torch.manual_seed(0)
+    trainer = make_trainer(answered_zoo, tmp_path)
+    material = trainer.gather()
+    material.task_vectors._block, material.task_vectors._step = 300, 100
+    parts = {name: trainer.plan.part(name) for name in trainer.plan.merged}
+    own = Weights({name: part.elements for name, part in parts.items()})
+    base = {name: value.detach().clone() for name, value in material.model.named_parameters()}
+    live = LiveModel(material.model, material.task_vectors, own, lambda name: name)
+    live.accumulates = accumulates
+    target, losses = material.targets[0], trainer.settings.objective.losses
+    for _ in range(2):  # of which the second knows what is fetched next
+        live.rebuild()
+        sum(losses(live.model, target)).backward()
+        live.finish()
+    values = own().detach().requires_grad_(True)
+    weights = dict(base)
+    for name, part in parts.items():
+        directions = read_task_vectors(trainer.plan, part, torch.device("cpu"))[1]
+        weights[name] = base[name] + own.merge(own.view(values, name), directions, part).view(part.shape)
+    assert all(torch.allclose(live.model.get_parameter(name), weights[name], atol=1e-6) for name in parts)
+    with torch.nn.utils.stateless._reparametrize_module(live.model, weights):
+        (expected,) = torch.autograd.grad(sum(losses(live.model, target)), values)
+    torch.testing.assert_close(live.gradient, expected, rtol=1e-4, atol=1e-9)
 
 
 def test_free_coefficients_may_pass_one():
