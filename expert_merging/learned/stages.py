@@ -17,8 +17,8 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
 from expert_merging.learned.directions import find_directions, kept_output
+from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
-from expert_merging.learned.memory import Demand, describe, this_machine
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
 from expert_merging.learned.settings import Regularisation, Settings, check
 from expert_merging.learned.trainer import Trainer
@@ -240,7 +240,7 @@ def _work(
 
     def learn() -> dict[str, Any]:
         coefficients = _learned(context, train)
-        # The processes of a parallel run have met for the last time; one that leaves without this can break another.
+        # Processes of a parallel run exchange nothing after this; one that ended without it could break another.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if is_main_process():
