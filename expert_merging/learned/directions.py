@@ -19,6 +19,7 @@ from torch import Tensor
 from expert_merging.checkpoint import INDEX, WIDTHS, Checkpoint
 from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.learned.options import TrimmingOptions
 from expert_merging.merge import write_output
 from expert_merging.method import TABLE, Method, Unit
 from expert_merging.methods.sparse import first_pass, unchanged
@@ -92,7 +93,7 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
     if name == TASK_VECTORS:
         return PLAIN
     if name == TRIMMED:
-        return _trimmed(context, options or {"density": 0.2})
+        return _trimmed(context, options or {"density": TrimmingOptions().density})
     if context.find_method is None:
         raise TypeError("a context without methods has no directions of methods")
     try:

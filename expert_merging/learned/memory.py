@@ -10,29 +10,21 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
-from expert_merging.learned.directions import PLAIN, Directions
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
-from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
-from expert_merging.machine import free_host_memory, free_memory, gib
-from expert_merging.plan import Plan
-from expert_merging.processes import count, local_count
-from expert_merging.roles import is_in_decoder, is_output_head
+from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, TaskVectors
+from expert_merging.machine import free_host_memory, gib
 
 logger = logging.getLogger(__name__)
 
 # Share of a GPU's memory that is left for what its allocator cannot use.
 _MARGIN = 0.05
-# Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
-_CONTEXT, _LOGITS = 1 << 29, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -96,37 +88,70 @@ def arrange(
     Raises:
         InputError: what was asked for does not fit.
     """
-    vectors, sizes = live.task_vectors, live.task_vectors.sizes
-    kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
-    barrier()
-    if vectors.device.type == "cuda":
-        device_budget = _gpu_budget(live, warm_up) + kept[DEVICE]
-        host_budget = (free_host_memory() + kept[HOST]) / 2
-    else:
-        device_budget, host_budget = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
-    spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
-    barrier()
-    if options.task_vectors == DEVICE and sum(sizes.values()) > device_budget:
-        raise InputError(
-            f"--task_vectors device needs {gib(sum(sizes.values()))}, and {vectors.device} has "
-            f"{gib(max(0, device_budget))} to spare; use auto, host or disk"
-        )
-    if options.task_vectors == HOST and sum(sizes.values()) > spare:
-        raise InputError(
-            f"--task_vectors host needs {gib(sum(sizes.values()))} for each process, and host memory has "
-            f"{gib(max(0, spare))} for each of those on this machine; use auto or disk"
-        )
-    gradients = 4 * sum(part.entries for part in live.parts.values())
+    vectors = live.task_vectors
+    budgets = _measure(live, warm_up, barrier)
+    _refuse_too_much(vectors, options.task_vectors, budgets)
     chosen = choose(
-        sizes,
-        gradients,
-        device_budget,
-        host_budget,
+        vectors.sizes,
+        4 * sum(part.entries for part in live.parts.values()),
+        budgets.device,
+        budgets.host,
         task_vectors=options.task_vectors,
         weight_gradients=options.weight_gradients,
     )
     vectors.place(chosen.places)
     live.accumulates = chosen.accumulates
+    _tell(vectors, chosen)
+
+
+@dataclass(frozen=True)
+class _Budgets:
+    """Bytes of memory to give away.
+
+    Args:
+        device: on the training device.
+        host: in host memory where it is not the device's.
+        most: in host memory, if the user wants all task vectors there.
+    """
+
+    device: float
+    host: float
+    most: float
+
+
+def _measure(live: LiveModel, warm_up: Callable[[], None], barrier: Callable[[], None]) -> _Budgets:
+    """What is free, and what task vectors of an earlier stage would leave."""
+    vectors, sizes = live.task_vectors, live.task_vectors.sizes
+    kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
+    barrier()
+    if vectors.device.type == "cuda":
+        free = free_host_memory() + kept[HOST]
+        budgets = _Budgets(_gpu_budget(live, warm_up) + kept[DEVICE], free / 2, free)
+    else:
+        free = free_host_memory() + kept[DEVICE] + kept[HOST]
+        budgets = _Budgets(free / 2, 0, free)
+    barrier()
+    return budgets
+
+
+def _refuse_too_much(vectors: TaskVectors, wanted: str, budgets: _Budgets) -> None:
+    """Check that task vectors fit where the user wants them."""
+    size = sum(vectors.sizes.values())
+    if wanted == DEVICE and size > budgets.device:
+        raise InputError(
+            f"--task_vectors device needs {gib(size)}, and {vectors.device} has {gib(max(0, budgets.device))} to "
+            "spare; use auto, host or disk"
+        )
+    if wanted == HOST and size > budgets.most:
+        raise InputError(
+            f"--task_vectors host needs {gib(size)} for each process, and host memory has "
+            f"{gib(max(0, budgets.most))} for each of those on this machine; use auto or disk"
+        )
+
+
+def _tell(vectors: TaskVectors, chosen: Arrangement) -> None:
+    """Say in the log what is where."""
+    sizes = vectors.sizes
     where = {
         DEVICE: f"on {vectors.device}" if vectors.device.type == "cuda" else "in memory",
         HOST: "in host memory",
@@ -136,243 +161,6 @@ def arrange(
     parts = [f"{gib(amount)} {where[place]}" for place, amount in amounts.items() if amount]
     logger.info("base and experts: %s", ", ".join(parts))
     logger.info("weight gradients are used once per %s", "update" if chosen.accumulates else "sample")
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes that learning takes on a device, estimated from headers and ``config.json``.
-
-    Args:
-        model: the merged model.
-        sample: activations of the longest sample.
-        checkpointed_sample: the same with gradient checkpointing.
-        working: the largest weight gradient, blocks of task vectors, logits, and the driver's own.
-        task_vectors: base and experts.
-        gradients: all weight gradients in float32.
-    """
-
-    model: int
-    sample: int
-    checkpointed_sample: int
-    working: int
-    task_vectors: int
-    gradients: int
-
-    @property
-    def plain(self) -> int:
-        """All but what may be elsewhere."""
-        return self.model + self.sample + self.working
-
-    @property
-    def least(self) -> int:
-        """The same with gradient checkpointing."""
-        return self.model + self.checkpointed_sample + self.working
-
-
-def estimate(
-    plan: Plan,
-    width: int,
-    tokens: int,
-    device: str = "cuda",
-    shares: int = 1,
-    directions: Directions = PLAIN,
-) -> Needs:
-    """What learning needs.
-
-    Args:
-        plan: the checkpoints.
-        width: bytes of a weight.
-        tokens: of the longest sample.
-        device: ``cpu`` or ``cuda``.
-        shares: with more than one, the decoder's layers are split, and each device has one.
-        directions: what coefficients multiply.
-    """
-    config, entries = plan.base.config, plan.base.entries
-    hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
-    layers = layer_count(config) or 0
-    # Counted on decoders of Llama's kind: what autograd keeps of a layer per token, and of one that is computed again.
-    kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
-    kept_again = 1.5 * width * hidden
-    on_cpu = device == "cpu"
-    block, step, context = (BLOCK_ON_CPU, STEP_ON_CPU, 0) if on_cpu else (BLOCK_ON_GPU, BLOCK_ON_GPU, _CONTEXT)
-    blocks = (1 + len(plan.experts)) * (4 * step + 2 * width * block)
-    model = {name: width * entry.elements for name, entry in entries.items()}
-    task_vectors = {name: entries[name].elements * directions.entry_bytes(plan, name) for name in plan.merged}
-    # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.
-    layer = sum(entries[name].elements for name in entries if is_in_decoder(name)) // max(1, layers)
-    together = (2 * width + 4) * layer if shares > 1 else 0
-    return Needs(
-        model=_share(model, shares),
-        sample=int(tokens * layers * kept),
-        checkpointed_sample=int(tokens * (layers * kept_again + kept)),
-        working=width * max(entries[name].elements for name in plan.merged) + blocks + _LOGITS + context + together,
-        task_vectors=_share(task_vectors, shares),
-        gradients=_share({name: 4 * entries[name].elements for name in plan.merged}, shares),
-    )
-
-
-def _share(sizes: Mapping[str, int], shares: int) -> int:
-    """What one device has of tensors of these sizes."""
-    return sum(size // shares if is_in_decoder(name) else size for name, size in sizes.items())
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan is made for.
-
-    Args:
-        device: a process's device as text.
-        free: bytes that are free there.
-        processes: processes of the run.
-        local: processes of the run on this machine.
-        host_free: bytes of host memory that are free for each of them.
-    """
-
-    device: str
-    free: float
-    processes: int = 1
-    local: int = 1
-    host_free: float = math.inf
-
-
-def this_machine(device: str) -> Machine:
-    """The machine and the run that this process belongs to."""
-    return Machine(device, free_memory(device), count(), local_count(), free_host_memory())
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What is to be learned, as far as memory goes.
-
-    Args:
-        plan: the checkpoints.
-        precision: ``no``, ``fp16`` or ``bf16``.
-        tokens: length of the longest sample with its response.
-        options: what the user wants.
-        directions: what coefficients multiply.
-    """
-
-    plan: Plan
-    precision: str
-    tokens: int
-    options: TrainingOptions
-    directions: Directions = PLAIN
-
-    @property
-    def width(self) -> int:
-        """Bytes of a weight of the model."""
-        return 4 if self.precision == "no" else 2
-
-    def needs(self, machine: Machine, *, width: int | None = None, shares: int | None = None) -> Needs:
-        """What it takes on a device of the machine.
-
-        Args:
-            machine: where the run is.
-            width: bytes of a weight, where it is not the wanted one.
-            shares: number of devices that share the decoder's layers, where it is not as the user wants it.
-        """
-        wanted = machine.processes if self.options.shard else 1
-        kind = machine.device.split(":")[0]
-        return estimate(self.plan, width or self.width, self.tokens, kind, shares or wanted, self.directions)
-
-
-def describe(demand: Demand, machine: Machine) -> tuple[str, ...]:
-    """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do if it is too much."""
-    options, device = demand.options, machine.device
-    needs = demand.needs(machine)
-    now = needs.least if options.gradient_checkpointing else needs.plain
-    flag = "" if options.gradient_checkpointing else f" ({gib(needs.least)} with --gradient_checkpointing)"
-    elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
-    too_many = f", as {device} has no memory left for them" if now + needs.task_vectors > machine.free else ""
-    lines = [
-        f"learning needs at least {gib(now)}{flag} for each process on {device}: model {gib(needs.model)}, a sample "
-        f"of {demand.tokens} tokens {gib(now - needs.model - needs.working)}, work in progress {gib(needs.working)}"
-        + _own_heads(demand.plan, demand.width),
-        f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
-        f"the files{too_many}",
-        f"with weight gradients added up, {gib(needs.gradients)} more",
-    ]
-    if now > machine.free:
-        lines.append(
-            f"that does not fit on {device}, where {gib(machine.free)} are free: it takes {_what_fits(demand, machine)}"
-        )
-    elif options.task_vectors == DEVICE and now + needs.task_vectors > machine.free:
-        lines.append(f"--task_vectors device does not fit on {device}, where {gib(machine.free)} are free: use auto")
-    if options.task_vectors == HOST and needs.task_vectors > machine.host_free:
-        lines.append(f"--task_vectors host does not fit, where {gib(machine.host_free)} are free a process: use auto")
-    return tuple(lines)
-
-
-def _own_heads(plan: Plan, width: int) -> str:
-    """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
-    heads = [entry.elements for name, entry in plan.base.entries.items() if is_output_head(name)]
-    size = len(plan.experts) * width * sum(heads)
-    return f", and up to {gib(size)} for experts' own output heads" if size >= 2**20 else ""
-
-
-def _together(size: int, machine: Machine) -> str:
-    """What all processes of this machine take in host memory, beside what there is."""
-    if machine.local == 1:
-        return ""
-    free = machine.local * machine.host_free
-    return f", {gib(machine.local * size)} for the {machine.local} processes of this machine ({gib(free)} are free)"
-
-
-@dataclass(frozen=True)
-class _Remedy:
-    """Flags that make learning need less.
-
-    Args:
-        flags: what to give.
-        size: bytes that are needed on each device then.
-        devices: number of devices that the model is split over, if it is.
-    """
-
-    flags: str
-    size: int
-    devices: int = 1
-
-
-def _what_fits(demand: Demand, machine: Machine) -> str:
-    """What to do where a device has not enough memory: the flags that cost least and are enough, or what else."""
-    for remedy in _remedies(demand, machine):
-        if remedy.size <= machine.free:
-            over = f" over {remedy.devices} devices" if remedy.devices > 1 and machine.processes == 1 else ""
-            split = remedy.devices > 1 and not demand.options.shard
-            return remedy.flags + over + (f", which needs {gib(remedy.size)} on each" if split else "")
-    more = "shorter samples, smaller pictures (the family's own flags), "
-    if demand.options.shard:
-        return more + "or more devices"
-    if machine.device == "cpu":  # the processes of a machine share its memory
-        return more + "or a machine with more memory"
-    return more + "--shard over several devices, or one with more memory"
-
-
-def _remedies(demand: Demand, machine: Machine) -> Iterator[_Remedy]:
-    """Flags that the user has not given, those that cost least first.
-
-    Half precision, then gradient checkpointing, then the fewest devices that the model can be split over.
-    """
-    again = "" if demand.options.gradient_checkpointing else "--gradient_checkpointing"
-    if demand.precision == "no":
-        narrow = f"--mixed_precision {'bf16' if machine.device == 'cpu' else 'fp16'}"
-        yield from _with_and_without(again, narrow, demand.needs(machine, width=2))
-    if again:
-        yield _Remedy(again, demand.needs(machine).least)
-    if demand.options.shard or machine.device == "cpu":
-        return
-    # Who has not started several processes yet is told how many it takes.
-    for devices in [machine.processes] if machine.processes > 1 else [2, 4, 8, 16]:
-        yield from _with_and_without(again, "--shard", demand.needs(machine, shares=devices), devices)
-
-
-def _with_and_without(again: str, flags: str, needs: Needs, devices: int = 1) -> Iterator[_Remedy]:
-    """Flags alone, then with gradient checkpointing; where that is given already, it is counted in."""
-    if again:
-        yield _Remedy(flags, needs.plain, devices)
-        yield _Remedy(f"{flags} {again}", needs.least, devices)
-    else:
-        yield _Remedy(flags, needs.least, devices)
 
 
 def _gpu_budget(live: LiveModel, warm_up: Callable[[], None]) -> float:

@@ -15,8 +15,8 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
 from expert_merging.learned.directions import find_directions, kept_output
+from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
-from expert_merging.learned.memory import Demand, describe, this_machine
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
 from expert_merging.learned.settings import Regularisation, Settings, check
 from expert_merging.learned.trainer import Trainer

@@ -35,7 +35,7 @@ class TrainingState:
         self.best_loss = math.inf
         self.epochs_without_better = 0
 
-    def count(self, means: Mapping[str, float], *, samples: int, numbers: Tensor) -> None:
+    def count(self, means: Mapping[str, float], *, samples: float, numbers: Tensor) -> None:
         """Count an update.
 
         Args:
@@ -52,7 +52,7 @@ class TrainingState:
                 "--mixed_precision no"
             )
         self.updates += 1
-        self.add(means, samples)
+        self.add(means, int(samples))
 
     def add(self, losses: Mapping[str, float], samples: int) -> None:
         """Count the mean losses of an update's samples; the one called ``total`` is the sum of the others."""

@@ -166,7 +166,7 @@ class Trainer:
     def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:
         """Count the update, close the epoch if it was its last, report, and save what a restart needs."""
         means = self.report.means(sums, penalty)
-        self.state.count(means, samples=int(sums[:, -1].sum()), numbers=self.vector.raw)
+        self.state.count(means, samples=float(sums[:, -1].sum()), numbers=self.vector.raw)
         values = self.vector.by_expert()
         self.report.update(self.state, means, sums, rate, values)
         if last:

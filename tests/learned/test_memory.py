@@ -12,7 +12,8 @@ import torch
 
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.learned import memory
-from expert_merging.learned.memory import Demand, Machine, choose, describe, estimate, this_machine
+from expert_merging.learned.estimates import Demand, Machine, describe, estimate, this_machine
+from expert_merging.learned.memory import choose
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, TaskVectors
 from expert_merging.parts import Part
@@ -286,7 +287,7 @@ def test_the_plan_tells_of_own_heads_of_memory_and_of_half_precision(tmp_path):
 
 
 def test_the_machine_is_what_the_launcher_says(monkeypatch):
-    for module in ("machine", "learned.memory"):
+    for module in ("machine", "learned.estimates"):
         monkeypatch.setattr(f"expert_merging.{module}.free_host_memory", lambda: 5.0)
     assert this_machine("cpu") == Machine("cpu", 5.0, 1, 1, 5.0)
     for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():

@@ -129,10 +129,27 @@ def amounts(done: subprocess.CompletedProcess[str]) -> list[tuple[int, int]]:
     return [(int(held), int(kept)) for _, held, kept in sorted(found)]
 
 
-@pytest.mark.parametrize("method", ["expert_merging", "expert_merging++"])
-def test_two_processes_learn_what_one_learns(method, tiny_zoo, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("expert_merging", []),
+        ("expert_merging", ["--directions", "svd", "--parametrisation", "row", "--learning_rate", 0.05]),
+        ("expert_merging++", []),
+    ],
+)
+def test_two_processes_learn_what_one_learns(method, options, tiny_zoo, tmp_path):
     """Uneven groups: 15 samples in groups of 8 and 7 for two processes; the drawn seed is shared."""
-    given = ["--method", method, "--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--max_new_tokens", 6]
+    given = [
+        "--method",
+        method,
+        *options,
+        "--cache_dir",
+        tiny_zoo,
+        "--data_dir",
+        tiny_zoo / "dataset",
+        "--max_new_tokens",
+        6,
+    ]
     given = [str(argument) for argument in [*given, "--run_name", "r", "--device", "cpu", "--output_path"]]
     done = start(*TORCHRUN, 2, ROOT / "Mistral" / "model_merging.py", *given, tmp_path / "two", "--seed", -1)
     assert done.returncode == 0, done.stderr
