@@ -5,7 +5,7 @@ METHODS ?= weight_average task_arithmetic expert_merging
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench bench-quality clean
+.PHONY: help setup demo test lint docs bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -25,6 +25,10 @@ help:  ## show the targets
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv/.installed-docs: requirements-docs.txt .venv/.installed
+	$(BIN)/pip install --quiet -r requirements-docs.txt
+	touch $@
+
 setup: .venv/.installed  ## install what merging needs into .venv
 
 demo: setup  ## train a small base and its experts, merge them, print accuracies (FAMILY=, METHODS=, SEED=)
@@ -33,10 +37,13 @@ demo: setup  ## train a small base and its experts, merge them, print accuracies
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest
 
-lint: .venv/.installed-dev  ## check format, style and types
+lint: .venv/.installed-dev docs  ## check format, style, types and the documentation's links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/.installed-docs  ## build the documentation into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: setup  ## measure speed and memory against the limits of the machine
 	$(BIN)/python -m benchmarks.speed
@@ -45,5 +52,5 @@ bench-quality: setup  ## measure accuracy of all methods and ablations on small 
 	$(BIN)/python -m benchmarks.quality
 
 clean:  ## remove what was installed, trained and measured; merged models in results/ stay
-	rm -rf .venv zoo/models benchmarks/work .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site zoo/models benchmarks/work .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

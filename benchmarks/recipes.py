@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
-from expert_merging.catalogue import comparable_methods
+from expert_merging.catalogue import all_methods
 
 FIRST_STAGE, SECOND_STAGE = "expert_merging", "expert_merging++"
 METHOD, ABLATION, CHOICE = "method", "ablation", "choice"
@@ -48,8 +48,9 @@ def variants() -> list[Variant]:
 
 def _methods() -> Iterator[Variant]:
     """Every method that makes one model, with its defaults."""
-    for name in comparable_methods():
-        yield Variant(name, name)
+    for name, method in all_methods().items():
+        if method.merges_any_experts:
+            yield Variant(name, name)
 
 
 def _ablations() -> Iterator[Variant]:

@@ -159,6 +159,7 @@ class Bench:
         import torch
 
         from expert_merging.backbone import same_name
+        from expert_merging.catalogue import find_method
         from expert_merging.context import Context
         from expert_merging.learned.options import LearningOptions
         from expert_merging.learned.settings import Settings
@@ -200,7 +201,9 @@ class Bench:
         settings = Settings(options, asked, start, (1.0,) * count, ones, objective, REGULARISATION)
         with tempfile.TemporaryDirectory() as folder:
             backbone: Any = SimpleNamespace(file_name=same_name)
-            context = Context(self.plan, backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress)
+            context = Context(
+                self.plan, backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress, find_method
+            )
             task_vectors = TaskVectors(self.plan, settings.scale, self.device)
             trainer = Timed(context, settings, Material(targets, task_vectors, self.model))
             if self.device.type == "cuda":

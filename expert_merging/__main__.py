@@ -1,11 +1,12 @@
-"""What can be done with finished merges: ``python -m expert_merging analyse RUN...`` and ``align RUN_OR_FOLDER...``."""
+"""What can be done with finished merges: ``python -m expert_merging`` with ``analyse``, ``align`` or ``extract``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,12 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser().parse_args(arguments))
     console = Console(soft_wrap=True, highlight=False)
     try:
-        if given.pop("command") == "analyse":
-            analyse(given["runs"], console)
-        else:
-            models = given.pop("models")
-            values = {name: ALIGN[name].convert(single_value(ALIGN, name, value)) for name, value in given.items()}
-            compare(models, AlignOptions(**values), console)
+        COMMANDS[given.pop("command")](given, console)
     except InputError as error:
         sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
         return 1
@@ -35,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of both commands."""
-    result = argparse.ArgumentParser(prog="python -m expert_merging", description="Look at finished merges.")
+    """The options of all commands."""
+    result = argparse.ArgumentParser(prog="python -m expert_merging", description="Use finished merges.")
     commands = result.add_subparsers(dest="command", required=True)
     analyse = commands.add_parser("analyse", help="draw importance, coefficients and chunks of learned merges again")
     analyse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns")
@@ -51,21 +47,46 @@ def parser() -> argparse.ArgumentParser:
     )
     for option in ALIGN.values():
         add_flag(align, option, option.default)
+    extract = commands.add_parser(
+        "extract", help="rebuild an expert from a merge by --method tall, which needs the base alone"
+    )
+    extract.add_argument("run", type=Path, metavar="RUN", help="folder of a run of --method tall")
+    extract.add_argument("--expert", required=True, metavar="NAME", help="name of the expert in that run")
+    extract.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the model goes")
+    extract.add_argument(
+        "--base_model_path", type=Path, metavar="FOLDER", help="the base, if it is not where it was for the run"
+    )
     return result
 
 
-def analyse(runs: Sequence[Path], console: Console) -> None:
+def analyse(given: Mapping[str, Any], console: Console) -> None:
     """Draw the pictures of every run again and say where they are."""
     from expert_merging.learned.figures import redraw
     from expert_merging.run import Run
 
-    for folder in runs:
+    for folder in given["runs"]:
         analysis = Run(folder).analysis
         if not analysis.is_dir():
             raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
         for file in redraw(analysis):
             console.print(str(file), markup=False)
 
+
+def align(given: Mapping[str, Any], console: Console) -> None:
+    """Compare models with the experts."""
+    texts = {name: value for name, value in given.items() if name != "models"}
+    values = {name: ALIGN[name].convert(single_value(ALIGN, name, value)) for name, value in texts.items()}
+    compare(given["models"], AlignOptions(**values), console)
+
+
+def extract(given: Mapping[str, Any], console: Console) -> None:
+    """Rebuild an expert."""
+    from expert_merging.extract import extract
+
+    extract(given["run"], given["expert"], given["output"], given["base_model_path"], console)
+
+
+COMMANDS = {"analyse": analyse, "align": align, "extract": extract}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ tags:
 
 # {title}
 
-`{base}` merged with {count} experts by `{method}`.
+`{base}` merged with {count} experts by `{method}`.{about}
 
 | role | checkpoint |
 |---|---|
@@ -44,7 +44,7 @@ tags:
 
 _ORIGINS = {
     True: "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's.",
-    False: "{merged} of {tensors} tensors were merged; the others are the experts', or were made for this model.",
+    False: "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it.",
 }
 _LAYOUTS = {
     True: "This folder has the layout, tensor names and types of its base and loads the same way",
@@ -65,6 +65,7 @@ def model_card(
     merged: int,
     tensors: int,
     is_mirror: bool = True,
+    about: str = "",
 ) -> str:
     """Text of the merged folder's ``README.md``.
 
@@ -75,6 +76,7 @@ def model_card(
         merged: number of tensors that were merged.
         tensors: number of all tensors.
         is_mirror: the model has the base's layout.
+        about: what else is to be said of the model.
     """
     options = dict(description["options"])
     for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
@@ -89,6 +91,7 @@ def model_card(
         base=_name(base),
         count=len(experts),
         method=description["method"],
+        about=f"\n\n{about}" if about else "",
         table="\n".join(f"| {role} | `{_name(path)}` |" for role, path in names.items()),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
-from expert_merging.methods import linear, sparse, spectral, truncation, wudi
-from expert_merging.outputs import mirror
+from expert_merging.methods import consensus, interpolation, linear, sparse, spectral, tall, truncation, wudi
+from expert_merging.mixtures import moe
+from expert_merging.search import methods as search_methods
+from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, sparse, spectral, truncation, wudi),
+    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi),
+    "several artefacts": (tall,),
+    "modifiers": (consensus,),
+    "statistics": (regmean,),
     "learned": (learned_methods,),
+    "search": (search_methods,),
+    "mixtures": (moe,),
 }
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name, those that read samples last."""
-    return dict(sorted(TABLE.items(), key=lambda item: item[1].reads_samples))
+    """Every method by name, in the order of `KINDS`, and those that read samples last."""
+    places = {module.__name__: place for place, module in enumerate(itertools.chain(*KINDS.values()))}
+
+    def place(method: Method) -> tuple[bool, int]:
+        return method.reads_samples, places.get(method.described.__module__, len(places))
+
+    return dict(sorted(TABLE.items(), key=lambda item: place(item[1])))
 
 
-def comparable_methods() -> list[str]:
-    """Names of methods that make one model of the base's kind out of experts and samples alone."""
-
-    def is_comparable(method: Method) -> bool:
-        applies_an_earlier_run = "coefficients" in method.needs and not method.reads_samples
-        return method.outputs is mirror and not method.is_modifier and not applies_an_earlier_run
-
-    return [name for name, method in all_methods().items() if is_comparable(method)]
+def kind_of(method: Method) -> str:
+    """The method's kind, one of `KINDS`."""
+    own = method.described.__module__
+    return next((kind for kind, modules in KINDS.items() if own in {module.__name__ for module in modules}), "other")
 
 
 def find_method(name: str) -> Method:

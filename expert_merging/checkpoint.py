@@ -120,7 +120,7 @@ class Checkpoint:
         problems = Problems()
         for file in self.files:
             with problems.collecting():
-                header, entries = _read_header(file)
+                header, entries = read_header(file)
                 self.headers[file.name] = header
                 self._add(entries)
         problems.check()
@@ -311,7 +311,7 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
         raise InputError(*problems[:10])
 
 
-def _read_header(file: Path) -> tuple[bytes, list[Entry]]:
+def read_header(file: Path) -> tuple[bytes, list[Entry]]:
     """The raw header of a safetensors file, length field included, and its entries, checked against the file's size.
 
     See https://github.com/huggingface/safetensors#format.

@@ -125,6 +125,8 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
+    if decisive["post"] is None:
+        del decisive["post"]
     saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
     return {
         "family": backbone.name,

@@ -26,9 +26,8 @@ class Context:
         device: device as text, such as ``cpu`` or ``cuda:0``.
         log_with: accelerate's name of the experiment tracker, or ``none``.
         progress: shows how far the work is.
+        find_method: another method by name, for methods that build on one (`expert_merging.catalogue.find_method`).
         processes: the processes that share passes over task vectors.
-        find_method: another method by name, with its defaults, for methods that build on one
-            (`expert_merging.catalogue.find_method`).
         dry_run: nothing is done after the checks, so that they need not keep what they have read.
     """
 
@@ -39,8 +38,8 @@ class Context:
     device: str
     log_with: str
     progress: Progress
+    find_method: Callable[[str], Any]
     processes: Processes = ALONE
-    find_method: Callable[[str], Any] | None = None
     dry_run: bool = False
 
     @property

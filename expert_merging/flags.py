@@ -119,39 +119,98 @@ def _plural(annotation: Any) -> str:
 
 
 def _convert(value: object, annotation: Any) -> Any:
-    """The value as the annotated type, or a ValueError that says what is allowed."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        with contextlib.suppress(ValueError):
-            number = _convert(value, arguments[0])
-            if all(number in interval for interval in arguments[1:]):
-                return number
-    elif origin is Literal:
-        value = "no" if value is False else value  # as YAML reads a bare no
-        if value in arguments:
-            return value
-    elif origin in (typing.Union, types.UnionType):
-        return _convert_union(value, annotation, arguments)
-    elif origin is dict and isinstance(parsed := _parse_json(value), dict):
-        return {str(key): _convert(entry, arguments[1]) for key, entry in parsed.items()}
-    elif origin is list:
-        return [_convert(entry, arguments[0]) for entry in _as_list(_parse_json(value))]
-    elif origin is None:
-        return _convert_plain(value, annotation)
-    raise ValueError(describe_type(annotation))
+    """The value as the annotated type.
+
+    Raises:
+        ValueError: it does not fit; the message says what is allowed, of a list or dictionary for one entry.
+    """
+    kind = typing.get_origin(annotation) or annotation
+    return _CONVERTERS[kind](value, annotation)
 
 
-def _convert_plain(value: object, annotation: Any) -> Any:
-    if annotation is str and isinstance(value, str):
+def _refused(annotation: Any) -> ValueError:
+    return ValueError(describe_type(annotation))
+
+
+def _text(value: object, annotation: Any) -> str:
+    if isinstance(value, str):
         return value
+    raise _refused(annotation)
+
+
+def _number(value: object, annotation: Any) -> float:
     parsed = _parse_json(value)
-    if annotation is float and _is_number(parsed):
+    if _is_number(parsed):
         return float(parsed)
-    if annotation is int and _is_number(parsed) and parsed == int(parsed):
+    raise _refused(annotation)
+
+
+def _whole_number(value: object, annotation: Any) -> int:
+    parsed = _parse_json(value)
+    if _is_number(parsed) and parsed == int(parsed):
         return int(parsed)
-    if annotation is bool and isinstance(parsed, bool):
+    raise _refused(annotation)
+
+
+def _truth(value: object, annotation: Any) -> bool:
+    parsed = _parse_json(value)
+    if isinstance(parsed, bool):
         return parsed
-    raise ValueError(describe_type(annotation))
+    raise _refused(annotation)
+
+
+def _bounded(value: object, annotation: Any) -> Any:
+    kind, *intervals = typing.get_args(annotation)
+    with contextlib.suppress(ValueError):
+        number = _convert(value, kind)
+        if all(number in interval for interval in intervals):
+            return number
+    raise _refused(annotation)
+
+
+def _choice(value: object, annotation: Any) -> Any:
+    value = "no" if value is False else value  # as YAML reads a bare no
+    if value in typing.get_args(annotation):
+        return value
+    raise _refused(annotation)
+
+
+def _one_of(value: object, annotation: Any) -> Any:
+    kinds = typing.get_args(annotation)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            if kind is not type(None):
+                return _convert(value, kind)
+    raise _refused(annotation)
+
+
+def _list(value: object, annotation: Any) -> list[Any]:
+    (kind,) = typing.get_args(annotation)
+    parsed = _parse_json(value)
+    return [_convert(entry, kind) for entry in (parsed if isinstance(parsed, list) else [parsed])]
+
+
+def _dictionary(value: object, annotation: Any) -> dict[str, Any]:
+    parsed = _parse_json(value)
+    if not isinstance(parsed, dict):
+        raise _refused(annotation)
+    return {str(key): _convert(entry, typing.get_args(annotation)[1]) for key, entry in parsed.items()}
+
+
+_CONVERTERS: dict[Any, Callable[[object, Any], Any]] = {
+    str: _text,
+    float: _number,
+    int: _whole_number,
+    bool: _truth,
+    Annotated: _bounded,
+    Literal: _choice,
+    typing.Union: _one_of,
+    types.UnionType: _one_of,
+    list: _list,
+    dict: _dictionary,
+}
 
 
 def _is_number(value: object) -> bool:
@@ -161,19 +220,6 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond every float
         return False
-
-
-def _convert_union(value: object, annotation: Any, arguments: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    for argument in arguments:
-        if argument is type(None):
-            continue
-        try:
-            return _convert(value, argument)
-        except ValueError:
-            continue
-    raise ValueError(describe_type(annotation))
 
 
 def _parse_json(value: object) -> Any:
@@ -188,10 +234,6 @@ def _parse_json(value: object) -> Any:
     return value
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only parameters of a callable as options; of a class, those that it inherits as well."""
     parameters = [
@@ -199,9 +241,12 @@ def read_options(function: Callable[..., Any]) -> dict[str, Option]:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
-    annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
-    hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
+    if inspect.isclass(function):  # each class's annotations by what its own module imports
+        hints = typing.get_type_hints(function, include_extras=True)
+    else:
+        # Only the options' annotations are resolved: the others name types that are imported for type checking alone.
+        annotations = types.SimpleNamespace(__annotations__={entry.name: entry.annotation for entry in parameters})
+        hints = typing.get_type_hints(annotations, vars(sys.modules[function.__module__]), include_extras=True)
     documented = reversed(inspect.getmro(function)) if inspect.isclass(function) else [function]
     texts: dict[str, str] = {}
     for entry in documented:

@@ -20,8 +20,6 @@ from expert_merging.method import modified
 from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
-from expert_merging.running.prompts import place
-from expert_merging.running.targets import generate
 from expert_merging.summary import COMPLETE, EVALUATION, log_result, log_start
 from expert_merging.writing import write_atomically
 
@@ -51,8 +49,10 @@ def perform(job: Job, terminal: Terminal) -> int:
     if is_main_process():
         log_result(job, summary, time.monotonic() - start)
         if job.resolved.general["run_tests"]:
+            from expert_merging.running.questions import ask_questions  # loads what merging alone does not need
+
             for model in job.models:
-                _ask_questions(job, model)
+                ask_questions(job.context, model, job.resolved.options.get("prompt_template"))
     return 0
 
 
@@ -137,6 +137,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         merged=len(output.merged),
         tensors=sum(map(len, output.files.values())),
         is_mirror=bool(output.headers),
+        about=output.about,
     )
     write_atomically(folder / "README.md", card.encode())
     evaluation = backbone.evaluation_of(base.model_type)
@@ -144,17 +145,3 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         name = "-".join(filter(None, [backbone.name, run.folder.name, output.folder]))
         final = (run.model / output.folder).resolve()
         write_atomically(folder / EVALUATION, vlmeval_config(evaluation, name, final))
-
-
-def _ask_questions(job: Job, folder: Path) -> None:
-    """Let a merged model answer the family's test questions."""
-    plan, backbone, device = job.context.plan, job.context.backbone, job.context.device
-    logger.info("questions to  %s", folder)
-    processor = backbone.load_processor(folder)
-    dtype = torch.float32 if device == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype
-    model = backbone.load_model(folder, dtype).to(device)
-    for sample in backbone.test_questions:
-        inputs = backbone.encode_prompt(processor, sample, job.resolved.options.get("prompt_template"))
-        answer, _ = generate(model, processor, place(inputs, torch.device(device), dtype), 128)
-        pictures = "".join(f" [{picture.name}]" for picture in sample.images)
-        logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())

@@ -19,7 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.checkpoint import INDEX, SINGLE, Checkpoint, Entry, as_bytes, other_files, read_exactly, torch_dtype
+from expert_merging.checkpoint import (
+    INDEX,
+    SINGLE,
+    WIDTHS,
+    Checkpoint,
+    Entry,
+    as_bytes,
+    other_files,
+    read_exactly,
+    torch_dtype,
+)
 from expert_merging.errors import InputError
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Copied, Made, Merged, Output, Slot
@@ -58,7 +68,7 @@ def working_memory(plan: Plan, *, unit: str, device: torch.device) -> int:
     entries = [plan.base.entries[name] for name in plan.merged]
     whole = [entry for entry in entries if not _takes_blocks(plan.part(entry.name), unit)]
     if not whole:
-        largest = max(entry.elements for entry in entries)
+        largest = max((entry.elements for entry in entries), default=0)
         workers = Workers.for_entries(plan.base_elements, device).size
         return 4 * (experts + 4) * min(block_entries(device), largest) * workers
     needs = sorted((_whole_memory(entry, experts) for entry in whole), reverse=True)
@@ -292,8 +302,10 @@ class _Merger:
     def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
         """Runs of bytes of everything else, which is seen as vectors of bytes."""
         for name, place in places.items():
-            step = _COPY_BYTES if self._is_plain_copy(place.slot) else max(1, place.slot.size)
-            yield from Part.whole(name, (place.slot.size,)).cut(step)
+            slot = place.slot
+            width = WIDTHS.get(slot.dtype, 1)
+            step = slot.size if isinstance(slot.source, Made) else _COPY_BYTES // width * width
+            yield from Part.whole(name, (slot.size,)).cut(max(width, step))
 
     def _source(self, slot: Slot) -> tuple[Checkpoint, Entry]:
         assert isinstance(slot.source, Copied)  # noqa: S101  (the caller has looked)
@@ -319,9 +331,10 @@ class _Merger:
             tensor = self.made[slot.source.key]
         else:
             checkpoint, entry = self._source(slot)
-            tensor = checkpoint.read(entry.name)
+            width = dtype.itemsize
+            tensor = checkpoint.read(entry.name, part.start // width, part.stop // width)
             _check_fits(tensor, dtype, slot)
-        writer.write(as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous()), place.offset)
+        writer.write(as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous()), place.offset + part.start)
 
     def _merge(self, part: Part, places: list[_Place], writer: ShardWriter) -> tuple[float, float]:
         """Merge a part and write its results; squared norms of the change and of the base."""
@@ -338,9 +351,8 @@ class _Merger:
                 for place, buffer in buffers.items():
                     source = place.slot.source
                     assert isinstance(source, Merged)  # noqa: S101  (others are copied)
-                    first = (piece.start - part.start) // source.packed
                     found = results[source.result].reshape(-1)
-                    run = buffer[first : first + len(found)]
+                    run = buffer[_packed_run(part, piece, source, len(found))]
                     if source.result != "merged":
                         run.copy_(found, non_blocking=True)
                         continue
@@ -371,6 +383,16 @@ class _Merger:
             yield part, base, task_vectors.view(len(task_vectors), *_whole_shape(part))
 
 
+def _packed_run(part: Part, piece: Part, source: Merged, found: int) -> slice:
+    """Where what a rule has made of a piece of a part lies in the buffer of the part's result."""
+    first, inside = divmod(piece.start - part.start, source.packed)
+    if inside or part.start % source.packed:
+        raise ValueError(f"{source.name} is cut at entry {piece.start}, inside a run of {source.packed}")
+    if found != (expected := -(-piece.entries // source.packed)):
+        raise ValueError(f"{source.result} of {piece.entries} entries of {source.name}: {found} instead of {expected}")
+    return slice(first, first + found)
+
+
 def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]], dict[str, _Place], int]:
     """The places of a file's slots, by the tensor that is merged and by name for the others; and the file's size."""
     merged: dict[str, list[_Place]] = {}
@@ -390,7 +412,14 @@ def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]
 def _check_fits(values: Tensor, dtype: torch.dtype, slot: Slot) -> None:
     import torch
 
-    if not torch.isfinite(values.to(dtype)).all():
+    if torch.isfinite(values.to(dtype)).all():
+        return
+    if isinstance(slot.source, Copied):
+        owner = "the base" if slot.source.expert is None else f"expert {slot.source.expert}"
         raise InputError(
-            f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"
+            f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold, or NaN or "
+            "infinite ones; convert the base to a wider type"
         )
+    raise InputError(
+        f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"
+    )

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 Unit = Literal["entries", "matrix", "tensor"]
 UNITS: tuple[Unit, ...] = ("entries", "matrix", "tensor")
 
-ORDER_FREE, KEEPS_SINGLE = "order_free", "keeps_single"
+ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO = "order_free", "keeps_single", "at_most_two"
+PROMISES = (ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO)
 SAMPLES = "samples"
 
 # What every merge function may ask for by name beside what its preparation gives.
@@ -80,11 +81,12 @@ class Method:
             that it may overwrite. It may run in a forked process, so nothing but its result is kept. It is given
             the options that it names, or all of them.
         options: its flags by name.
-        summary: first line of the docstring.
+        described: the function whose docstring describes it.
         aliases: other names that the command line accepts.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
-            coefficient 1 gives that expert.
+            coefficient 1 gives that expert; ``at_most_two``: it is between two experts, or the base and one, and its
+            preparation refuses more.
         needs: what else `merge` takes, by name: ``part`` (a `Part`), ``base`` (the base's entries), ``seed``,
             ``experts`` (names), ``merged`` (what another method has made of the same entries), and what `prepare`
             gives. They are its positional parameters after the task vectors.
@@ -101,7 +103,7 @@ class Method:
     name: str
     merge: Callable[..., Any]
     options: Mapping[str, Option]
-    summary: str
+    described: Callable[..., Any]
     aliases: tuple[str, ...] = ()
     family_defaults: tuple[str, ...] = ()
     promises: frozenset[str] = frozenset({ORDER_FREE, KEEPS_SINGLE})
@@ -119,13 +121,18 @@ class Method:
             (set(self.needs) - known, "needs", known),
             ({self.unit} - set(UNITS), "unit", UNITS),
             (self.reads - {SAMPLES}, "reads", (SAMPLES,)),
-            (self.promises - {ORDER_FREE, KEEPS_SINGLE}, "promises", (ORDER_FREE, KEEPS_SINGLE)),
+            (self.promises - set(PROMISES), "promises", PROMISES),
             (set(self.family_defaults) - set(self.options), "family_defaults", self.options),
         ):
             if unknown:
                 raise TypeError(
                     f"method {self.name}: {kind} cannot be {min(unknown)!r}; known are {', '.join(sorted(allowed))}"
                 )
+
+    @property
+    def summary(self) -> str:
+        """First line of its description."""
+        return (self.described.__doc__ or "").strip().split("\n")[0]
 
     @property
     def is_modifier(self) -> bool:
@@ -136,6 +143,18 @@ class Method:
     def reads_samples(self) -> bool:
         """Whether it runs models on calibration samples."""
         return SAMPLES in self.reads
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether it makes one model of the base's kind out of checkpoints alone."""
+        is_own_method = not self.is_modifier and "coefficients" not in self.needs
+        return self.outputs is mirror and is_own_method and not self.reads_samples
+
+    @property
+    def merges_any_experts(self) -> bool:
+        """Whether it makes one model of the base's kind out of any number of experts, and samples if it reads them."""
+        makes_one = self.is_closed_form or (self.outputs is mirror and self.reads_samples and not self.is_modifier)
+        return makes_one and AT_MOST_TWO not in self.promises
 
     def defaults(self, family: Mapping[str, Any]) -> dict[str, Any]:
         """Default of every option, with the family's value where the method leaves it to the family.
@@ -282,7 +301,7 @@ def enter_method(
         name=name or described.__name__,
         merge=merge,
         options=read_options(options or described),
-        summary=(described.__doc__ or "").strip().split("\n")[0],
+        described=described,
         needs=_needs(merge),
         **fields,
     )

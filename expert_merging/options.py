@@ -16,6 +16,7 @@ from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, describe_type, read_options
 from expert_merging.method import Method
+from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,8 @@ _UNSET = {
     "solver": "by variant",
     "step_size": "by solver",
 }
+# Where so many methods have an option in one meaning, help does not name them.
+_MANY = 5
 # Flags that take several values, and may be repeated.
 _LISTS = ("exclude_params", "post")
 _LARGEST_FACTOR = 1000
@@ -187,11 +190,7 @@ def _shown_help(name: str, users: list[Method]) -> str:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         (text, methods), *_ = by_text.items()
-        return (
-            f"{text}."
-            if users == [user for user in all_methods().values() if user.reads_samples]
-            else f"{text} (with {', '.join(methods)})."
-        )
+        return f"{text}." if len(methods) >= _MANY else f"{text} (with {', '.join(methods)})."
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 
@@ -418,6 +417,9 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
             else:
                 known = [step.name for step in all_methods().values() if step.is_modifier]
                 problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
+    if modifiers and method.outputs is not mirror:
+        names = " ".join(step.name for step in modifiers)
+        problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")
     return method, tuple(modifiers)
 
 

@@ -94,6 +94,7 @@ class Output:
         edit: gives the ``config.json`` of the folder from the base's; by default that is copied like every other file.
         experts: the experts that are merged; None for all.
         is_model: the folder can be loaded: it gets the base's other files, a card, and an index where it needs one.
+        about: what the card says of a model that is not the base's mirror.
     """
 
     files: Mapping[str, tuple[Slot, ...]]
@@ -102,6 +103,7 @@ class Output:
     edit: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     experts: tuple[str, ...] | None = None
     is_model: bool = True
+    about: str = ""
 
     def header(self, file: str) -> bytes:
         """The header of a file, length field included."""
@@ -129,7 +131,8 @@ class Output:
 
     def index(self) -> bytes:
         """Content of ``model.safetensors.index.json``."""
-        return index_of({file: [slot.name for slot in slots] for file, slots in self.files.items()}, self.size)
+        size = sum(slot.size for slots in self.files.values() for slot in slots)
+        return index_of({file: [slot.name for slot in slots] for file, slots in self.files.items()}, size)
 
 
 def mirror(context: Context, **_options: object) -> tuple[Output, ...]:

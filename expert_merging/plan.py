@@ -89,7 +89,7 @@ def make_plan(
             check_other_files(base.folder)
         # Experts may name parameters otherwise than the base, as different versions of transformers do.
         for expert in opened.values():
-            expert.entries = _by_names_of(base, expert, file_name)
+            adopt_names(base, expert, file_name)
         with problems.collecting():
             merged = check_experts(base, opened, excluded, file_name)
     problems.check()
@@ -103,8 +103,6 @@ def check_experts(
     file_name: Callable[[str], str] = str,
 ) -> list[str]:
     """Check that experts fit the base and say which tensors are merged.
-
-    An expert that was saved with another naming of the same parameters goes by the base's names from here on.
 
     Args:
         base: the base model.
@@ -158,11 +156,11 @@ def check_experts(
     return merged
 
 
-def _by_names_of(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str], str]) -> dict[str, Entry]:
-    """The expert's entries by the base's names, where the two name the same parameters differently."""
+def adopt_names(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str], str]) -> None:
+    """Let an expert's entries go by the base's names, where the two name the same parameters differently."""
     published = Counter(map(file_name, expert.entries))
     names = {file_name(name): name for name in base.entries}
-    return {
+    expert.entries = {
         name if published[file_name(name)] > 1 else names.get(file_name(name), name): entry
         for name, entry in expert.entries.items()
     }

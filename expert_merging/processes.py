@@ -6,7 +6,7 @@ The only module that reads what a launcher (torchrun, ``accelerate launch``) say
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -86,11 +86,12 @@ class Processes:
 
     def leave(self) -> None:
         """Close the connections; without this, a process that ends early can break one that does not."""
-        if self.size > 1:
+        self.barrier()
+        if count() > 1:  # also those that have only run models together
             import torch
 
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
     def add(self, value: Tensor) -> Tensor:
         """Sum of the processes' tensors, in every process."""
@@ -136,6 +137,16 @@ def join(device: str, *, runs_models: bool) -> Processes:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     return Processes(rank(), size)
+
+
+def while_others_wait(work: Callable[[], Any]) -> None:
+    """Let the main process work; the others go on when it is done."""
+    if is_main_process():
+        work()
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
 
 
 def from_main_process(value: Any) -> Any:

@@ -43,7 +43,9 @@ class Run:
         self.holds_several = False
         self.board = folder / "board"
         self.state = folder / "state"
+        self.evaluations = folder / "evaluations.json"
         self.responses = folder / "responses.json"
+        self.statistics = folder / "statistics"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -13,7 +14,8 @@ from expert_merging.checks import Job, method_options
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
-from expert_merging.plan import show_size
+from expert_merging.outputs import Copied, Made
+from expert_merging.plan import Plan, show_size
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,13 @@ def heading(job: Job) -> str:
 def plan_lines(job: Job) -> list[str]:
     """The plan in words: experts, parameters, memory and disk."""
     plan = job.context.plan
-    tensors = len(plan.base.entries)
     options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
     lines = [
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
         *(note for preparation in job.preparations for note in preparation.notes),
-        f"{len(plan.merged)} of {tensors} tensors are merged ({plan.merged_elements / 1e6:.1f}M parameters), "
-        f"{tensors - len(plan.merged)} keep the base's value",
+        _sources(job),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
         f"{gib(merging_memory(job))} of memory on {job.context.device}",
     ]
@@ -47,9 +47,30 @@ def plan_lines(job: Job) -> list[str]:
     return lines
 
 
+def _merging(job: Job) -> Plan:
+    """The plan with those tensors alone that some output has merged."""
+    merged = dict.fromkeys(name for output in job.outputs for name in output.merged)
+    return replace(job.context.plan, merged=tuple(merged))
+
+
+def _sources(job: Job) -> str:
+    """Where the tensors that are written come from, each counted once, whatever number of outputs has it."""
+    sources = {slot.name: slot.source for output in job.outputs for slots in output.files.values() for slot in slots}
+    copied = [source for source in sources.values() if isinstance(source, Copied)]
+    of_experts = sum(source.expert is not None for source in copied)
+    made = sum(isinstance(source, Made) for source in sources.values())
+    plan = _merging(job)
+    return (
+        f"{len(sources) - len(copied) - made} of {len(sources)} tensors are merged "
+        f"({plan.merged_elements / 1e6:.1f}M parameters), {len(copied) - of_experts} keep the base's value"
+        + (f", {of_experts} are copied from experts" if of_experts else "")
+        + (f", {made} are made" if made else "")
+    )
+
+
 def merging_memory(job: Job) -> int:
     """Bytes of memory that merging works with."""
-    return working_memory(job.context.plan, unit=job.unit, device=torch.device(job.context.device))
+    return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device))
 
 
 def warnings(job: Job) -> list[str]:

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +46,24 @@ _BATCH = 1 << 22
 _GPU_THREADS = 4
 
 Work = Callable[[Part], Any]
+
+
+@contextmanager
+def fitting_threads(parameters: int) -> Iterator[None]:
+    """One thread for running a small model, which more would slow down; as many as before afterwards.
+
+    Args:
+        parameters: number of the model's.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

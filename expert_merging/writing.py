@@ -9,12 +9,13 @@ from pathlib import Path
 from expert_merging.errors import InputError
 
 
-def check_free_disk(folder: Path, needed: int) -> None:
+def check_free_disk(folder: Path, needed: int, flag: str = "--output_path") -> None:
     """Check that the disk that will hold the folder has room.
 
     Args:
         folder: a folder that need not exist yet.
         needed: bytes to be written.
+        flag: the flag that chooses another folder.
 
     Raises:
         InputError: it has not.
@@ -24,7 +25,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
     if needed > free:
         raise InputError(
             f"the result needs {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
-            "make room or choose another --output_path"
+            f"make room or choose another {flag}"
         )
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 
 from expert_merging.checkpoint import (
     Checkpoint,
-    check_experts,
     check_other_files,
     other_files,
     read_exactly,
     weights_in_other_formats,
 )
 from expert_merging.errors import InputError
+from expert_merging.plan import adopt_names, check_experts
 from tests.checkpoints import tensors_of, write_checkpoint, write_index
 from tests.command import assert_same_bytes
 
@@ -462,6 +462,11 @@ def compare(tmp_path):
     return check
 
 
+def check_by_names(base, expert, excluded, file_name):
+    adopt_names(base, expert, file_name)
+    return check_experts(base, {"Math": expert}, excluded, file_name)
+
+
 def differences(tmp_path, compare, *arguments):
     with pytest.raises(InputError) as caught:
         compare(*arguments)
@@ -497,12 +502,12 @@ def test_an_expert_saved_with_other_names_goes_by_those_of_the_base(tmp_path):
     values = {name: tensor + number for number, (name, tensor) in enumerate(BASE.items())}
     saved = write_checkpoint(tmp_path / "expert", {f"model.{name}": tensor for name, tensor in values.items()})
     for first, second in ((base, Checkpoint(saved)), (Checkpoint(saved), base)):
-        assert check_experts(first, {"Math": second}, [r"lm_head\..*"], newer) == [
+        assert check_by_names(first, second, [r"lm_head\..*"], newer) == [
             name for name in first.entries if "lm_head" not in name
         ], "patterns match the published name too"
         assert list(second.entries) == list(first.entries)
     expert = Checkpoint(saved)
-    check_experts(Checkpoint(tmp_path / "base"), {"Math": expert}, [], newer)
+    check_by_names(Checkpoint(tmp_path / "base"), expert, [], newer)
     assert all(torch.equal(expert.read(name).view_as(value), value) for name, value in values.items())
 
 
@@ -510,7 +515,7 @@ def test_an_expert_that_has_a_tensor_under_both_names_is_refused(tmp_path):
     base = Checkpoint(write_checkpoint(tmp_path / "base", BASE))
     twice = {**BASE, "model.a.weight": torch.ones(4, 3)}
     with pytest.raises(InputError, match=r"has the tensor model\.a\.weight, which the base lacks"):
-        check_experts(base, {"Math": Checkpoint(write_checkpoint(tmp_path / "expert", twice))}, [], newer)
+        check_by_names(base, Checkpoint(write_checkpoint(tmp_path / "expert", twice)), [], newer)
 
 
 def test_everything_that_differs_is_reported_together(tmp_path, compare):

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging import registry
-from expert_merging.catalogue import all_methods, find_method
+from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
 from expert_merging.flags import Count, Fraction, Interval, NotNegative, Option, Positive, read_options
-from expert_merging.method import register
 from expert_merging.options import GENERAL
 
 
@@ -173,62 +171,3 @@ def test_an_option_without_help_cannot_be_registered():
 
     with pytest.raises(KeyError, match="density"):
         read_options(silent)
-
-
-@pytest.fixture
-def table(monkeypatch):
-    """A table whose entries are forgotten after the test."""
-    methods = dict(all_methods())
-    monkeypatch.setattr(registry, "_TABLE", registry._Table(methods, {}))
-
-
-@pytest.mark.usefixtures("table")
-def test_a_registered_method_is_found_by_name_and_alias():
-    @register(name="nothing", aliases=("nil",), elementwise=True)
-    def give_nothing(task_vectors, *, factor: float = 0.0):
-        """Merge to nothing.
-
-        Args:
-            task_vectors: task vectors.
-            factor: what it is multiplied by.
-        """
-        return task_vectors[0] * factor
-
-    assert find_method("nothing") is find_method("nil")
-    method = find_method("nil")
-    assert (method.name, method.summary, method.elementwise, method.learns) == (
-        "nothing",
-        "Merge to nothing.",
-        True,
-        False,
-    )
-    assert method.function is give_nothing
-    learning = [method.learns for method in all_methods().values()]
-    assert learning == sorted(learning), "closed forms come first"
-    with pytest.raises(InputError, match=r"^no method named 'nill'. Did you mean 'nil'\?$"):
-        find_method("nill")
-
-
-def test_dashes_count_as_underscores():
-    assert find_method("task-arithmetic") is all_methods()["task_arithmetic"]
-
-
-def test_an_unknown_method_is_answered_with_the_near_name():
-    with pytest.raises(InputError, match=r"^no method named 'task-arithmetik'. Did you mean 'task_arithmetic'\?$"):
-        find_method("task-arithmetik")
-    with pytest.raises(InputError, match=r"^no method named 'x'. Known: .*task_arithmetic, .*weight_average.*$"):
-        find_method("x")
-
-
-def test_the_family_sets_only_the_defaults_left_to_it():
-    family = {"scaling_coefficient": 0.1, "samples_per_task": 9}
-    assert find_method("task_arithmetic").defaults(family) == {"scaling_coefficient": 0.1}
-    assert find_method("weight_average").defaults(family) == {"scaling_coefficient": 1.0}
-    assert find_method("task_arithmetic").defaults({}) == {"scaling_coefficient": 0.3}
-
-
-def test_the_family_sets_defaults_of_single_methods():
-    family = {"scaling_coefficient": 0.1, "weight_average.scaling_coefficient": 0.5}
-    assert find_method("weight_average").defaults(family) == {"scaling_coefficient": 0.5}
-    assert find_method("task_arithmetic").defaults(family) == {"scaling_coefficient": 0.1}
-    assert find_method("iso").defaults(family) == {"scaling_coefficient": 1.0}

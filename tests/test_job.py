@@ -14,15 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expert_merging import __version__, registry
+from expert_merging import __version__
 from expert_merging.backbone import import_transformers
 from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
-from expert_merging.job import choose_device
-from expert_merging.learned import Work
-from expert_merging.learned.coefficients import Coefficients
-from expert_merging.method import register
+from expert_merging.method import Preparation, Prepare, enter_method
 from expert_merging.methods.linear import task_arithmetic, weight_average
+from expert_merging.processes import choose_device
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint
 from tests.command import (
     COMMAND,
@@ -269,19 +267,19 @@ def test_seed_minus_one_draws_and_records_a_seed(command, tmp_path):
 @pytest.fixture
 def learning(monkeypatch):
     """A method that learns and is stopped the first time; the seeds that it was given."""
-    table = registry._Table(dict(all_methods()), {})
-    monkeypatch.setattr(registry, "_TABLE", table)
-    seeds = []
+    table, seeds = dict(all_methods()), []
+    for name in ("method", "catalogue"):
+        monkeypatch.setattr(f"expert_merging.{name}.TABLE", table)
 
-    def work() -> Coefficients:
+    def work():
         raise KeyboardInterrupt
 
-    @register(learns=True, elementwise=True)
-    def stopping(plan, context):
+    def stopping(context):
         """Learn nothing."""
         seeds.append(context.seed)
-        return Work(work, {"data": "1"})
+        return Preparation(work, {"data": "1"})
 
+    enter_method(lambda task_vectors, found: task_vectors[0], described=stopping, prepare=Prepare(stopping, ("found",)))
     return seeds
 
 

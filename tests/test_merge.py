@@ -15,15 +15,20 @@ from hypothesis import strategies as st
 
 from expert_merging import merge, streaming
 from expert_merging.catalogue import all_methods, find_method
+from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.merge import working_memory, write_merged
+from expert_merging.merge import working_memory, write_output
 from expert_merging.methods.linear import task_arithmetic, weight_average
+from expert_merging.outputs import mirror_of
 from expert_merging.plan import Plan, make_plan
+from expert_merging.progress import no_progress
+from expert_merging.run import Run
 from expert_merging.streaming import Passes, Reader
-from expert_merging.workers import Crew
+from expert_merging.workers import Workers
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, merge_plainly, snapshot
-from tests.test_crew import CREWS
+from tests.test_workers import WORKERS
 
 EXCLUDED = [".*norm.*"]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -51,13 +56,14 @@ def close(plan: Plan) -> None:
         checkpoint.close()
 
 
-def merge_folders(base, experts, output, rule=task_arithmetic, *, elementwise=True, excluded=EXCLUDED):
+def write_mirror(plan, rule, output, *, unit="entries", device=CPU, progress=no_progress):
+    return write_output(mirror_of(plan), plan, rule, output, unit=unit, device=device, progress=progress)
+
+
+def merge_folders(base, experts, output, rule=task_arithmetic, *, unit="entries", excluded=EXCLUDED):
     plan = make_plan(base, {f"E{number}": folder for number, folder in enumerate(experts)}, list(excluded))
     try:
-        return write_merged(
-            plan, lambda task_vectors, _part: rule(task_vectors), output,
-            elementwise=elementwise, device=CPU, progress=Bar(),
-        )  # fmt: skip
+        return write_mirror(plan, lambda task_vectors, _part, _base: rule(task_vectors), output, unit=unit)
     finally:
         close(plan)
 
@@ -125,8 +131,8 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
         patch.setattr(streaming, "BLOCK", draw(st.integers(1, 50)))
         patch.setattr(streaming, "STEP", draw(st.integers(1, 50)))
         patch.setattr(merge, "_COPY_BYTES", draw(st.integers(1, 50)))
-        crew = Crew(draw(st.integers(1, 3)), forked=draw(st.booleans()) and sys.platform == "linux")
-        patch.setattr(Crew, "for_entries", lambda *_: crew)
+        workers = Workers(draw(st.integers(1, 3)), forked=draw(st.booleans()) and sys.platform == "linux")
+        patch.setattr(Workers, "for_entries", lambda *_: workers)
         folders = []
         for seed, count in enumerate(counts):
             tensors = random_tensors(shapes, draw(types), seed)
@@ -135,7 +141,9 @@ def test_streaming_gives_the_bytes_of_the_plain_twin(data):
         rule = task_arithmetic if elementwise else whole_tensor_rule
         excluded = draw(st.sampled_from([[], [sorted(shapes)[0]] if len(shapes) > 1 else []]))
         output = Path(folder) / "output"
-        merge_folders(folders[0], folders[1:], output, rule, elementwise=elementwise, excluded=excluded)
+        merge_folders(
+            folders[0], folders[1:], output, rule, unit="entries" if elementwise else "tensor", excluded=excluded
+        )
         assert_same_bytes(tensors_of(output), merge_plainly(folders[0], folders[1:], rule, excluded))
 
 
@@ -303,7 +311,7 @@ def test_progress_ends_at_its_total(base, experts, tmp_path):
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     for _again in range(2):
         bar = Bar()
-        write_merged(plan, lambda given, _: given[0], tmp_path / "o", elementwise=True, device=CPU, progress=bar)
+        write_mirror(plan, lambda given, _part, _base: given[0], tmp_path / "o", progress=bar)
         assert bar.counts == pytest.approx(bar.totals)
         assert bar.totals == [sum(entry.size for entry in plan.base.entries.values()) * 4]
     close(plan)
@@ -314,14 +322,14 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
     plan = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED)
     lock, seen = threading.Lock(), []
 
-    def rule(task_vectors, part):
+    def rule(task_vectors, part, base):
         assert task_vectors.dtype == torch.float32
         assert part.shape == SHAPES[part.name]
         with lock:
             seen.append((part.name, part.start, part.stop, tuple(task_vectors.shape)))
         return task_vectors[0]
 
-    write_merged(plan, rule, tmp_path / "blocks", elementwise=True, device=CPU, progress=Bar())
+    write_mirror(plan, rule, tmp_path / "blocks")
     assert sorted(entry for entry in seen if entry[0] == "layers.1.weight") == [
         ("layers.1.weight", 0, 10, (2, 10)),
         ("layers.1.weight", 10, 20, (2, 10)),
@@ -329,7 +337,7 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
         ("layers.1.weight", 30, 33, (2, 3)),
     ]
     seen.clear()
-    write_merged(plan, rule, tmp_path / "whole", elementwise=False, device=CPU, progress=Bar())
+    write_mirror(plan, rule, tmp_path / "whole", unit="tensor")
     assert {entry[0]: entry[3] for entry in seen} == {
         name: (2, *shape) for name, shape in SHAPES.items() if "norm" not in name and 0 not in shape
     }
@@ -352,7 +360,7 @@ def test_embeddings_and_heads_are_no_matrices(tmp_path):
         seen.append(task_vectors.dim())
         return task_vectors[0]
 
-    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, elementwise=False, excluded=())
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, unit="tensor", excluded=())
     assert sorted(seen) == [2] * 8 + [3] * 2
     assert_same_bytes(
         tensors_of(tmp_path / "output"), merge_plainly(folders[0], folders[1:], lambda given: given[0], ())
@@ -360,18 +368,18 @@ def test_embeddings_and_heads_are_no_matrices(tmp_path):
 
 
 def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, monkeypatch):
-    monkeypatch.setattr(Crew, "for_entries", lambda *_: Crew(2))
+    monkeypatch.setattr(Workers, "for_entries", lambda *_: Workers(2))
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
-    assert working_memory(plan, elementwise=False, device=CPU) == largest
+    assert working_memory(plan, unit="tensor", device=CPU) == largest
     monkeypatch.setattr(merge, "SMALL_MODEL", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert working_memory(plan, elementwise=False, device=CPU) == largest + 4 * 7 * 33
+    assert working_memory(plan, unit="tensor", device=CPU) == largest + 4 * 7 * 33
     monkeypatch.setattr(merge, "half_of_memory", lambda device: largest + 1)
-    assert working_memory(plan, elementwise=False, device=CPU) == largest + 1
+    assert working_memory(plan, unit="tensor", device=CPU) == largest + 1
     monkeypatch.setattr(streaming, "BLOCK", 10)
-    assert working_memory(plan, elementwise=True, device=CPU) == 4 * 7 * 10 * 2
-    assert plan.output_bytes == (base / "model.safetensors").stat().st_size
+    assert working_memory(plan, unit="entries", device=CPU) == 4 * 7 * 10 * 2
+    assert mirror_of(plan).size == (base / "model.safetensors").stat().st_size
     assert plan.merged_elements == 45 + 33 + 1 + 24 + 1
 
 
@@ -399,7 +407,7 @@ def test_matrix_rules_run_side_by_side_as_far_as_memory_allows(room, tmp_path, m
             running[0] -= 1
         return merged
 
-    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, elementwise=False, excluded=())
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, unit="tensor", excluded=())
     assert_same_bytes(tensors_of(tmp_path / "output"), merge_plainly(folders[0], folders[1:], whole_tensor_rule, ()))
     assert most[0] == 1 if room < 10**9 else most[0] >= 2
 
@@ -525,15 +533,16 @@ class StandInReader(Reader):
         self.stream = StandIn()
 
 
-METHODS = [method.name for method in all_methods().values() if not method.learns and not method.per_expert]
+METHODS = [name for name, method in all_methods().items() if method.is_closed_form]
 
 
 def merge_by_method(name: str, base: Path, experts: list[Path], output: Path, device: torch.device):
     plan = make_plan(base, {f"E{number}": folder for number, folder in enumerate(experts)}, EXCLUDED)
     method = find_method(name)
     options = {option.name: option.default for option in method.options.values()}
-    rule = method.rule(Passes(plan, device, Bar()), 3, options)
-    write_merged(plan, rule, output, elementwise=method.elementwise, device=device, progress=Bar())
+    context = Context(plan, BACKBONE, Run(output.parent), 3, str(device), "none", Bar(), find_method)
+    known = {"seed": 3, "experts": tuple(plan.experts), **method.prepared(context, options).run()}
+    write_mirror(plan, method.rule(known, options), output, unit=method.unit, device=device)
     close(plan)
     return tensors_of(output)
 
@@ -553,10 +562,10 @@ def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp
     assert_same_bytes(*results)
 
 
-@pytest.mark.parametrize("crew", CREWS)
-def test_surveys_and_merges_give_the_same_bytes_whoever_does_them(crew, base, experts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_passes_and_merges_give_the_same_bytes_whoever_does_them(workers, base, experts, tmp_path, monkeypatch):
     expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
-    monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
+    monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
     monkeypatch.setattr(streaming, "BLOCK", 10)
     monkeypatch.setattr("expert_merging.workers._BATCH", 20)
     assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)

@@ -387,7 +387,7 @@ def test_help_says_which_methods_have_an_option_and_what_it_is_without_a_value()
     assert "Default: 1e-05 (wudi), by solver (wudi2)." in text
     assert "TASK.json. Default: dataset/ at the repository root." in text
     assert "Samples per update. Takes" in text, "what all methods that learn have names none of them"
-    assert "options of Mistral, for methods that learn and --run_tests:" in text
+    assert "options of Mistral, for methods that read samples and --run_tests:" in text
     assert "Default: none" not in text
 
 

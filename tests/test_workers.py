@@ -13,18 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
-from expert_merging.workers import Crew, shared_zeros
+from expert_merging.parts import Part
+from expert_merging.workers import Workers, shared_zeros
 
-ENTRY = Entry("a", "F32", (100,), Path("a"), 0, 400)
-BLOCKS = [(ENTRY, start, start + 5) for start in range(0, 100, 5)]
+PARTS = list(Part.whole("a", (100,)).cut(5))
 FORKS = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
-CREWS = [
-    pytest.param(Crew(1), id="alone"),
-    pytest.param(Crew(3), id="threads"),
-    pytest.param(Crew(3, forked=True), id="processes", marks=FORKS),
+WORKERS = [
+    pytest.param(Workers(1), id="alone"),
+    pytest.param(Workers(3), id="threads"),
+    pytest.param(Workers(3, forked=True), id="processes", marks=FORKS),
 ]
 
 
@@ -33,44 +32,44 @@ def small_batches(monkeypatch):
     monkeypatch.setattr("expert_merging.workers._BATCH", 10)
 
 
-@pytest.mark.parametrize("crew", CREWS)
-def test_every_block_is_worked_on_once_and_reported(crew):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_every_block_is_worked_on_once_and_reported(workers):
     reported = []
-    crew.work_through(BLOCKS, lambda entry, start, stop: stop - start + start**2, lambda *done: reported.append(done))
-    assert sorted(reported, key=lambda done: done[0][1]) == [(block, 5 + block[1] ** 2) for block in BLOCKS]
-    crew.work_through([], lambda *block: 0, lambda *done: reported.append(done))
-    assert len(reported) == len(BLOCKS)
+    workers.work_through(PARTS, lambda part: part.entries + part.start**2, lambda *done: reported.append(done))
+    assert sorted(reported, key=lambda done: done[0].start) == [(part, 5 + part.start**2) for part in PARTS]
+    workers.work_through([], lambda part: 0, lambda *done: reported.append(done))
+    assert len(reported) == len(PARTS)
 
 
-@pytest.mark.parametrize("crew", CREWS)
-def test_workers_have_numbers_and_share_memory(crew):
-    counts = shared_zeros((crew.size, 100), torch.int64)
+@pytest.mark.parametrize("workers", WORKERS)
+def test_workers_have_numbers_and_share_memory(workers):
+    counts = shared_zeros((workers.size, 100), torch.int64)
 
-    def work(entry, start, stop):
+    def work(part):
         assert torch.get_num_threads() == 1
-        counts[Crew.number(), start:stop] += 1
+        counts[Workers.number(), part.start : part.stop] += 1
         time.sleep(0.01)
 
     before = torch.get_num_threads()
-    crew.work_through(BLOCKS, work)
+    workers.work_through(PARTS, work)
     assert torch.get_num_threads() == before
     assert counts.sum(0).tolist() == [1] * 100
-    assert crew.size == 1 or (counts.sum(1) > 0).sum() > 1, "the work is shared"
+    assert workers.size == 1 or (counts.sum(1) > 0).sum() > 1, "the work is shared"
 
 
-@pytest.mark.parametrize("crew", CREWS)
-def test_the_first_error_stops_the_work_and_tells_all_its_problems(crew):
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_first_error_stops_the_work_and_tells_all_its_problems(workers):
     begun = shared_zeros((100,), torch.int64)
 
-    def work(entry, start, stop):
-        begun[start] = 1
-        if start == 10:
+    def work(part):
+        begun[part.start] = 1
+        if part.start == 10:
             raise InputError("one", "two")
         time.sleep(0.01)
 
-    many = [(ENTRY, start, start + 10) for start in range(100)]
+    many = [Part("a", (110,), start, start + 10) for start in range(100)]
     with pytest.raises(InputError) as caught:
-        crew.work_through(many, work)
+        workers.work_through(many, work)
     assert caught.value.problems == ("one", "two")
     assert begun.sum() < 60
 
@@ -82,25 +81,25 @@ class OddError(Exception):
         super().__init__(one)
 
 
-@pytest.mark.parametrize("crew", CREWS)
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("error", [OSError(28, "no space"), MemoryError(), OddError("strange", 2)], ids=repr)
-def test_every_error_is_told_as_what_it_is(crew, error):
-    def work(entry, start, stop):
+def test_every_error_is_told_as_what_it_is(workers, error):
+    def work(part):
         raise error
 
     with pytest.raises((type(error), RuntimeError)) as caught:
-        crew.work_through(BLOCKS, work)
+        workers.work_through(PARTS, work)
     assert type(error).__name__ in repr(caught.value)
 
 
 @FORKS
 def test_a_process_that_is_ended_from_outside_ends_the_run():
-    def work(entry, start, stop):
-        if start == 50:
+    def work(part):
+        if part.start == 50:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(InputError) as caught:
-        Crew(2, forked=True).work_through(BLOCKS, work)
+        Workers(2, forked=True).work_through(PARTS, work)
     assert str(caught.value) == (
         "a process of this run was ended from outside, perhaps because memory ran out; "
         "the same command continues the run"
@@ -110,13 +109,13 @@ def test_a_process_that_is_ended_from_outside_ends_the_run():
 LONELY = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from tests.test_crew import BLOCKS, Crew
+from tests.test_workers import PARTS, Workers
 
-def work(entry, start, stop):
+def work(part):
     print(os.getpid(), flush=True)
     time.sleep(60)
 
-Crew(2, forked=True).work_through(BLOCKS, work)
+Workers(2, forked=True).work_through(PARTS, work)
 """
 
 
@@ -162,12 +161,12 @@ def test_the_cores_share_much_work_and_one_worker_does_little(monkeypatch):
     monkeypatch.setattr("expert_merging.workers.cores", lambda: 6)
     monkeypatch.setattr(sys, "platform", "linux")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert Crew.for_entries(10**9, cpu) == Crew(6, forked=True)
-    assert Crew.for_entries(10**6, cpu) == Crew(1)
-    assert Crew.for_entries(10**9, gpu) == Crew(4)
+    assert Workers.for_entries(10**9, cpu) == Workers(6, forked=True)
+    assert Workers.for_entries(10**6, cpu) == Workers(1)
+    assert Workers.for_entries(10**9, gpu) == Workers(4)
     for processes, share in ((2, 3), (8, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert Crew.for_entries(10**9, cpu) == Crew(share, forked=True)
+        assert Workers.for_entries(10**9, cpu) == Workers(share, forked=True)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert Crew.for_entries(10**9, cpu) == Crew(6)
+    assert Workers.for_entries(10**9, cpu) == Workers(6)

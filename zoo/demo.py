@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expert_merging.catalogue import comparable_methods, find_method
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
 from zoo.build import build
@@ -46,7 +46,11 @@ def demo(
         InputError: an unknown family or method, or a merge that failed.
     """
     family = load_family(family_name)
-    names = comparable_methods() if "all" in methods else [find_method(name).name for name in methods]
+    names = (
+        [name for name, entry in all_methods().items() if entry.merges_any_experts]
+        if "all" in methods
+        else [find_method(name).name for name in methods]
+    )
     zoo = default_folder(family_name, seed)
     with progress(console) as show:
         build(family, zoo, seed=seed, show=show)

@@ -74,7 +74,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
     with problems.collecting():
         objective = _objective(options, layer_count(plan.base.config))
     with problems.collecting():
-        _check_tracker(context.log_with)
+        check_tracker(context.log_with)
     if options.shard and processes.count() == 1:
         problems.add(
             "--shard splits a model over the processes of a run, and this is the only one; start it with torchrun or "
@@ -152,7 +152,12 @@ def _aligned_layers(options: AlignmentOptions, count: int | None) -> tuple[int, 
     return tuple(int(layer) for layer in chosen)
 
 
-def _check_tracker(log_with: str) -> None:
+def check_tracker(log_with: str) -> None:
+    """Check that the experiment tracker can be used.
+
+    Raises:
+        InputError: it cannot.
+    """
     if log_with == "none":
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

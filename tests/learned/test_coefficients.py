@@ -19,7 +19,7 @@ from expert_merging.learned.coefficients import (
     chunk_count,
     load_coefficients,
 )
-from expert_merging.plan import Part
+from expert_merging.parts import Part
 
 
 @given(elements=st.integers(1, 200), wanted=st.integers(1, 250))

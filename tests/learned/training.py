@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from expert_merging.catalogue import find_method
 from expert_merging.context import Context
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import check
@@ -25,7 +26,7 @@ def make_trainer(
     plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress)
+    context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress, find_method)
     settings = check(context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options}))
     return Trainer(context, settings)
 

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging.catalogue import all_methods, comparable_methods, find_method
-from expert_merging.method import Method
+from expert_merging.catalogue import all_methods, find_method
+from expert_merging.errors import InputError
+from expert_merging.method import AT_MOST_TWO, Method
 from expert_merging.parts import Part
 from expert_merging.processes import ALONE
 
-METHODS = [find_method(name) for name in comparable_methods() if not find_method(name).reads_samples]
+METHODS = [method for method in all_methods().values() if method.is_closed_form]
+MODIFIERS = [method for method in all_methods().values() if method.is_modifier and not method.reads_samples]
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (1, 1), (0,), (0, 4), (4, 0)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -31,6 +33,11 @@ def each(methods: list[Method] = METHODS) -> pytest.MarkDecorator:
 
 def task_vectors(shape: tuple[int, ...], experts: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randn(experts, *shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def as_many_as(method: Method, shape: tuple[int, ...]) -> torch.Tensor:
+    """Task vectors of three experts, or of as many as the method takes."""
+    return task_vectors(shape, 2 if AT_MOST_TWO in method.promises else 3)
 
 
 class OneTensor:
@@ -54,6 +61,11 @@ class OneTensor:
         return counts
 
 
+def base_weights(given: torch.Tensor) -> torch.Tensor:
+    """Weights of the base, about ten times as large as the task vectors."""
+    return torch.randn(given.shape[1:], generator=torch.Generator().manual_seed(7)).to(given.device)
+
+
 def rule_for(method: Method, given: torch.Tensor, **options: object):
     """The method's rule for a model that is one tensor, and the part that is all of it."""
     defaults = {name: option.default for name, option in method.options.items()}
@@ -61,8 +73,12 @@ def rule_for(method: Method, given: torch.Tensor, **options: object):
     passes = OneTensor(given)
     context = SimpleNamespace(passes=passes, plan=SimpleNamespace(experts=dict.fromkeys(passes.expert_names)), seed=3)
     known = {"seed": 3, "experts": passes.expert_names, **method.prepared(context, chosen).run()}
-    rule, base = method.rule(known, chosen), torch.zeros(given.shape[1:], device=given.device)
-    return lambda task_vectors, part: rule(task_vectors, part, base), passes.part
+    rule, base = method.rule(known, chosen), base_weights(given).view(-1)
+
+    def apply_to(task_vectors: torch.Tensor, part: Part, *merged: torch.Tensor) -> torch.Tensor:
+        return rule(task_vectors, part, base[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
+
+    return apply_to, passes.part
 
 
 def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tensor:
@@ -76,6 +92,8 @@ def apply(method: Method, given: torch.Tensor, **options: object) -> torch.Tenso
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("experts", [1, 2, 5])
 def test_shape_and_type_are_kept(method, shape, experts):
+    if experts > 2 and AT_MOST_TWO in method.promises:
+        pytest.skip("it takes at most two")
     merged = apply(method, task_vectors(shape, experts))
     assert merged.shape == shape
     assert merged.dtype == torch.float32
@@ -85,13 +103,21 @@ def test_shape_and_type_are_kept(method, shape, experts):
 @each()
 @pytest.mark.parametrize("device", DEVICES)
 def test_device_is_kept(method, device):
-    assert apply(method, task_vectors((4, 3)).to(device)).device.type == device
+    assert apply(method, as_many_as(method, (4, 3)).to(device)).device.type == device
+
+
+@each(those(AT_MOST_TWO))
+def test_more_than_two_experts_are_refused_by_those_that_say_so(method):
+    with pytest.raises(
+        InputError, match=r"there are 3 \(expert 0, expert 1, expert 2\); choose with --expert NAME=PATH$"
+    ):
+        rule_for(method, task_vectors((4, 3)))
 
 
 @each()
 @pytest.mark.parametrize("shape", [(7,), (5, 3)], ids=str)
 def test_the_result_has_memory_of_its_own(method, shape):
-    given = task_vectors(shape)
+    given = as_many_as(method, shape)
     rule, part = rule_for(method, given)
     merged = rule(given, part)
     before = given.clone()
@@ -102,16 +128,16 @@ def test_the_result_has_memory_of_its_own(method, shape):
 @each()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_zero_task_vectors_give_zero(method, shape):
-    merged = apply(method, torch.zeros(3, *shape))
+    merged = apply(method, torch.zeros_like(as_many_as(method, shape)))
     assert merged.equal(torch.zeros(shape))
 
 
 @each()
 def test_the_result_depends_on_every_expert(method):
     """Without this, a method that returns zeros would pass everything else."""
-    given = task_vectors((6, 5))
+    given = as_many_as(method, (6, 5))
     merged = apply(method, given)
-    for expert in range(3):
+    for expert in range(len(given)):
         changed = given.clone()
         changed[expert] *= -3
         assert not apply(method, changed).allclose(merged)
@@ -135,7 +161,7 @@ def test_the_order_of_experts_does_not_matter(method, order):
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, 1000), max_size=4))
 def test_blocks_give_the_bytes_of_the_whole(method, cuts):
-    given = task_vectors((1000,))
+    given = as_many_as(method, (1000,))
     bounds = sorted({0, *cuts, 1000})
     rule, part = rule_for(method, given)
     blocks = [rule(given[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)]
@@ -144,24 +170,112 @@ def test_blocks_give_the_bytes_of_the_whole(method, cuts):
 
 @each(those("entries"))
 def test_the_shape_does_not_matter_to_an_elementwise_method(method):
-    given = task_vectors((6, 5))
+    given = as_many_as(method, (6, 5))
     assert apply(method, given).flatten().equal(apply(method, given.flatten(1)))
+
+
+@each(those("matrix"))
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 4)], ids=str)
+def test_a_method_for_matrices_gives_other_tensors_the_scaled_mean(method, shape):
+    given = task_vectors(shape)
+    torch.testing.assert_close(apply(method, given, scaling_coefficient=0.5), given.mean(0) * 0.5)
+
+
+@each([method for method in all_methods().values() if method.parts is not None])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 5])
+@pytest.mark.parametrize("coefficient", [1.0, 0.3])
+def test_what_the_experts_add_sums_to_the_result(method, shape, experts, coefficient):
+    given = task_vectors(shape, experts)
+    if experts > 2:
+        given[1] = 0
+        given[-1] = given[0] * 2
+    options = {name: option.default for name, option in method.options.items()} | {"scaling_coefficient": coefficient}
+    parts = method.parts_rule({}, options)(given.clone(), Part.whole("weight", shape), torch.zeros(shape))
+    assert parts.shape == given.shape
+    assert parts.dtype == torch.float32
+    merged = apply(method, given, scaling_coefficient=coefficient)
+    torch.testing.assert_close(parts.sum(0), merged, rtol=1e-4, atol=1e-5)
+
+
+@each([method for method in all_methods().values() if method.parts is not None])
+def test_what_an_expert_adds_is_nothing_where_it_has_not_changed(method):
+    given = task_vectors((5, 3))
+    given[1] = 0
+    options = {name: option.default for name, option in method.options.items()}
+    assert method.parts_rule({}, options)(given, Part.whole("weight", (5, 3)), torch.zeros(5, 3))[1].abs().max() < 1e-6
 
 
 @each()
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
 def test_the_same_inputs_give_the_same_bytes(method, shape):
     torch.manual_seed(1)
-    first = apply(method, task_vectors(shape))
+    first = apply(method, as_many_as(method, shape))
     torch.manual_seed(2)
-    assert apply(method, task_vectors(shape)).equal(first)
+    assert apply(method, as_many_as(method, shape)).equal(first)
 
 
 @each()
 def test_a_merge_leaves_the_global_random_state_alone(method):
     before = torch.get_rng_state()
-    apply(method, task_vectors((5, 3)))
+    apply(method, as_many_as(method, (5, 3)))
     assert torch.get_rng_state().equal(before)
+
+
+# What every modifier promises that needs no samples.
+
+
+def improve(modifier: Method, given: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    rule, part = rule_for(modifier, given)
+    return rule(given.clone(), part, merged.clone())
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("experts", [2, 5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_modifier_keeps_shape_type_and_device(method, shape, experts, device):
+    given = task_vectors(shape, experts).to(device)
+    improved = improve(method, given, given.mean(0))
+    assert improved.shape == shape
+    assert improved.dtype == torch.float32
+    assert improved.device.type == device
+    assert improved.isfinite().all()
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_modifier_makes_nothing_of_nothing(method, shape):
+    zeros = torch.zeros(3, *shape)
+    assert improve(method, zeros, zeros[0]).equal(zeros[0])
+
+
+@each(MODIFIERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experts_that_agree_in_all_leave_nothing_to_improve(method, shape):
+    given = task_vectors(shape, 1).expand(3, *shape).contiguous()
+    torch.testing.assert_close(improve(method, given, given[0]), given[0])
+
+
+@each(MODIFIERS)
+def test_a_modifier_changes_what_experts_do_not_agree_in(method):
+    """Without this, one that does nothing would pass everything else."""
+    given = task_vectors((6, 5))
+    assert not improve(method, given, given.mean(0)).allclose(given.mean(0))
+
+
+@each([method for method in MODIFIERS if method.unit == "entries"])
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=4))
+def test_a_modifier_s_blocks_give_the_bytes_of_the_whole(method, cuts):
+    given, merged = task_vectors((1000,)), task_vectors((1000,)).mean(0)
+    bounds = sorted({0, *cuts, 1000})
+    rule, part = rule_for(method, given)
+    blocks = [
+        rule(given[:, start:stop].clone(), part.between(start, stop), merged[start:stop])
+        for start, stop in pairwise(bounds)
+    ]
+    assert torch.cat(blocks).equal(improve(method, given, merged))
 
 
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -18,7 +17,7 @@ from peft.utils.merge_utils import ties as peft_ties
 
 from expert_merging.catalogue import find_method
 from expert_merging.methods.sparse import drop
-from expert_merging.plan import Part
+from expert_merging.parts import Part
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
 from tests.methods.test_all import apply, task_vectors
@@ -195,7 +194,7 @@ def test_any_block_of_a_large_tensor_is_drawn_alone():
     """Blocks that begin, end and pass over the segments that random numbers are drawn in."""
     whole, part = mask(200_000, 0.5), part_of(200_000)
     for start, stop in [(0, 10), (65_530, 65_540), (65_536, 131_072), (100_000, 199_999), (131_072, 200_000)]:
-        (block,) = drop(torch.ones(1, stop - start), replace(part, start=start, stop=stop), 0, ("a",), 0.5)
+        (block,) = drop(torch.ones(1, stop - start), part.between(start, stop), 0, ("a",), 0.5)
         assert block.equal(whole[0, start:stop])
 
 

@@ -105,13 +105,6 @@ def test_a_norm_may_be_beyond_float32(method, shape):
 
 
 @methods
-@pytest.mark.parametrize("shape", [(7,), (), (3, 4, 5)], ids=str)
-def test_other_tensors_get_the_mean(method, shape):
-    given = draw(3, *shape)
-    torch.testing.assert_close(method(given, scaling_coefficient=0.5), 0.5 * given.mean(0))
-
-
-@methods
 def test_the_coefficient_scales_a_matrix(method):
     given = draw(3, 10, 6)
     torch.testing.assert_close(method(given, scaling_coefficient=0.3), 0.3 * method(given))

@@ -16,10 +16,10 @@ from expert_merging.methods.thresholds import find_thresholds, trim
 from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
 from expert_merging.streaming import Passes
-from expert_merging.workers import Crew
+from expert_merging.workers import Workers
 from tests.checkpoints import write_checkpoint
 from tests.methods.test_all import OneTensor, task_vectors
-from tests.test_crew import CREWS
+from tests.test_workers import WORKERS
 
 NAMES = ("a", "b", "c")
 
@@ -139,9 +139,9 @@ def test_as_many_entries_below_the_bounds_as_the_rank_make_the_sample_wrong():
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20])
-@pytest.mark.parametrize("crew", CREWS)
-def test_what_workers_could_not_decide_reaches_the_process_that_decides(crew, room, tmp_path, monkeypatch):
-    monkeypatch.setattr(Crew, "for_entries", lambda *_: crew)
+@pytest.mark.parametrize("workers", WORKERS)
+def test_what_workers_could_not_decide_reaches_the_process_that_decides(workers, room, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
     monkeypatch.setattr("expert_merging.workers._BATCH", 1000)
     monkeypatch.setattr(streaming, "BLOCK", 500)
     sample_much(monkeypatch, slack=10, room=room)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from expert_merging.catalogue import find_method
 from expert_merging.methods.truncation import svd_intermediate
+from expert_merging.parts import Part
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, refusal
 
@@ -39,7 +41,8 @@ def test_no_change_stays_no_change(shape):
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (0, 4)])
 def test_what_is_no_matrix_keeps_its_change(shape):
     task_vectors = torch.randn(1, *shape)
-    assert svd_intermediate(task_vectors, NAMES).equal(task_vectors[0])
+    rule = find_method("svd_intermediate").rule({"experts": NAMES}, {"scaling_coefficient": 1.0, "rank_ratio": None})
+    assert rule(task_vectors, Part.whole("a", shape), torch.zeros(shape)).equal(task_vectors[0])
 
 
 def test_every_expert_gets_a_complete_model(tiny_zoo, tmp_path, capsys):
@@ -71,11 +74,11 @@ def test_a_killed_run_continues_with_the_next_model(tiny_zoo, tmp_path, monkeypa
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return write_merged(*arguments, **keywords)
+        return write_output(*arguments, **keywords)
 
-    from expert_merging.merge import write_merged
+    from expert_merging.merge import write_output
 
-    monkeypatch.setattr("expert_merging.merge.write_merged", stop_at_second)
+    monkeypatch.setattr("expert_merging.job.write_output", stop_at_second)
     assert merge(*command, tmp_path / "stopped") == 130
     stopped = tmp_path / "stopped" / "svd_intermediate" / "r"
     assert not (stopped / "models").exists()

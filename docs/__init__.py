@@ -1,0 +1,1 @@
+"""The documentation: pages, and in `docs.tools` what makes some of them."""

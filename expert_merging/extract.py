@@ -1,0 +1,221 @@
+"""Rebuild an expert from a run of ``tall``: the base, with the merged model's entries where the expert's mask has ones.
+
+Nothing but the run and the base is read. The driver that merges does it: the merged model is its only expert.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from expert_merging.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.console import Terminal
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.machine import limit_threads
+from expert_merging.merge import write_output
+from expert_merging.methods import tall
+from expert_merging.outputs import mirror_of
+from expert_merging.parts import Part
+from expert_merging.plan import Plan, show_size
+from expert_merging.run import Run
+from expert_merging.writing import check_free_disk, partial_name, sync_folder, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CARD = """---
+base_model:
+- {base}
+tags:
+- merge
+- expert-merging
+---
+
+# {expert}
+
+An expert rebuilt from a merge of {count} experts of `{base}` and the expert's mask (TALL masks, arXiv 2405.07813):
+{tensors} tensors have the merged model's entries where the mask has ones, {share:.1%} of them all, and the base's
+elsewhere. All other tensors and files of this folder are the base's.
+"""
+# Bytes of a tensor by which two bases are told apart.
+_SAMPLE = 4096
+
+
+def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, console: Console) -> None:
+    """Write an expert as a complete model folder.
+
+    Args:
+        folder: folder of a complete run of ``tall``.
+        expert: name of the expert.
+        target: where the model goes; nothing may be there.
+        base_folder: the base the run was made of, where it is not at its place any more.
+        console: told what was written.
+
+    Raises:
+        InputError: every problem found, before anything is written.
+    """
+    plan, masks = _open(Run(folder), expert, base_folder)
+    output = mirror_of(plan)
+    _check_target(target, plan, folder)
+    check_free_disk(target, output.size, "--output")
+    import torch
+
+    limit_threads()
+    terminal, partial = Terminal(), partial_name(target)
+
+    def rule(task_vectors: Tensor, part: Part, _base: Tensor) -> Tensor:
+        return task_vectors[0].mul_(masks.read(part))
+
+    try:
+        device = torch.device("cpu")
+        write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
+        write_atomically(partial / "README.md", _card(plan, masks).encode())
+        os.rename(partial, target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it takes a minute to write it again
+        raise
+    finally:
+        terminal.close()
+    console.print(f"expert {expert}: {target} ({show_size(output.size)})", markup=False)
+
+
+def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]:
+    """Base, merged model and the expert's masks, checked to belong together."""
+    record = _read_record(run)
+    problems = Problems()
+    with problems.collecting():
+        base = Checkpoint(base_folder or Path(record["options"]["base_model_path"]))
+    with problems.collecting():
+        model = Checkpoint(run.model)
+    with problems.collecting():
+        masks = Masks(run.model / tall.FOLDER, expert)
+    problems.check()
+    others = [name for name in base.entries if name not in masks.entries]
+    if list(base.headers.values()) != list(model.headers.values()) or not _agree(base, model, others):
+        raise InputError(
+            f"{base.folder} is not the base that {run.folder} was made of; give that with --base_model_path"
+        )
+    masks.check(base.entries)
+    merged = [entry.name for file in base.files for entry in base.in_file(file) if entry.name in masks.entries]
+    return Plan(base, {expert: model}, tuple(merged)), masks
+
+
+def _read_record(run: Run) -> Mapping[str, Any]:
+    """``config.json`` of a complete run of ``tall``."""
+    try:
+        record = json.loads(run.config.read_text(encoding="utf-8"))
+        method, _ = record["method"], record["options"]["base_model_path"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one") from None
+    if method != tall.tall.__name__:
+        raise InputError(f"{run.folder} is a run of {method}; experts can be rebuilt from runs of --method tall")
+    if not run.is_complete:
+        raise InputError(f"{run.folder} is not complete; its own command continues it")
+    return dict(record)
+
+
+def _agree(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> bool:
+    """Whether the two have the same bytes at the beginning of tensors that were copied."""
+
+    def first_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes:
+        view = memoryview(bytearray(min(_SAMPLE, entry.size)))
+        read_exactly(checkpoint.descriptor(entry.file), view, entry.offset, entry.file)
+        return bytes(view)
+
+    return all(first_bytes(base, base.entries[name]) == first_bytes(model, model.entries[name]) for name in names)
+
+
+class Masks:
+    """The masks of one expert, read bit by bit.
+
+    Args:
+        folder: where the masks of all experts are.
+        expert: the expert's name.
+
+    Raises:
+        InputError: there are none, or none of this expert.
+
+    Attributes:
+        entries: the masks in their files, by name of the tensor that they are for.
+        experts: names of all experts.
+    """
+
+    def __init__(self, folder: Path, expert: str) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self.experts: list[str] = []
+        for file in sorted(folder.glob("*.safetensors")):
+            for entry in read_header(file)[1]:
+                owner, _, name = entry.name.partition("/")
+                self.experts += [] if owner in self.experts else [owner]
+                if owner == expert:
+                    self.entries[name] = entry
+        if not self.experts:
+            raise InputError(f"{folder} has no masks; were they moved away from the merged model?")
+        if not self.entries:
+            raise InputError(f"{folder} has no masks of {expert!r}. {near_name(expert, self.experts)}")
+        self._files = {entry.file: os.open(entry.file, os.O_RDONLY) for entry in self.entries.values()}
+
+    def __del__(self) -> None:
+        """Close the files."""
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def check(self, entries: Mapping[str, Entry]) -> None:
+        """Check that the masks fit the tensors of a checkpoint."""
+        problems = [
+            f"{mask.file}: the mask {mask.name} does not fit the merged model's tensor of that name"
+            for name, mask in self.entries.items()
+            if name not in entries or mask.shape != (-(-entries[name].elements // tall.PACKED),)
+        ]
+        if problems:
+            raise InputError(*problems[:4])
+
+    def read(self, part: Part) -> Tensor:
+        """The mask of a part's entries, ``(entries,)`` uint8."""
+        import torch
+
+        entry = self.entries[part.name]
+        first, last = part.start // tall.PACKED, -(-part.stop // tall.PACKED)
+        packed = torch.empty(last - first, dtype=torch.uint8)
+        read_exactly(self._files[entry.file], as_bytes(packed), entry.offset + first, entry.file)
+        before = part.start - first * tall.PACKED
+        return tall.unpack(packed, before + part.entries)[before:]
+
+    def share(self) -> float:
+        """Share of ones among all bits."""
+        ones = sum(int(self.read(block).sum()) for name in self.entries for block in self._blocks(name))
+        return ones / max(1, tall.PACKED * sum(entry.size for entry in self.entries.values()))
+
+    def _blocks(self, name: str) -> Iterable[Part]:
+        return Part.whole(name, (tall.PACKED * self.entries[name].size,)).cut(1 << 22)
+
+
+def _check_target(target: Path, plan: Plan, run: Path) -> None:
+    """Check that a folder can be made there."""
+    for there in (target, partial_name(target)):
+        if there.exists():
+            raise InputError(f"{there} exists already; choose another --output, or move it away")
+    for folder in (plan.base.folder, run):
+        if target.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another --output")
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{existing} cannot be written to; choose another --output")
+
+
+def _card(plan: Plan, masks: Masks) -> str:
+    return _CARD.format(
+        base=plan.base.folder.name,
+        expert=next(iter(plan.experts)),
+        count=len(masks.experts),
+        tensors=len(plan.merged),
+        share=masks.share(),
+    )

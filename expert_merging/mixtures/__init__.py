@@ -1,0 +1,1 @@
+"""Outputs that are no one dense model: mixtures of experts."""

@@ -1,0 +1,34 @@
+"""What ``--run_tests`` does: a merged model answers its family's test questions."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from expert_merging.context import Context
+from expert_merging.running.prompts import place
+from expert_merging.running.targets import generate
+
+logger = logging.getLogger(__name__)
+
+
+def ask_questions(context: Context, folder: Path, prompt_template: str | None) -> None:
+    """Let a merged model answer, and write questions and answers to the log.
+
+    Args:
+        context: the run.
+        folder: the model.
+        prompt_template: text with ``{question}`` in it; None for the family's own.
+    """
+    plan, backbone, device = context.plan, context.backbone, context.device
+    logger.info("questions to  %s", folder)
+    processor = backbone.load_processor(folder)
+    dtype = torch.float32 if device == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype
+    model = backbone.load_model(folder, dtype).to(device)
+    for sample in backbone.test_questions:
+        inputs = backbone.encode_prompt(processor, sample, prompt_template)
+        answer, _ = generate(model, processor, place(inputs, torch.device(device), dtype), 128)
+        pictures = "".join(f" [{picture.name}]" for picture in sample.images)
+        logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())

@@ -1,0 +1,240 @@
+"""CMA-ES over merging coefficients: candidates are merged in memory and scored, the best one is kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from expert_merging.backbone import import_transformers
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.memory import choose
+from expert_merging.learned.task_vectors import TaskVectors
+from expert_merging.machine import free_host_memory, free_memory
+from expert_merging.method import Preparation
+from expert_merging.processes import Processes, count, forget_fsdp, from_main_process, rank
+from expert_merging.progress import Advance
+from expert_merging.running.sharding import load_on
+from expert_merging.search.evolution import Candidate, Found, Generation, minimise
+from expert_merging.search.options import SearchOptions
+from expert_merging.search.record import Evaluation, Record
+from expert_merging.search.score import LAYERS, Scorer
+from expert_merging.search.settings import Settings, check, notes
+from expert_merging.workers import fitting_threads
+
+logger = logging.getLogger(__name__)
+
+# Share of a GPU's memory that is left for what its allocator cannot use.
+_MARGIN = 0.05
+
+
+def prepare(context: Context, options: SearchOptions) -> Preparation:
+    """Check the options; the search is the work to be done.
+
+    Raises:
+        InputError: every problem found.
+    """
+    settings = check(context, options)
+
+    def work() -> dict[str, Coefficients]:
+        if context.run.coefficients.exists():
+            logger.info("coefficients were found already: %s", context.run.coefficients)
+            coefficients = load_coefficients(context.run.folder)
+        else:
+            import_transformers()
+            with fitting_threads(context.plan.base_elements):
+                coefficients = Search(context, settings).run()
+        # The processes of a parallel run have met for the last time; one that leaves without this can break another.
+        Processes(rank(), count()).leave()
+        return {"coefficients": coefficients}
+
+    return Preparation(work, settings.asked.inputs, notes(context, settings))
+
+
+class Search:
+    """One search, with its record, its progress and its curves.
+
+    With several processes, each scores its share of a generation, so the coefficients are those of one process.
+
+    Args:
+        context: the run.
+        settings: checked options.
+
+    Raises:
+        InputError: the record of an earlier part cannot be read.
+    """
+
+    def __init__(self, context: Context, settings: Settings) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration
+
+        self.context, self.settings, self.space = context, settings, settings.space
+        if torch.device(context.device).index is not None:
+            torch.cuda.set_device(context.device)
+        forget_fsdp()
+        folder = str(context.run.folder)
+        self.accelerator = Accelerator(
+            cpu=context.device == "cpu",
+            log_with=None if context.log_with == "none" else context.log_with,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
+        )
+        # All processes go by what the main one has read.
+        self.record: Record = from_main_process(Record(context.run.evaluations, self.space.names))
+        self.resumed = len(self.record.evaluations)
+        self.done = 0
+        self.best: Evaluation | None = None
+
+    def run(self) -> Coefficients:
+        """Search, save the best coefficients in the run folder and return them."""
+        options = self.settings.options
+        scorer = self._gather()
+        self._start_tracker()
+        if self.resumed:
+            logger.info("continuing after %d evaluations", self.resumed)
+        try:
+            with self.context.progress("searching", options.evaluations, "evaluation") as advance:
+                found = minimise(
+                    lambda candidates: self._evaluate(scorer, candidates, advance),
+                    self.settings.start,
+                    spread=options.initial_spread,
+                    evaluations=options.evaluations,
+                    population=self.settings.population,
+                    seed=self.context.seed,
+                    tell=self._tell,
+                )
+        finally:
+            scorer.close()
+        return self._finish(found, scorer)
+
+    def _gather(self) -> Scorer:
+        """Ask the experts, load the base, and bring the task vectors to where there is room for them."""
+        plan, backbone, asked = self.context.plan, self.context.backbone, self.settings.asked
+        device = self.accelerator.device
+        task_vectors = TaskVectors(plan, [1.0] * len(plan.experts), device)
+        # The others find the responses that the main process has written.
+        with self.accelerator.main_process_first():
+            targets = asked.target_maker(self.context, LAYERS, device).make(asked.samples)
+        model = load_on(device, backbone, plan.base, asked.dtype, sharded=False)
+        scorer = Scorer(model, task_vectors, targets, backbone.file_name)
+        self._place(task_vectors)
+        return scorer
+
+    def _place(self, task_vectors: TaskVectors) -> None:
+        """Keep task vectors as near as there is room; the model has run, so what that takes is taken."""
+        device = task_vectors.device
+        self.accelerator.wait_for_everyone()  # so that all measure before one takes anything
+        on_device, on_host = free_host_memory() / 2, 0.0
+        if device.type == "cuda":
+            on_host = on_device
+            spare = _MARGIN * torch.cuda.get_device_properties(device).total_memory
+            on_device = free_memory(str(device)) - task_vectors.working_bytes - spare
+        self.accelerator.wait_for_everyone()
+        chosen = choose(task_vectors.sizes, 0, on_device, on_host, task_vectors="auto", rank_batches="sample")
+        task_vectors.place(chosen.places)
+
+    def _evaluate(self, scorer: Scorer, candidates: Sequence[Candidate], advance: Advance) -> list[float]:
+        """Scores of candidates; those that an earlier part of the run has evaluated are looked up."""
+        left, scores = list(from_main_process(candidates)), []
+        while left:
+            known = self.record.known(self.done, left[0])
+            found = [known] if known else self._score(scorer, left[: self.accelerator.num_processes])
+            if not known:
+                self.record.add(found, save=self.accelerator.is_main_process)
+            for evaluation in found:
+                self._note(evaluation, advance)
+            scores += [evaluation.score for evaluation in found]
+            left = left[len(found) :]
+        return scores
+
+    def _score(self, scorer: Scorer, candidates: Sequence[Candidate]) -> list[Evaluation]:
+        """Evaluations of candidates, at most one a process, in all processes."""
+        from accelerate.utils import gather_object
+
+        own = candidates[self.accelerator.process_index :][:1]
+        found = [Evaluation(candidate, scorer.score(self.space.coefficients(candidate))) for candidate in own]
+        gathered: list[Evaluation] = gather_object(found)
+        return gathered
+
+    def _note(self, evaluation: Evaluation, advance: Advance) -> None:
+        """Count an evaluation and show it."""
+        self.done += 1
+        score = evaluation.score
+        if self.best is None or not score >= self.best.score:
+            self.best = evaluation
+        advance(1, f"best {self.best.score:.4g}")
+        report = {"score/candidate": score, "score/best": self.best.score}
+        report |= {f"task_score/{task}": value for task, value in evaluation.tasks.items()}
+        report |= {
+            f"coefficient/{name}": value for name, value in zip(self.space.names, evaluation.candidate, strict=True)
+        }
+        self.accelerator.log(report, step=self.done)
+
+    def _tell(self, generation: Generation) -> None:
+        """One line for each generation that this part of the run has completed."""
+        if self.done <= self.resumed or self.best is None:
+            return
+        logger.info(
+            "generation %d: best score %.4g, best so far %.4g after %d of %d evaluations; spread %.3g",
+            generation.number,
+            min(generation.scores),
+            self.best.score,
+            self.done,
+            self.settings.options.evaluations,
+            generation.spread,
+        )
+
+    def _start_tracker(self) -> None:
+        """Open the tracker; after a restart, the points of the earlier part are written again."""
+        folder, tensorboard = self.context.run.folder, self.context.log_with == "tensorboard"
+        arguments: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": 1} if self.resumed else {},
+            "wandb": {"dir": str(folder), "name": folder.name},
+        }
+        # TensorBoard takes the project's name for a folder.
+        project = self.context.run.board.name if tensorboard else "expert_merging"
+        self.accelerator.init_trackers(project, init_kwargs=arguments)
+
+    def _finish(self, found: Found, scorer: Scorer) -> Coefficients:
+        """The coefficients found, saved by the main process."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if not math.isfinite(found.score):
+            raise InputError(
+                "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread, or use "
+                "--mixed_precision no"
+            )
+        start = self.record.evaluations[0].score
+        logger.info(
+            "best score %.4g after %d evaluations (the start has %.4g, the base 1, every task's own expert 0)%s",
+            found.score,
+            found.evaluations,
+            start,
+            f"; CMA-ES ended the search by its own criteria: {', '.join(found.reasons)}" if found.reasons else "",
+        )
+        coefficients = self._result(found, start, scorer)
+        if self.accelerator.is_main_process:
+            coefficients.save_published(self.context.run.weight_coeffs)
+            coefficients.save(self.context.run.coefficients)
+        return coefficients
+
+    def _result(self, found: Found, start: float, scorer: Scorer) -> Coefficients:
+        plan = self.context.plan
+        return Coefficients(
+            experts=tuple(plan.experts),
+            values=self.space.coefficients(found.candidate),
+            task_vector_scale=(1.0,) * len(plan.experts),
+            provenance={
+                "base": str(plan.base.folder),
+                "experts": {name: str(checkpoint.folder) for name, checkpoint in plan.experts.items()},
+                "evaluations": found.evaluations,
+                "score": found.score,
+                "score_of_start": start,
+                "divergence_of_base": scorer.base,
+                "found": dict(zip(self.space.names, found.candidate, strict=True)),
+            },
+        )

@@ -1,0 +1,113 @@
+"""What a search has evaluated, in order, in a file that it is continued from.
+
+The search is a function of its seed and the scores, so a continued one starts again from the beginning and is given the
+scores that are known: it is then where it was, without a copy of the optimizer's own state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expert_merging.errors import InputError
+from expert_merging.writing import write_atomically
+
+# Far above what another processor's rounding makes of a candidate, and far below what matters to a model.
+_SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate and its score.
+
+    Args:
+        candidate: its numbers.
+        tasks: its score in every task.
+    """
+
+    candidate: tuple[float, ...]
+    tasks: Mapping[str, float]
+
+    @property
+    def score(self) -> float:
+        """Mean over tasks."""
+        return sum(self.tasks.values()) / len(self.tasks)
+
+
+class Record:
+    """Evaluations of a search.
+
+    Args:
+        file: where they are kept.
+        names: what each number of a candidate is.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+
+    def __init__(self, file: Path, names: Sequence[str]) -> None:
+        self.file, self.names = file, list(names)
+        self.evaluations = self._read() if file.exists() else []
+
+    def _read(self) -> list[Evaluation]:
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            if not isinstance(content, list):
+                raise TypeError("no list")
+            return [
+                Evaluation(
+                    tuple(float(entry["coefficients"][name]) for name in self.names),
+                    {task: math.nan if value is None else float(value) for task, value in entry["tasks"].items()},
+                )
+                for entry in content
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{self.file} cannot be read ({error!r}); move it away to search from the beginning"
+            ) from None
+
+    def known(self, number: int, candidate: Sequence[float]) -> Evaluation | None:
+        """The evaluation of that number, None if there is none yet.
+
+        Args:
+            number: 0 for the first.
+            candidate: what is to be evaluated.
+
+        Raises:
+            InputError: another candidate has been evaluated.
+        """
+        if number >= len(self.evaluations):
+            return None
+        found = self.evaluations[number]
+        pairs = zip(found.candidate, candidate, strict=True)
+        if not all(math.isclose(*pair, rel_tol=_SAME, abs_tol=_SAME) for pair in pairs):
+            raise InputError(
+                f"{self.file}: evaluation {number + 1} is of another candidate than this search comes to, perhaps "
+                "since another version of cma or numpy has made it; move it away to search from the beginning"
+            )
+        return found
+
+    def add(self, evaluations: Sequence[Evaluation], *, save: bool) -> None:
+        """Note evaluations.
+
+        Args:
+            evaluations: the next ones.
+            save: write the file, so that they need not be made again.
+        """
+        self.evaluations += evaluations
+        if save:
+            lines = [json.dumps(self._entry(evaluation), allow_nan=False) for evaluation in self.evaluations]
+            write_atomically(self.file, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+
+    def _entry(self, evaluation: Evaluation) -> dict[str, Any]:
+        tasks = {task: value if math.isfinite(value) else None for task, value in evaluation.tasks.items()}
+        score = evaluation.score if math.isfinite(evaluation.score) else None
+        return {
+            "score": score,
+            "tasks": tasks,
+            "coefficients": dict(zip(self.names, evaluation.candidate, strict=True)),
+        }

@@ -1,0 +1,192 @@
+"""What goes into linear layers while each expert runs over its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.roles import is_in_decoder, is_matrix
+from expert_merging.running.samples import Samples
+from expert_merging.running.targets import Asked
+from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
+
+
+def matrices(context: Context) -> list[str]:
+    """Names of the tensors that are merged as matrices."""
+    return [name for name in context.plan.merged if is_matrix(context.plan.part(name))]
+
+
+def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
+    """The most bytes that each expert's Gram matrices take, in memory and on the disk.
+
+    Layers that share their inputs share their matrix, which only a running model shows.
+    """
+    plan = context.plan
+    columns = {name: plan.base.entries[name].shape[1] for name in matrices(context)}
+
+    def size(name: str, tokens: int) -> int:
+        # Outside the language model there may be more vectors than tokens, as a vision tower has patches.
+        return 4 * columns[name] * min(columns[name], tokens if is_in_decoder(name) else columns[name])
+
+    asked = {name: sum(sample.expert == name for sample in samples.samples) for name in plan.experts}
+    return {expert: sum(size(name, samples.longest * count) for name in columns) for expert, count in asked.items()}
+
+
+def file_of(folder: Path, expert: str) -> Path:
+    """Where an expert's Gram matrices are."""
+    return folder / f"{expert}.safetensors"
+
+
+def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
+    """Gram matrices of every merged matrix's inputs, by expert; those that are in the folder already are taken.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        folder: where each expert's file is.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
+    """
+    files = {expert: file_of(folder, expert) for expert in context.plan.experts}
+    left = [expert for expert, file in files.items() if not file.exists()]
+    if left:
+        folder.mkdir(exist_ok=True)
+
+        def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
+            write_grams(files[expert], _grams_of(context, expert, model, own, samples.precision))
+
+        missing = replace(context, plan=context.plan.only(left))
+        maker = samples.target_maker(missing, (), torch.device(context.device))
+        maker.ask([sample for sample in samples.samples if sample.expert in left], look)
+    return Grams(files)
+
+
+@torch.no_grad()
+def _grams_of(
+    context: Context, expert: str, model: Any, own: Iterable[Asked], precision: str
+) -> dict[tuple[str, ...], Gram]:
+    """Gram matrices of one expert, by the names of the tensors that share them."""
+    file_name = context.backbone.file_name
+    watch = InputWatch(model, {file_name(name): name for name in matrices(context)}, file_name)
+    try:
+        for asked in own:
+            watch.run(asked)
+        grams = watch.finish()
+    finally:
+        watch.close()
+    faulty = [names[0] for names, gram in grams.items() if not bool(torch.isfinite(gram.values).all())]
+    if faulty:
+        hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
+        raise InputError(f"expert {expert} computes NaN or infinite inputs of {faulty[0]}{hint}")
+    return grams
+
+
+class InputWatch:
+    """Adds up the Gram matrix of what goes into each linear layer of a model.
+
+    Layers that get the same tensor one after the other (query, key and value; gate and up) share one sum. Which do is
+    seen while the model runs, and not known from names: where a layer gets its inputs now with others and now without,
+    each case has a sum of its own.
+
+    Args:
+        model: the model.
+        wanted: names of tensors by their published names.
+        file_name: published name of a parameter in memory.
+
+    Raises:
+        InputError: the model has no linear layer with such a weight.
+    """
+
+    def __init__(self, model: Any, wanted: Mapping[str, str], file_name: Callable[[str], str]) -> None:
+        self.model = model
+        self.tensors: dict[str, str] = {}
+        self._sums: dict[tuple[str, ...], GramSum] = {}
+        self._sharing: list[str] = []
+        self._inputs: Tensor | None = None
+        self._version = 0
+        self._vectors: Tensor | None = None
+        self._asked: Asked | None = None
+        pieces: dict[str, list[str]] = {}
+        for parameter, _ in model.named_parameters():
+            if file_name(parameter) in wanted:
+                pieces.setdefault(wanted[file_name(parameter)], []).append(parameter)
+        layers = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        self.hooks = []
+        for tensor, parameters in pieces.items():
+            if all(parameter in layers for parameter in parameters):
+                for parameter in parameters:
+                    self.tensors[parameter] = tensor
+                    hook = self._hook(parameter)
+                    self.hooks.append(layers[parameter].register_forward_pre_hook(hook, with_kwargs=True))
+        if not self.hooks:
+            raise InputError(
+                f"{type(model).__name__} has no linear layer (torch.nn.Linear) among what is merged; use a method that "
+                "does not look at inputs"
+            )
+
+    def run(self, asked: Asked) -> None:
+        """Run the model over a sample."""
+        self._asked = asked
+        self.model.base_model(**asked.inputs, use_cache=False)
+        self._flush()
+
+    def finish(self) -> dict[tuple[str, ...], Gram]:
+        """The Gram matrices, by the names of the tensors that share them.
+
+        Raises:
+            InputError: a tensor is cut into rows in memory that have different inputs.
+        """
+        pieces: dict[str, set[str]] = {}
+        for parameter, tensor in self.tensors.items():
+            pieces.setdefault(tensor, set()).add(parameter)
+        found = {}
+        for sharing in list(self._sums):
+            names = tuple(dict.fromkeys(self.tensors[parameter] for parameter in sharing))
+            for name in names:
+                if not pieces[name] <= set(sharing):
+                    raise InputError(f"the rows of {name} have different inputs in the model; exclude it")
+            found[names] = self._sums.pop(sharing).finish()
+        return found
+
+    def close(self) -> None:
+        """Let go of the model."""
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def _hook(self, parameter: str) -> Callable[..., None]:
+        def see(_layer: Any, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            self._see(parameter, positional[0] if positional else named["input"])
+
+        return see
+
+    def _see(self, parameter: str, inputs: Tensor) -> None:
+        """Take a layer's inputs, unless they are those of the layer before."""
+        is_same = inputs is self._inputs and inputs._version == self._version
+        if is_same and parameter not in self._sharing:
+            self._sharing.append(parameter)
+            return
+        self._flush()
+        # Held until another comes, so that it is no other tensor in the same place.
+        self._inputs, self._version, self._sharing = inputs, inputs._version, [parameter]
+        self._vectors = self._selected(parameter, inputs).reshape(-1, inputs.shape[-1]).clone()
+
+    def _selected(self, parameter: str, inputs: Tensor) -> Tensor:
+        """The inputs at the sample's tokens; all of them where they are no tokens, as in a vision tower."""
+        assert self._asked is not None  # noqa: S101  (set by whoever runs the model)
+        if is_in_decoder(self.tensors[parameter]) and inputs.shape[:-1] == self._asked.inputs["input_ids"].shape:
+            return inputs[:, self._asked.tokens]
+        return inputs
+
+    def _flush(self) -> None:
+        """Add the inputs that the last layers shared to their sum."""
+        if self._vectors is not None and len(self._vectors):
+            self._sums.setdefault(tuple(self._sharing), GramSum()).add(self._vectors)
+        self._inputs = self._vectors = None

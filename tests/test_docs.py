@@ -1,0 +1,170 @@
+"""The documentation: links lead somewhere, methods have their pages, examples run, the picture shows the table."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from docs.tools.catalogue import documented_methods
+from docs.tools.chart import PICTURE, read_table
+from docs.tools.methods import FLAGS, KINDS, METHODS, TABLES, command_of, method_page, read_written, tables
+from expert_merging.options import parse, resolve
+from Mistral.backbone import BACKBONE
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "dataset/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+DOCUMENTED = documented_methods()
+METHOD_PAGES = sorted(file.stem for file in METHODS.glob("*.md") if file.stem != "index")
+ADDING = ROOT / "docs" / "adding-a-method.md"
+
+
+def prose(file: Path) -> str:
+    """A page without its code, in which brackets are no links."""
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", lambda code: "`" + re.sub(r"[\[\]()]", "", code[0][1:-1]) + "`", text)
+
+
+@cache
+def anchors(file: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the built pages make them."""
+    text = prose(file)
+    if file.parent == METHODS:  # what is added when the pages are built
+        text += "".join(f"\n## {title}\n" for title in ("Details", "Flags", "Command", "Source"))
+    found: Counter[str] = Counter()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        found[re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")] += 1
+    assert max(found.values(), default=1) == 1, f"{file} has two headings of one name"
+    return set(found)
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(file)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (file.parent / path).resolve() if path else file
+        assert there.exists(), f"{target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(there), f"{target}: there is no such heading"
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_that_pages_name_exist(file):
+    names = re.findall(r"`((?:configs|docs|zoo|tests|benchmarks|dataset)/[\w./-]+\.\w+)`", file.read_text())
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", sorted({*DOCUMENTED, *METHOD_PAGES}))
+def test_every_method_has_an_idea_and_a_formula(page):
+    written = read_written(page)
+    assert written.title
+    formula = written.text.split("## Formula")[1]
+    assert "$$" in formula
+
+
+@pytest.mark.parametrize("page", DOCUMENTED)
+def test_a_page_has_all_that_the_program_says(page):
+    method = DOCUMENTED[page]
+    text = method_page(method, read_written(page))
+    assert f"`{method.name}`" in text
+    assert method.summary in text
+    flags = text.split("\n## Flags\n")[1]
+    for flag in method.flags:
+        row = next(line for line in flags.splitlines() if line.startswith(f"| `--{flag.name}` |"))
+        assert len(re.split(r"(?<!\\)\|", row)) == 6, "four cells"
+        assert flag.help[1:].split("|")[0] in row
+    for section in ("Idea", "Formula", "Flags", "Command", "Source"):
+        assert text.count(f"\n## {section}\n") == 1
+
+
+def test_a_default_is_told_for_every_family_that_has_its_own():
+    flags = {flag.name: flag for flag in DOCUMENTED["task_arithmetic"].flags}
+    assert flags["scaling_coefficient"].default == "0.3 (InternVL 0.1)"
+
+
+@pytest.mark.parametrize("page", DOCUMENTED)
+def test_the_command_of_a_page_is_one(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, script, *arguments = command_of(DOCUMENTED[page], read_written(page)).split()
+    assert (ROOT / script).is_file()
+    resolved = resolve(parse(arguments, BACKBONE), {}, BACKBONE)
+    assert DOCUMENTED[page].name in {step.name for step in resolved.steps}
+    assert not resolved.ignored
+
+
+def test_a_page_that_lacks_something_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.tools.methods.PAGES", tmp_path / "docs")
+    monkeypatch.setattr("docs.tools.methods.METHODS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    with pytest.raises(ValueError, match=r"docs/new\.md is missing"):
+        read_written("new")
+    (tmp_path / "docs" / "new.md").write_text("---\nkind: closed form\n---\n# New\n\n## Idea\n\nNone.\n")
+    with pytest.raises(ValueError, match="lacks sources, Formula"):
+        read_written("new")
+    (tmp_path / "docs" / "new.md").write_text(
+        "---\nkind: odd\nsources: [me]\n---\n# New\n\n## Idea\n\n## Formula\n\n1\n"
+    )
+    with pytest.raises(ValueError, match=r"kind must be one of closed form, .*got 'odd'"):
+        read_written("new")
+
+
+def test_notes_on_a_flag_appear_once_a_method_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.tools.methods.FLAGS", tmp_path)
+    (tmp_path / "density.md").write_text("Mind the **density**.\n")
+    assert "### `--density`\n\nMind the **density**." in method_page(DOCUMENTED["ties"], read_written("ties"))
+    assert "Mind" not in method_page(DOCUMENTED["iso"], read_written("iso"))
+
+
+def test_lists_have_every_method():
+    shown = tables(DOCUMENTED)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page, method in DOCUMENTED.items():
+        assert f"[`{method.name}`]({page}.md)" in shown
+        assert f"[`{method.name}`](docs/methods/{page}.md)" in readme
+    assert TABLES in (METHODS / "index.md").read_text(encoding="utf-8")
+    assert {read_written(page).kind for page in METHOD_PAGES} <= set(KINDS)
+    assert all(file.read_text(encoding="utf-8").strip() for file in FLAGS.glob("*.md"))
+
+
+def examples() -> dict[str, str]:
+    """The Python blocks of each section on adding a method, in their order."""
+    sections = re.split(r"^## ", ADDING.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    blocks = {text.split("\n")[0]: re.findall(r"^```python.*?\n(.*?)^```$", text, re.M | re.S) for text in sections}
+    return {title: "\n".join(found) for title, found in blocks.items() if found}
+
+
+@pytest.mark.parametrize("section", examples())
+def test_examples_run(section):
+    # In a process of its own, as methods that are registered stay so. Imports from the future go first in a file.
+    code = examples()[section].replace("from __future__ import annotations\n", "")
+    names = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
+    assert names, "an example has a test"
+    calls = "\n".join(f"{name}()" for name in names)
+    program = f"from __future__ import annotations\n{code}\n{calls}\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_shows_the_numbers_of_the_table():
+    columns, rows = read_table((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert columns == ["Chat", "Math", "Code", "mean"]
+    picture = PICTURE.read_text(encoding="utf-8")
+    for label, numbers in rows.items():
+        assert f">{label}<" in picture
+        assert f">{numbers[-1]:.1f}<" in picture
+        assert numbers[-1] == pytest.approx(sum(numbers[:-1]) / len(numbers[:-1]), abs=0.06)
+    assert rows == read_table((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"))[1]
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160

@@ -1,0 +1,101 @@
+"""``--post``: what improves the result of another method."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from expert_merging import options
+from expert_merging.errors import InputError
+from expert_merging.options import parse, resolve
+from Mistral.backbone import BACKBONE
+from tests.command import merge, merged, refusal
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """A repository root without the developer's .env."""
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    return tmp_path
+
+
+def resolved(*arguments):
+    return resolve(parse([str(argument) for argument in arguments], BACKBONE), {}, BACKBONE)
+
+
+def problems(*arguments):
+    with pytest.raises(InputError) as caught:
+        resolved(*arguments)
+    return list(caught.value.problems)
+
+
+def test_options_of_the_method_and_of_its_modifiers_are_known_and_kept_apart():
+    found = resolved("--method", "ties", "--post", "consensus", "--consensus-k", 1, "--density", 0.5)
+    assert [step.name for step in found.steps] == ["ties", "consensus"]
+    assert found.general["post"] == ["consensus"]
+    assert found.options["consensus_k"] == 1
+    assert not found.ignored
+    assert set(found.options_of(found.method)) == {"density", "ties_scope", "scaling_coefficient"}
+    assert found.options_of(found.modifiers[0]) == {"tall_lambda": 0.4, "consensus_k": 1}
+
+
+def test_without_a_modifier_its_options_are_ignored():
+    found = resolved("--method", "ties", "--consensus_k", 1)
+    assert found.modifiers == ()
+    assert found.general["post"] is None
+    assert found.ignored == ("consensus_k",)
+
+
+def test_modifiers_can_come_from_a_file_and_be_repeated(root):
+    (root / "one.yaml").write_text("post: consensus")
+    (root / "two.yaml").write_text("post: [consensus, Consensus]")
+    assert resolved("--config", root / "one.yaml").general["post"] == ["consensus"]
+    assert resolved("--config", root / "two.yaml").general["post"] == ["consensus"] * 2
+    assert resolved("--post", "consensus", "consensus").general["post"] == ["consensus"] * 2
+    assert resolved("--post", "consensus", "--post", "consensus").general["post"] == ["consensus"] * 2
+
+
+def test_unknown_names_are_told_with_the_nearest():
+    assert problems("--post", "consenus") == ["no method named 'consenus'. Did you mean 'consensus'?"]
+
+
+def test_a_method_of_its_own_is_no_modifier():
+    (problem,) = problems("--post", "ties")
+    assert problem.startswith("--post ties: that is a method of its own. Known: ")
+    assert "consensus" in problem
+
+
+def test_all_problems_are_told_at_once():
+    assert len(problems("--post", "ties", "--post", "nothing", "--method", "ties", "--density", 7)) == 3
+
+
+def test_a_modifier_is_no_method():
+    assert problems("--method", "consensus") == [
+        "consensus improves what another method has merged: --method METHOD --post consensus"
+    ]
+
+
+@pytest.mark.parametrize("method", ["tall", "svd_intermediate"])
+def test_what_is_no_merged_model_cannot_be_improved(method):
+    assert problems("--method", method, "--post", "consensus") == [
+        f"--post consensus improves one merged model, and {method} writes something else"
+    ]
+
+
+def test_a_run_is_recorded_with_its_modifiers(command, tiny, tmp_path, capsys):
+    run = merged(tmp_path / "out", *tiny, "--post", "consensus", "--run_name", "r")
+    record = json.loads(run.config.read_text())
+    assert record["options"]["post"] == ["consensus"]
+    assert record["options"]["consensus_k"] == 2
+    assert '"consensus"' in (run.model / "README.md").read_text()
+    assert refusal(capsys, *command, "--run_name", "r").startswith(
+        f'{run.folder} holds a different run (post: ["consensus"] there, null now; '
+    )
+
+
+def test_the_plan_names_modifiers(command, capsys):
+    assert merge(*command, "--post", "consensus", "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert 'option post ["consensus"]' in shown
+    assert "option consensus_k 2" in shown
