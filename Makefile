@@ -3,9 +3,10 @@ PYTHON ?= python3
 FAMILY ?= mistral
 METHODS ?= weight_average task_arithmetic expert_merging
 SEED ?= 0
+WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint docs bench bench-quality clean
+.PHONY: help setup demo test test-fast lint docs bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -34,8 +35,11 @@ setup: .venv/.installed  ## install what merging needs into .venv
 demo: setup  ## train a small base and its experts, merge them, print accuracies (FAMILY=, METHODS=, SEED=)
 	$(BIN)/python -m zoo demo $(FAMILY) --methods $(METHODS) --seed $(SEED)
 
-test: .venv/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/.installed-dev  ## run all tests (WORKERS= processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-fast: .venv/.installed-dev  ## run the tests that take less than two seconds each
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: .venv/.installed-dev docs  ## check format, style, types and the documentation's links
 	$(BIN)/ruff format --check .

@@ -3,181 +3,78 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.shapes import Shape, parameter_shapes
+from expert_merging.outputs import Made, Slot, make_header
+from expert_merging.parts import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Entries of the noise that a checkpoint repeats, an odd number, so that rows of a matrix do not repeat.
+# Entries of the noise that a checkpoint repeats, an odd number, so that rows of a matrix do not repeat; drawing
+# billions would take longer than what is measured.
 _PERIOD = (1 << 24) + 43
 
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+def everywhere(_name: str, _shape: Shape) -> bool:
+    """Of experts that differ from the base in every parameter."""
+    return True
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Sizes of a decoder-only language model.
-
-    Args:
-        vocabulary: rows of the embedding.
-        hidden: width of the residual stream.
-        middle: width of the feed-forward layers.
-        key_value: rows of the key and value projections.
-        layers: number of layers.
-        biases: the query, key and value projections have biases.
-        tied: the embedding serves as output head too.
-        family: transformers' name of the architecture.
-        heads: number of attention heads.
-        prefix: before all names.
-        vision: layers of InternVL's vision model beside it.
-    """
-
-    vocabulary: int
-    hidden: int
-    middle: int
-    key_value: int
-    layers: int
-    biases: bool
-    tied: bool
-    family: str
-    heads: int
-    prefix: str = ""
-    vision: int = 0
-
-    def config(self, layers: int) -> dict[str, Any]:
-        """``config.json`` of the language model with that many layers."""
-        return {
-            "architectures": [f"{self.family.capitalize()}ForCausalLM"],
-            "model_type": self.family,
-            "vocab_size": self.vocabulary,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.middle,
-            "num_hidden_layers": layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_value * self.heads // self.hidden,
-            "tie_word_embeddings": self.tied,
-        }
-
-
-MODELS = {
-    "qwen2-0.5b": Decoder(151936, 896, 4864, 128, 24, biases=True, tied=True, family="qwen2", heads=14),
-    "internvl2_5-1b": Decoder(
-        151674,
-        896,
-        4864,
-        128,
-        24,
-        biases=True,
-        tied=False,
-        family="qwen2",
-        heads=14,
-        prefix="language_model.",
-        vision=24,
-    ),
-    "mistral-7b": Decoder(32000, 4096, 14336, 1024, 32, biases=False, tied=False, family="mistral", heads=32),
-}
-
-
-def layer_shapes(model: Decoder) -> Shapes:
-    """Names and shapes of one decoder layer."""
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{name}.weight", (model.hidden,)
-    for name, rows in (("q_proj", model.hidden), ("k_proj", model.key_value), ("v_proj", model.key_value)):
-        yield f"self_attn.{name}.weight", (rows, model.hidden)
-        if model.biases:
-            yield f"self_attn.{name}.bias", (rows,)
-    yield "self_attn.o_proj.weight", (model.hidden, model.hidden)
-    yield "mlp.gate_proj.weight", (model.middle, model.hidden)
-    yield "mlp.up_proj.weight", (model.middle, model.hidden)
-    yield "mlp.down_proj.weight", (model.hidden, model.middle)
-
-
-def _vision_shapes(layers: int, width: int, output: int) -> Shapes:
-    """Names and shapes of InternVL's vision model and of the projector to the language model."""
-    yield "vision_model.embeddings.class_embedding", (1, 1, width)
-    yield "vision_model.embeddings.position_embedding", (1, 1025, width)
-    yield from _linear("vision_model.embeddings.patch_embedding", (width, 3, 14, 14))
-    for layer in range(layers):
-        prefix = f"vision_model.encoder.layers.{layer}"
-        for name in ("ls1", "ls2"):
-            yield f"{prefix}.{name}", (width,)
-        for name, shape in (("attn.qkv", (3 * width, width)), ("attn.proj", (width, width))):
-            yield from _linear(f"{prefix}.{name}", shape)
-        for name, shape in (("mlp.fc1", (4 * width, width)), ("mlp.fc2", (width, 4 * width))):
-            yield from _linear(f"{prefix}.{name}", shape)
-        for name in ("norm1", "norm2"):
-            yield from _linear(f"{prefix}.{name}", (width,))
-    yield from _linear("mlp1.0", (4 * width,))
-    yield from _linear("mlp1.1", (output, 4 * width))
-    yield from _linear("mlp1.3", (output, output))
-
-
-def _linear(name: str, shape: tuple[int, ...]) -> Shapes:
-    yield f"{name}.weight", shape
-    yield f"{name}.bias", shape[:1]
-
-
-def parameter_shapes(model: Decoder, layers: int) -> Shapes:
-    """Names and shapes of a whole model with that many of its layers."""
-    if model.vision:
-        yield from _vision_shapes(min(layers, model.vision), 1024, model.hidden)
-    yield f"{model.prefix}model.embed_tokens.weight", (model.vocabulary, model.hidden)
-    for layer in range(layers):
-        for name, shape in layer_shapes(model):
-            yield f"{model.prefix}model.layers.{layer}.{name}", shape
-    yield f"{model.prefix}model.norm.weight", (model.hidden,)
-    if not model.tied:
-        yield f"{model.prefix}lm_head.weight", (model.vocabulary, model.hidden)
-
-
-def make_checkpoints(work: Path, name: str, layers: int, experts: int) -> list[Path]:
+def make_checkpoints(
+    folders: Sequence[Path],
+    config: Mapping[str, Any],
+    *,
+    distinct: int | None = None,
+    differs: Callable[[str, Shape], bool] = everywhere,
+) -> None:
     """A random base and its experts in bfloat16; kept for the next time.
 
     Args:
-        work: folder for everything.
-        name: one of `MODELS`.
-        layers: number of layers that they have.
-        experts: number of experts.
-
-    Returns:
-        The base's folder and each expert's.
+        folders: the base's and the experts'.
+        config: their ``config.json``.
+        distinct: number of different experts; the others are links to them, which saves disk. None for all.
+        differs: whether the experts have a parameter of their own, by its name and shape, or the base's.
     """
-    parent = work / f"{name}-{layers}"
-    folders = [parent / "base", *(parent / f"expert{number}" for number in range(experts))]
-    missing = {number: folder for number, folder in enumerate(folders) if not (folder / "model.safetensors").exists()}
+    file = "model.safetensors"
+    missing = {number: folder for number, folder in enumerate(folders) if not (folder / file).exists()}
+    if not missing:
+        return
+    slots = [Slot.of(name, "BF16", shape, Made(name)) for name, shape in parameter_shapes(config).items()]
     with ThreadPoolExecutor(4) as pool:
-        done = [pool.submit(_write, folder, name, layers, number) for number, folder in missing.items()]
+        done = []
+        for number, folder in missing.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config))
+            if distinct is not None and number > distinct:
+                (folder / file).symlink_to(folders[1 + (number - 1) % distinct] / file)
+            else:
+                done.append(pool.submit(_write, folder / file, slots, number, differs))
         for future in done:
             future.result()
-    return folders
 
 
-def _write(folder: Path, name: str, layers: int, number: int) -> None:
+def _write(file: Path, slots: Sequence[Slot], number: int, differs: Callable[[str, Shape], bool]) -> None:
     """Write the base (number 0) or an expert, whose entries are the base's plus noise of its own."""
-    import torch
-
     noise = _noise(0) * 0.02
-    if number:
-        noise += _noise(number) * 0.002
-    data = memoryview(noise.bfloat16().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    header, end = _header(dict(parameter_shapes(MODELS[name], layers)))
-    folder.mkdir(parents=True, exist_ok=True)
-    config = MODELS[name].config(layers)
-    if MODELS[name].vision:
-        config = {"model_type": "internvl_chat", "llm_config": config}
-    (folder / "config.json").write_text(json.dumps(config))
-    partial = folder / "model.partial"
+    own = noise + _noise(number) * 0.002 if number else noise
+    # The scales of norms are about 1, or no signal would come through.
+    values = {(0, 0): _entries(noise), (0, 1): _entries(noise + 1), (1, 0): _entries(own), (1, 1): _entries(own + 1)}
+    partial = file.with_suffix(".partial")
     with partial.open("wb") as stream:
-        stream.write(header)
-        for start in range(0, end, len(data)):
-            stream.write(data[: min(len(data), end - start)])
-    partial.rename(folder / "model.safetensors")
+        stream.write(make_header(slots))
+        position = 0
+        for slot in slots:
+            is_scale = len(slot.shape) == 1 and slot.name.endswith("weight")
+            data = values[differs(slot.name, slot.shape), is_scale]
+            for entries in _repeated(Part.whole(slot.name, slot.shape).elements, position):
+                stream.write(data[entries])
+            position += slot.size // 2
+    partial.rename(file)
 
 
 def _noise(seed: int) -> Tensor:
@@ -186,12 +83,18 @@ def _noise(seed: int) -> Tensor:
     return torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed))
 
 
-def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
-    """The header of a safetensors file of bfloat16 tensors, and the size of the data after it."""
-    described, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * prod(shape)
-        described[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, end
+def _entries(values: Tensor) -> memoryview:
+    """The values in bfloat16, an item for each."""
+    import torch
+
+    return memoryview(values.bfloat16().view(torch.int16).numpy())  # type: ignore[arg-type]
+
+
+def _repeated(count: int, position: int) -> Iterator[slice]:
+    """Where so many entries, from a position of the file on, are in the noise."""
+    end = position + count
+    while position < end:
+        start = position % _PERIOD
+        stop = min(_PERIOD, start + end - position)
+        yield slice(start, stop)
+        position += stop - start

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.checkpoints import MODELS, layer_shapes
+from benchmarks.shapes import config_of, is_merged, parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def measure_matrices(model: str, experts: int, device: str, methods: list[str]) 
     with a thread each, as in a merge, while the plain way takes one after another with as many threads.
 
     Args:
-        model: one of `MODELS`.
+        model: key of `benchmarks.shapes.SHAPES`.
         experts: number of experts.
         device: where to compute.
         methods: some of `PLAIN`.
@@ -91,7 +91,8 @@ def measure_matrices(model: str, experts: int, device: str, methods: list[str]) 
 
     rules: dict[str, Rule] = {"iso": spectral.iso, "svd": spectral.svd, "wudi": partial(wudi.wudi, steps=_STEPS)}
     generator = torch.Generator().manual_seed(0)
-    shapes = [shape for _, shape in layer_shapes(MODELS[model]) if len(shape) == 2]
+    layer = parameter_shapes(config_of(model, layers=1)).items()
+    shapes = [shape for name, shape in layer if ".layers." in name and is_merged(name, shape)]
     given = {
         shape: (torch.randn(experts, *shape, generator=generator) * 0.002).to(device) for shape in dict.fromkeys(shapes)
     }

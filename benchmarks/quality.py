@@ -26,24 +26,32 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.ranking import choose, report, rounded
 from benchmarks.recipes import ABLATION, CHOICE, COEFFICIENTS, FIRST_STAGE, METHOD, Variant, variants
 from expert_merging.catalogue import find_method
 from expert_merging.progress import no_progress
+from expert_merging.run import Run, provenance
 from expert_merging.writing import write_atomically
 from zoo.family import default_folder
 from zoo.report import with_mean
-
-if TYPE_CHECKING:
-    pass
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "benchmarks" / "work" / "quality"
 RESULT = ROOT / "benchmarks" / "quality.json"
 CONFIG = ROOT / "zoo" / "mistral.yaml"
 SHARDS = 3
+
+
+def runs_folder(seed: int) -> Path:
+    """Where everything is that was made of the zoo of a seed."""
+    return WORK / f"seed{seed}"
+
+
+def scores_folder(seed: int) -> Path:
+    """Where the figures are of everything that was made of the zoo of a seed."""
+    return runs_folder(seed) / "scores"
 
 
 @dataclass(frozen=True)
@@ -64,20 +72,20 @@ class Case:
         return Case(Variant(FIRST_STAGE, FIRST_STAGE), self.seed)
 
     @property
-    def run(self) -> Path:
-        """Folder of the run, whose name holds all that decides it."""
+    def run(self) -> Run:
+        """The run, whose name holds all that decides it."""
         options = find_method(self.variant.method).options
         configured = {name: value for name, value in configuration().items() if name in options}
         decisive = [{**configured, **self.variant.flags}, (self.zoo / "zoo.json").read_text(encoding="utf-8")]
         decisive += [self.first_stage.run.name] if self.variant.second_stage else []
         slug = re.sub(r"[^a-z0-9.]+", "-", self.variant.label.lower()).strip("-")
         name = f"{slug}-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:6]}"
-        return WORK / f"seed{self.seed}" / self.variant.method / name
+        return Run.named(runs_folder(self.seed), self.variant.method, name)
 
     @property
     def score(self) -> Path:
         """File of its figures."""
-        return WORK / f"seed{self.seed}" / "scores" / self.variant.method / f"{self.run.name}.json"
+        return scores_folder(self.seed) / self.variant.method / f"{self.run.name}.json"
 
     def merge(self) -> None:
         """Merge as the command does, in this process."""
@@ -86,10 +94,10 @@ class Case:
 
         arguments = ["--method", self.variant.method, "--cache_dir", str(self.zoo), "--config", str(CONFIG)]
         arguments += ["--data_dir", str(self.zoo / "dataset"), "--seed", str(self.seed), "--device", "cpu"]
-        arguments += ["--output_path", str(self.run.parent.parent), "--run_name", self.run.name, "--log_with", "none"]
+        arguments += ["--output_path", str(runs_folder(self.seed)), "--run_name", self.run.name, "--log_with", "none"]
         arguments += [word for name, value in self.variant.flags.items() for word in (f"--{name}", str(value))]
         if self.variant.second_stage:
-            arguments += ["--coefficients", str(self.first_stage.run)]
+            arguments += ["--coefficients", str(self.first_stage.run.folder)]
         errors = io.StringIO()
         with redirect_stdout(io.StringIO()), redirect_stderr(errors):
             code = main(BACKBONE, arguments)
@@ -106,7 +114,7 @@ def start_worker() -> None:
 
 def merge(case: Case) -> None:
     """Merge one case; where it is finished already, nothing is done."""
-    if not (case.run / "model").is_dir():
+    if not case.run.is_complete:
         case.merge()
 
 
@@ -147,7 +155,7 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
 
     zoo = default_folder("mistral", seed)
     with tempfile.TemporaryDirectory() as folder:
-        plan, probe = make_probe(zoo, held_out, Path(folder) / "responses.json")
+        plan, probe = make_probe(zoo, held_out, Run(Path(folder)).responses)
         folders = {name: model.folder for name, model in models.items()}
         distances = align.relative(align.measure(plan, BACKBONE, folders, probe, no_progress))
     for name, model in models.items():
@@ -212,14 +220,14 @@ def measure_all(seeds: Sequence[int], chosen: Sequence[Variant], workers: int, h
 def _scoring(seeds: Sequence[int], missing: Sequence[Case], held_out: int) -> Iterator[tuple[Any, ...]]:
     """Calls of `score`, a few for each seed."""
     for seed in seeds:
-        scores = WORK / f"seed{seed}" / "scores"
+        scores = scores_folder(seed)
         found = {
             label: Measured(folder, scores / f"{label}.json", questions=True)
             for label, folder in own_models(seed).items()
             if not (scores / f"{label}.json").exists()
         }
         found |= {
-            case.variant.label: Measured(case.run / "model", case.score, case.variant.group != CHOICE)
+            case.variant.label: Measured(case.run.model, case.score, case.variant.group != CHOICE)
             for case in missing
             if case.seed == seed
         }
@@ -243,7 +251,7 @@ def collect(seeds: Sequence[int], chosen: Sequence[Variant]) -> dict[str, Any]:
     """All figures by row, each with its mean over seeds."""
     rows: dict[str, Any] = {}
     for label in own_models(seeds[0]):
-        rows[label] = _row("zoo", "", {}, {seed: WORK / f"seed{seed}" / "scores" / f"{label}.json" for seed in seeds})
+        rows[label] = _row("zoo", "", {}, {seed: scores_folder(seed) / f"{label}.json" for seed in seeds})
     for variant in chosen:
         files = {seed: Case(variant, seed).score for seed in seeds}
         rows[variant.label] = _row(variant.group, variant.method, variant.flags, files)
@@ -275,8 +283,6 @@ def tuned(rows: Mapping[str, Any]) -> list[Variant]:
 
 def save(file: Path, rows: Mapping[str, Any], summary: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Write settings, summary and rows, a line for each row."""
-    from expert_merging.run import provenance
-
     settings = {
         "seeds": options.seeds,
         "held_out": options.held_out,

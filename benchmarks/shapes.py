@@ -1,19 +1,20 @@
-"""Random checkpoints of well-known shapes, for measuring how fast coefficients are learned."""
+"""Shapes of published models, and the cases that are measured on them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+Shape = tuple[int, ...]
 
 ROOT = Path(__file__).resolve().parent.parent
 _QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -24,7 +25,13 @@ _QWEN = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-_MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "max_position_embeddings": 4096, "sliding_window": None}
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+}
 _PARTS = ("text_config", "vision_config")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-0.5b": _QWEN,
@@ -63,6 +70,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(shape: str, layers: int = 0) -> dict[str, Any]:
+    """``config.json`` of a shape.
+
+    Args:
+        shape: key of `SHAPES`.
+        layers: number of layers of the decoder, and of the vision tower if there is one; 0 for the shape's own.
+    """
+    config = SHAPES[shape]
+    if not layers:
+        return config
+    parts = {part: {**config[part], "num_hidden_layers": layers} for part in _PARTS if part in config}
+    return {**config, **parts} if parts else {**config, "num_hidden_layers": layers}
+
+
+def folders_of(place: Path, experts: int) -> list[Path]:
+    """The base's folder and the experts'."""
+    return [place / name for name in ("base", *(f"expert{number}" for number in range(experts)))]
+
+
 @dataclass(frozen=True)
 class Case:
     """What one process measures.
@@ -97,13 +123,8 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The shape's ``config.json``, with the number of layers that is asked for."""
-        config = SHAPES[self.shape]
-        if not self.layers:
-            return config
-        if "text_config" in config:
-            return {**config, **{part: {**config[part], "num_hidden_layers": self.layers} for part in _PARTS}}
-        return {**config, "num_hidden_layers": self.layers}
+        """``config.json`` of its models."""
+        return config_of(self.shape, self.layers)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -113,62 +134,30 @@ class Case:
     @property
     def folders(self) -> list[Path]:
         """The base's folder and the experts'."""
-        place = Path(self.work) / f"{self.shape}-{self.layers or 'all'}"
-        return [place / name for name in ("base", *(f"expert{number}" for number in range(self.experts)))]
+        return folders_of(Path(self.work) / f"{self.shape}-{self.layers or 'all'}", self.experts)
 
 
-def make_model(case: Case, device: str, dtype: torch.dtype) -> Any:
-    """A model of the shape, with arbitrary weights, in evaluation mode."""
+def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shapes of all parameters of a model with that ``config.json``, by name."""
+    import torch
+
+    return {name: tuple(value.shape) for name, value in make_model(config, "meta", torch.bfloat16).named_parameters()}
+
+
+def make_model(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Any:
+    """A model with that ``config.json``, with arbitrary weights, in evaluation mode."""
     import torch
 
     from expert_merging.backbone import import_transformers
 
     transformers = import_transformers()
-    config = dict(case.config)
-    config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-    kind = (
-        transformers.AutoModelForImageTextToText if "text_config" in case.config else transformers.AutoModelForCausalLM
-    )
+    settings = dict(config)
+    kind = transformers.AutoModelForImageTextToText if "text_config" in config else transformers.AutoModelForCausalLM
     with torch.device(device):
-        return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        made = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return kind.from_config(made, dtype=dtype).eval().requires_grad_(False)
 
 
 def is_merged(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is merged: matrices of the language model's layers and of the projector between the two."""
     return len(shape) == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "vision"))
-
-
-def make_checkpoints(case: Case) -> None:
-    """Random base and experts in bfloat16; kept for the next time."""
-    import torch
-    from safetensors.torch import save_file
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pool = torch.randn(1 << 22)
-    shapes = {name: value.shape for name, value in make_model(case, "meta", torch.bfloat16).named_parameters()}
-    for number, folder in enumerate(case.folders):
-        file = folder / "model.safetensors"
-        if file.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(case.config))
-        if number > case.distinct:
-            file.symlink_to(case.folders[1 + (number - 1) % case.distinct] / file.name)
-            continue
-        tensors = {}
-        for index, (name, shape) in enumerate(shapes.items()):
-            values = stretch(pool, 7919 * index, shape.numel()).mul(0.02)
-            if len(shape) == 1 and name.endswith("weight"):
-                values += 1  # a norm's
-            if number and is_merged(name, shape):
-                values += stretch(pool, 104729 * number + 31 * index, shape.numel()).mul(0.002)
-            tensors[name] = values.to(torch.bfloat16).view(shape)
-        save_file(tensors, file.with_suffix(".partial"), metadata={"format": "pt"})
-        file.with_suffix(".partial").rename(file)
-
-
-def stretch(pool: Tensor, start: int, elements: int) -> Tensor:
-    """So many of the pool's numbers, repeated, from some place on; drawing billions would take longer than learning."""
-    rolled = pool.roll(-(start % len(pool)))
-    return rolled.repeat(-(-elements // len(pool)))[:elements]

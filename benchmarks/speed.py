@@ -26,11 +26,11 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.checkpoints import MODELS, make_checkpoints
+from benchmarks.checkpoints import make_checkpoints
 from benchmarks.matrices import PLAIN, measure_matrices
+from benchmarks.shapes import ROOT, SHAPES, config_of, folders_of
 from expert_merging.catalogue import find_method
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
 # Peer's name of each method that both have, and the settings that make the results comparable.
 PEER_METHODS = {
@@ -292,8 +292,8 @@ def show_peer(bench: Bench, methods: list[str]) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=MODELS, default="qwen2-0.5b", help="model to imitate (default: qwen2-0.5b)")
-    parser.add_argument("--layers", type=int, help="number of its layers (default: all)")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b", help="model to imitate (default: qwen2-0.5b)")
+    parser.add_argument("--layers", type=int, default=0, help="number of its layers (default: all)")
     parser.add_argument("--experts", type=int, default=5, help="number of experts (default: 5)")
     parser.add_argument(
         "--methods", nargs="*", default=METHODS, help=f"merges to measure (default: {' '.join(METHODS)})"
@@ -310,8 +310,9 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("work", "json")}
     figures: dict[str, Any] = {"settings": settings}
     if options.methods:
-        layers = options.layers or MODELS[options.shape].layers
-        folders = make_checkpoints(options.work, options.shape, layers, options.experts)
+        # Experts that differ from the base everywhere, unlike those that `benchmarks.trainer` learns from.
+        folders = folders_of(options.work / f"{options.shape}-{options.layers or 'all'}-full", options.experts)
+        make_checkpoints(folders, config_of(options.shape, options.layers))
         bench = Bench(options.work, folders, options.device, options.repeats)
         figures |= show_methods(bench, options.methods)
         if options.peer:

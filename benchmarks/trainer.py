@@ -18,7 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import ROOT, SHAPES, Case, make_checkpoints
+from benchmarks.checkpoints import make_checkpoints
+from benchmarks.shapes import ROOT, SHAPES, Case, is_merged
 from benchmarks.variants import Bench
 
 
@@ -138,7 +139,7 @@ def read_arguments() -> argparse.Namespace:
 
 def measure_variants(case: Case, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure the variants that are asked for, ours with task vectors in each of the places."""
-    make_checkpoints(case)
+    make_checkpoints(case.folders, case.config, distinct=case.distinct, differs=is_merged)
     found: dict[str, dict[str, Any]] = {}
     for _ in range(options.repeats):
         for variant in options.variants:

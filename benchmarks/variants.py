@@ -42,7 +42,7 @@ class Bench:
         merged = [name for name, entry in base.entries.items() if is_merged(name, entry.shape)]
         self.plan: Plan = Plan(base, {folder.folder.name: folder for folder in experts}, tuple(merged))
         self.layers = (case.text_config["num_hidden_layers"] // 2,)
-        self.model = make_model(case, case.device, self.dtype)
+        self.model = make_model(case.config, case.device, self.dtype)
         self.fill(self.model, base)
         self.figures: dict[str, float] = {}
         self.device_peak = 0

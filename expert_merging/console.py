@@ -41,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class Terminal:
-    """Shows log lines and progress of one process.
+    """Shows log lines and progress of one process, until it is closed.
 
     Args:
         quiet: show nothing, as in the other processes of a parallel run.
@@ -50,14 +50,15 @@ class Terminal:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.handlers: list[logging.Handler] = []
+        self.package = logging.getLogger(_PACKAGE)
+        self.before = self.package.level, self.package.propagate
         if not quiet:
             self._add(_ConsoleHandler(self.console))
 
     def _add(self, handler: logging.Handler) -> None:
-        package = logging.getLogger(_PACKAGE)
-        package.setLevel(logging.INFO)
-        package.propagate = False
-        package.addHandler(handler)
+        self.package.setLevel(logging.INFO)
+        self.package.propagate = False
+        self.package.addHandler(handler)
         self.handlers.append(handler)
 
     def log_to(self, file: Path) -> None:
@@ -67,15 +68,17 @@ class Terminal:
         self._add(handler)
 
     def close(self) -> None:
-        """Stop showing and writing log lines."""
+        """Stop showing and writing log lines, and leave logging as it was found."""
         for handler in self.handlers:
-            logging.getLogger(_PACKAGE).removeHandler(handler)
+            self.package.removeHandler(handler)
             handler.close()
         self.handlers.clear()
+        level, self.package.propagate = self.before
+        self.package.setLevel(level)
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Advance]:
-        """A bar with throughput and time left; see `expert_merging.plan.Progress`."""
+        """A bar with throughput and time left; see `expert_merging.progress.Progress`."""
         start = time.monotonic()
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]

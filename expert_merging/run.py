@@ -51,6 +51,30 @@ class Run:
         self.analysis = folder / "analysis"
         self._lock: int | None = None
 
+    @classmethod
+    def named(cls, output_path: Path, method: str, run_name: str) -> Run:
+        """The run of a method with that name."""
+        return cls(output_path / method / run_name)
+
+    @classmethod
+    def found_at(cls, place: Path) -> Run | None:
+        """The complete run whose folder, or whose model, a place is; None where it is neither."""
+        folder = place.resolve()
+        for run in (cls(folder), cls(folder.parent)):
+            if run.is_complete and folder in (run.folder, run.model):
+                return run
+        return None
+
+    @property
+    def method(self) -> str:
+        """Name of its method."""
+        return self.folder.parent.name
+
+    @property
+    def name(self) -> str:
+        """Its own name."""
+        return self.folder.name
+
     @property
     def model(self) -> Path:
         """The result, once it is complete."""
@@ -94,7 +118,7 @@ class Run:
         }:
             return None
         advice = "choose another --run_name, or move the folder away"
-        earlier = self._record()
+        earlier = self.record
         if earlier is None:
             raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}")
         differing = _differences(earlier, description)
@@ -104,16 +128,17 @@ class Run:
 
     def recorded_seed(self, default: int) -> int:
         """The seed that an earlier part of the run used, the default where there was none."""
-        seed = (self._record() or {}).get("seed")
+        seed = (self.record or {}).get("seed")
         return seed if isinstance(seed, int) else default
 
-    def _record(self) -> dict[str, Any] | None:
-        """``config.json`` of an earlier part, None where there is none or something else."""
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
         try:
             record = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) else None
+        return record if isinstance(record, dict) and {"family", "method", "options"} <= set(record) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.

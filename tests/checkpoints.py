@@ -10,9 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-CHARACTERS = ["<s>", "</s>", "<pad>", "<unk>", *string.ascii_letters, *string.digits, *" .,:;?!+-=()'\n"]
+from expert_merging.outputs import index_of
+from zoo.tokens import character_tokenizer
+
+SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
+CHARACTERS = [*SPECIAL, *string.ascii_letters, *string.digits, *" .,:;?!+-=()'\n"]
 EXPERTS = {"Chat": "Mistral-7B-Instruct-v0.1", "Math": "MAmmoTH2-7B", "Code": "Mistral-7B-codealpaca-lora"}
 BASE = "Mistral-7B-v0.1"
+INDEX = "model.safetensors.index.json"
 SIZES = {
     "vocab_size": len(CHARACTERS),
     "hidden_size": 32,
@@ -40,30 +45,22 @@ def write_checkpoint(
     for name, tensors in zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True):
         save_file(dict(tensors), folder / name, metadata=dict(metadata or {"format": "pt"}))
     if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
-        write_index(folder, weight_map)
+        index = index_of({name: list(tensors) for name, tensors in zip(names, shards, strict=True)}, size=0)
+        (folder / INDEX).write_bytes(index)
     return folder
 
 
 def write_index(folder: Path, weight_map: object) -> None:
-    """The index of a sharded checkpoint."""
+    """The index of a sharded checkpoint that says what it is told to, be it wrong."""
     content = json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    (folder / INDEX).write_text(content, encoding="utf-8")
 
 
 def save_tokenizer(folder: Path) -> None:
     """A character tokenizer that adds the start token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({token: number for number, token in enumerate(CHARACTERS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    core.decoder = decoders.Fuse()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
+    names = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL, strict=True))
+    vocabulary = {token: number for number, token in enumerate(CHARACTERS)}
+    character_tokenizer(vocabulary, SPECIAL, **names).save_pretrained(folder)
 
 
 def save_model(folder: Path, seed: int, *, max_shard_size: str = "5GB", **changes: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from tests.checkpoints import perturb, write_checkpoint
+from zoo.tokens import save_slow_tokenizer
 
 BASE = "InternVL2_5-1B"
 EXPERTS = {name: f"{BASE}_{name}" for name in ("OCR", "VQA", "Geometry", "Chart", "Grounding")}
@@ -195,14 +196,8 @@ def byte_characters() -> list[str]:
 
 def save_tokenizer(folder: Path) -> None:
     """A slow Qwen2 tokenizer as the published folders have it, with a token for each byte."""
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    (folder / "added_tokens.json").write_text(json.dumps(TOKENS), encoding="utf-8")
-    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
         "add_bos_token": False,
-        "added_tokens_decoder": {str(number): {"content": token, **plain} for token, number in TOKENS.items()},
         "additional_special_tokens": SPECIAL[1:],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
@@ -211,12 +206,10 @@ def save_tokenizer(folder: Path) -> None:
         "model_max_length": 8192,
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    special = {"additional_special_tokens": SPECIAL[1:], "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    save_slow_tokenizer(folder, vocabulary, [], TOKENS, settings)
 
 
 def make_picture(file: Path, size: tuple[int, int] = (90, 40), *, seed: int = 0) -> Path:

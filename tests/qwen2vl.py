@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import perturb, write_index
+from expert_merging.outputs import index_of
+from tests.checkpoints import INDEX, perturb
+from zoo.tokens import character_tokenizer
 
 SPECIAL = [
     "<|endoftext|>",
@@ -117,17 +119,10 @@ CONFIG_2_5 = {
 
 def save_processor(folder: Path) -> None:
     """A character tokenizer, image processor settings and a chat template, in the files of the published ones."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    unknown, padding, end = "<|vision_pad|>", "<|endoftext|>", "<|im_end|>"
     vocabulary = {token: number for number, token in enumerate(CHARACTERS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|vision_pad|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(SPECIAL)
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|vision_pad|>"
-    ).save_pretrained(folder)
+    tokenizer = character_tokenizer(vocabulary, SPECIAL, unk_token=unknown, pad_token=padding, eos_token=end)
+    tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}), encoding="utf-8")
 
@@ -153,12 +148,13 @@ def with_newer_names(source: Path, target: Path) -> Path:
     from transformers import AutoConfig
 
     shutil.copytree(source, target)
-    weight_map = {}
+    names, size = {}, 0
     for file in sorted(target.glob("*.safetensors")):
         tensors = {newer_name(name): tensor for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    write_index(target, weight_map)
+        names[file.name] = list(tensors)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    (target / INDEX).write_bytes(index_of(names, size))
     AutoConfig.from_pretrained(source).save_pretrained(target)
     return target
 

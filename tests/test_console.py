@@ -65,15 +65,19 @@ def test_the_log_file_has_times_and_is_continued(tmp_path):
     assert careful.endswith(" WARNING careful")
 
 
-def test_a_closed_terminal_is_silent(capsys, tmp_path):
-    before = list(logging.getLogger("expert_merging").handlers)
+@pytest.mark.parametrize(("level", "propagate"), [(logging.NOTSET, True), (logging.ERROR, False)])
+def test_a_closed_terminal_is_silent_and_leaves_logging_as_it_was(level, propagate, capsys, monkeypatch, tmp_path):
+    package = logging.getLogger("expert_merging")
+    before = list(package.handlers)
+    monkeypatch.setattr(package, "level", level)
+    monkeypatch.setattr(package, "propagate", propagate)
     terminal = Terminal()
     terminal.log_to(tmp_path / "merge.log")
     terminal.close()
     logger.info("hello")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "merge.log").read_text() == ""
-    assert logging.getLogger("expert_merging").handlers == before
+    assert (package.handlers, package.level, package.propagate) == (before, level, propagate)
 
 
 def test_how_long_it_took_is_not_said_of_work_that_failed(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_everything_that_differs_is_named_and_long_values_are_cut(begun):
     assert len(found) < 300
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "null", '"text"'])
+@pytest.mark.parametrize("text", [None, "{", "[]", "null", '"text"', '{"model_type": "mistral"}'])
 def test_a_folder_with_something_else_is_refused(run, text):
     run.folder.mkdir(parents=True)
     (run.folder / "holiday.jpg").write_text("sea")
@@ -154,6 +155,22 @@ def test_a_model_has_its_name_only_when_it_is_complete(begun):
     begun.finish()
     assert begun.is_complete
     assert not begun.partial_model.exists()
+
+
+def test_a_complete_run_is_found_by_its_folder_and_by_its_model(begun, tmp_path, monkeypatch):
+    assert Run.named(tmp_path, "task_arithmetic", "name").folder == begun.folder
+    assert (begun.method, begun.name) == ("task_arithmetic", "name")
+    for place in (begun.folder, begun.partial_model):
+        assert Run.found_at(place) is None, "there is no model yet"
+    begun.partial_model.mkdir()
+    begun.finish()
+    (begun.model / "inside").mkdir()
+    (tmp_path / "link").symlink_to(begun.model)
+    monkeypatch.chdir(begun.folder)
+    for place in (begun.folder, begun.model, tmp_path / "link", Path("model"), Path()):
+        assert Run.found_at(place).folder == begun.folder
+    for place in (begun.folder.parent, begun.model / "inside", begun.folder / "state", tmp_path / "absent"):
+        assert Run.found_at(place) is None
 
 
 def test_the_default_name_follows_what_decides_the_result():

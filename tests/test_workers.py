@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 
 from expert_merging.errors import InputError
-from expert_merging.options import ROOT
 from expert_merging.parts import Part
 from expert_merging.workers import Workers, shared_zeros
 
@@ -106,26 +106,44 @@ def test_a_process_that_is_ended_from_outside_ends_the_run():
     )
 
 
-LONELY = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-from tests.test_workers import PARTS, Workers
+def work_for_long(told):
+    """In a process of its own, the leader of a group as a command in a terminal is: two more that work for a minute."""
+    os.setsid()
 
-def work(part):
-    print(os.getpid(), flush=True)
-    time.sleep(60)
+    def work(part):
+        told.put(os.getpid())
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            told.put("interrupted")
 
-Workers(2, forked=True).work_through(PARTS, work)
-"""
+    Workers(2, forked=True).work_through(PARTS, work)
+
+
+@contextmanager
+def working_for_long():
+    """A process, the two that it has forked, and what they tell; all are gone afterwards."""
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    parent = context.Process(target=work_for_long, args=(told,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        parent.start()
+    try:
+        children = {told.get(), told.get()}
+        assert len(children) == 2, "each process is handed a batch"
+        yield parent, children, told
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.join()
 
 
 @FORKS
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_processes_end_with_the_one_that_they_were_forked_from(how):
+def test_processes_end_with_the_one_that_they_were_forked_from():
     """Otherwise they would write into files that the next run is writing."""
-    with lonely() as (parent, children):
-        os.kill(parent.pid, how)
-        parent.wait(timeout=30)
+    with working_for_long() as (parent, children, _):
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.join(30)
         for child in children:
             assert ended(child), "a process outlived its parent"
 
@@ -133,19 +151,14 @@ def test_processes_end_with_the_one_that_they_were_forked_from(how):
 @FORKS
 def test_only_the_parent_hears_an_interrupt():
     """A terminal sends it to all; the parent alone decides, and the others finish what they are writing."""
-    with lonely() as (parent, children):
+    with working_for_long() as (parent, children, told):
         os.killpg(parent.pid, signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(0.3)
+        assert told.empty()
         assert not any(ended(child, patience=1) for child in children)
-        os.killpg(parent.pid, signal.SIGKILL)
-
-
-@contextmanager
-def lonely():
-    command = [sys.executable, "-c", LONELY.format(root=str(ROOT))]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **streams, text=True, start_new_session=True) as parent:
-        yield parent, [int(parent.stdout.readline()) for _ in range(2)]
+        os.kill(parent.pid, signal.SIGTERM)
+        for child in children:
+            assert ended(child), "a process outlived its parent"
 
 
 def ended(process: int, patience: int = 100) -> bool:

@@ -69,8 +69,8 @@ def build_command(family_name: str, output: Path | None, seed: int) -> None:
     family = load_family(family_name)
     zoo = output or default_folder(family_name, seed)
     console = Console(soft_wrap=True)
-    with progress(console) as show:
-        build(family, zoo, seed=seed, show=show)
+    with progress(console) as shown:
+        build(family, zoo, seed=seed, progress=shown)
     console.print(f"The zoo is in {zoo}", highlight=False)
 
 

@@ -11,17 +11,16 @@ import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.writing import partial_name, write_atomically
 from zoo.family import Family, Schedule
-from zoo.progress import Show, silent
 
 DESCRIPTION = "zoo.json"
 
@@ -55,8 +54,12 @@ class Job:
         """What the user is told."""
         return "base" if self.task is None else f"{self.task} expert"
 
+    def shown_by(self, progress: Progress) -> AbstractContextManager[Advance]:
+        """Show how far its training is."""
+        return progress(f"training the {self.label}", self.schedule.steps, "step")
 
-def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, show: Show = silent) -> None:
+
+def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, progress: Progress = no_progress) -> None:
     """Make what is missing of the zoo in folder ``zoo``.
 
     Args:
@@ -64,7 +67,7 @@ def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, show: S
         zoo: Folder of the zoo, made if needed.
         seed: Decides the questions, the initial weights and the order of training.
         workers: Processes that train at once, one thread each; 0 trains in this process.
-        show: Told of every step.
+        progress: Shows how far every model is.
 
     Raises:
         InputError: The folder holds another zoo, or a worker failed.
@@ -74,7 +77,7 @@ def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, show: S
     family.write_data(zoo, seed)
     for tasks in ([None], list(family.backbone.expert_folders)):
         jobs = [Job(family, zoo, seed, task) for task in tasks]
-        train_all([job for job in jobs if not job.folder.is_dir()], workers, show)
+        train_all([job for job in jobs if not job.folder.is_dir()], workers, progress)
 
 
 def describe(family: Family, zoo: Path, seed: int) -> None:
@@ -102,7 +105,7 @@ def describe(family: Family, zoo: Path, seed: int) -> None:
         )
 
 
-def train_all(jobs: Sequence[Job], workers: int, show: Show) -> None:
+def train_all(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
     """Train the models of ``jobs``, ``workers`` at once, or one after another in this process for 0 workers.
 
     Raises:
@@ -110,35 +113,28 @@ def train_all(jobs: Sequence[Job], workers: int, show: Show) -> None:
     """
     if workers == 0:
         for job in jobs:
-            train_model(job, partial(show_step, job, show))
+            with job.shown_by(progress) as advance:
+                train_model(job, advance)
         return
     waiting = list(jobs)
     running: list[Worker] = []
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(Worker(waiting.pop(0)))
+                running.append(Worker(waiting.pop(0), progress))
             ready = wait([worker.reports for worker in running])
             for worker in [worker for worker in running if worker.reports in ready]:
-                step = worker.next_report()
-                if step is None:
+                if not worker.has_reported():
                     running.remove(worker)
-                else:
-                    show_step(worker.job, show, step)
     finally:
         for worker in running:
             worker.process.terminate()
 
 
-def show_step(job: Job, show: Show, step: int) -> None:
-    """Tell ``show`` how far a job is."""
-    show(job.label, step, job.schedule.steps)
-
-
 class Worker:
     """A process that trains one model and reports its steps."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, progress: Progress) -> None:
         context = multiprocessing.get_context("spawn")
         self.job = job
         self.reports, sender = context.Pipe(duplex=False)
@@ -146,15 +142,17 @@ class Worker:
         self.process.start()
         # Only the worker may hold the sending end, or its death would not be seen.
         sender.close()
+        self.shown = ExitStack()
+        self.advance = self.shown.enter_context(job.shown_by(progress))
 
-    def next_report(self) -> int | None:
-        """The number of finished steps, or ``None`` at the end.
+    def has_reported(self) -> bool:
+        """Show what the worker reports; whether it goes on.
 
         Raises:
             InputError: The worker ended without its model.
         """
         try:
-            step: int = self.reports.recv()
+            self.advance(self.reports.recv())
         except EOFError:
             self.process.join()
             if self.process.exitcode:
@@ -162,8 +160,9 @@ class Worker:
                     f"training the {self.job.label} stopped with exit code {self.process.exitcode}; "
                     "the same command goes on from there"
                 ) from None
-            return None
-        return step
+            self.shown.close()
+            return False
+        return True
 
 
 def work(job: Job, reports: Connection) -> None:
@@ -179,7 +178,7 @@ def work(job: Job, reports: Connection) -> None:
         train_model(job, reports.send)
 
 
-def train_model(job: Job, report: Callable[[int], None]) -> None:
+def train_model(job: Job, report: Callable[[int], object]) -> None:
     """Train the model of ``job`` and save it under its name."""
     import torch
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
+from expert_merging.run import Run
 from zoo.build import build
 from zoo.evaluate import Scores, exact_match
 from zoo.family import Family, default_folder, load_family
@@ -52,12 +53,12 @@ def demo(
         else [find_method(name).name for name in methods]
     )
     zoo = default_folder(family_name, seed)
-    with progress(console) as show:
-        build(family, zoo, seed=seed, show=show)
+    with progress(console) as shown:
+        build(family, zoo, seed=seed, progress=shown)
     merge = _Merging(family, zoo, seed, results)
     runs = [merge.run(name, console=console) for name in names]
     console.print("answering the held-out questions ...")
-    scores = evaluate(zoo, runs)
+    scores = evaluate(zoo, [run.folder for run in runs])
     note = ""
     if TUNED in names:
         best, scores[f"{TUNED}, best coefficient"] = merge.best_coefficient(console)
@@ -65,7 +66,7 @@ def demo(
     console.print(table(scores))
     console.print(note, highlight=False)
     for run in runs:
-        console.print(f"merged model: {os.path.relpath(run / 'model')}", highlight=False, soft_wrap=True)
+        console.print(f"merged model: {os.path.relpath(run.model)}", highlight=False, soft_wrap=True)
     return scores
 
 
@@ -78,8 +79,8 @@ class _Merging:
     seed: int
     results: Path
 
-    def run(self, method: str, *more: str, console: Console | None = None) -> Path:
-        """Merge in a process of its own, as a user would; the run's folder."""
+    def run(self, method: str, *more: str, console: Console | None = None) -> Run:
+        """Merge in a process of its own, as a user would."""
         command, run = self.command(method, *more)
         start = time.monotonic()
         if console is not None:
@@ -92,8 +93,8 @@ class _Merging:
             console.print(f"  {time.monotonic() - start:.0f} s", highlight=False)
         return run
 
-    def command(self, method: str, *more: str) -> tuple[list[str], Path]:
-        """The command, and the folder of its run.
+    def command(self, method: str, *more: str) -> tuple[list[str], Run]:
+        """The command, and its run.
 
         The run is named after all that decides it: the same demo finds its runs again, a changed one gets new ones.
         """
@@ -105,7 +106,7 @@ class _Merging:
         arguments += ["--config", str(config), "--seed", str(self.seed), *more]
         if self.results != RESULTS:
             arguments += ["--output_path", str(self.results)]
-        return [sys.executable, str(script), *arguments, "--run_name", name], self.results / method / name
+        return [sys.executable, str(script), *arguments, "--run_name", name], Run.named(self.results, method, name)
 
     def best_coefficient(self, console: Console) -> tuple[float, Scores]:
         """Task arithmetic's best coefficient on the test questions, and its scores."""
@@ -113,7 +114,7 @@ class _Merging:
         found = {}
         for coefficient in COEFFICIENTS:
             run = self.run(TUNED, "--scaling_coefficient", f"{coefficient:g}")
-            scores = exact_match(self.family.backbone, run / "model", self.zoo / "test")
+            scores = exact_match(self.family.backbone, run.model, self.zoo / "test")
             found[coefficient] = with_mean({task: scores[task] for task in self.family.backbone.expert_folders})
             console.print(f"  {coefficient:g}: {found[coefficient]['mean']:.1f}", highlight=False)
         best = max(found, key=lambda coefficient: found[coefficient]["mean"])

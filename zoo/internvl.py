@@ -94,7 +94,7 @@ def save(model: Any, folder: Path) -> None:
     """Write the model as published checkpoints are, without their code, which nothing here needs."""
     tokenizer = new_tokenizer()
     save_published(model, folder)
-    vision.save_slow_tokenizer(tokenizer, folder)
+    vision.save_tokenizer(tokenizer, folder)
     preprocessor = {
         "crop_size": SIDE,
         "size": SIDE,

@@ -16,6 +16,7 @@ from expert_merging.backbone import import_transformers
 from Mistral.backbone import BACKBONE
 from zoo import tasks, texts
 from zoo.family import Batch, Family, Schedule
+from zoo.tokens import character_tokenizer
 
 if TYPE_CHECKING:
     from transformers import MistralForCausalLM, PreTrainedTokenizerFast
@@ -32,19 +33,11 @@ LONGEST_TEXT = 64
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character and per tag, a start token before every question, no blanks added by decoding."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A", pair=f"{START} $A $B", special_tokens=[(START, VOCABULARY[START])]
-    )
-    backend.add_special_tokens([UNKNOWN, START, END, PADDING])
-    backend.add_tokens([AddedToken(tag, normalized=False) for tag in texts.TAGS])
-    return import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    """One token per character and per tag, a start token before every question."""
+    return character_tokenizer(
+        VOCABULARY,
+        [UNKNOWN, START, END, PADDING],
+        words=texts.TAGS,
         unk_token=UNKNOWN,
         bos_token=START,
         eos_token=END,

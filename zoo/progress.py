@@ -1,47 +1,40 @@
-"""Show how far a build is: bars in a terminal, a line for every finished model elsewhere."""
+"""Show how far a build is, several models at once: bars in a terminal, a line for every finished model elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
-Show = Callable[[str, int, int], None]
-
-
-def silent(label: str, step: int, steps: int) -> None:
-    """Show nothing."""
+from expert_merging.progress import Advance, Progress, no_advance
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Show]:
-    """A function to call with the label of a model, its finished steps and all its steps."""
+def progress(console: Console) -> Iterator[Progress]:
+    """What shows pieces of work on a console; they may overlap."""
     if not console.is_terminal:
-        yield _lines(console)
+        yield partial(_lines, console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        rows: dict[str, int] = {}
-
-        def show(label: str, step: int, steps: int) -> None:
-            if label not in rows:
-                rows[label] = bars.add_task(f"Training the {label}", total=steps)
-            bars.update(rows[label], completed=step)  # type: ignore[arg-type]
-
-        yield show
+    with Bars(*columns, console=console) as bars:
+        yield partial(_bar, bars)
 
 
-def _lines(console: Console) -> Show:
-    started: dict[str, float] = {}
+@contextmanager
+def _bar(bars: Bars, title: str, total: float, unit: str) -> Iterator[Advance]:
+    del unit
+    row = bars.add_task(title, total=total)
+    yield lambda count, _note="": bars.advance(row, count)
 
-    def show(label: str, step: int, steps: int) -> None:
-        if label not in started:
-            started[label] = time.monotonic()
-            console.print(f"training the {label}: {steps} steps")
-        if step == steps:
-            console.print(f"trained the {label} in {time.monotonic() - started[label]:.0f} s")
 
-    return show
+@contextmanager
+def _lines(console: Console, title: str, total: float, unit: str) -> Iterator[Advance]:
+    start = time.monotonic()
+    console.print(f"{title}: {total:g} {unit}s")
+    yield no_advance
+    console.print(f"{title} took {time.monotonic() - start:.0f} s")

@@ -108,7 +108,7 @@ def new_collate() -> Callable[[list[Example]], Batch]:
 def save(model: Any, folder: Path) -> None:
     """Write the model with tokenizer, chat template and settings of the image processor."""
     model.save_pretrained(folder)
-    vision.save_slow_tokenizer(new_tokenizer(), folder)
+    vision.save_tokenizer(new_tokenizer(), folder)
     for name, content in {
         "preprocessor_config.json": PREPROCESSOR,
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},

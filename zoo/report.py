@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError
+from expert_merging.run import Run
 from zoo.build import DESCRIPTION
 from zoo.evaluate import Scores, cached_exact_match, exact_match, require_model
 from zoo.family import load_family
@@ -39,36 +40,31 @@ def _model_names(description: Mapping[str, Any]) -> dict[str, str]:
     return {"base": description["base"], **experts}
 
 
-def model_folder(run: Path) -> Path:
-    """The folder of the model of a run, or ``run`` itself when it is one.
+def model_folder(place: Path) -> Path:
+    """The folder of the model of a run, or ``place`` itself when it is one.
 
     Raises:
         InputError: There is no model.
     """
-    folder = run / "model" if (run / "model").is_dir() else run
+    run = Run(place)
+    folder = run.model if run.is_complete else place
     require_model(folder)
     return folder
 
 
-def run_labels(runs: Sequence[Path]) -> list[str]:
+def run_labels(places: Sequence[Path]) -> list[str]:
     """A short label for each run: its method, with the run's name where several runs share the method.
 
-    A run is known by its ``model`` folder, which may be what is given; anything else is labelled with its own name.
+    A run is known by its model, which may be what is given; anything else is labelled with its own name.
     """
-    names = [_method_and_name(run) for run in runs]
+    runs = [Run.found_at(place) for place in places]
+    names = [
+        (run.method, run.name) if run else (place.resolve().name, "") for run, place in zip(runs, places, strict=True)
+    ]
     shared = Counter(method for method, _ in names)
     labels = [f"{method} ({name})" if shared[method] > 1 and name else method for method, name in names]
     repeated = Counter(labels)
-    return [str(run) if repeated[label] > 1 else label for label, run in zip(labels, runs, strict=True)]
-
-
-def _method_and_name(run: Path) -> tuple[str, str]:
-    folder = run.resolve()
-    if folder.name == "model":
-        folder = folder.parent
-    elif not (folder / "model").is_dir():
-        return folder.name, ""
-    return folder.parent.name, folder.name
+    return [str(place) if repeated[label] > 1 else label for label, place in zip(labels, places, strict=True)]
 
 
 def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:

@@ -44,7 +44,7 @@ def train(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     schedule: Schedule,
-    report: Callable[[int], None],
+    report: Callable[[int], object],
     *,
     file_name: Callable[[str], str] = same_name,
 ) -> None:
@@ -54,7 +54,7 @@ def train(
         model: Any model that returns a loss for a batch with ``labels``.
         batches: At least ``schedule.steps`` batches.
         schedule: How long and how fast.
-        report: Called with the number of finished steps after every step.
+        report: Called with 1 after every step.
         file_name: Name in the files of a parameter's name in memory.
     """
     for name, parameter in model.named_parameters():
@@ -63,12 +63,12 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step))
     model.train()
-    for step, batch in enumerate(islice(batches, schedule.steps)):
+    for batch in islice(batches, schedule.steps):
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        report(step + 1)
+        report(1)
     model.eval()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Backbone, import_transformers
-from expert_merging.writing import write_atomically
 from zoo import tasks
 from zoo.family import Batch, Family, Schedule
 from zoo.pictures import TASKS
+from zoo.tokens import save_slow_tokenizer
 
 END, PADDING = "<|im_end|>", "<|endoftext|>"
 LONGEST_TEXT = 512
@@ -74,36 +74,13 @@ def _texts() -> list[str]:
     return sorted({text for example in examples for text in (example.question, example.response)})
 
 
-def save_slow_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a Qwen2 tokenizer as folders published before fast tokenizers have it."""
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a Qwen2 tokenizer as published folders have it."""
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     added: dict[int, Any] = tokenizer.added_tokens_decoder
-    special = {"eos_token": END, "pad_token": PADDING}
-    files = {
-        "vocab.json": learned["vocab"],
-        "added_tokens.json": {token.content: number for number, token in added.items()},
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": special
-        | {
-            "added_tokens_decoder": {
-                str(number): {
-                    "content": token.content,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
-                for number, token in added.items()
-            },
-            "model_max_length": LONGEST_TEXT,
-            "tokenizer_class": "Qwen2Tokenizer",
-        },
-    }
-    for name, content in files.items():
-        write_atomically(folder / name, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
-    merges = "".join(f"{first} {second}\n" for first, second in learned["merges"])
-    write_atomically(folder / "merges.txt", f"#version: 0.2\n{merges}".encode())
+    special = {token.content: number for number, token in added.items()}
+    settings = {"eos_token": END, "pad_token": PADDING, "model_max_length": LONGEST_TEXT}
+    save_slow_tokenizer(folder, learned["vocab"], learned["merges"], special, settings)
 
 
 def questions_with_answers(tokenizer: Any, prompt: str, examples: Sequence[tasks.Example]) -> Batch:

@@ -7,17 +7,13 @@ import math
 import pytest
 
 from benchmarks import shapes, variants
-from benchmarks.shapes import SHAPES, Case, make_checkpoints
+from benchmarks.checkpoints import make_checkpoints
+from benchmarks.shapes import SHAPES, Case, config_of, is_merged, parameter_shapes
 from benchmarks.trainer import compare, work
+from expert_merging.checkpoint import Checkpoint
+from tests.checkpoints import SIZES, tensors_of
 
-TEXT = {
-    "vocab_size": 80,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+TEXT = {**SIZES, "vocab_size": 80}
 TINY = {
     "mistral": {**SHAPES["mistral-100m"], **TEXT},
     "internvl": {
@@ -42,7 +38,7 @@ def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypat
     for name, value in {"TEXT_TOKENS": (20, 40), "TILE_TOKENS": 4, "TILE_PIXELS": 56, "TOKENS": (5, 75)}.items():
         monkeypatch.setattr(variants, name, value)
     case = Case("limit", shape, 0, 3, 2, 9, "cpu", "float32", "host", "update", False, str(tmp_path))
-    make_checkpoints(case)
+    make_checkpoints(case.folders, case.config, distinct=case.distinct, differs=is_merged)
     found = {}
     for variant in ("limit", "ours", "twin"):
         found[variant] = work(Case(**{**vars(case), "variant": variant}))
@@ -51,3 +47,29 @@ def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypat
     assert ratios["twin - ours, first gradient, relative"] < 1e-5
     assert ratios["twin - ours, largest difference of a coefficient"] < 1e-5
     assert found["ours"]["accumulates"] == 1
+
+
+def test_experts_differ_from_the_base_where_they_are_said_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.checkpoints._PERIOD", 1001)
+    config = TINY["mistral"]
+    folders = [tmp_path / name for name in ("base", "one", "two", "link")]
+    make_checkpoints(folders, config, distinct=2, differs=is_merged)
+    base, one, two, link = map(tensors_of, folders)
+    assert {name: tuple(tensor.shape) for name, tensor in base.items()} == parameter_shapes(config)
+    for name, tensor in base.items():
+        assert (tensor.mean().item() > 0.9) == ("norm" in name)
+        assert one[name].equal(tensor) == two[name].equal(tensor) == one[name].equal(two[name])
+        assert one[name].equal(tensor) != is_merged(name, tensor.shape)
+        assert link[name].equal(one[name])
+    assert (folders[3] / "model.safetensors").is_symlink()
+    Checkpoint(folders[0])
+    before = (folders[1] / "model.safetensors").stat()
+    make_checkpoints(folders, config)
+    assert (folders[1] / "model.safetensors").stat() == before, "what is there is kept"
+
+
+def test_shapes_are_the_published_ones():
+    elements = {shape: sum(math.prod(size) for size in parameter_shapes(config_of(shape)).values()) for shape in SHAPES}
+    assert elements["qwen2-0.5b"] == 494_032_768
+    assert elements["mistral-7b"] == 7_241_732_096
+    assert 930e6 < elements["internvl2_5-1b"] < 940e6

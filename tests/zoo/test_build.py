@@ -4,7 +4,8 @@ import io
 import json
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,15 +101,24 @@ def test_folder_of_another_zoo_is_refused(own_zoo: Path) -> None:
             build(family, own_zoo, seed=seed, workers=0)
 
 
+@pytest.mark.slow
 def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
     removed = own_zoo / BACKBONE.expert_folders["Code"]
     removed.rename(own_zoo.with_name("removed"))
-    shown: list[tuple[str, int, int]] = []
-    build(brief_family(), own_zoo, workers=2, show=lambda *state: shown.append(state))
-    assert shown == [("Code expert", step, 3) for step in (1, 2, 3)]
+    shown: list[object] = []
+
+    @contextmanager
+    def recorded(*work: object) -> Iterator[Callable[..., None]]:
+        shown.append(work)
+        yield shown.append
+        shown.append("done")
+
+    build(brief_family(), own_zoo, workers=2, progress=recorded)
+    assert shown == [("training the Code expert", 3, "step"), 1, 1, 1, "done"]
     assert contents(own_zoo) == contents(built_zoo)
 
 
+@pytest.mark.slow
 def test_worker_that_fails_ends_the_build(tmp_path: Path) -> None:
     family = replace(brief_family(), new_model=unusable_model)
     with pytest.raises(InputError, match="training the base stopped with exit code 3; the same command goes on"):
@@ -144,18 +154,19 @@ def test_learning_rate_rises_and_falls() -> None:
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_progress_is_plain_where_there_is_no_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=False)
-    with progress(console) as show:
-        for step in (1, 2):
-            show("base", step, 2)
-    assert console.file.getvalue() == "training the base: 2 steps\ntrained the base in 0 s\n"
-
-
-def test_progress_is_a_bar_in_a_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with progress(console) as show:
-        for step in (1, 2):
-            show("base", step, 2)
-    assert "Training the base" in console.file.getvalue()
-    assert "2/2" in console.file.getvalue()
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_plain_where_there_is_no_terminal(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    with progress(console) as show, show("training the base", 2, "step") as base:
+        with show("training the Code expert", 3, "step") as expert:
+            expert(1)
+            expert(2)
+        base(1)
+    shown = console.file.getvalue()
+    if terminal:
+        assert all(text in shown for text in ("training the base", "1/2", "training the Code expert", "3/3"))
+    else:
+        assert shown == (
+            "training the base: 2 steps\ntraining the Code expert: 3 steps\n"
+            "training the Code expert took 0 s\ntraining the base took 0 s\n"
+        )

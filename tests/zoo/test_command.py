@@ -43,7 +43,9 @@ def test_build_puts_the_zoo_where_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, Path, int]] = []
-    monkeypatch.setattr(build_module, "build", lambda family, zoo, seed, show: asked.append((family.name, zoo, seed)))
+    monkeypatch.setattr(
+        build_module, "build", lambda family, zoo, seed, progress: asked.append((family.name, zoo, seed))
+    )
     assert main(["build", "mistral", "--seed", "3"]) == 0
     assert main(["build", "mistral", "--output", str(tmp_path)]) == 0
     assert asked == [("mistral", default_folder("mistral", 3), 3), ("mistral", tmp_path, 0)]

@@ -5,14 +5,27 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from expert_merging.cli import main
 from expert_merging.errors import InputError
+from expert_merging.run import Run
+from Mistral.backbone import BACKBONE
 from tests.zoo.conftest import brief_family
 from zoo import demo as module
 from zoo.demo import demo
+
+
+def run_here(command, **_options):
+    """Instead of a process of its own, whose start takes longer than the merge."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+        code = main(BACKBONE, [*command[2:], "--device", "cpu"])
+    return subprocess.CompletedProcess(command, code, stderr=errors.getvalue())
 
 
 @pytest.fixture
@@ -30,7 +43,8 @@ def run_demo(own_zoo, tmp_path, monkeypatch):
     return run
 
 
-def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_demo, tmp_path):
+def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run_here))
     scores, shown = run_demo("task-arithmetic")
     assert list(scores) == [
         "base", "Chat expert", "Math expert", "Code expert", "task_arithmetic", "task_arithmetic, best coefficient",
@@ -50,9 +64,10 @@ def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_dem
 
 def test_runs_are_found_again_unless_their_options_change(own_zoo, tmp_path):
     merging = module._Merging(brief_family(), own_zoo, 0, tmp_path)
-    _, first = merging.command("weight_average")
-    assert merging.command("weight_average")[1] == first
-    assert merging.command("weight_average", "--exclude_params", "none")[1] != first
+    first, again, other = (
+        merging.command("weight_average", *more)[1].folder for more in ((), (), ("--exclude_params", "none"))
+    )
+    assert first == again != other
 
 
 def test_a_failed_merge_says_why(run_demo, own_zoo):
@@ -68,7 +83,13 @@ def test_an_unknown_method_is_answered_before_anything_is_built(run_demo):
         run_demo("weight_averge")
 
 
-def test_all_means_every_method_that_makes_one_model_of_its_own():
-    names = module._comparable()
-    assert {"weight_average", "ties", "svd", "wudi", "expert_merging"} <= set(names)
-    assert not {"coefficients", "svd_intermediate"} & set(names)
+def test_all_means_every_method_that_makes_one_model_of_its_own(own_zoo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "load_family", lambda name: brief_family())
+    monkeypatch.setattr(module, "default_folder", lambda name, seed: own_zoo)
+    monkeypatch.setattr(module._Merging, "run", lambda self, method, **_: asked.append(method) or Run(own_zoo))
+    monkeypatch.setattr(module._Merging, "best_coefficient", lambda self, console: (0.3, {"mean": 1.0}))
+    monkeypatch.setattr(module, "evaluate", lambda zoo, runs: {"base": {"mean": 0.0}})
+    demo("mistral", seed=0, methods=["all"], console=Console(file=io.StringIO()))
+    assert {"weight_average", "ties", "svd", "wudi", "expert_merging"} <= set(asked)
+    assert not {"coefficients", "svd_intermediate"} & set(asked)

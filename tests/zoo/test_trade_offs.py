@@ -10,7 +10,7 @@ from expert_merging.__main__ import main as compare
 from Mistral.backbone import BACKBONE
 from tests.command import merge
 
-FLAGS = ["--samples_per_task", "8", "--loss_tokens", "response", "--max_new_tokens", "6", "--num_epochs", "4"]
+FLAGS = ["--samples_per_task", "4", "--loss_tokens", "response", "--max_new_tokens", "4", "--num_epochs", "2"]
 FLAGS += ["--learning_rate", "0.3", "--sparsity_reg_weight", "0", "--log_with", "none"]
 
 
@@ -24,7 +24,7 @@ def divergences(built_zoo, tmp_path_factory):
         assert merge(*common, *FLAGS, *weights, "--run_name", name) == 0
     runs = [str(run) for run in sorted((output / "expert_merging").iterdir())]
     file = output / "align.json"
-    options = ["--samples", "24", "--max_new_tokens", "6", "--device", "cpu", "--json", str(file)]
+    options = ["--samples", "6", "--max_new_tokens", "4", "--device", "cpu", "--json", str(file)]
     assert compare(["align", *runs, *options]) == 0
     models = json.loads(file.read_text())["models"]
     return {

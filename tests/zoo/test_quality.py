@@ -9,9 +9,7 @@ import pytest
 
 from benchmarks import quality, ranking
 from benchmarks.quality import Case
-from benchmarks.recipes import ABLATION, CHOICE, METHOD, Variant
-from tests.zoo.conftest import brief_family
-from zoo.build import build
+from benchmarks.recipes import ABLATION, CHOICE, FIRST_STAGE, METHOD, Variant
 
 
 def test_every_method_is_measured_and_no_two_share_a_run_or_figures(tmp_path, monkeypatch):
@@ -23,7 +21,7 @@ def test_every_method_is_measured_and_no_two_share_a_run_or_figures(tmp_path, mo
     monkeypatch.setattr(quality, "default_folder", lambda family, seed: tmp_path)
     (tmp_path / "zoo.json").write_text("{}")
     cases = [Case(variant, seed) for variant in variants for seed in (0, 1)]
-    assert len({case.run for case in cases}) == len(cases)
+    assert len({case.run.folder for case in cases}) == len(cases)
     assert len({case.score for case in cases}) == len(cases)
 
 
@@ -70,15 +68,15 @@ class Inline:
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(own_zoo, tmp_path, monkeypatch):
     """The benchmark on one hardly trained zoo, in this process, with few variants and short training."""
     config = tmp_path / "config.yaml"
     config.write_text("samples_per_task: 2\nloss_tokens: response\nmax_new_tokens: 4\n")
     monkeypatch.setattr(quality, "WORK", tmp_path / "work")
     monkeypatch.setattr(quality, "CONFIG", config)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(quality, "default_folder", lambda family, seed: tmp_path / f"zoo{seed}")
-    monkeypatch.setattr(quality, "build", lambda seed: build(brief_family(), tmp_path / f"zoo{seed}", workers=0))
+    monkeypatch.setattr(quality, "default_folder", lambda family, seed: own_zoo)
+    monkeypatch.setattr(quality, "build", lambda seed: None)
     few = [
         Variant("expert_merging", "expert_merging"),
         Variant("task_arithmetic", "task_arithmetic"),
@@ -115,7 +113,7 @@ def test_the_figures_have_a_row_for_everything_and_choices_answer_no_test_questi
 
 
 def test_a_failed_merge_is_told_with_its_variant(small, monkeypatch):
-    wrong = Variant("ties", "ties", {"density": 80})
+    wrong = Variant(FIRST_STAGE, "ties", {"density": 80})
     monkeypatch.setattr(quality, "variants", lambda: [wrong])
-    with pytest.raises(SystemExit, match="ties, seed 0: error: --density must be"):
+    with pytest.raises(SystemExit, match="expert_merging, seed 0: error: --density must be"):
         small()
