@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.backbone import Backbone, Evaluation, names_in_memory
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
-from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
+from expert_merging.picture_experts import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
+from expert_merging.pictures import MARK, marked_question, read_picture
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens
-from InternVL.native import empty_model, load_published, load_tokenizer, open_published
+from InternVL.native import CLASS, load_published, load_tokenizer, open_published
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[st
     if trust_remote_code:  # the original class calls parameters what the files call them
         return [*Checkpoint(folder).entries]
     _, config, tied = open_published(folder)
-    return [name for name, _ in empty_model(native_config(config, tied=tied)).named_parameters()]
+    return names_in_memory(CLASS, native_config(config, tied=tied))
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processor:
@@ -210,6 +211,7 @@ BACKBONE = Backbone(
                 "--output_path {model}/../lmms_eval",
             ),
             vlmeval={"class": "InternVLChat", "version": "V2.0"},  # as it has for all of InternVL 2 to 3.5
+            benchmarks=BENCHMARKS,
         )
     },
     loading=(

@@ -7,14 +7,15 @@ transformers has the same model under other parameter names.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging import backbone
-from expert_merging.backbone import import_transformers
+from expert_merging.backbone import empty_model
 from expert_merging.checkpoint import SINGLE, Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.plan import misfits
+from expert_merging.roles import is_rotary_table
 from expert_merging.writing import write_atomically
 from InternVL.layout import check_supported, native_config, published_config, published_name, read_config
 
@@ -22,16 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CLASS = "AutoModelForImageTextToText"
 _HEAD = "language_model.lm_head.weight"
-_ROTARY_TABLE = "rotary_emb.inv_freq"  # in older files; follows from config.json
-
-
-def empty_model(config: Any) -> Any:
-    """The native model without memory for its weights."""
-    import torch
-
-    with torch.device("meta"):
-        return import_transformers().AutoModelForImageTextToText.from_config(config)
 
 
 def file_parameters(model: Any) -> dict[str, list[str]]:
@@ -68,11 +61,13 @@ def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
     import torch
 
     checkpoint, config, tied = open_published(folder)
-    model = empty_model(native_config(config, image_token=image_token, tied=tied))
+    model = empty_model(CLASS, native_config(config, image_token=image_token, tied=tied))
     parameters, groups = dict(model.named_parameters()), file_parameters(model)
     rows = {name: [parameters[part].shape[0] for part in parts] for name, parts in groups.items()}
     shapes = {name: (sum(rows[name]), *parameters[parts[0]].shape[1:]) for name, parts in groups.items()}
-    _check_tensors(checkpoint, shapes)
+    found = misfits(checkpoint.entries, shapes, is_known=is_rotary_table, of="its configuration")
+    if found:
+        raise InputError(*(f"{folder}: {problem}" for problem in found))
     state: dict[str, Tensor] = {}
     for name, parts in groups.items():
         tensor = checkpoint.mapped(name).view(shapes[name]).to(dtype)
@@ -95,30 +90,6 @@ def load_tokenizer(folder: Path) -> Any:
     check_supported(folder, config)
     # The language model's configuration says which class where the tokenizer's own files do not.
     return backbone.load_tokenizer(folder, config=native_config(config).text_config)
-
-
-def _check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the checkpoint has exactly the tensors of these names, with these shapes."""
-    entries = {name: entry for name, entry in checkpoint.entries.items() if not name.endswith(_ROTARY_TABLE)}
-    missing = [f"lacks the tensor {name}" for name in shapes if name not in entries]
-    extra = [
-        f"has the tensor {name}, which the model of its config.json lacks" for name in entries if name not in shapes
-    ]
-    other = [
-        f"has {name} of shape {list(entries[name].shape)}; its config.json asks for {list(shape)}"
-        for name, shape in shapes.items()
-        if name in entries and entries[name].shape != shape
-    ]
-    stored = [
-        f"has {name} stored as {entries[name].dtype}, which is no floating-point type"
-        for name in shapes
-        if name in entries and not entries[name].is_float
-    ]
-    problems = [f"{checkpoint.folder} {problem}" for problem in (*missing, *extra, *other, *stored)]
-    if len(problems) > 5:
-        problems[4:] = [f"{checkpoint.folder}: ... and {len(problems) - 4} more like this"]
-    if problems:
-        raise InputError(*problems)
 
 
 def save_published(model: Any, folder: Path) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_tokenizer, load_whole
+from expert_merging.backbone import (
+    Backbone,
+    Evaluation,
+    import_transformers,
+    load_tokenizer,
+    load_whole,
+    names_in_memory,
+)
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 
@@ -33,19 +40,15 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: transformers has no causal language model for it, or only with code from the folder.
     """
-    import torch
-
-    transformers = import_transformers()
+    automatic = import_transformers().AutoConfig
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        config = automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return names_in_memory("AutoModelForCausalLM", config)
     except ValueError as error:
         raise InputError(
             f"{folder} is no causal language model that transformers knows, and code of checkpoints is not executed: "
             + str(error).split("\n")[0]
         ) from None
-    return [name for name, _ in model.named_parameters()]
 
 
 def load_processor(folder: Path) -> Any:

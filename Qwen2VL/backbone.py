@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
-from expert_merging.pictures import EXPERTS, MARK, TASK_EXPERTS, TEST_QUESTIONS, marked_question, read_picture
+from expert_merging.picture_experts import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
+from expert_merging.pictures import MARK, marked_question, read_picture
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from expert_merging.calibration import Sample
 
+_CLASS = "AutoModelForImageTextToText"
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 # What texts may not contain, since the model would take it for a picture or a video.
@@ -48,7 +50,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         InputError: the folder lacks a tensor of the model, or has one of another shape.
     """
     _config(folder)
-    model = load_whole("AutoModelForImageTextToText", folder, dtype, file_name)
+    model = load_whole(_CLASS, folder, dtype, file_name)
     # A picture token in an answer would have to be given a picture when the answer is read again.
     model.generation_config.suppress_tokens = [model.config.image_token_id, model.config.video_token_id]
     return model
@@ -60,11 +62,7 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: the folder has a model of another kind.
     """
-    import torch
-
-    with torch.device("meta"):
-        model = import_transformers().AutoModelForImageTextToText.from_config(_config(folder), trust_remote_code=False)
-    return [name for name, _ in model.named_parameters()]
+    return names_in_memory(_CLASS, _config(folder))
 
 
 def _config(folder: Path) -> Any:
@@ -201,11 +199,14 @@ def _commands(model_type: str) -> tuple[str, ...]:
 # As in VLMEvalKit's own configurations. Its class tells the generations apart by words in the path.
 _VLMEVAL = {"class": "Qwen2VLChat", "min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28}
 EVALUATION = {
-    "qwen2_vl": Evaluation(_commands("qwen2_vl"), _VLMEVAL, vlmeval_path=r"(?!.*(2\.5|2_5|qwen25|omni))"),
+    "qwen2_vl": Evaluation(
+        _commands("qwen2_vl"), _VLMEVAL, vlmeval_path=r"(?!.*(2\.5|2_5|qwen25|omni))", benchmarks=BENCHMARKS
+    ),
     "qwen2_5_vl": Evaluation(
         _commands("qwen2_5_vl"),
         {**_VLMEVAL, "use_custom_prompt": False},
         vlmeval_path=r"(?!.*omni).*(2\.5|2_5|qwen25)",
+        benchmarks=BENCHMARKS,
         run_name="Qwen2_5VL",
     ),
 }

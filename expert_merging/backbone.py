@@ -41,12 +41,14 @@ class Evaluation:
         vlmeval: VLMEvalKit's class for the model and its settings; the merged folder gets a configuration for it.
         vlmeval_path: regular expression that a folder's path must match (`re.match`, in any case) for that class to
             take the model for what it is.
+        benchmarks: VLMEvalKit's class of each benchmark that the configuration names.
         run_name: beginning of the names that runs get by default; the family's name if it is empty.
     """
 
     commands: tuple[str, ...] = ()
     vlmeval: Mapping[str, Any] = field(default_factory=dict)
     vlmeval_path: str = ""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
     run_name: str = ""
 
 
@@ -141,6 +143,29 @@ def import_transformers() -> Any:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what is amiss is told in this program's own words
         transformers.utils.logging.set_verbosity_error()
     return transformers
+
+
+def empty_model(kind: str, config: Any) -> Any:
+    """A model of a configuration without memory for its weights.
+
+    Args:
+        kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
+        config: a configuration of transformers'.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
+
+
+def names_in_memory(kind: str, config: Any) -> list[str]:
+    """Names of a model's parameters in memory, from its configuration alone.
+
+    Args:
+        kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
+        config: a configuration of transformers'.
+    """
+    return [name for name, _ in empty_model(kind, config).named_parameters()]
 
 
 def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = same_name) -> Any:

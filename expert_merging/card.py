@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from expert_merging.backbone import Evaluation
+
 _CARD = """---
 base_model:
 {sources}
@@ -54,17 +56,6 @@ _EXAMPLE = """from transformers import {classes}
 model = {model}
 processor = {processor}"""
 
-# VLMEvalKit's names of the public benchmarks nearest to the families' calibration tasks, and its classes for them.
-_BENCHMARKS = {
-    "VizWiz": "VizWiz",
-    "GQA_TestDev_Balanced": "ImageVQADataset",
-    "MathVista_MINI": "MathVista",
-    "MathVision_MINI": "MathVision",
-    "ChartQA_TEST": "ImageVQADataset",
-    "TextVQA_VAL": "ImageVQADataset",
-    "OCRVQA_TESTCORE": "ImageVQADataset",
-}
-
 
 def model_card(
     description: Mapping[str, Any],
@@ -111,16 +102,17 @@ def model_card(
     )
 
 
-def vlmeval_config(settings: Mapping[str, Any], name: str, folder: Path) -> bytes:
+def vlmeval_config(evaluation: Evaluation, name: str, folder: Path) -> bytes:
     """Content of a file for ``python run.py --config FILE`` of VLMEvalKit.
 
     Args:
-        settings: VLMEvalKit's class of the model (``class``) and what it is to be made with.
+        evaluation: how models of the kind are evaluated.
         name: what the model is called in its tables.
         folder: where the model is.
     """
-    data = {benchmark: {"class": dataset, "dataset": benchmark} for benchmark, dataset in _BENCHMARKS.items()}
-    config = {"model": {name: {**settings, "model_path": str(folder)}}, "data": data}
+    benchmarks = evaluation.benchmarks.items()
+    data = {benchmark: {"class": dataset, "dataset": benchmark} for benchmark, dataset in benchmarks}
+    config = {"model": {name: {**evaluation.vlmeval, "model_path": str(folder)}}, "data": data}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

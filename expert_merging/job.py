@@ -140,8 +140,8 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         about=output.about,
     )
     write_atomically(folder / "README.md", card.encode())
-    settings = backbone.evaluation_of(base.model_type).vlmeval
-    if settings:
+    evaluation = backbone.evaluation_of(base.model_type)
+    if evaluation.vlmeval:
         name = "-".join(filter(None, [backbone.name, run.folder.name, output.folder]))
         final = (run.model / output.folder).resolve()
-        write_atomically(folder / EVALUATION, vlmeval_config(settings, name, final))
+        write_atomically(folder / EVALUATION, vlmeval_config(evaluation, name, final))

@@ -1,4 +1,4 @@
-"""What families that take pictures have in common: their tasks, reading picture files, and marks in questions."""
+"""What families that take pictures have in common: reading picture files, and marks in questions."""
 
 from __future__ import annotations
 
@@ -10,32 +10,12 @@ from typing import TYPE_CHECKING
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.options import ROOT
 
 if TYPE_CHECKING:
     from PIL import Image
 
-EXPERTS = ("OCR", "VQA", "Geometry", "Chart", "Grounding")
-
-# The usual calibration tasks that are not called like their expert.
-TASK_EXPERTS = {
-    "VizWiz": "VQA",
-    "GQA": "VQA",
-    "MathVista": "Geometry",
-    "MathVision": "Geometry",
-    "OCRVQA": "OCR",
-    "TextVQA": "OCR",
-}
-
-TEST_QUESTIONS = (
-    Sample.test("What is shown in this picture?", ROOT / "dataset" / "images" / "grounding-0.png"),
-    Sample.test("What does the sign say?", ROOT / "dataset" / "images" / "ocr-0.png"),
-    Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
-)
-
 # Where a picture belongs in a question; without it, pictures come first.
 MARK = "<image>"
-
 
 # What Pillow raises for damaged files.
 _DAMAGED = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import FLOATS, Checkpoint, check_other_files
+from expert_merging.checkpoint import FLOATS, Checkpoint, Entry, check_other_files
 from expert_merging.errors import Problems
 from expert_merging.parts import Part
 from expert_merging.roles import is_rotary_table
@@ -141,8 +141,16 @@ def check_experts(
     ]
     if not merged:
         problems.add(f"every parameter of {base.folder} is excluded by --exclude_params; nothing would be merged")
+    shapes = {name: base.entries[name].shape for name in merged}
     for expert, checkpoint in experts.items():
-        for problem in _differences(base, merged, checkpoint, is_excluded):
+        found = misfits(
+            checkpoint.entries,
+            shapes,
+            is_known=lambda name: name in base.entries or is_excluded(name),
+            of="the base",
+            advice="; is it an expert of this base? (or exclude it)",
+        )
+        for problem in found:
             problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
     problems.check()
     return merged
@@ -158,25 +166,41 @@ def adopt_names(base: Checkpoint, expert: Checkpoint, file_name: Callable[[str],
     }
 
 
-def _differences(base: Checkpoint, merged: list[str], expert: Checkpoint, is_excluded: Any) -> list[str]:
-    """What keeps an expert from being merged, the first few of each kind with the number of the rest."""
-    missing = [f"lacks the tensor {name}" for name in merged if name not in expert.entries]
+def misfits(
+    entries: Mapping[str, Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    is_known: Callable[[str], bool],
+    of: str,
+    advice: str = "",
+) -> list[str]:
+    """What keeps tensors from being the wanted ones, the first few of each kind with the number of the rest.
+
+    Args:
+        entries: the tensors that are there.
+        shapes: shapes of the wanted ones, which must have a floating-point type.
+        is_known: whether a tensor may be there without being wanted.
+        of: who wants them, for messages.
+        advice: what to do about a tensor that is not known.
+    """
+    there = {name: entries[name] for name in shapes if name in entries}
+    missing = [f"lacks the tensor {name}" for name in shapes if name not in there]
     extra = [
-        f"has the tensor {name}, which the base lacks; is it an expert of this base? (or exclude it)"
-        for name in expert.entries
-        if name not in base.entries and not is_excluded(name)
+        f"has the tensor {name}, which {of} lacks{advice}"
+        for name in entries
+        if name not in shapes and not is_known(name)
     ]
-    shapes = [
-        f"{name} has shape {list(expert.entries[name].shape)}, the base's has {list(base.entries[name].shape)}"
-        for name in merged
-        if name in expert.entries and expert.entries[name].shape != base.entries[name].shape
+    shaped = [
+        f"{name} has shape {list(entry.shape)}, {of}'s has {list(shapes[name])}"
+        for name, entry in there.items()
+        if entry.shape != shapes[name]
     ]
-    types = [
-        f"{name} is stored as {expert.entries[name].dtype}, which cannot be merged; allowed: {', '.join(FLOATS)}"
-        for name in merged
-        if name in expert.entries and not expert.entries[name].is_float
+    stored = [
+        f"{name} is stored as {entry.dtype}, which cannot be merged; allowed: {', '.join(FLOATS)}"
+        for name, entry in there.items()
+        if not entry.is_float
     ]
-    return [problem for kind in (missing, extra, shapes, types) for problem in _first(kind)]
+    return [problem for kind in (missing, extra, shaped, stored) for problem in _first(kind)]
 
 
 def _first(problems: list[str], shown: int = 4) -> list[str]:

@@ -18,7 +18,7 @@ LAYERS = (
     ("flags", "roles", "processes", "writing"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
     ("backbone", "plan"),
-    ("streaming", "card", "pictures"),
+    ("streaming", "card", "pictures", "picture_experts"),
     ("context",),
     ("outputs",),
     ("method", "merge"),

@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from expert_merging.backbone import Evaluation
 from expert_merging.card import model_card, vlmeval_config
 
 DESCRIPTION = {
@@ -68,9 +69,10 @@ def test_places_on_this_machine_are_left_out():
 
 
 def test_vlmevalkit_gets_the_model_and_its_benchmarks(tmp_path):
-    config = json.loads(vlmeval_config({"class": "Qwen2VLChat", "min_pixels": 784}, "run-7", tmp_path))
+    settings = {"class": "Qwen2VLChat", "min_pixels": 784}
+    evaluation = Evaluation(vlmeval=settings, benchmarks={"MathVista_MINI": "MathVista"})
+    config = json.loads(vlmeval_config(evaluation, "run-7", tmp_path))
     assert config["model"] == {
         "run-7": {"class": "Qwen2VLChat", "min_pixels": 784, "model_path": str(tmp_path)},
     }
-    assert config["data"]["MathVista_MINI"] == {"class": "MathVista", "dataset": "MathVista_MINI"}
-    assert all(set(entry) == {"class", "dataset"} for entry in config["data"].values())
+    assert config["data"] == {"MathVista_MINI": {"class": "MathVista", "dataset": "MathVista_MINI"}}

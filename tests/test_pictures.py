@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.pictures import MARK, TEST_QUESTIONS, marked_question, read_picture
+from expert_merging.picture_experts import TEST_QUESTIONS
+from expert_merging.pictures import MARK, marked_question, read_picture
 from tests.internvl import make_picture
 
 

@@ -20,7 +20,7 @@ from expert_merging.errors import Problems
 from expert_merging.plan import Plan
 from expert_merging.progress import Progress
 from expert_merging.running.objectives import distance
-from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, score_by_task
+from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, require_distance, score_by_task
 from expert_merging.running.targets import TargetMaker
 
 BASE = "base"
@@ -120,5 +120,6 @@ def relative(found: Mapping[str, ByTask]) -> dict[str, ByTask]:
     Raises:
         InputError: the base and an expert agree, so that there is nothing to compare with.
     """
+    require_distance(found[BASE])
     shares = {name: relative_to_base(own, found[BASE]) for name, own in found.items()}
     return {name: {**own, MEAN: mean_over_tasks(own)} for name, own in shares.items()}

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.options import ROOT
+from expert_merging.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +88,7 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     """
     compared = find_models(models)
     backbone, base, experts = _sources(compared, options)
-    learned = [model.record["options"] for model in compared if model.record and "data_dir" in model.record["options"]]
+    learned = [model.record["options"] for model in compared if model.record and _has_read_samples(model.record)]
     found, samples = _measure(compared, learned, backbone, base, experts, options)
     from expert_merging.comparing.align import relative
 
@@ -119,12 +121,12 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
     """
     found = []
     for path in models:
-        folder = path / "model" if (path / "model").is_dir() else path
+        run = Run.found_at(path)
+        folder = path if run is None else run.model
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
-        run = folder.resolve().parent
-        record = _read_record(run / "config.json")
-        label = folder.resolve().name if record is None else f"{record['method']}/{run.name}"
+        record = None if run is None else run.record
+        label = path.resolve().name if run is None else f"{run.method}/{run.name}"
         found.append(Compared(label, folder, record))
     repeated = Counter(model.label for model in found)
     return [
@@ -133,13 +135,10 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
     ]
 
 
-def _read_record(file: Path) -> dict[str, Any] | None:
-    """A run's ``config.json``; None where there is none, or a model's."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and {"family", "method", "options"} <= set(record) else None
+def _has_read_samples(record: Mapping[str, Any]) -> bool:
+    """Whether the method of a run, or one of its modifiers, has run models on calibration samples."""
+    steps = [record["method"], *(record["options"].get("post") or [])]
+    return any(find_method(name).reads_samples for name in steps)
 
 
 def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backbone, Path, dict[str, Path]]:

@@ -73,19 +73,27 @@ def mean_over_tasks(found: ByTask) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
+def require_distance(base: ByTask) -> None:
+    """Check that there is something to compare with.
+
+    Args:
+        base: the base's numbers by `expert_merging.running.objectives.distance`.
+
+    Raises:
+        InputError: the base and an expert agree.
+    """
+    for task, numbers in base.items():
+        if not numbers["divergence"] > 0:
+            raise InputError(f"the base and the expert of {task} predict the same; there is nothing to measure")
+
+
 def relative_to_base(found: ByTask, base: ByTask) -> ByTask:
     """Distances from the experts as shares of the base's: the base has 1, an expert 0 on its task.
 
     Args:
         found: a model's numbers by `expert_merging.running.objectives.distance`.
-        base: the base's.
-
-    Raises:
-        InputError: the base and an expert agree, so that there is nothing to compare with.
+        base: the base's, which `require_distance` has accepted.
     """
-    for task, numbers in base.items():
-        if not numbers["divergence"] > 0:
-            raise InputError(f"the base and the expert of {task} predict the same; there is nothing to measure")
     return {
         task: {name: number / base[task][name] if base[task][name] else 0.0 for name, number in numbers.items()}
         for task, numbers in found.items()
@@ -106,15 +114,17 @@ class ExpertDivergence:
 
     @classmethod
     def beside(cls, base_model: Any, targets: Sequence[Target]) -> ExpertDivergence:
-        """Measure the base, of which later models' numbers are shares; its weights may be overwritten afterwards."""
-        return cls(targets, score_by_task(distance(()), base_model, targets))
-
-    def by_task(self, model: Any) -> dict[str, float]:
-        """The share of each task.
+        """Measure the base, of which later models' numbers are shares; its weights may be overwritten afterwards.
 
         Raises:
-            InputError: the base and an expert agree.
+            InputError: the base and an expert agree, so that there is nothing to compare with.
         """
+        base = score_by_task(distance(()), base_model, targets)
+        require_distance(base)
+        return cls(targets, base)
+
+    def by_task(self, model: Any) -> dict[str, float]:
+        """The share of each task."""
         shares = relative_to_base(score_by_task(distance(()), model, self.targets), self.base)
         return {task: numbers["divergence"] for task, numbers in shares.items()}
 

@@ -23,7 +23,7 @@ from expert_merging.running.sharding import load_on
 from expert_merging.search.evolution import Candidate, Found, Generation, minimise
 from expert_merging.search.options import SearchOptions
 from expert_merging.search.record import Evaluation, Record
-from expert_merging.search.score import LAYERS, Scorer
+from expert_merging.search.score import Scorer
 from expert_merging.search.settings import Settings, check, notes
 from expert_merging.workers import fitting_threads
 
@@ -118,7 +118,7 @@ class Search:
         task_vectors = TaskVectors(plan, [1.0] * len(plan.experts), device)
         # The others find the responses that the main process has written.
         with self.accelerator.main_process_first():
-            targets = asked.target_maker(self.context, LAYERS, device).make(asked.samples)
+            targets = asked.target_maker(self.context, (), device).make(asked.samples)
         model = load_on(device, backbone, plan.base, asked.dtype, sharded=False)
         scorer = Scorer(model, task_vectors, targets, backbone.file_name)
         self._place(task_vectors)
@@ -234,7 +234,7 @@ class Search:
                 "evaluations": found.evaluations,
                 "score": found.score,
                 "score_of_start": start,
-                "divergence_of_base": scorer.base,
+                "divergence_of_base": {task: numbers["divergence"] for task, numbers in scorer.divergence.base.items()},
                 "found": dict(zip(self.space.names, found.candidate, strict=True)),
             },
         )

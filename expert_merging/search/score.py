@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.parametrisations import CoefficientVector, Layout
 from expert_merging.learned.task_vectors import TaskVectors
-from expert_merging.running.objectives import alignment_losses
+from expert_merging.running.scores import ExpertDivergence
 from expert_merging.running.targets import Target
-
-# Hidden states are not compared: predictions are what an expert is for.
-LAYERS: tuple[int, ...] = ()
-
-
-@torch.no_grad()
-def divergences(model: Any, targets: Sequence[Target]) -> dict[str, float]:
-    """KL(expert || model) per token in nats, its mean over the samples of each task; lower is better."""
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    for target in targets:
-        divergence, _ = alignment_losses(model, target, LAYERS, 1.0)
-        found[target.sample.task].append(divergence.double().cpu())
-    return {task: torch.stack(found[task]).mean().item() for task in sorted(found)}
 
 
 class _Given(CoefficientVector):
@@ -58,17 +43,12 @@ class Scorer:
     def __init__(
         self, model: Any, task_vectors: TaskVectors, targets: Sequence[Target], file_name: Callable[[str], str]
     ) -> None:
-        plan, self.targets = task_vectors.plan, targets
+        plan = task_vectors.plan
         # No value of these is used; that they are one each says how the given ones are laid out.
         layout = Layout(dict.fromkeys(plan.merged, 1), [0.5] * len(plan.experts))
         self.vector = _Given(layout, task_vectors.device)
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
-        self.base = divergences(model, targets)
-        for task, divergence in self.base.items():
-            if not divergence > 0:
-                raise InputError(
-                    f"the base and the expert of {task} predict the same on its samples; there is nothing to search for"
-                )
+        self.divergence = ExpertDivergence.beside(model, targets)
 
     def score(self, coefficients: Mapping[str, Tensor]) -> dict[str, float]:
         """Divergence of the merged model as a share of the base's, by task: 1 is the base, 0 the expert.
@@ -78,7 +58,7 @@ class Scorer:
         """
         self.vector.give(coefficients)
         self.live.rebuild()
-        return {task: value / self.base[task] for task, value in divergences(self.live.model, self.targets).items()}
+        return self.divergence.by_task(self.live.model)
 
     def close(self) -> None:
         """Let go of the model."""

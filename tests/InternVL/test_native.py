@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expert_merging.backbone import empty_model
 from expert_merging.errors import InputError
 from InternVL.backbone import load_model, parameter_names
 from InternVL.layout import native_config, published_name, read_config
-from InternVL.native import empty_model, file_parameters, load_published, save_published
+from InternVL.native import CLASS, file_parameters, load_published, save_published
 from tests.checkpoints import tensors_of
 from tests.InternVL import reference
 from tests.internvl import TOKENS, make_config, make_picture, save_model, shapes
@@ -91,7 +92,7 @@ def test_names_lead_to_the_published_ones_and_back(variant):
 
 
 def test_fused_attention_is_the_rows_of_three_parameters():
-    groups = file_parameters(empty_model(native_config(make_config())))
+    groups = file_parameters(empty_model(CLASS, native_config(make_config())))
     start = "model.vision_tower.encoder.layer.1.attention"
     assert groups["vision_model.encoder.layers.1.attn.qkv.weight"] == [
         f"{start}.{part}_proj.weight" for part in ("q", "k", "v")
@@ -240,15 +241,15 @@ HEAD = "language_model.lm_head.weight"
         ),
         (
             lambda tensors: tensors.update({"mlp1.4.weight": torch.zeros(2)}),
-            "has the tensor mlp1.4.weight, which the model of its config.json lacks",
+            "has the tensor mlp1.4.weight, which its configuration lacks",
         ),
         (
             lambda tensors: tensors.update({QKV: torch.zeros(40, 16)}),
-            rf"has {QKV} of shape \[40, 16\]; its config.json asks for \[48, 16\]",
+            rf"{QKV} has shape \[40, 16\], its configuration's has \[48, 16\]",
         ),
         (
             lambda tensors: tensors.update({QKV: torch.zeros(48, 16, dtype=torch.int8)}),
-            rf"has {QKV} stored as I8, which is no floating-point type",
+            rf"{QKV} is stored as I8, which cannot be merged",
         ),
     ],
 )
@@ -264,7 +265,7 @@ def test_many_tensors_that_do_not_fit_are_counted(tmp_path):
     folder = with_tensors(
         save_model(tmp_path / "model", 5), lambda tensors: [tensors.pop(name) for name in [*tensors][:9]]
     )
-    with pytest.raises(InputError, match=r"and 5 more like this") as raised:
+    with pytest.raises(InputError, match=r"and 5 more like the last") as raised:
         load_published(folder, torch.float32, IMAGE)
     assert len(raised.value.problems) == 5
 

@@ -15,6 +15,7 @@ from expert_merging.running.scores import (
     Score,
     mean_over_tasks,
     relative_to_base,
+    require_distance,
     score_by_task,
 )
 from expert_merging.running.targets import Target
@@ -100,9 +101,10 @@ def test_the_base_has_divergence_1_and_an_expert_0_on_its_task(targets, answered
 
 def test_a_base_like_its_expert_is_no_measure():
     numbers = {"t": {"divergence": 0.5, "hidden": 0.0}}
+    require_distance(numbers)
     assert relative_to_base(numbers, {"t": {"divergence": 2.0, "hidden": 0.0}}) == {
         "t": {"divergence": 0.25, "hidden": 0.0}
     }
     for nothing in (0.0, float("nan")):
         with pytest.raises(InputError, match="the base and the expert of t predict the same; there is nothing to meas"):
-            relative_to_base(numbers, {"t": {"divergence": nothing, "hidden": 1.0}})
+            require_distance({"t": {"divergence": nothing, "hidden": 1.0}})

@@ -18,7 +18,7 @@ from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
 from expert_merging.options import ROOT
 from expert_merging.running import samples
-from expert_merging.running.targets import response_tokens, with_response
+from expert_merging.running.prompts import response_tokens, with_response
 from expert_merging.statistics import gram, inputs
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Mistral.backbone import BACKBONE as mistral  # noqa: N811

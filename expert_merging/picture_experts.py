@@ -1,0 +1,37 @@
+"""What the published picture experts of InternVL and Qwen2-VL have in common; imported by those two families alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from expert_merging.calibration import Sample
+
+EXPERTS = ("OCR", "VQA", "Geometry", "Chart", "Grounding")
+
+# The usual calibration tasks that are not called like their expert.
+TASK_EXPERTS = {
+    "VizWiz": "VQA",
+    "GQA": "VQA",
+    "MathVista": "Geometry",
+    "MathVision": "Geometry",
+    "OCRVQA": "OCR",
+    "TextVQA": "OCR",
+}
+
+_IMAGES = Path(__file__).resolve().parent.parent / "dataset" / "images"
+TEST_QUESTIONS = (
+    Sample.test("What is shown in this picture?", _IMAGES / "grounding-0.png"),
+    Sample.test("What does the sign say?", _IMAGES / "ocr-0.png"),
+    Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
+)
+
+# VLMEvalKit's names of the public benchmarks nearest to the calibration tasks, and its classes for them.
+BENCHMARKS = {
+    "VizWiz": "VizWiz",
+    "GQA_TestDev_Balanced": "ImageVQADataset",
+    "MathVista_MINI": "MathVista",
+    "MathVision_MINI": "MathVision",
+    "ChartQA_TEST": "ImageVQADataset",
+    "TextVQA_VAL": "ImageVQADataset",
+    "OCRVQA_TESTCORE": "ImageVQADataset",
+}
