@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
+from expert_merging.learned import figures
+from expert_merging.learned.importance import Layer, save_layers
 from tests.checkpoints import make_zoo, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags
 
@@ -32,6 +36,30 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the developer's own settings reaches a test."""
     for name in ("CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+
+
+_draw_all = figures.draw_all
+
+
+def save_table(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
+    """Write what pictures are drawn from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_layers(layers, folder / figures.LAYERS)
+    return {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Drawing takes four times as long as learning does here; tests of pictures ask for ``pictures``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_all", save_table)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their pictures."""
+    monkeypatch.setattr(figures, "draw_all", _draw_all)
 
 
 @pytest.fixture

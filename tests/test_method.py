@@ -87,7 +87,10 @@ def test_the_family_sets_defaults_of_single_methods():
         ({"prepare": Prepare(lambda context: Preparation(), ("threshold",))}, "needs cannot be 'thresholds'"),
         ({"unit": "rows"}, "unit cannot be 'rows'; known are entries, matrix, tensor"),
         ({"reads": frozenset({"labels"})}, "reads cannot be 'labels'; known are samples"),
-        ({"promises": frozenset({"fast"})}, "promises cannot be 'fast'; known are at_most_two, keeps_single, order_free"),
+        (
+            {"promises": frozenset({"fast"})},
+            "promises cannot be 'fast'; known are at_most_two, keeps_single, order_free",
+        ),
         ({"family_defaults": ("density",)}, "family_defaults cannot be 'density'"),
     ],
 )
