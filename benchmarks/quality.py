@@ -160,8 +160,8 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
         distances = align.relative(align.measure(plan, BACKBONE, folders, probe, no_progress))
     for name, model in models.items():
         figures = {
-            "divergence": {task: value.divergence for task, value in distances[name].items()},
-            "hidden": {task: value.hidden for task, value in distances[name].items()},
+            kind: {task: numbers[kind] for task, numbers in distances[name].items()}
+            for kind in ("divergence", "hidden")
         }
         if model.questions:
             figures["accuracy"] = with_mean(exact_match(BACKBONE, model.folder, zoo / "test"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
@@ -23,8 +25,19 @@ KINDS = {
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name, those that read samples last."""
-    return dict(sorted(TABLE.items(), key=lambda item: item[1].reads_samples))
+    """Every method by name, in the order of `KINDS`, and those that read samples last."""
+    places = {module.__name__: place for place, module in enumerate(itertools.chain(*KINDS.values()))}
+
+    def place(method: Method) -> tuple[bool, int]:
+        return method.reads_samples, places.get(method.described.__module__, len(places))
+
+    return dict(sorted(TABLE.items(), key=lambda item: place(item[1])))
+
+
+def kind_of(method: Method) -> str:
+    """The method's kind, one of `KINDS`."""
+    own = method.described.__module__
+    return next((kind for kind, modules in KINDS.items() if own in {module.__name__ for module in modules}), "other")
 
 
 def find_method(name: str) -> Method:

@@ -81,7 +81,16 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     if resolved.general["seed"] < 0:
         seed = description["seed"] = from_main_process(run.recorded_seed(seed))
     context = Context(
-        plan, backbone, run, seed, device, resolved.general["log_with"], terminal.progress, find_method, processes
+        plan=plan,
+        backbone=backbone,
+        run=run,
+        seed=seed,
+        device=device,
+        log_with=resolved.general["log_with"],
+        progress=terminal.progress,
+        processes=processes,
+        find_method=find_method,
+        dry_run=resolved.general["dry_run"],
     )
     job = Job(resolved, context, (), (), description)
     return _check_rest(job)

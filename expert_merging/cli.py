@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
-from expert_merging.catalogue import all_methods
+from expert_merging.catalogue import all_methods, kind_of
 from expert_merging.errors import InputError
 from expert_merging.options import Resolved, parse, resolve, show_default
 from expert_merging.processes import is_lost_process, is_main_process
@@ -92,23 +92,33 @@ def _list_methods(backbone: Backbone) -> None:
     from rich.table import Table
 
     methods = all_methods().values()
-    options = {
+    lines = {
         method.name: [
             f"--{name} {show_default(name, value)}" for name, value in method.defaults(backbone.defaults).items()
         ]
         for method in methods
     }
-    reading = [options[method.name] for method in methods if method.reads_samples]
-    shared = [line for line in reading[0] if all(line in lines for lines in reading)]
+    # What many methods have is shown once, below.
+    reading = [method.name for method in methods if method.reads_samples]
+    learning = [method.name for method in methods if method.reads_samples and kind_of(method) == "learned"]
+    of_samples = _in_all(lines, reading)
+    of_learning = [line for line in _in_all(lines, learning) if line not in of_samples]
     console = Console()
     table = Table(header_style="bold", show_lines=True)
     table.add_column("method")
     table.add_column("what it does", max_width=max(20, console.width - 58))  # what the other columns leave
     table.add_column("options and defaults", overflow="fold")
     for method in methods:
-        lines = options[method.name]
-        if method.reads_samples:
-            lines = [*(line for line in lines if line not in shared), "the learning options below"]
-        table.add_row("\n".join([method.name, *method.aliases]), method.summary, "\n".join(lines))
-    table.add_row("learning options", "What all methods that learn from samples have.", "\n".join(shared))
+        shown = lines[method.name]
+        for names, shared, title in ((reading, of_samples, "sample"), (learning, of_learning, "learning")):
+            if method.name in names:
+                shown = [*(line for line in shown if line not in shared), f"the {title} options below"]
+        table.add_row("\n".join([method.name, *method.aliases]), method.summary, "\n".join(shown))
+    table.add_row("sample options", "What all methods that read samples have.", "\n".join(of_samples))
+    table.add_row("learning options", "What all methods that learn have.", "\n".join(of_learning))
     console.print(table)
+
+
+def _in_all(lines: Mapping[str, list[str]], names: Sequence[str]) -> list[str]:
+    """The lines that all methods of these names have."""
+    return [line for line in lines[names[0]] if all(line in lines[name] for name in names)]

@@ -28,6 +28,7 @@ class Context:
         progress: shows how far the work is.
         find_method: another method by name, for methods that build on one (`expert_merging.catalogue.find_method`).
         processes: the processes that share passes over task vectors.
+        dry_run: nothing is done after the checks, so that they need not keep what they have read.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class Context:
     progress: Progress
     find_method: Callable[[str], Any]
     processes: Processes = ALONE
+    dry_run: bool = False
 
     @property
     def passes(self) -> Passes:

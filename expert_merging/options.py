@@ -69,6 +69,8 @@ _UNSET = {
     "solver": "by variant",
     "step_size": "by solver",
 }
+# Where so many methods have an option in one meaning, help does not name them.
+_MANY = 5
 # Flags that take several values, and may be repeated.
 _LISTS = ("exclude_params", "post")
 _LARGEST_FACTOR = 1000
@@ -188,11 +190,7 @@ def _shown_help(name: str, users: list[Method]) -> str:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         (text, methods), *_ = by_text.items()
-        return (
-            f"{text}."
-            if users == [user for user in all_methods().values() if user.reads_samples]
-            else f"{text} (with {', '.join(methods)})."
-        )
+        return f"{text}." if len(methods) >= _MANY else f"{text} (with {', '.join(methods)})."
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 

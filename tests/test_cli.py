@@ -71,9 +71,16 @@ def test_the_list_fits_80_columns_and_has_what_methods_share_once(capsys, monkey
     shown = capsys.readouterr().out
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
     assert max(map(len, shown.splitlines())) == 80
-    for line in ("--num_epochs 1", "--gradient_accumulation_steps 8", "--task_vector_coeffs_dict", "--budget 1.0"):
+    for line in (
+        "--num_epochs 1",
+        "--gradient_accumulation_steps 8",
+        "--task_vector_coeffs_dict",
+        "--samples_per_task 5",
+    ):
         assert shown.count(f" {line} ") == 1, line
-    learning = [method for method in all_methods().values() if "data_dir" in method.options]
+    reading = [method for method in all_methods().values() if method.reads_samples]
+    learning = [method for method in reading if "num_epochs" in method.options]
+    assert shown.count("the sample options below") == len(reading) > len(learning)
     assert shown.count("the learning options below") == len(learning)
     assert shown.count("--density 0.2") == sum("density" in method.options for method in all_methods().values())
 

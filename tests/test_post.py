@@ -37,7 +37,7 @@ def test_options_of_the_method_and_of_its_modifiers_are_known_and_kept_apart():
     assert found.options["consensus_k"] == 1
     assert not found.ignored
     assert set(found.options_of(found.method)) == {"density", "ties_scope", "scaling_coefficient"}
-    assert found.options_of(found.modifiers[0]) == {"tall_lambda": 0.4, "consensus_k": 1}
+    assert found.options_of(found.modifiers[0]) == {"tall_lambda": 0.2, "consensus_k": 1}
 
 
 def test_without_a_modifier_its_options_are_ignored():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
@@ -37,15 +39,19 @@ def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path) -> Sc
     Raises:
         InputError: A folder holds no model or no questions.
     """
+    import torch
+
+    from expert_merging.running.scores import score_by_task
+
     require_model(model_folder)
-    tests = {path.stem: _read_test(path) for path in sorted(test_folder.glob("*.json"))}
-    if not tests:
+    samples = [sample for path in sorted(test_folder.glob("*.json")) for sample in _read_test(path)]
+    if not samples:
         raise InputError(f"{test_folder} holds no test questions (no <task>.json there)")
-    answers = iter(answer(backbone, model_folder, [sample for samples in tests.values() for sample in samples]))
-    return {
-        task: percentage_right([next(answers) for _ in samples], [str(sample.response) for sample in samples])
-        for task, samples in tests.items()
-    }
+    with _one_thread():
+        model = backbone.load_model(model_folder, torch.float32)
+        score = ExactMatch(backbone, backbone.load_processor(model_folder))
+        found = score_by_task(score, model, samples)
+    return {task: numbers["accuracy"] for task, numbers in found.items()}
 
 
 def _read_test(path: Path) -> list[Sample]:
@@ -76,24 +82,46 @@ def require_model(folder: Path) -> None:
         raise InputError(f"{folder} holds no model: config.json or {WEIGHTS} is missing there and in model/")
 
 
-def percentage_right(answers: Sequence[str], responses: Sequence[str]) -> float:
-    """Share of ``answers`` equal to their ``responses``, in percent."""
-    right = sum(answer == response for answer, response in zip(answers, responses, strict=True))
-    return 100 * right / len(responses)
-
-
-def answer(backbone: Backbone, model_folder: Path, samples: Sequence[Sample]) -> list[str]:
-    """Greedy answers of a model to the questions of ``samples``.
-
-    With one thread: models of a zoo are so small that more would wait for each other.
-    """
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models of a zoo are so small that more threads would wait for each other."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    processor = backbone.load_processor(model_folder)
-    model = backbone.load_model(model_folder, torch.float32)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """100 for a question that a model answers exactly, else 0; an `expert_merging.running.scores.Score` of samples.
+
+    Args:
+        backbone: the family of the model.
+        processor: its tokenizer or processor.
+        names: what the number is called.
+        smaller_is_better: a larger share is better.
+    """
+
+    backbone: Backbone
+    processor: Any
+    names: tuple[str, ...] = ("accuracy",)
+    smaller_is_better: bool = False
+
+    def measure(self, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[float]]:
+        """Whether each sample is answered exactly."""
+        answers = answer(self.backbone, self.processor, model, samples)
+        return ((100.0 * (given == sample.response),) for given, sample in zip(answers, samples, strict=True))
+
+
+def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[str]:
+    """Greedy answers of a model to the questions of ``samples``."""
+    from expert_merging.running.prompts import tokenizer_of
+
+    tokenizer = tokenizer_of(processor)
     longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in samples)
     answers: list[str] = []
     for start in range(0, len(samples), BATCH_SIZE):
@@ -104,7 +132,6 @@ def answer(backbone: Backbone, model_folder: Path, samples: Sequence[Sample]) ->
             **batch, max_new_tokens=longest + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    torch.set_num_threads(threads)
     return answers
 
 

@@ -16,30 +16,15 @@ import torch
 
 from expert_merging.backbone import Backbone, layer_count
 from expert_merging.calibration import Sample
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import Problems
 from expert_merging.plan import Plan
 from expert_merging.progress import Progress
-from expert_merging.running.objectives import alignment_losses
-from expert_merging.running.targets import Target, TargetMaker
+from expert_merging.running.objectives import distance
+from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, score_by_task
+from expert_merging.running.targets import TargetMaker
 
 BASE = "base"
 MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far a model is from a task's expert.
-
-    Args:
-        divergence: KL(expert || model) per token, in nats; or relative to the base's.
-        hidden: mean squared difference of the hidden state; or relative to the base's.
-    """
-
-    divergence: float
-    hidden: float
-
-
-Distances = dict[str, Distance]
 
 
 @dataclass(frozen=True)
@@ -90,8 +75,8 @@ def held_out(samples: Sequence[Sample], used: Mapping[str, int]) -> list[Sample]
 
 def measure(
     plan: Plan, backbone: Backbone, models: Mapping[str, Path], probe: Probe, progress: Progress
-) -> dict[str, Distances]:
-    """Distances of the base and of every model, by model and task.
+) -> dict[str, ByTask]:
+    """How far the base and every model are from each task's expert: ``divergence`` in nats per token, and ``hidden``.
 
     Args:
         plan: base and experts.
@@ -119,45 +104,21 @@ def measure(
         responses=probe.responses,
         progress=progress,
     ).make(probe.samples)
-    folders = {BASE: plan.base.folder, **models}
+    score, folders = distance(layers), {BASE: plan.base.folder, **models}
     found = {}
     with progress("measuring models", len(folders) * len(targets), "sample") as advance:
         for name, folder in folders.items():
             model = backbone.load_model(folder, probe.dtype).to(probe.device)
-            found[name] = _distances(model, targets, layers)
+            found[name] = score_by_task(score, model, targets)
             advance(len(targets), name)
     return found
 
 
-@torch.no_grad()
-def _distances(model: object, targets: Sequence[Target], layers: tuple[int, ...]) -> Distances:
-    losses: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for target in targets:
-        losses[target.sample.task].append(torch.stack(alignment_losses(model, target, layers, 1.0)).double().cpu())
-    means = {task: torch.stack(found).mean(0).tolist() for task, found in losses.items()}
-    return {task: Distance(*means[task]) for task in sorted(means)}
-
-
-def relative(found: Mapping[str, Distances]) -> dict[str, Distances]:
-    """Distances as a share of the base's, with their mean over tasks; the base has 1.
+def relative(found: Mapping[str, ByTask]) -> dict[str, ByTask]:
+    """Every model's distances as shares of the base's, with their mean over tasks; the base has 1.
 
     Raises:
         InputError: the base and an expert agree, so that there is nothing to compare with.
     """
-    base = found[BASE]
-    for task, distance in base.items():
-        if distance.divergence <= 0:
-            raise InputError(f"the base and the expert of {task} predict the same; there is nothing to measure")
-    return {name: _with_mean({task: _ratio(own[task], base[task]) for task in base}) for name, own in found.items()}
-
-
-def _ratio(distance: Distance, base: Distance) -> Distance:
-    return Distance(distance.divergence / base.divergence, distance.hidden / base.hidden if base.hidden else 0.0)
-
-
-def _with_mean(distances: Distances) -> Distances:
-    values = list(distances.values())
-    mean = Distance(
-        sum(value.divergence for value in values) / len(values), sum(value.hidden for value in values) / len(values)
-    )
-    return {**distances, MEAN: mean}
+    shares = {name: relative_to_base(own, found[BASE]) for name, own in found.items()}
+    return {name: {**own, MEAN: mean_over_tasks(own)} for name, own in shares.items()}

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expert_merging.calibration import Sample
-    from expert_merging.comparing.align import Distances
     from expert_merging.plan import Plan
+    from expert_merging.running.scores import ByTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,8 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
             "models": {
                 model.label: {
                     "folder": str(model.folder),
-                    "relative": {task: asdict(distance) for task, distance in shares[model.label].items()},
-                    "absolute": {task: asdict(distance) for task, distance in found[model.label].items()},
+                    "relative": shares[model.label],
+                    "absolute": found[model.label],
                 }
                 for model in compared
             },
@@ -186,7 +186,7 @@ def _measure(
     base: Path,
     experts: Mapping[str, Path],
     options: AlignOptions,
-) -> tuple[dict[str, Distances], list[Sample]]:
+) -> tuple[dict[str, ByTask], list[Sample]]:
     """Distances by model and task, and the questions that they were measured on.
 
     Args:
@@ -266,7 +266,7 @@ def _samples_used(record: Mapping[str, Any], task: str) -> int:
     return count
 
 
-def _table(shares: Mapping[str, Distances]) -> Table:
+def _table(shares: Mapping[str, ByTask]) -> Table:
     """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -282,6 +282,6 @@ def _table(shares: Mapping[str, Distances]) -> Table:
     for column in (*tasks, MEAN, "hidden\nstates"):
         result.add_column(column, justify="right")
     for label, found in shares.items():
-        divergences = [f"{found[task].divergence:.3f}" for task in (*tasks, MEAN)]
-        result.add_row(label, *divergences, f"{found[MEAN].hidden:.3f}")
+        divergences = [f"{found[task]['divergence']:.3f}" for task in (*tasks, MEAN)]
+        result.add_row(label, *divergences, f"{found[MEAN]['hidden']:.3f}")
     return result

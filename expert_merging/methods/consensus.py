@@ -36,14 +36,15 @@ def consensus(
     task_vectors: Tensor,
     merged: Tensor,
     *,
-    tall_lambda: NotNegative | list[NotNegative] = 0.4,
+    tall_lambda: NotNegative | list[NotNegative] = 0.2,
     consensus_k: Annotated[int, Interval("[0, inf)")] = 2,
 ) -> Tensor:
     """For --post: keep the merged entries that serve at least two experts (Wang et al., 2024, arXiv 2405.07813).
 
     An entry serves the experts whose TALL masks have it. 0 keeps everything, 1 leaves out what serves nobody, 2 also
     what serves a single one. Masks are those of the sum of the task vectors, whatever the method; the authors make
-    those for TIES of TIES' own sum.
+    those for TIES of TIES' own sum. They choose the factor as for `tall`; the default is MergeBench's (arXiv
+    2505.10833).
 
     Args:
         task_vectors: ``(experts, *shape)`` float32.

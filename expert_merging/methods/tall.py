@@ -46,7 +46,18 @@ def make_masks(task_vectors: Tensor, multi_task: Tensor, tall_lambda: float | li
     """
     factors = tall_lambda if isinstance(tall_lambda, list) else [tall_lambda] * len(task_vectors)
     for task_vector, factor in zip(task_vectors, factors, strict=True):
-        yield task_vector.abs() > (multi_task - task_vector).abs_().mul_(factor)
+        yield _is_greater(task_vector.abs(), (multi_task - task_vector).abs_().mul_(factor))
+
+
+def _is_greater(first: Tensor, second: Tensor) -> Tensor:
+    """Where the one is greater than the other, bool."""
+    if first.device.type != "cpu":
+        return first > second
+    import numpy
+    import torch
+
+    # numpy is many times as fast as torch is, but works on a CPU alone; of scalars it makes numbers and not arrays.
+    return torch.from_numpy(numpy.asarray(numpy.greater(first.numpy(), second.numpy())))
 
 
 def check_factors(context: Context, *, tall_lambda: float | list[float]) -> Preparation:

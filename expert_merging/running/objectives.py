@@ -1,8 +1,8 @@
-"""What coefficients are learned to make small: the losses of the merged model on one sample."""
+"""Scores with a gradient, which training can make small: the losses of the merged model on one sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ _SLICE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses whose sum is made small.
+    """Losses whose sum is made small; a `expert_merging.running.scores.Score` of targets.
 
     Args:
         names: what the losses are called in curves.
@@ -29,6 +29,11 @@ class Objective:
     names: tuple[str, ...]
     layers: tuple[int, ...]
     losses: Callable[[Any, Target], tuple[Tensor, ...]]
+    smaller_is_better: bool = True
+
+    def measure(self, model: Any, targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
+        """The losses of each target."""
+        return (self.losses(model, target) for target in targets)
 
 
 def alignment(
@@ -48,6 +53,17 @@ def alignment(
         return logits_weight * logits, hidden_states_weight * hidden
 
     return Objective(("logits", "hidden_states"), layers, losses)
+
+
+def distance(layers: tuple[int, ...]) -> Objective:
+    """How far a model is from the experts: KL(expert || model) per token in nats, and the hidden states' difference.
+
+    Args:
+        layers: hidden states that are compared; without any, their difference is 0.
+    """
+    return Objective(
+        ("divergence", "hidden"), layers, lambda model, target: alignment_losses(model, target, layers, 1.0)
+    )
 
 
 def alignment_losses(

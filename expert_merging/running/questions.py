@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from expert_merging.context import Context
-from expert_merging.running.targets import generate, place
+from expert_merging.running.prompts import place
+from expert_merging.running.targets import generate
 
 logger = logging.getLogger(__name__)
 

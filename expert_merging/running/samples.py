@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +13,8 @@ from expert_merging.calibration import Sample, load_samples
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.running.options import SampleOptions
-from expert_merging.running.targets import TargetMaker, check_lengths, response_tokens
+from expert_merging.running.prompts import Prompts
+from expert_merging.running.targets import TargetMaker
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,12 +29,16 @@ class Samples:
         longest: tokens of the longest with its response, or the most that an expert may write.
         precision: type of the weights while models run, ``no``, ``fp16`` or ``bf16``.
         options: how they are asked.
+        prompts: their prompts as model inputs; None to make them when they are asked.
+        digest: of all that models are given, pictures included, and of the responses.
     """
 
     samples: tuple[Sample, ...]
     longest: int
     precision: str
     options: SampleOptions
+    prompts: Prompts | None = None
+    digest: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,13 +49,6 @@ class Samples:
     def tasks(self) -> list[str]:
         """Names of the tasks."""
         return sorted({sample.task for sample in self.samples})
-
-    @property
-    def digest(self) -> str:
-        """Of all questions, responses and pictures."""
-        contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in self.samples]
-        pictures = [picture.read_bytes() for sample in self.samples for picture in sample.images]
-        return hashlib.sha256(b"".join([json.dumps(contents).encode(), *pictures])).hexdigest()[:16]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -82,6 +78,7 @@ class Samples:
             responses=context.run.responses,
             progress=context.progress,
             sharded=sharded,
+            prompts=self.prompts,
         )
 
 
@@ -97,53 +94,49 @@ def check_samples(context: Context, options: SampleOptions, *, compares_logits: 
         InputError: every problem found.
     """
     problems = Problems()
-    samples: list[Sample] = []
-    longest, precision = 0, "no"
+    found = Samples((), 0, "no", options)
     with problems.collecting():
-        precision = _precision(options.mixed_precision, context.device)
+        found = replace(found, precision=_precision(options.mixed_precision, context.device))
     with problems.collecting():
         _check_model(context, compares_logits=compares_logits)
     if options.prompt_template is not None and "{question}" not in options.prompt_template:
         problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():
-        samples = load_samples(
-            Path(options.data_dir or "dataset"),
-            tuple(context.plan.experts),
-            default_count=options.samples_per_task,
-            counts=options.samples_per_task_dict or {},
-            task_expert=options.task_expert or {},
-            family_tasks=context.backbone.task_experts,
-        )
-        if any(sample.images for sample in samples) and not context.backbone.takes_images:
-            with_image = next(sample for sample in samples if sample.images)
-            problems.add(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
-        else:
-            longest = _check_prompts(context, samples, options)
+        found = _with_prompts(replace(found, samples=_load(context, options)), context)
     problems.check()
-    return Samples(tuple(samples), longest, precision, options)
+    return found
 
 
-def _check_prompts(context: Context, samples: list[Sample], options: SampleOptions) -> int:
-    """Check that every sample can be encoded: files of tokenizer and processor, pictures and their sizes.
+def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
+    """The samples of the calibration files."""
+    samples = load_samples(
+        Path(options.data_dir or "dataset"),
+        tuple(context.plan.experts),
+        default_count=options.samples_per_task,
+        counts=options.samples_per_task_dict or {},
+        task_expert=options.task_expert or {},
+        family_tasks=context.backbone.task_experts,
+    )
+    with_image = next((sample for sample in samples if sample.images), None)
+    if with_image is not None and not context.backbone.takes_images:
+        raise InputError(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
+    return tuple(samples)
 
-    Returns:
-        Tokens of the longest, with its response or the most that an expert may write.
+
+def _with_prompts(found: Samples, context: Context) -> Samples:
+    """The samples with their prompts: files of tokenizer and processor, pictures, their sizes and lengths are checked.
+
+    The prompts are kept for the experts, unless none will be asked.
     """
-    base, backbone = context.plan.base, context.backbone
-    processor = backbone.load_processor(base.folder)
-    problems = Problems()
-    longest = 0
-    lengths = []
-    for sample in samples:
-        with problems.collecting():
-            prompt = backbone.encode_prompt(processor, sample, options.prompt_template)["input_ids"].shape[1]
-            given = None if sample.response is None else len(response_tokens(processor, sample.response))
-            lengths.append((sample, prompt + (1 if given is None else given)))
-            longest = max(longest, prompt + (options.max_new_tokens if given is None else given))
-    with problems.collecting():
-        check_lengths(base, backbone, lengths)
-    problems.check()
-    return longest
+    options = found.options
+    keeps = not (context.dry_run or context.run.is_complete)
+    prompts = Prompts(context.backbone, context.plan.base, options.prompt_template, keeps=keeps)
+    lengths, digest = prompts.check(found.samples)
+    longest = max(
+        length if sample.response is not None else length - 1 + options.max_new_tokens
+        for sample, length in zip(found.samples, lengths, strict=True)
+    )
+    return replace(found, longest=longest, prompts=prompts, digest=digest)
 
 
 def _check_model(context: Context, *, compares_logits: bool) -> None:

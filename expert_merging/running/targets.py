@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from expert_merging.backbone import Backbone, language_setting
-from expert_merging.calibration import Sample, entry_place
+from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
 from expert_merging.roles import output_head
+from expert_merging.running.prompts import Prompts, check_lengths, place, response_tokens, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
 
@@ -74,6 +75,11 @@ class Target:
     layers: tuple[Tensor, ...]
     head: torch.nn.Module | None
 
+    @property
+    def task(self) -> str:
+        """The task that the sample belongs to."""
+        return self.sample.task
+
 
 @dataclass(frozen=True)
 class TargetMaker:
@@ -91,6 +97,7 @@ class TargetMaker:
         responses: file that keeps the responses written by experts.
         progress: shows how far the work is.
         sharded: models are split over all processes, which work side by side, and the main one writes.
+        prompts: the samples' prompts, checked; by default they are made and checked before an expert is asked.
     """
 
     backbone: Backbone
@@ -104,6 +111,7 @@ class TargetMaker:
     responses: Path
     progress: Progress
     sharded: bool = False
+    prompts: Prompts | None = None
 
     def make(self, samples: Sequence[Sample]) -> list[Target]:
         """Targets of all samples, in their order."""
@@ -124,25 +132,45 @@ class TargetMaker:
             samples: the samples of all experts of the plan.
             look: is shown each expert.
         """
-        processor = self.backbone.load_processor(self.plan.base.folder)
+        prompts = self.prompts
+        if prompts is None:
+            prompts = Prompts(self.backbone, self.plan.base, self.prompt_template)
+            prompts.check(samples)
         missing = sum(sample.response is None for sample in samples)
         with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
             for expert, checkpoint in self.plan.experts.items():
                 advance(0, expert)
                 model = load_on(self.device, self.backbone, checkpoint, self.dtype, sharded=self.sharded)
                 own = {number: sample for number, sample in enumerate(samples) if sample.expert == expert}
-                answered = self._answer(model, processor, list(own.values()), advance)
-                look(expert, model, self._asked(processor, dict(zip(own, answered, strict=True)), advance))
+                answered = self._answer(model, prompts, list(own.values()), advance)
+                look(expert, model, self._asked(prompts, own, answered, advance))
                 del model
 
-    def _asked(self, processor: Any, samples: Mapping[int, Sample], advance: Advance) -> Iterator[Asked]:
-        for number, sample in samples.items():
-            inputs, prompt_tokens = self._encode(processor, sample)
-            length = inputs["input_ids"].shape[1]
+    def _asked(
+        self, prompts: Prompts, samples: Mapping[int, Sample], answered: Sequence[Sample], advance: Advance
+    ) -> Iterator[Asked]:
+        """The samples with their answers as model inputs, one after the other."""
+        for (number, sample), complete in zip(samples.items(), answered, strict=True):
+            prompt = prompts.take(sample)
+            inputs = place(with_response(prompt, self._response(prompts, prompt, complete)), self.device, self.dtype)
+            first, length = prompt["input_ids"].shape[1], inputs["input_ids"].shape[1]
             # A token is predicted at the position before it; nothing follows the last one.
-            positions = range(prompt_tokens - 1, length - 1) if self.response_only else range(length)
-            yield Asked(number, sample, inputs, torch.tensor(list(positions), device=self.device))
+            positions = range(first - 1, length - 1) if self.response_only else range(length)
+            yield Asked(number, complete, inputs, torch.tensor(list(positions), device=self.device))
             advance(1, sample.expert)
+
+    def _response(self, prompts: Prompts, prompt: Mapping[str, Tensor], sample: Sample) -> Sequence[int]:
+        """Tokens of a response. What an expert has written is checked here: its length was not known before."""
+        tokens = (
+            sample.tokens if sample.tokens is not None else response_tokens(prompts.processor, sample.response or "")
+        )
+        if not tokens:
+            raise InputError(
+                f"{sample.place}: expert {sample.expert} answered with nothing; give the sample a response"
+            )
+        if sample.tokens is not None:
+            check_lengths(self.plan.base, self.backbone, [(sample, prompt["input_ids"].shape[1] + len(tokens))])
+        return tokens
 
     @torch.no_grad()
     def _record(self, model: Any, asked: Asked, head: torch.nn.Module | None) -> Target:
@@ -155,18 +183,6 @@ class TargetMaker:
             layers=tuple(hidden[layer][0, asked.tokens] for layer in self.layers),
             head=head,
         )
-
-    def _encode(self, processor: Any, sample: Sample) -> tuple[dict[str, Tensor], int]:
-        """Model inputs of prompt, response and end token, and the number of prompt tokens."""
-        inputs = self.backbone.encode_prompt(processor, sample, self.prompt_template)
-        response = sample.tokens if sample.tokens is not None else response_tokens(processor, sample.response or "")
-        prompt_tokens = inputs["input_ids"].shape[1]
-        if not response:
-            raise InputError(
-                f"{sample.place}: expert {sample.expert} answered with nothing; give the sample a response"
-            )
-        check_lengths(self.plan.base, self.backbone, [(sample, prompt_tokens + len(response))])
-        return place(with_response(inputs, response), self.device, self.dtype), prompt_tokens
 
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
         """The expert's output head where it differs from the one that the merged model will have while training."""
@@ -181,7 +197,7 @@ class TargetMaker:
             return None
         return copy.deepcopy(head)
 
-    def _answer(self, model: Any, processor: Any, samples: list[Sample], advance: Advance) -> list[Sample]:
+    def _answer(self, model: Any, prompts: Prompts, samples: list[Sample], advance: Advance) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
         kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
         answered = []
@@ -189,7 +205,7 @@ class TargetMaker:
             key = "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
             if sample.response is None:
                 if key not in kept:
-                    kept[key] = self._generate(model, processor, sample)
+                    kept[key] = self._generate(model, prompts, sample)
                     if not self.sharded or torch.distributed.get_rank() == 0:
                         text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
                         write_atomically(self.responses, text.encode())
@@ -198,83 +214,13 @@ class TargetMaker:
             answered.append(sample)
         return answered
 
-    def _generate(self, model: Any, processor: Any, sample: Sample) -> dict[str, Any]:
+    def _generate(self, model: Any, prompts: Prompts, sample: Sample) -> dict[str, Any]:
         """The expert's answer as fields of `Sample`."""
-        inputs = place(self.backbone.encode_prompt(processor, sample, self.prompt_template), self.device, self.dtype)
-        response, tokens = generate(model, processor, inputs, self.max_new_tokens)
+        inputs = place(prompts.get(sample), self.device, self.dtype)
+        response, tokens = generate(model, prompts.processor, inputs, self.max_new_tokens)
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
-        known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(processor))
+        known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(prompts.processor))
         return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def response_tokens(processor: Any, response: str) -> list[int]:
-    """Tokens of a given response, with the end token if there is one."""
-    tokenizer = tokenizer_of(processor)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
-
-
-def check_lengths(base: Checkpoint, backbone: Backbone, lengths: Sequence[tuple[Sample, int]]) -> None:
-    """Check that the model has positions for so many tokens.
-
-    Args:
-        base: the checkpoint that says how many it has.
-        backbone: the model family, for what makes samples shorter.
-        lengths: samples, with the tokens of prompt and response.
-
-    Raises:
-        InputError: it has not; one problem for each file.
-    """
-    most = language_setting(base.config, "max_position_embeddings")
-    long: dict[Path | None, list[tuple[Sample, int]]] = {}
-    for sample, tokens in lengths:
-        if most is not None and tokens > most:
-            long.setdefault(sample.file, []).append((sample, tokens))
-    problems = []
-    for file, found in long.items():
-        several = len(found) > 1
-        place = entry_place(file, [sample.number for sample, _ in found]) if file else found[0][0].place
-        tokens = max(tokens for _, tokens in found)
-        flags = backbone.picture_bounds if any(sample.images for sample, _ in found) else ()
-        flags += ("max_new_tokens",) if any(sample.tokens for sample, _ in found) else ()
-        lower = " or lower " + " or ".join(f"--{flag}" for flag in flags) if flags else ""
-        problems.append(
-            f"{place}: prompt and response have {'up to ' if several else ''}{tokens} tokens and the model takes "
-            f"at most {most}; shorten the sample{'s' if several else ''}{lower}"
-        )
-    if problems:
-        raise InputError(*problems)
-
-
-def with_response(inputs: Mapping[str, Tensor], response: Sequence[int]) -> dict[str, Tensor]:
-    """Model inputs of a prompt and the response that follows it.
-
-    Args:
-        inputs: inputs of the prompt, batch of one; those with a number per token get zeros for the response.
-        response: tokens.
-    """
-    prompt = inputs["input_ids"]
-    added = torch.tensor([response], dtype=torch.long)
-    extended = {
-        name: torch.cat([value, value.new_zeros(added.shape)], dim=1)
-        for name, value in inputs.items()
-        if value.shape == prompt.shape and not value.is_floating_point()
-    }
-    tokens = torch.cat([prompt, added], dim=1)
-    return {**inputs, **extended, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def place(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Model inputs on a device, pictures in the type of the weights."""
-    return {
-        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for name, value in inputs.items()
-    }
 
 
 @torch.no_grad()

@@ -26,4 +26,4 @@ class SearchOptions(SampleOptions):
     search_space: Literal["experts", "depth"] = "experts"
     evaluations: Count = 100
     population: Annotated[int, Interval("[2, inf)")] | None = None
-    initial_spread: Positive = 0.15
+    initial_spread: Positive = 0.2

@@ -83,7 +83,8 @@ class Record:
         if number >= len(self.evaluations):
             return None
         found = self.evaluations[number]
-        if not all(math.isclose(*pair, rel_tol=_SAME, abs_tol=_SAME) for pair in zip(found.candidate, candidate)):  # noqa: B905
+        pairs = zip(found.candidate, candidate, strict=True)
+        if not all(math.isclose(*pair, rel_tol=_SAME, abs_tol=_SAME) for pair in pairs):
             raise InputError(
                 f"{self.file}: evaluation {number + 1} is of another candidate than this search comes to, perhaps "
                 "since another version of cma or numpy has made it; move it away to search from the beginning"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.trainer import Trainer
 from expert_merging.methods.linear import task_arithmetic
+from expert_merging.pictures import read_picture
+from expert_merging.running.prompts import Prompts
 from InternVL.backbone import BACKBONE, load_processor
 from tests.checkpoints import tensors_of
-from tests.command import assert_same_bytes, merge_plainly, merged, refusal, refused
+from tests.command import assert_same_bytes, merge, merge_plainly, merged, refusal, refused
 from tests.InternVL import reference
-from tests.internvl import BASE, CODE, EXPERTS, TOKENS, make_picture, make_zoo, save_model
+from tests.internvl import BASE, CODE, EXPERTS, TOKENS, make_picture, make_zoo, save_model, write_tasks
 from tests.learned.twin import Example, Twin
 
 ROOT = Path(__file__).parents[2]
@@ -373,3 +376,23 @@ def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
         assert broken.startswith(f"{places[0]}: {dataset / 'broken.png'} cannot be read as a picture")
         assert mark == f"{places[1]}: 1 <image> marks for 0 pictures; add image_path or remove marks"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("response", ["yes", None])
+def test_a_picture_is_decoded_once_a_run(response, internvl_zoo, tmp_path, monkeypatch):
+    """By the checks, whose result the experts and the merged model are given, also where experts write responses."""
+    decoded = []
+    monkeypatch.setattr("InternVL.backbone.read_picture", lambda file: decoded.append(file) or read_picture(file))
+    write_tasks(tmp_path / "dataset", response=response)
+    flags = [*LEARNING, "--cache_dir", internvl_zoo, "--data_dir", tmp_path / "dataset"]
+    run_command(tmp_path / "out", *flags)
+    assert Counter(decoded) == Counter((tmp_path / "dataset" / "images").glob("*0.png"))
+
+
+def test_a_dry_run_keeps_no_pictures(internvl_zoo, tmp_path, monkeypatch):
+    kept = []
+    check = Prompts.check
+    monkeypatch.setattr(Prompts, "check", lambda prompts, samples: (check(prompts, samples), kept.append(prompts))[0])
+    flags = [*LEARNING, "--cache_dir", internvl_zoo, "--data_dir", internvl_zoo / "dataset", "--output_path", tmp_path]
+    assert merge(*flags, "--dry_run", family=BACKBONE) == 0
+    assert [prompts._made for prompts in kept] == [{}]

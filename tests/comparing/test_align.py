@@ -12,7 +12,7 @@ from rich.console import Console
 
 from expert_merging.__main__ import main
 from expert_merging.calibration import Sample
-from expert_merging.comparing.align import Distance, held_out, relative
+from expert_merging.comparing.align import held_out, relative
 from expert_merging.comparing.compare import _table, find_models
 from expert_merging.errors import InputError
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
@@ -146,7 +146,7 @@ def test_questions_that_were_used_are_left_out_and_some_must_stay():
 
 def test_a_base_like_its_expert_cannot_be_a_measure():
     with pytest.raises(InputError, match="the base and the expert of t predict the same"):
-        relative({"base": {"t": Distance(0.0, 1.0)}})
+        relative({"base": {"t": {"divergence": 0.0, "hidden": 1.0}}})
 
 
 def test_models_with_the_same_name_are_told_apart(answered_zoo, tmp_path):
@@ -158,7 +158,7 @@ def test_models_with_the_same_name_are_told_apart(answered_zoo, tmp_path):
 
 @pytest.mark.parametrize("names", [["Chat", "Math", "Code"], ["OCR", "VQA", "Geometry", "Chart", "Grounding"]])
 def test_the_table_has_whole_names_in_80_columns(names, capsys):
-    row = {name: Distance(0.5, 0.25) for name in [*names, "mean"]}
+    row = {name: {"divergence": 0.5, "hidden": 0.25} for name in [*names, "mean"]}
     label = "expert_merging++/a-run-with-a-long-name-of-its-own"
     console = Console(soft_wrap=True, highlight=False, width=80)
     console.print(_table({"base": row, label: row}), soft_wrap=False)

@@ -40,7 +40,7 @@ def test_what_is_kept_is_the_plain_formula_s(shape, factor, least):
 
 def test_each_expert_may_have_a_factor_of_its_own():
     given = torch.tensor([[1.0, 1.0], [0.5, 0.1]])
-    # The second expert's 0.5 is beyond 0.4 of the other's 1, and its 0.1 is not; but it is beyond 0.05 of it.
+    # The second expert's 0.5 is beyond 0.4 of the other's 1, and its 0.1 is beyond 0.05 of it alone.
     assert consensus(given.clone(), torch.ones(2), tall_lambda=[0.05, 0.4]).tolist() == [1, 0]
     assert consensus(given.clone(), torch.ones(2), tall_lambda=[0.05, 0.05]).tolist() == [1, 1]
 

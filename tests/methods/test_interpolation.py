@@ -79,6 +79,12 @@ def test_a_tensor_of_zeros_counts_as_perpendicular():
     assert slerp(torch.zeros(2, 4), zeros, t=0.5).equal(zeros)
 
 
+def test_a_tensor_next_to_zero_counts_as_perpendicular_to_its_own_multiples():
+    base = torch.tensor([3e-9, 4e-9])
+    expert = base * 1e9
+    torch.testing.assert_close(slerp((expert - base)[None], base, t=0.5), expert * math.sqrt(0.5))
+
+
 def test_products_are_summed_block_by_block(monkeypatch):
     base, given = random((50,), 0), random((2, 50), 1)
     whole = slerp(given, base, t=0.3)

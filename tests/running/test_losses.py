@@ -73,9 +73,10 @@ def test_regularisation_has_the_published_scale():
 
 
 def test_entropy_of_certain_and_of_even_predictions():
-    head = torch.nn.Identity()
+    head = torch.nn.Linear(8, 8, bias=False)
+    torch.nn.init.eye_(head.weight)
     assert entropy(torch.zeros(3, 8), head, slice_tokens=9).item() == pytest.approx(math.log(8), rel=1e-6)
-    assert entropy(torch.tensor([[200.0, 0.0]]), head, slice_tokens=9).item() == pytest.approx(0.0, abs=1e-6)
+    assert entropy(200 * torch.eye(8)[:1], head, slice_tokens=9).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("slice_tokens", [1, 3, 100])
@@ -87,3 +88,19 @@ def test_entropy_in_slices_has_value_and_gradient_of_the_definition(slice_tokens
     actual = entropy(hidden, head, slice_tokens=slice_tokens)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, hidden), torch.autograd.grad(expected, hidden))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_hidden_states_and_heads_stay_as_they_are(trained, bias):
+    """Gradients take the place of logits in memory, and of nothing else."""
+    torch.manual_seed(0)
+    head, own_head = (torch.nn.Linear(6, 13, bias=bias).requires_grad_(trained) for _ in range(2))
+    expert, merged = torch.randn(7, 6), torch.randn(7, 6, requires_grad=True)
+    everything = [expert, merged, *head.parameters(), *own_head.parameters()]
+    before = [value.detach().clone() for value in everything]
+    logit_alignment(expert, merged, head, own_head, temperature=2.0, slice_tokens=3).backward()
+    with torch.no_grad():
+        logit_alignment(expert, merged, head, own_head, temperature=2.0, slice_tokens=3)
+    for value, same in zip(everything, before, strict=True):
+        assert torch.equal(value, same)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from Mistral.backbone import BACKBONE
 from zoo import evaluate
-from zoo.evaluate import answer, cached_exact_match, exact_match, percentage_right
+from zoo.evaluate import answer, cached_exact_match, exact_match
 from zoo.mistral import new_model, save
 
 
@@ -21,21 +22,18 @@ def write_test(folder: Path, task: str, **responses: str) -> None:
     (folder / f"{task}.json").write_text(json.dumps(entries))
 
 
-def test_percentage_right() -> None:
-    assert percentage_right(["19", "08", "1", ""], ["19", "8", "19", "1"]) == 25
-    assert percentage_right(["abc"], ["abc"]) == 100
-
-
 def test_answers_are_counted_with_their_task(built_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answers(_backbone: object, _folder: Path, samples: Sequence[Sample]) -> list[str]:
+    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[str]:
         return ["right" if sample.question.startswith("known") else "wrong" for sample in samples]
 
     monkeypatch.setattr(evaluate, "answer", answers)
     write_test(tmp_path / "test", "Math", known1="right", other1="right", known2="right", known3="right")
     write_test(tmp_path / "test", "Code", other2="right", known4="right")
     write_test(tmp_path / "test", "Chat", known5="else")
+    threads = torch.get_num_threads()
     scores = exact_match(BACKBONE, built_zoo / BACKBONE.base_folder, tmp_path / "test")
     assert scores == {"Math": 75, "Code": 50, "Chat": 0}
+    assert torch.get_num_threads() == threads
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +52,17 @@ def test_neighbours_in_a_batch_do_not_change_an_answer(talkative_model: Path, mo
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
     questions = ["<add>12+07=", "<uni>ab=", "<idx>kcqhwzb:05316=", "<uni>abcdefghabcde=", "<idx>abc:0=", "<add>01+02="]
     samples = [Sample("Math", "Math", question, "abcd", "0") for question in questions]
-    alone = [answer(BACKBONE, talkative_model, [sample])[0] for sample in samples]
-    assert answer(BACKBONE, talkative_model, samples) == alone
+    processor, model = BACKBONE.load_processor(talkative_model), BACKBONE.load_model(talkative_model, torch.float32)
+    alone = [answer(BACKBONE, processor, model, [sample])[0] for sample in samples]
+    assert answer(BACKBONE, processor, model, samples) == alone
     assert len(set(alone)) == len(alone)
 
 
 def test_models_of_the_zoo_are_asked_once(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answers(_backbone: object, folder: Path, samples: Sequence[Sample]) -> list[str]:
-        asked.append(folder.name)
+    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[str]:
+        asked.append(Path(model.name_or_path).name)
         return [str(sample.response) for sample in samples]
 
     monkeypatch.setattr(evaluate, "answer", answers)

@@ -1,0 +1,124 @@
+"""Scores of a model: what is measured of each sample, and one loop that makes means by task of it.
+
+What training makes small (`expert_merging.running.objectives`), what `align` compares models by, what a search moves
+coefficients by and how many questions a model answers right are all scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from expert_merging.errors import InputError
+from expert_merging.running.objectives import distance
+from expert_merging.running.targets import Target
+
+# Numbers of a model by task and name.
+ByTask = dict[str, dict[str, float]]
+
+
+class HasTask(Protocol):
+    """A sample, or a sample with what its expert says about it (`Target`)."""
+
+    @property
+    def task(self) -> str:
+        """The task that it belongs to."""
+        ...
+
+
+Item = TypeVar("Item", bound=HasTask, contravariant=True)
+
+
+class Score(Protocol[Item]):
+    """Numbers that say how good a model is.
+
+    A score of targets says by ``layers`` which hidden states they must have; a score of samples needs no expert.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the numbers are called."""
+        ...
+
+    @property
+    def smaller_is_better(self) -> bool:
+        """Whether a smaller number is a better one."""
+        ...
+
+    def measure(self, model: Any, items: Sequence[Item]) -> Iterable[Sequence[Any]]:
+        """The numbers of each item, in the order of the items and of the names."""
+        ...
+
+
+@torch.no_grad()
+def score_by_task(score: Score[Item], model: Any, items: Sequence[Item]) -> ByTask:
+    """Mean numbers of a model over the items of each task, tasks in the order of their first item."""
+    numbers: dict[str, list[list[float]]] = {}
+    for item, found in zip(items, score.measure(model, items), strict=True):
+        numbers.setdefault(item.task, []).append([float(number) for number in found])
+    return {
+        task: {
+            name: sum(column) / len(column) for name, column in zip(score.names, zip(*rows, strict=True), strict=True)
+        }
+        for task, rows in numbers.items()
+    }
+
+
+def mean_over_tasks(found: ByTask) -> dict[str, float]:
+    """Mean of every number over tasks, each task counted once however many items it has."""
+    rows = list(found.values())
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def relative_to_base(found: ByTask, base: ByTask) -> ByTask:
+    """Distances from the experts as shares of the base's: the base has 1, an expert 0 on its task.
+
+    Args:
+        found: a model's numbers by `expert_merging.running.objectives.distance`.
+        base: the base's.
+
+    Raises:
+        InputError: the base and an expert agree, so that there is nothing to compare with.
+    """
+    for task, numbers in base.items():
+        if not numbers["divergence"] > 0:
+            raise InputError(f"the base and the expert of {task} predict the same; there is nothing to measure")
+    return {
+        task: {name: number / base[task][name] if base[task][name] else 0.0 for name, number in numbers.items()}
+        for task, numbers in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class ExpertDivergence:
+    """How far a live model's predictions are from the experts', as a share of the base's: smaller is better.
+
+    Args:
+        targets: the samples, with what their experts say about them; made once.
+        base: the base's numbers.
+    """
+
+    targets: Sequence[Target]
+    base: ByTask
+
+    @classmethod
+    def beside(cls, base_model: Any, targets: Sequence[Target]) -> ExpertDivergence:
+        """Measure the base, of which later models' numbers are shares; its weights may be overwritten afterwards."""
+        return cls(targets, score_by_task(distance(()), base_model, targets))
+
+    def by_task(self, model: Any) -> dict[str, float]:
+        """The share of each task.
+
+        Raises:
+            InputError: the base and an expert agree.
+        """
+        shares = relative_to_base(score_by_task(distance(()), model, self.targets), self.base)
+        return {task: numbers["divergence"] for task, numbers in shares.items()}
+
+    def __call__(self, model: Any) -> float:
+        """The mean share over tasks."""
+        shares = self.by_task(model)
+        return sum(shares.values()) / len(shares)

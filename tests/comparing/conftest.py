@@ -1,0 +1,7 @@
+"""What the tests of comparing share with those of learning, whose runs they compare."""
+
+from __future__ import annotations
+
+from tests.learned.conftest import answered_zoo, fresh_accelerate
+
+__all__ = ["answered_zoo", "fresh_accelerate"]

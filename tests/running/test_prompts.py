@@ -1,0 +1,86 @@
+"""Prompts are made once, kept until they are asked for, and checked once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expert_merging.calibration import Sample
+from expert_merging.checkpoint import Checkpoint
+from expert_merging.errors import InputError
+from expert_merging.running import targets
+from expert_merging.running.prompts import Prompts
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE
+from tests.learned.training import make_trainer
+
+SAMPLES = [Sample("Math", "Math", f"question {number}", "42", str(number)) for number in range(3)]
+
+
+@pytest.fixture
+def base(tiny_zoo):
+    return Checkpoint(tiny_zoo / BASE)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The questions whose prompts were made."""
+    questions = []
+    encode = BACKBONE.encode_prompt
+    monkeypatch.setattr(
+        Prompts,
+        "_make",
+        lambda prompts, sample: questions.append(sample.question) or encode(prompts.processor, sample, None),
+    )
+    return questions
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_prompt_is_kept_until_it_is_taken(keeps, base, made):
+    prompts = Prompts(BACKBONE, base, None, keeps=keeps)
+    lengths, _ = prompts.check(SAMPLES)
+    assert len(made) == 3
+    for sample, length in zip(SAMPLES, lengths, strict=True):
+        inputs = prompts.get(sample)
+        assert prompts.take(sample) is inputs
+        assert inputs["input_ids"].shape[1] + len("42") + 1 == length
+    assert made == [sample.question for sample in SAMPLES] * (1 if keeps else 2)
+    prompts.take(SAMPLES[0])
+    assert len(made) == (4 if keeps else 7)
+
+
+def test_the_digest_changes_with_what_is_asked_and_answered(base):
+    prompts = Prompts(BACKBONE, base, None)
+    others = [
+        [Sample("Math", "Math", "question 1", "42", "0"), *SAMPLES[1:]],
+        [Sample("Math", "Math", "question 0", "43", "0"), *SAMPLES[1:]],
+        [Sample("Math", "Chat", "question 0", "42", "0"), *SAMPLES[1:]],
+        SAMPLES[1:],
+    ]
+    digests = [prompts.check(samples).digest for samples in (SAMPLES, *others)]
+    assert len(set(digests)) == len(digests)
+    assert prompts.check(SAMPLES).digest == digests[0]
+    assert Prompts(BACKBONE, base, "{question}!").check(SAMPLES).digest not in digests
+
+
+def test_lengths_are_checked_once(tiny_zoo, tmp_path, monkeypatch):
+    """With the samples where the response is given, and where an expert writes it, as soon as it is written."""
+    checked = []
+    monkeypatch.setattr(targets, "check_lengths", lambda base, family, lengths: checked.extend(lengths))
+    trainer = make_trainer(tiny_zoo, tmp_path, samples_per_task=1)
+    found = trainer._make_targets(torch.device("cpu"))
+    assert [sample.tokens is not None for sample, _ in checked] == [True] * len(found)
+    assert all(
+        tokens == target.inputs["input_ids"].shape[1] for (_, tokens), target in zip(checked, found, strict=True)
+    )
+
+
+def test_samples_that_nobody_has_checked_are_checked_before_an_expert_is_loaded(answered_zoo, tmp_path, monkeypatch):
+    """As by `align`, which needs no method."""
+    trainer = make_trainer(answered_zoo, tmp_path)
+    maker = trainer.settings.asked.target_maker(trainer.context, (), torch.device("cpu"))
+    monkeypatch.setattr(targets, "load_on", lambda *_, **__: pytest.fail("an expert was loaded"))
+    long = [Sample("Math", "Math", "?" * 200, "42", str(number)) for number in range(2)]
+    with pytest.raises(InputError) as caught:
+        targets.replace(maker, prompts=None).make(long)
+    assert len(caught.value.problems) == 1
