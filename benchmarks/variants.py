@@ -121,7 +121,7 @@ class Bench:
         self, entries: Sequence[Any], run: Callable[[Any], None], step: Callable[[], object], *, warm_up: bool = True
     ) -> None:
         """Go through all samples in the trainer's order."""
-        from expert_merging.learned.trainer import epoch_order
+        from expert_merging.learned.epochs import epoch_order
 
         if warm_up:
             run(entries[0])
@@ -161,10 +161,13 @@ class Bench:
         from expert_merging.backbone import same_name
         from expert_merging.catalogue import find_method
         from expert_merging.context import Context
+        from expert_merging.learned.directions import PLAIN
+        from expert_merging.learned.material import Material, warm_up
         from expert_merging.learned.options import LearningOptions
-        from expert_merging.learned.settings import Settings
+        from expert_merging.learned.parametrisations import Layout
+        from expert_merging.learned.settings import Regularisation, Settings
         from expert_merging.learned.task_vectors import TaskVectors
-        from expert_merging.learned.trainer import Material, Trainer
+        from expert_merging.learned.trainer import Trainer
         from expert_merging.progress import no_progress
         from expert_merging.run import Run
         from expert_merging.running.objectives import alignment
@@ -174,7 +177,7 @@ class Bench:
 
         class Timed(Trainer):
             def _run_epochs(self, targets: list[Target]) -> None:
-                self._warm_up(targets[:1])
+                warm_up(self.live, self.settings, targets[:1])
                 with bench.timed("learning"):
                     super()._run_epochs(targets)
 
@@ -189,7 +192,7 @@ class Bench:
         targets = self.targets()
         options = LearningOptions(
             task_vectors=self.case.task_vectors,  # type: ignore[arg-type]
-            rank_batches=self.case.rank_batches,  # type: ignore[arg-type]
+            weight_gradients=self.case.rank_batches,  # type: ignore[arg-type]
             gradient_checkpointing=self.case.checkpointing,
         )
         objective = alignment(self.layers, temperature=1.0, logits_weight=1.0, hidden_states_weight=1.0)
@@ -198,7 +201,15 @@ class Bench:
         start = (0.3,) * count
         samples = tuple(target.sample for target in targets)
         asked = Samples(samples, 0, precision, options)
-        settings = Settings(options, asked, start, (1.0,) * count, ones, objective, REGULARISATION)
+        settings = Settings(
+            options=options,
+            asked=asked,
+            objective=objective,
+            directions=PLAIN,
+            scale=(1.0,) * count,
+            layout=Layout(ones, start),
+            regularisation=Regularisation(REGULARISATION),
+        )
         with tempfile.TemporaryDirectory() as folder:
             backbone: Any = SimpleNamespace(file_name=same_name)
             context = Context(

@@ -47,7 +47,7 @@ def ignored_flags(resolved: Resolved) -> list[str]:
 
 def _large_factors(resolved: Resolved) -> list[str]:
     """A factor that has been meant as a percentage, perhaps; methods that learn refuse it."""
-    given = resolved.options.get("scaling_coefficient", 0)
+    given = resolved.options.get("scaling_coefficient") or 0
     factors = given if isinstance(given, list) else [given]
     return [
         f"--scaling_coefficient {factor:g} is a factor on task vectors, which are hardly ever scaled by more than 2; "

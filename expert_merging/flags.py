@@ -34,6 +34,16 @@ class Interval:
         return above and below
 
 
+# Older names of flags, which command lines and configuration files may go on using.
+RENAMED = {"rank_batches": "weight_gradients"}
+
+
+def current_name(name: str) -> str:
+    """The name of a flag today, with underscores."""
+    name = name.replace("-", "_")
+    return RENAMED.get(name, name)
+
+
 Fraction = Annotated[float, Interval("(0, 1]")]
 Positive = Annotated[float, Interval("(0, inf)")]
 NotNegative = Annotated[float, Interval("[0, inf)")]

@@ -86,6 +86,7 @@ def write_output(
     progress: Progress,
     processes: Processes = ALONE,
     made: Mapping[str, Tensor] | None = None,
+    title: str = "merging",
 ) -> Summary:
     """Merge every parameter of an output and write its complete folder.
 
@@ -102,6 +103,7 @@ def write_output(
         progress: shows throughput in bytes read.
         processes: the processes that share the work; each calls this function.
         made: tensors that the preparation has made.
+        title: shown beside the progress bar.
 
     Raises:
         InputError: NaN or infinite values, named by expert and tensor.
@@ -112,7 +114,7 @@ def write_output(
     merger = _Merger(plan, rule, unit, device, processes, made or {})
     width = 1 + len(plan.experts)
     sizes = {file: width * sum(slot.size for slot in slots) for file, slots in output.files.items()}
-    with progress("merging", sum(sizes.values()), "B") as advance:
+    with progress(title, sum(sizes.values()), "B") as advance:
         for file, slots in output.files.items():
             target = folder / file
             if target.exists():

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.flags import Option, describe_type, read_options
+from expert_merging.flags import Option, current_name, describe_type, read_options
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
@@ -66,6 +66,7 @@ GENERAL = read_options(GeneralOptions)
 _UNSET = {
     "data_dir": "dataset/ at the repository root",
     "rank_ratio": "1/experts",
+    "scaling_coefficient": "the family's, or 1 with a method's directions",
     "solver": "by variant",
     "step_size": "by solver",
 }
@@ -263,7 +264,7 @@ def _with_underscores(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+    return "--" + current_name(name) + equals + value
 
 
 def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
@@ -322,7 +323,7 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     if isinstance(content.get("options"), dict):
         record = {name: content[name] for name in ("method", "seed") if name in content}
         content = {**content["options"], **record}
-    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    content = {current_name(str(name)): value for name, value in content.items()}
     known = [*_all_options(backbone)]
     problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
     if problems:

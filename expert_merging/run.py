@@ -49,6 +49,7 @@ class Run:
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
+        self.directions = folder / "directions"
         self._lock: int | None = None
 
     @classmethod
@@ -91,9 +92,9 @@ class Run:
         return self.model.is_dir()
 
     def stage(self, name: str) -> Run:
-        """A folder inside for what is learned on the way; the experts' answers stay where they are."""
+        """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
-        stage.responses = self.responses
+        stage.responses, stage.directions = self.responses, self.directions
         return stage
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import Coefficients, chunk_count, chunk_length
+from expert_merging.learned.chunks import chunk_count, chunk_length
+from expert_merging.learned.coefficients import Coefficients
 from expert_merging.roles import find_places
 from expert_merging.writing import write_atomically
 

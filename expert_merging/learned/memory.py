@@ -1,4 +1,4 @@
-"""Which task vectors are kept where, and how weight gradients are turned into coefficients', by the memory there is.
+"""Which task vectors are kept where, and when weight gradients are pulled back to coefficients, by the memory there is.
 
 Going through the task vectors is what training costs beyond running the model. They are gone through once per update
 to rebuild the weights, and again for the gradient: once per update too where the weight gradients of all its samples
@@ -11,13 +11,14 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from expert_merging.backbone import language_setting, layer_count
 from expert_merging.errors import InputError
+from expert_merging.learned.directions import PLAIN, Directions
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, DISK, HOST, STEP_ON_CPU
@@ -50,33 +51,34 @@ class Arrangement:
 def choose(
     sizes: Mapping[str, int],
     gradients: int,
-    device_room: float,
-    host_room: float,
+    device_budget: float,
+    host_budget: float,
     *,
     task_vectors: str,
-    rank_batches: str,
+    weight_gradients: str,
 ) -> Arrangement:
     """Make the best of the memory.
 
     Args:
         sizes: bytes of base and experts by tensor name.
         gradients: bytes of all weight gradients in float32.
-        device_room: bytes to give away on the training device.
-        host_room: bytes to give away in host memory where it is not the device's.
+        device_budget: bytes to give away on the training device.
+        host_budget: bytes to give away in host memory where it is not the device's.
         task_vectors: where task vectors are wanted, or ``auto``.
-        rank_batches: ``sample``, ``update`` or ``auto``.
+        weight_gradients: ``sample``, ``update`` or ``auto``.
     """
     total = sum(sizes.values())
-    kept = total if task_vectors == DEVICE or (task_vectors == "auto" and total <= device_room) else 0
-    accumulates = rank_batches == "update" or (rank_batches == "auto" and kept + gradients <= device_room)
+    kept = total if task_vectors == DEVICE or (task_vectors == "auto" and total <= device_budget) else 0
+    fits = kept + gradients <= device_budget
+    accumulates = weight_gradients == "update" or (weight_gradients == "auto" and fits)
     if task_vectors != "auto":
         return Arrangement(dict.fromkeys(sizes, task_vectors), accumulates)
-    room = {DEVICE: device_room - (gradients if accumulates else 0), HOST: host_room}
+    left = {DEVICE: device_budget - (gradients if accumulates else 0), HOST: host_budget}
     places = {}
     for name, size in sizes.items():
-        places[name] = next((place for place in (DEVICE, HOST) if size <= room[place]), DISK)
+        places[name] = next((place for place in (DEVICE, HOST) if size <= left[place]), DISK)
         if places[name] != DISK:
-            room[places[name]] -= size
+            left[places[name]] -= size
     return Arrangement(places, accumulates)
 
 
@@ -98,16 +100,16 @@ def arrange(
     kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
     barrier()
     if vectors.device.type == "cuda":
-        device_room = _room_on_gpu(live, warm_up) + kept[DEVICE]
-        host_room = (free_host_memory() + kept[HOST]) / 2
+        device_budget = _gpu_budget(live, warm_up) + kept[DEVICE]
+        host_budget = (free_host_memory() + kept[HOST]) / 2
     else:
-        device_room, host_room = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
+        device_budget, host_budget = (free_host_memory() + kept[DEVICE] + kept[HOST]) / 2, 0
     spare = free_host_memory() + kept[HOST] + (kept[DEVICE] if vectors.device.type == "cpu" else 0)
     barrier()
-    if options.task_vectors == DEVICE and sum(sizes.values()) > device_room:
+    if options.task_vectors == DEVICE and sum(sizes.values()) > device_budget:
         raise InputError(
             f"--task_vectors device needs {gib(sum(sizes.values()))}, and {vectors.device} has "
-            f"{gib(max(0, device_room))} to spare; use auto, host or disk"
+            f"{gib(max(0, device_budget))} to spare; use auto, host or disk"
         )
     if options.task_vectors == HOST and sum(sizes.values()) > spare:
         raise InputError(
@@ -116,7 +118,12 @@ def arrange(
         )
     gradients = 4 * sum(part.entries for part in live.parts.values())
     chosen = choose(
-        sizes, gradients, device_room, host_room, task_vectors=options.task_vectors, rank_batches=options.rank_batches
+        sizes,
+        gradients,
+        device_budget,
+        host_budget,
+        task_vectors=options.task_vectors,
+        weight_gradients=options.weight_gradients,
     )
     vectors.place(chosen.places)
     live.accumulates = chosen.accumulates
@@ -162,10 +169,23 @@ class Needs:
         return self.model + self.checkpointed_sample + self.working
 
 
-def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: int = 1) -> Needs:
-    """What learning needs with weights of ``width`` bytes and samples of so many tokens on a device of that kind.
+def estimate(
+    plan: Plan,
+    width: int,
+    tokens: int,
+    device: str = "cuda",
+    shares: int = 1,
+    directions: Directions = PLAIN,
+) -> Needs:
+    """What learning needs.
 
-    With more than one share, the decoder's layers are split, and each device has one.
+    Args:
+        plan: the checkpoints.
+        width: bytes of a weight.
+        tokens: of the longest sample.
+        device: ``cpu`` or ``cuda``.
+        shares: with more than one, the decoder's layers are split, and each device has one.
+        directions: what coefficients multiply.
     """
     config, entries = plan.base.config, plan.base.entries
     hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
@@ -173,12 +193,11 @@ def estimate(plan: Plan, width: int, tokens: int, device: str = "cuda", shares: 
     # Counted on decoders of Llama's kind: what autograd keeps of a layer per token, and of one that is computed again.
     kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
     kept_again = 1.5 * width * hidden
-    checkpoints = (plan.base, *plan.experts.values())
     on_cpu = device == "cpu"
     block, step, context = (BLOCK_ON_CPU, STEP_ON_CPU, 0) if on_cpu else (BLOCK_ON_GPU, BLOCK_ON_GPU, _CONTEXT)
-    blocks = len(checkpoints) * (4 * step + 2 * width * block)
+    blocks = (1 + len(plan.experts)) * (4 * step + 2 * width * block)
     model = {name: width * entry.elements for name, entry in entries.items()}
-    task_vectors = {name: sum(checkpoint.entries[name].size for checkpoint in checkpoints) for name in plan.merged}
+    task_vectors = {name: entries[name].elements * directions.entry_bytes(plan, name) for name in plan.merged}
     # Of a split model, one layer runs while the next is put together, and gradients are exchanged in float32.
     layer = sum(entries[name].elements for name in entries if is_in_decoder(name)) // max(1, layers)
     together = (2 * width + 4) * layer if shares > 1 else 0
@@ -221,34 +240,61 @@ def this_machine(device: str) -> Machine:
     return Machine(device, free_memory(device), count(), local_count(), free_host_memory())
 
 
-def describe(plan: Plan, precision: str, machine: Machine, options: TrainingOptions, *, tokens: int) -> tuple[str, ...]:
-    """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do where it is too much.
+@dataclass(frozen=True)
+class Demand:
+    """What is to be learned, as far as memory goes.
 
     Args:
         plan: the checkpoints.
         precision: ``no``, ``fp16`` or ``bf16``.
-        machine: where the run is.
-        options: what the user wants.
         tokens: length of the longest sample with its response.
+        options: what the user wants.
+        directions: what coefficients multiply.
     """
-    shares, device = machine.processes if options.shard else 1, machine.device
-    width = 4 if precision == "no" else 2
-    needs = estimate(plan, width, tokens, device.split(":")[0], shares)
+
+    plan: Plan
+    precision: str
+    tokens: int
+    options: TrainingOptions
+    directions: Directions = PLAIN
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight of the model."""
+        return 4 if self.precision == "no" else 2
+
+    def needs(self, machine: Machine, *, width: int | None = None, shares: int | None = None) -> Needs:
+        """What it takes on a device of the machine.
+
+        Args:
+            machine: where the run is.
+            width: bytes of a weight, where it is not the wanted one.
+            shares: number of devices that share the decoder's layers, where it is not as the user wants it.
+        """
+        wanted = machine.processes if self.options.shard else 1
+        kind = machine.device.split(":")[0]
+        return estimate(self.plan, width or self.width, self.tokens, kind, shares or wanted, self.directions)
+
+
+def describe(demand: Demand, machine: Machine) -> tuple[str, ...]:
+    """The memory that each device needs, for the plan that ``--dry_run`` prints, and what to do if it is too much."""
+    options, device = demand.options, machine.device
+    needs = demand.needs(machine)
     now = needs.least if options.gradient_checkpointing else needs.plain
     flag = "" if options.gradient_checkpointing else f" ({gib(needs.least)} with --gradient_checkpointing)"
     elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
+    too_many = f", as {device} has no memory left for them" if now + needs.task_vectors > machine.free else ""
     lines = [
         f"learning needs at least {gib(now)}{flag} for each process on {device}: model {gib(needs.model)}, a sample "
-        f"of {tokens} tokens {gib(now - needs.model - needs.working)}, work in progress {gib(needs.working)}"
-        + _own_heads(plan, width),
+        f"of {demand.tokens} tokens {gib(now - needs.model - needs.working)}, work in progress {gib(needs.working)}"
+        + _own_heads(demand.plan, demand.width),
         f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
-        "the files" + (f", as {device} has no room for them" if now + needs.task_vectors > machine.free else ""),
+        f"the files{too_many}",
         f"with weight gradients added up, {gib(needs.gradients)} more",
     ]
     if now > machine.free:
         lines.append(
-            f"that does not fit on {device}, where {gib(machine.free)} are free: it takes "
-            + _what_fits(plan, width, tokens, machine, options)
+            f"that does not fit on {device}, where {gib(machine.free)} are free: it takes {_what_fits(demand, machine)}"
         )
     elif options.task_vectors == DEVICE and now + needs.task_vectors > machine.free:
         lines.append(f"--task_vectors device does not fit on {device}, where {gib(machine.free)} are free: use auto")
@@ -272,37 +318,64 @@ def _together(size: int, machine: Machine) -> str:
     return f", {gib(machine.local * size)} for the {machine.local} processes of this machine ({gib(free)} are free)"
 
 
-def _what_fits(plan: Plan, width: int, tokens: int, machine: Machine, options: TrainingOptions) -> str:
+@dataclass(frozen=True)
+class _Remedy:
+    """Flags that make learning need less.
+
+    Args:
+        flags: what to give.
+        size: bytes that are needed on each device then.
+        devices: number of devices that the model is split over, if it is.
+    """
+
+    flags: str
+    size: int
+    devices: int = 1
+
+
+def _what_fits(demand: Demand, machine: Machine) -> str:
     """What to do where a device has not enough memory: the flags that cost least and are enough, or what else."""
-    again = "" if options.gradient_checkpointing else "--gradient_checkpointing"
-    if width == 4:
-        kind = machine.device.split(":")[0]
-        needs = estimate(plan, 2, tokens, kind, machine.processes if options.shard else 1)
-        narrow = f"--mixed_precision {'bf16' if kind == 'cpu' else 'fp16'}"
-        if needs.plain <= machine.free:
-            return narrow
-        if needs.least <= machine.free:
-            return f"{narrow} {again}".strip()
-    # Another number of processes than there are is worth a word only for those who have not split the model yet.
-    counts = [machine.processes] if options.shard or machine.processes > 1 else [1, 2, 4, 8, 16]
-    if machine.device == "cpu" and not options.shard:
-        counts = [1]  # the processes of a machine share its memory
-    for number in counts if options.shard else dict.fromkeys([1, *counts]):
-        needs = estimate(plan, width, tokens, machine.device.split(":")[0], number)
-        shard = "" if number == 1 or options.shard else "--shard"
-        over = f" over {number} devices" if shard and machine.processes == 1 else ""
-        flags = {shard + over: needs.least if options.gradient_checkpointing else needs.plain}
-        flags[" ".join(filter(None, (shard, again))) + over] = needs.least
-        for given, size in flags.items():
-            if given and size <= machine.free:
-                return given + (f", which needs {gib(size)} on each" if shard else "")
+    for remedy in _remedies(demand, machine):
+        if remedy.size <= machine.free:
+            over = f" over {remedy.devices} devices" if remedy.devices > 1 and machine.processes == 1 else ""
+            split = remedy.devices > 1 and not demand.options.shard
+            return remedy.flags + over + (f", which needs {gib(remedy.size)} on each" if split else "")
     more = "shorter samples, smaller pictures (the family's own flags), "
-    if machine.device == "cpu" and not options.shard:
+    if demand.options.shard:
+        return more + "or more devices"
+    if machine.device == "cpu":  # the processes of a machine share its memory
         return more + "or a machine with more memory"
-    return more + ("or more devices" if options.shard else "--shard over several devices, or one with more memory")
+    return more + "--shard over several devices, or one with more memory"
 
 
-def _room_on_gpu(live: LiveModel, warm_up: Callable[[], None]) -> float:
+def _remedies(demand: Demand, machine: Machine) -> Iterator[_Remedy]:
+    """Flags that the user has not given, those that cost least first.
+
+    Half precision, then gradient checkpointing, then the fewest devices that the model can be split over.
+    """
+    again = "" if demand.options.gradient_checkpointing else "--gradient_checkpointing"
+    if demand.precision == "no":
+        narrow = f"--mixed_precision {'bf16' if machine.device == 'cpu' else 'fp16'}"
+        yield from _with_and_without(again, narrow, demand.needs(machine, width=2))
+    if again:
+        yield _Remedy(again, demand.needs(machine).least)
+    if demand.options.shard or machine.device == "cpu":
+        return
+    # Who has not started several processes yet is told how many it takes.
+    for devices in [machine.processes] if machine.processes > 1 else [2, 4, 8, 16]:
+        yield from _with_and_without(again, "--shard", demand.needs(machine, shares=devices), devices)
+
+
+def _with_and_without(again: str, flags: str, needs: Needs, devices: int = 1) -> Iterator[_Remedy]:
+    """Flags alone, then with gradient checkpointing; where that is given already, it is counted in."""
+    if again:
+        yield _Remedy(flags, needs.plain, devices)
+        yield _Remedy(f"{flags} {again}", needs.least, devices)
+    else:
+        yield _Remedy(flags, needs.least, devices)
+
+
+def _gpu_budget(live: LiveModel, warm_up: Callable[[], None]) -> float:
     """Bytes that are left beside a sample's activations, which are measured, and blocks that are worked on."""
     device = live.task_vectors.device
     gc.collect()

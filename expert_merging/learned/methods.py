@@ -15,6 +15,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.method import ORDER_FREE, SAMPLES, Preparation, Prepare, enter_method
 from expert_merging.parts import Part
+from expert_merging.plan import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from expert_merging.learned.coefficients import Coefficients
 
 
-def merge_with_coefficients(task_vectors: Tensor, part: Part, coefficients: Coefficients) -> Tensor:
-    """Sum of the task vectors, each chunk times its coefficient (paper, Eq. 5)."""
-    return coefficients.rule(task_vectors, part)
+def merge_with_coefficients(
+    task_vectors: Tensor, part: Part, base: Tensor, coefficients: Coefficients, directions: Rule
+) -> Tensor:
+    """Sum of the task vectors, or of what stands for them, each chunk times its coefficient (paper, Eq. 5)."""
+    return coefficients.merge(directions(task_vectors, part, base), part)
 
 
 def learns(**fields: Any) -> Callable[[Callable[..., Preparation]], Callable[..., Preparation]]:
@@ -36,14 +39,14 @@ def learns(**fields: Any) -> Callable[[Callable[..., Preparation]], Callable[...
 
     def enter(prepare: Callable[..., Preparation]) -> Callable[..., Preparation]:
         given = {"unit": "entries", "reads": frozenset({SAMPLES}), **fields}
-        prepared = Prepare(prepare, ("coefficients",))
+        prepared = Prepare(prepare, ("coefficients", "directions"))
         enter_method(merge_with_coefficients, described=prepare, prepare=prepared, **given)
         return prepare
 
     return enter
 
 
-@learns(options=LearningOptions, family_defaults=("scaling_coefficient", "samples_per_task", "sparsity_reg_weight"))
+@learns(options=LearningOptions, family_defaults=("samples_per_task", "sparsity_reg_weight"))
 def expert_merging(context: Context, **options: object) -> Preparation:
     """One coefficient per expert and parameter, learned by aligning with each expert (arXiv 2509.25712).
 
@@ -59,7 +62,7 @@ def expert_merging(context: Context, **options: object) -> Preparation:
     name="expert_merging++",
     aliases=("expert_merging_pp",),
     options=ChunkingOptions,
-    family_defaults=("scaling_coefficient", "samples_per_task", "sparsity_reg_weight"),
+    family_defaults=("samples_per_task", "sparsity_reg_weight"),
 )
 def expert_merging_pp(context: Context, **options: object) -> Preparation:
     """Expert Merging, then several coefficients for the parameters that matter most (arXiv 2509.25712, section 3.3).
@@ -127,11 +130,10 @@ def coefficients(context: Context, *, coefficients: str | None = None) -> Prepar
     Raises:
         InputError: there are none, or they belong to other experts or parameters.
     """
-    from expert_merging.learned.stages import matching_coefficients
+    from expert_merging.learned.stages import applied
 
     if coefficients is None:
         raise InputError(
             "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
         )
-    loaded = matching_coefficients(Path(coefficients), context.plan)
-    return Preparation(lambda: {"coefficients": loaded}, {"coefficients": loaded.fingerprint()})
+    return applied(context, Path(coefficients))

@@ -1,12 +1,22 @@
-"""The options of methods that learn coefficients; read by the command line before torch is loaded."""
+"""The options of methods that learn coefficients; read by the command line before torch is loaded.
+
+Each class says itself what its options ask for: the objective, the directions and the coefficients. So nothing else
+needs to know which method it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from expert_merging.errors import InputError
 from expert_merging.flags import Count, Fraction, Interval, NotNegative, Positive
+from expert_merging.parts import Part
 from expert_merging.running.options import SampleOptions
+
+if TYPE_CHECKING:
+    from expert_merging.running.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,31 +27,66 @@ class TrainingOptions(SampleOptions):
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
             strictly between 0 and 1.
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
-        learning_rate: AdamW's rate at the start of each cosine cycle.
+        learning_rate: AdamW's rate at the start of each cosine cycle; the published 0.5 is for few updates of
+            coefficients of task vectors, and 0.02 has served other directions.
         gradient_accumulation_steps: samples per update.
         task_vectors: where base and experts are kept in their own type while learning: on the device, in host memory,
-            or on disk alone, read whenever they are needed; auto takes the first of these with room, tensor by tensor.
-        rank_batches: turn weight gradients into coefficients' gradients after every sample, which takes least memory,
-            or once per update, which reads the task vectors least often; auto decides by free memory.
-        shard: split base, merged weights and task vectors over the processes of the run, for models that no device has
-            room for; also the experts while they are asked.
+            or on disk alone, read whenever they are needed; auto takes the first of these with enough memory, tensor by
+            tensor.
+        weight_gradients: when gradients of weights are turned into gradients of coefficients: after every sample, which
+            takes least memory, or once per update, which reads the task vectors least often; auto decides by free
+            memory. Also called rank_batches.
+        shard: split base, merged weights and task vectors over the processes of the run, for models that fit on no
+            device; also the experts while they are asked.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         logits_chunk_tokens: tokens whose logits are held at a time; by default as many as fit into 64 MiB.
         loss_alphas: weight of a task in the losses, by task; 1 where none is given.
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
     """
 
-    scaling_coefficient: float | list[float] = 0.3
+    scaling_coefficient: float | list[float] | None = 0.3
     num_epochs: Count = 1
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
-    rank_batches: Literal["auto", "sample", "update"] = "auto"
+    weight_gradients: Literal["auto", "sample", "update"] = "auto"
     shard: bool = False
     gradient_checkpointing: bool = False
     logits_chunk_tokens: Count | None = None
     loss_alphas: dict[str, NotNegative] | None = None
     task_vector_coeffs_dict: dict[str, float] | None = None
+
+    @property
+    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
+        """What coefficients multiply, by name, and its options where they are not the defaults."""
+        return "task_vectors", None
+
+    @property
+    def regularisation_weight(self) -> float:
+        """Weight of the coefficients' distance from their initial values."""
+        return 0.0
+
+    def objective(self, layers: int | None) -> Objective:
+        """What is made small.
+
+        Args:
+            layers: number of layers of the language model, None if ``config.json`` does not say.
+
+        Raises:
+            InputError: the options leave nothing to learn, or name layers that the model does not have.
+        """
+        del layers
+        from expert_merging.running.objectives import prediction_entropy
+
+        return prediction_entropy(self.logits_chunk_tokens)
+
+    def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
+        """Number of coefficients per expert, by tensor name.
+
+        Raises:
+            InputError: the options do not fit the tensors.
+        """
+        return {part.name: 1 for part in parts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +94,11 @@ class AlignmentOptions(TrainingOptions):
     """How the merged model is aligned with the experts.
 
     Args:
+        scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
+            strictly between 0 and 1 for task vectors, any for directions of a method.
+        directions: what the coefficients multiply, task_vectors or what each expert adds to the result of a method
+            (svd, aswudi, ...), with the coefficient 1 and that method's other defaults; these coefficients may pass 1.
+            Or trimmed, task vectors as TIES trims them.
         temperature: softens both distributions in the logit alignment.
         logits_weight: weight of the logit alignment.
         hidden_states_weight: weight of the hidden-state alignment.
@@ -57,11 +107,59 @@ class AlignmentOptions(TrainingOptions):
         sparsity_reg_weight: weight of the coefficients' distance from their initial value.
     """
 
+    scaling_coefficient: float | list[float] | None = None
+    directions: str = "task_vectors"
     temperature: Positive = 1.0
     logits_weight: NotNegative = 1.0
     hidden_states_weight: NotNegative = 1.0
     hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "middle"
     sparsity_reg_weight: NotNegative = 0.8
+
+    @property
+    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
+        """See `TrainingOptions.asked_directions`."""
+        return self.directions, None
+
+    @property
+    def regularisation_weight(self) -> float:
+        """See `TrainingOptions.regularisation_weight`."""
+        return self.sparsity_reg_weight
+
+    def objective(self, layers: int | None) -> Objective:
+        """See `TrainingOptions.objective`."""
+        from expert_merging.running.objectives import alignment
+
+        aligned = self._aligned_layers(layers)
+        if not aligned and self.logits_weight == 0:
+            raise InputError(
+                "neither logits nor hidden states are aligned, so there is nothing to learn; give --logits_weight or "
+                "--hidden_states_weight and --hidden_states_layers a value that is not 0 or none"
+            )
+        return alignment(
+            aligned,
+            temperature=self.temperature,
+            logits_weight=self.logits_weight,
+            hidden_states_weight=self.hidden_states_weight,
+            slice_tokens=self.logits_chunk_tokens,
+        )
+
+    def _aligned_layers(self, count: int | None) -> tuple[int, ...]:
+        """Indices of the aligned hidden states: 0 is the embeddings' output, N that of layer N."""
+        chosen = self.hidden_states_layers
+        if chosen == "none" or self.hidden_states_weight == 0:
+            return ()
+        if count is None:
+            raise InputError(
+                "config.json of the base does not say how many layers it has; give --hidden_states_layers none"
+            )
+        if chosen == "middle":
+            return (count // 2,)
+        if chosen == "all":
+            return tuple(range(1, count + 1))
+        outside = [layer for layer in chosen if int(layer) > count]
+        if outside:
+            raise InputError(f"--hidden_states_layers: the model has {count} layers (0 to {count}), got {outside[0]}")
+        return tuple(int(layer) for layer in chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +167,20 @@ class LearningOptions(AlignmentOptions):
     """Options of Expert Merging.
 
     Args:
+        parametrisation: an expert's coefficients for a parameter, one (layer), several for chunks of it (chunk, with
+            coeffs_size_dict), or one for each output row of a matrix (row).
         coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
-            keeps the initial value, the last matching pattern counts.
+            keeps the initial value, the last matching pattern counts. It wins over the parametrisation.
     """
 
+    parametrisation: Literal["layer", "chunk", "row"] = "layer"
     coeffs_size_dict: dict[str, int] | None = None
+
+    def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
+        """See `TrainingOptions.chunks`."""
+        from expert_merging.learned.chunks import choose_chunks
+
+        return choose_chunks(parts, self.coeffs_size_dict or {}, self.parametrisation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +215,8 @@ class TrimmingOptions(TrainingOptions):
     """
 
     density: Fraction = 0.2
+
+    @property
+    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
+        """See `TrainingOptions.asked_directions`."""
+        return "trimmed", {"density": self.density}

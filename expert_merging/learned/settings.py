@@ -5,74 +5,80 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from expert_merging import processes
 from expert_merging.backbone import layer_count
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.learned.coefficients import CoefficientVector, choose_chunks
-from expert_merging.learned.options import AlignmentOptions, LearningOptions, TrainingOptions
-from expert_merging.running.objectives import Objective, alignment, prediction_entropy
+from expert_merging.learned.directions import Directions, find_directions
+from expert_merging.learned.options import TrainingOptions
+from expert_merging.learned.parametrisations import Layout
+from expert_merging.running.losses import regularisation
+from expert_merging.running.objectives import Objective
 from expert_merging.running.samples import Samples, check_samples
+
+# Initial value of coefficients of task vectors, where the family has none.
+_USUAL = 0.3
 
 
 @dataclass(frozen=True)
+class Regularisation:
+    """What holds coefficients near their initial values.
+
+    Args:
+        weight: its weight beside the losses.
+        count: coefficients per expert that it is divided by; None for those that are trained.
+    """
+
+    weight: float
+    count: float | None = None
+
+    def penalty(self, values: Tensor, anchor: Tensor, experts: int) -> Tensor:
+        """The weighted distance of the trained coefficients ``(coefficients,)`` from their initial values."""
+        return self.weight * regularisation(values, anchor, self.count or values.numel() / experts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options after all checks, in the form that training uses.
 
     Args:
         options: the options as given.
         asked: calibration samples.
-        initial: initial coefficient per expert.
-        scale: factor on task vectors per expert.
-        chunks: number of chunks by parameter name.
         objective: what is made small.
-        regularisation_weight: weight of the coefficients' distance from their initial values.
-        budget: coefficients per expert that the regularisation counts; None for those that are trained.
-        start: ``(experts,)`` first values by parameter name; None for the initial ones.
-        shared: one coefficient per expert for all parameters together.
-        density: fraction of the task vectors' entries that TIES keeps before anything is learned; None for all.
+        directions: what the coefficients multiply.
+        scale: factor on an expert's directions, per expert.
+        layout: which coefficients there are and where they start.
+        regularisation: what holds them near their initial values.
     """
 
     options: TrainingOptions
     asked: Samples
-    initial: tuple[float, ...]
-    scale: tuple[float, ...]
-    chunks: Mapping[str, int]
     objective: Objective
-    regularisation_weight: float
-    budget: float | None = None
-    start: Mapping[str, Tensor] | None = None
-    shared: bool = False
-    density: float | None = None
-
-    @property
-    def trained(self) -> int:
-        """Number of coefficients that are learned."""
-        return len(self.initial) * (1 if self.shared else sum(self.chunks.values()))
-
-    def make_vector(self, device: torch.device) -> CoefficientVector:
-        """The coefficients as training begins."""
-        return CoefficientVector(self.chunks, self.initial, device, start=self.start, shared=self.shared)
+    directions: Directions
+    scale: tuple[float, ...]
+    layout: Layout
+    regularisation: Regularisation
 
 
 def check(context: Context, options: TrainingOptions) -> Settings:
-    """Resolve the options against experts, parameters and calibration files."""
+    """Resolve the options against experts, parameters and calibration files.
+
+    Raises:
+        InputError: every problem found.
+    """
     plan, problems = context.plan, Problems()
     experts = tuple(plan.experts)
-    sizes = {name: plan.base.entries[name].elements for name in plan.merged}
-    initial, scale, chunks = (), (), dict.fromkeys(sizes, 1)  # type: tuple[float, ...], tuple[float, ...], dict[str, int]
     with problems.collecting():
-        initial = _initial_values(options.scaling_coefficient, experts)
+        directions = find_directions(context, *options.asked_directions)
+        initial = _initial_values(options, directions, context)
     with problems.collecting():
         scale = _task_vector_scale(options.task_vector_coeffs_dict or {}, experts)
-    if isinstance(options, LearningOptions):
-        with problems.collecting():
-            chunks = choose_chunks(sizes, options.coeffs_size_dict or {})
     with problems.collecting():
-        objective = _objective(options, layer_count(plan.base.config))
+        chunks = options.chunks(map(plan.part, plan.merged))
+    with problems.collecting():
+        objective = options.objective(layer_count(plan.base.config))
     with problems.collecting():
         check_tracker(context.log_with)
     if options.shard and processes.count() == 1:
@@ -87,35 +93,25 @@ def check(context: Context, options: TrainingOptions) -> Settings:
                 known = near_name(task, asked.tasks)
                 problems.add(f"--loss_alphas names the task {task!r}, which has no samples. {known}")
     problems.check()
-    weight = options.sparsity_reg_weight if isinstance(options, AlignmentOptions) else 0.0
-    return Settings(options, asked, initial, scale, chunks, objective, weight)
-
-
-def _objective(options: TrainingOptions, layer_count: int | None) -> Objective:
-    if not isinstance(options, AlignmentOptions):
-        return prediction_entropy(options.logits_chunk_tokens)
-    layers = _aligned_layers(options, layer_count)
-    if not layers and options.logits_weight == 0:
-        raise InputError(
-            "neither logits nor hidden states are aligned, so there is nothing to learn; give --logits_weight or "
-            "--hidden_states_weight and --hidden_states_layers a value that is not 0 or none"
-        )
-    return alignment(
-        layers,
-        temperature=options.temperature,
-        logits_weight=options.logits_weight,
-        hidden_states_weight=options.hidden_states_weight,
-        slice_tokens=options.logits_chunk_tokens,
+    return Settings(
+        options=options,
+        asked=asked,
+        objective=objective,
+        directions=directions,
+        scale=scale,
+        layout=Layout(chunks, initial, bounded=directions.bounded),
+        regularisation=Regularisation(options.regularisation_weight),
     )
 
 
-def _initial_values(given: float | list[float], experts: tuple[str, ...]) -> tuple[float, ...]:
-    values = given if isinstance(given, list) else [given] * len(experts)
-    if len(values) != len(experts):
-        raise InputError(
-            f"--scaling_coefficient has {len(values)} values for {len(experts)} experts ({', '.join(experts)})"
-        )
-    outside = [value for value in values if not 0 < value < 1]
+def _initial_values(options: TrainingOptions, directions: Directions, context: Context) -> tuple[float, ...]:
+    """Initial coefficient per expert: as given, or 1 for a method's directions, or the family's."""
+    given = options.scaling_coefficient
+    if given is None:
+        family = float(context.backbone.defaults.get("scaling_coefficient", _USUAL))
+        given = family if directions.initial is None else directions.initial
+    values = given if isinstance(given, list) else [given] * len(context.plan.experts)
+    outside = [value for value in values if directions.bounded and not 0 < value < 1]
     if outside:
         raise InputError(
             "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between 0 and 1 "
@@ -131,25 +127,6 @@ def _task_vector_scale(given: Mapping[str, float], experts: tuple[str, ...]) -> 
             f"--task_vector_coeffs_dict: there is no expert {unknown[0]!r}. {near_name(unknown[0], experts)}"
         )
     return tuple(given.get(name, 1.0) for name in experts)
-
-
-def _aligned_layers(options: AlignmentOptions, count: int | None) -> tuple[int, ...]:
-    """Indices of the aligned hidden states: 0 is the embeddings' output, N that of layer N."""
-    chosen = options.hidden_states_layers
-    if chosen == "none" or options.hidden_states_weight == 0:
-        return ()
-    if count is None:
-        raise InputError(
-            "config.json of the base does not say how many layers it has; give --hidden_states_layers none"
-        )
-    if chosen == "middle":
-        return (count // 2,)
-    if chosen == "all":
-        return tuple(range(1, count + 1))
-    outside = [layer for layer in chosen if int(layer) > count]
-    if outside:
-        raise InputError(f"--hidden_states_layers: the model has {count} layers (0 to {count}), got {outside[0]}")
-    return tuple(int(layer) for layer in chosen)
 
 
 def check_tracker(log_with: str) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
-from expert_merging.learned.coefficients import Coefficients, chunk_count, load_coefficients
+from expert_merging.learned.chunks import chunk_count
+from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.directions import find_directions, kept_output
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
-from expert_merging.learned.memory import describe, this_machine
-from expert_merging.learned.options import ChunkingOptions, TrainingOptions, TrimmingOptions
-from expert_merging.learned.settings import Settings, check
+from expert_merging.learned.memory import Demand, describe, this_machine
+from expert_merging.learned.options import ChunkingOptions, TrainingOptions
+from expert_merging.learned.settings import Regularisation, Settings, check
 from expert_merging.learned.trainer import Trainer
 from expert_merging.method import Preparation
 from expert_merging.plan import Plan
+from expert_merging.processes import is_main_process
+from expert_merging.writing import check_free_disk
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,9 @@ def one_stage(context: Context, options: TrainingOptions, *, shared: bool = Fals
     Raises:
         InputError: all problems found.
     """
-    density = options.density if isinstance(options, TrimmingOptions) else None
-    settings = replace(check(context, options), shared=shared, density=density)
-    notes = (f"{settings.trained} coefficients learned {_amount(settings)}",)
+    settings = check(context, options)
+    settings = replace(settings, layout=replace(settings.layout, shared=shared))
+    notes = (f"{settings.layout.trained} coefficients learned {_amount(settings)}",)
     return _work(context, settings, lambda: Trainer(context, settings).train(), notes)
 
 
@@ -80,7 +84,7 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         return Trainer(context, second, material).train()
 
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
-    notes = (f"stage 1: {settings.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
+    notes = (f"stage 1: {settings.layout.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
     inputs = {} if given is None else {"coefficients": given.fingerprint()}
     return _work(context, settings, learn, notes, inputs)
 
@@ -101,11 +105,12 @@ def second_stage(
     else:
         wanted = 2 if options.chunking == "all" else 1
         chunks = {name: chunk_count(elements, wanted) for name, elements in sizes.items()}
-    start = None
+    begin = None
     if options.stage2_init == "learned":
-        start = {name: mean_coefficients(first.values[name], sizes[name]) for name in sizes}
-        start = {
-            name: value if chunks[name] == 0 else value.clamp(_INSIDE, 1 - _INSIDE) for name, value in start.items()
+        begin = {name: mean_coefficients(first.values[name], sizes[name]) for name in sizes}
+    if begin is not None and settings.layout.bounded:
+        begin = {
+            name: value if chunks[name] == 0 else value.clamp(_INSIDE, 1 - _INSIDE) for name, value in begin.items()
         }
     logger.info(
         "stage 2: %d chunks per expert for a budget of %g; %d of %d parameters keep a fixed coefficient",
@@ -114,7 +119,11 @@ def second_stage(
         sum(count == 0 for count in chunks.values()),
         len(chunks),
     )
-    return replace(settings, chunks=chunks, budget=budget, start=start)
+    return replace(
+        settings,
+        layout=replace(settings.layout, chunks=chunks, first=begin),
+        regularisation=Regularisation(settings.regularisation.weight, budget),
+    )
 
 
 def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
@@ -146,15 +155,19 @@ def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
 def _check_first_stage(given: Coefficients, settings: Settings) -> None:
     """Check that coefficients from elsewhere can be what this run's first stage would have learned."""
     problems = Problems()
-    if given.trimming is not None:
-        problems.add("--coefficients were learned on trimmed task vectors; give a run of expert_merging")
+    if given.directions != settings.directions.record:
+        problems.add(
+            f"--coefficients were learned on {given.directions['name']} and this run learns on "
+            f"{settings.directions.name}, or on the same with other options; give a run of expert_merging with the "
+            "same --directions"
+        )
     if given.task_vector_scale != settings.scale:
         problems.add(
             "--coefficients were learned on task vectors that were scaled otherwise; give the "
             "--task_vector_coeffs_dict that they were learned with"
         )
     outside = [name for name, value in given.values.items() if not bool(((value >= 0) & (value <= 1)).all())]
-    if outside:
+    if settings.layout.bounded and outside:
         problems.add(f"--coefficients has values outside [0, 1] for {outside[0]}; the second stage learns inside only")
     problems.check()
 
@@ -192,6 +205,25 @@ def _amount(settings: Settings) -> str:
     return f"from {len(settings.asked.samples)} samples in {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
+def applied(context: Context, place: Path) -> Preparation:
+    """The rule that coefficients of an earlier run are.
+
+    Args:
+        context: the run.
+        place: that run's folder, or its file of coefficients.
+
+    Raises:
+        InputError: there are none, or they belong to other experts, parameters or directions.
+    """
+    loaded = matching_coefficients(place, context.plan)
+    directions = find_directions(context, **loaded.directions)
+
+    def prepare() -> dict[str, Any]:
+        return {"coefficients": loaded, "directions": directions.prepare()}
+
+    return Preparation(prepare, {"coefficients": loaded.fingerprint()}, unit=directions.unit)
+
+
 def _work(
     context: Context,
     settings: Settings,
@@ -200,21 +232,35 @@ def _work(
     inputs: Mapping[str, str] | None = None,
 ) -> Preparation:
     """The work of a method whose options are checked."""
+    directions = settings.directions
+    if not directions.in_blocks and is_main_process() and not context.run.coefficients.exists():
+        check_free_disk(context.run.directions, kept_output(context.plan).size)
 
-    def learn() -> dict[str, Coefficients]:
+    def learn() -> dict[str, Any]:
         coefficients = _learned(context, train)
-        # The processes of a parallel run have met for the last time; one that leaves without this can break another.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        return {"coefficients": coefficients}
+        if is_main_process():
+            shutil.rmtree(context.run.directions, ignore_errors=True)  # merging makes a tensor's directions itself
+        return {"coefficients": coefficients, "directions": directions.prepare()}
 
     layers = settings.objective.layers
-    decisive = {**settings.asked.inputs, "layers": ",".join(map(str, layers))}
+    initial = ", ".join(f"{value:g}" for value in dict.fromkeys(settings.layout.initial))
+    decisive = {**settings.asked.inputs, "layers": ",".join(map(str, layers)), "initial": initial}
     precision = "float32" if settings.asked.precision == "no" else settings.asked.precision
+    multiplied = f"coefficients start at {initial} and multiply {_describe_directions(settings)}"
     aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {precision}"
-    machine = this_machine(context.device)
-    memory = describe(context.plan, settings.asked.precision, machine, settings.options, tokens=settings.asked.longest)
-    return Preparation(learn, {**decisive, **(inputs or {})}, (*notes, aligned, *memory))
+    demand = Demand(context.plan, settings.asked.precision, settings.asked.longest, settings.options, directions)
+    memory = describe(demand, this_machine(context.device))
+    notes = (*notes, multiplied, aligned, *memory)
+    return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=directions.unit)
+
+
+def _describe_directions(settings: Settings) -> str:
+    """What coefficients multiply, in words."""
+    directions = settings.directions
+    if directions.bounded:
+        return directions.name.replace("_", " ") + (" task vectors" if directions.options else "")
+    options = ", ".join(f"{name} {value}" for name, value in directions.options.items())
+    return f"each expert's part of {directions.name} ({options})"
 
 
 def _learned(context: Context, train: Callable[[], Coefficients]) -> Coefficients:

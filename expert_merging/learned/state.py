@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expert_merging.errors import InputError
 from expert_merging.writing import sync_files
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingState:
@@ -22,6 +34,25 @@ class TrainingState:
         self.epoch_samples = 0
         self.best_loss = math.inf
         self.epochs_without_better = 0
+
+    def count(self, means: Mapping[str, float], *, samples: int, numbers: Tensor) -> None:
+        """Count an update.
+
+        Args:
+            means: mean losses of its samples.
+            samples: their number.
+            numbers: what is trained, as the update has left it.
+
+        Raises:
+            InputError: a loss or a number is not finite.
+        """
+        if not (math.isfinite(means["total"]) and numbers.isfinite().all()):
+            raise InputError(
+                f"the loss is not a number after {self.updates} updates; lower --learning_rate, or use "
+                "--mixed_precision no"
+            )
+        self.updates += 1
+        self.add(means, samples)
 
     def add(self, losses: Mapping[str, float], samples: int) -> None:
         """Count the mean losses of an update's samples; the one called ``total`` is the sum of the others."""
@@ -72,6 +103,43 @@ class StateFolder:
             os.rename(self.folder, self.old)
         os.rename(self.partial, self.folder)
         shutil.rmtree(self.old, ignore_errors=True)
+
+    def save(self, accelerator: Any, trained: torch.nn.Module, state: TrainingState) -> None:
+        """Save what a restart needs."""
+
+        def write(folder: Path) -> None:
+            accelerator.save_state(str(folder))
+            save_file(trained.state_dict(), folder / "coefficients.safetensors")
+            (folder / "training.json").write_text(json.dumps(vars(state)), encoding="utf-8")
+
+        self.replace(write)
+
+    def resume(self, accelerator: Any, trained: torch.nn.Module, state: TrainingState) -> None:
+        """Take up the last saved state; what is damaged is passed over.
+
+        Raises:
+            InputError: the processes have not found the same.
+        """
+        for place in self.found:
+            try:
+                training = json.loads((place / "training.json").read_text(encoding="utf-8"))
+                if training.keys() != vars(state).keys():
+                    raise ValueError("it is of another version")
+                saved = load_file(place / "coefficients.safetensors")
+                accelerator.load_state(str(place))
+            except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+                logger.warning("the saved state in %s cannot be read (%s)", place, str(error).split("\n")[0])
+                continue
+            trained.load_state_dict(saved)
+            vars(state).update(training)
+            logger.info("continuing after update %d", state.updates)
+            break
+        own = torch.tensor([state.updates], device=accelerator.device)
+        if len(found := set(accelerator.gather(own).tolist())) > 1:
+            raise InputError(
+                f"some processes continue after update {min(found)}, others after {max(found)}; all of them must "
+                f"be able to read {self.folder}, or move it away"
+            )
 
     def remove(self) -> None:
         """Remove all states."""

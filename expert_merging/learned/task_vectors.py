@@ -1,9 +1,12 @@
-"""Base weights and task vectors in float32, a block at a time, from wherever there is room for them.
+"""Base weights and task vectors in float32, a block at a time, from wherever there is memory for them.
 
-They are kept in the checkpoints' own types, which is exact and takes no more room than the files, tensor by tensor on
-the training device, in host memory, or not at all: then they are read from the files whenever they are needed. What is
-not on the device is brought there a block ahead of its use, on a CUDA device by a stream of its own. The subtraction
+They are kept in the files' own types, which is exact and takes no more memory than the files, tensor by tensor on the
+training device, in host memory, or not at all: then they are read from the files whenever they are needed. What is not
+on the device is brought there a block ahead of its use, on a CUDA device by a stream of its own. The subtraction
 ``expert - base`` is done in float32 on pieces that fit into a core's cache, so it costs little more than reading.
+
+Where coefficients multiply other directions than task vectors, those stand here in their place: made from the task
+vectors of each piece, or read from the files that keep them.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.checkpoint import FLOATS
-from expert_merging.learned.coefficients import Trimming
+from expert_merging.checkpoint import Checkpoint
+from expert_merging.learned.directions import as_they_are, kept_name
 from expert_merging.parts import Part
-from expert_merging.plan import Plan
+from expert_merging.plan import Plan, Rule
 from expert_merging.progress import no_progress
 from expert_merging.streaming import Passes
 
@@ -38,7 +41,7 @@ _ALIGNED = 64  # bytes
 
 
 class TaskVectors:
-    """Base weights and task vectors of all merged tensors.
+    """Base weights and task vectors, or other directions, of all merged tensors.
 
     Attributes:
         magnitudes: mean absolute entry of every task vector, per expert by tensor name.
@@ -48,20 +51,27 @@ class TaskVectors:
         plan: the checkpoints.
         scale: factor on each expert's task vectors.
         device: training device.
-        trimming: what is done to the task vectors first.
+        rule: what is made of a block of task vectors: ``(task_vectors, part, None) -> (experts, entries)``.
+        kept: files with the directions, which are used instead of what the experts' files have.
 
     Raises:
         InputError: a checkpoint has NaN or infinite values.
     """
 
     def __init__(
-        self, plan: Plan, scale: Sequence[float], device: torch.device, trimming: Trimming | None = None
+        self,
+        plan: Plan,
+        scale: Sequence[float],
+        device: torch.device,
+        rule: Rule = as_they_are,
+        kept: Checkpoint | None = None,
     ) -> None:
         self.plan = plan
         self.scale = scale
         self.device = device
-        self.trimming = trimming
-        self.magnitudes = _mean_magnitudes(plan, trimming)
+        self.rule = rule
+        self.kept = kept
+        self.magnitudes = _mean_magnitudes(plan, rule) if kept is None else _kept_magnitudes(plan, kept)
         self.places = dict.fromkeys(plan.merged, DISK)
         self._held = {name: [self.plan.part(name)] for name in plan.merged}
         # By part, matrices ``(checkpoints, entries)``, the base's row first: one, or several where types differ.
@@ -89,17 +99,26 @@ class TaskVectors:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes that this process's part of each tensor takes where it is kept, base and experts together."""
-        checkpoints = (self.plan.base, *self.plan.experts.values())
         return {
-            name: sum(FLOATS[checkpoint.entries[name].dtype][1] for checkpoint in checkpoints)
+            name: sum(checkpoint.entries[stored].torch_dtype.itemsize for checkpoint, stored in self._rows(name))
             * sum(part.entries for part in parts)
             for name, parts in self._held.items()
         }
 
+    def _rows(self, name: str) -> list[tuple[Checkpoint, str]]:
+        """Where the base and each expert's share of a tensor are stored: in which files, and by which name."""
+        if self.kept is not None:
+            return [(self.plan.base, name), *((self.kept, kept_name(expert, name)) for expert in self.plan.experts)]
+        return [(checkpoint, name) for checkpoint in (self.plan.base, *self.plan.experts.values())]
+
     @property
     def working_bytes(self) -> int:
         """Bytes on the device beside what is kept there: float32 numbers of one step, and two blocks on their way."""
-        widest = max(FLOATS[self.plan.base.entries[name].dtype][1] for name in self.plan.merged)
+        widest = max(
+            checkpoint.entries[stored].torch_dtype.itemsize
+            for name in self.plan.merged
+            for checkpoint, stored in self._rows(name)
+        )
         return (len(self.scale) + 1) * (4 * self._step + 2 * widest * self._block)
 
     def place(self, places: Mapping[str, str]) -> None:
@@ -155,37 +174,37 @@ class TaskVectors:
             self.release()
             fetcher.shutdown(wait=False)  # the last reference may have been the fetching thread
 
-    def blocks(self, wanted: Iterable[Part], after: Part | None = None) -> Iterator[tuple[Part, Part, Tensor, Tensor]]:
-        """Go through parts piece by piece, fetching each block while the one before it is used.
+    def blocks(self, wanted: Iterable[Part], then: Part | None = None) -> Iterator[tuple[Part, Part, Tensor, Tensor]]:
+        """Go through parts piece by piece; while a block is used, the next one is fetched.
 
         Args:
             wanted: what is needed.
-            after: what will be needed next time, if it is known.
+            then: what will be asked for after that, if it is known: its first block is fetched during the last one.
 
         Yields:
             The part, the piece of it that is read, base weights ``(entries,)`` and task vectors
             ``(experts, entries)``, both float32. Both may be overwritten, and are by the next piece.
         """
-        owned = [(part, block) for part in wanted for block in part.cut(self._block)]
-        upcoming = next(after.cut(self._block), None) if after is not None else None
-        ahead = [*(block for _, block in owned[1:]), upcoming]
-        for (part, block), following in zip(owned, ahead, strict=False):
+        owners = [(part, block) for part in wanted for block in part.cut(self._block)]
+        order: list[Part | None] = [block for _, block in owners]
+        order.append(None if then is None else next(then.cut(self._block), None))
+        for (part, block), following in zip(owners, order[1:], strict=True):
             stored = self._fetched(block)
             self._fetch_ahead(following)
             for piece in block.cut(self._step):
                 run = slice(piece.start - block.start, piece.stop - block.start)
-                yield part, piece, *self._in_float32([matrix[:, run] for matrix in stored])
+                yield part, piece, *self._in_float32(piece, [matrix[:, run] for matrix in stored])
 
-    def _in_float32(self, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _in_float32(self, part: Part, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
         if self._scratch.numel() == 0:
             self._scratch = torch.empty(len(self.scale) + 1, self._step, device=self.device)
         rows = self._scratch[:, : stored[0].shape[1]]
-        for part, matrix in zip(torch.split(rows, [len(matrix) for matrix in stored]), stored, strict=True):
-            part.copy_(matrix)
+        for converted, matrix in zip(torch.split(rows, [len(matrix) for matrix in stored]), stored, strict=True):
+            converted.copy_(matrix)
         base, task_vectors = rows[0], rows[1:]
-        task_vectors.sub_(base)  # apart from the conversion: a CPU is slow where types are mixed
-        if self.trimming is not None:
-            task_vectors = self.trimming(task_vectors)
+        if self.kept is None:
+            task_vectors.sub_(base)  # apart from the conversion: a CPU is slow where types are mixed
+            task_vectors = self.rule(task_vectors, part, None)
         for row, factor in zip(task_vectors, self.scale, strict=True):
             if factor != 1:
                 row.mul_(factor)
@@ -235,12 +254,11 @@ class TaskVectors:
 
     def _read(self, part: Part) -> list[Tensor]:
         found = []
-        checkpoints = (self.plan.base, *self.plan.experts.values())
-        for dtype, group in groupby(checkpoints, key=lambda checkpoint: checkpoint.entries[part.name].torch_dtype):
+        for dtype, group in groupby(self._rows(part.name), key=lambda row: row[0].entries[row[1]].torch_dtype):
             alike = list(group)
             matrix = torch.empty(len(alike), part.entries, dtype=dtype)
-            for row, checkpoint in zip(matrix, alike, strict=True):
-                checkpoint.read_into(row, part.name, part.start)
+            for row, (checkpoint, stored) in zip(matrix, alike, strict=True):
+                checkpoint.read_into(row, stored, part.start)
             found.append(matrix)
         return found
 
@@ -249,13 +267,12 @@ def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[float, ...]]:
+def _mean_magnitudes(plan: Plan, rule: Rule) -> dict[str, tuple[float, ...]]:
     """Mean absolute entry of every task vector; the pass over all of them also refuses what is not finite."""
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in plan.merged}
 
     def look(task_vectors: Tensor, part: Part) -> tuple[Part, list[float]]:
-        left = task_vectors if trimming is None else trimming(task_vectors)
-        found: list[float] = left.abs_().sum(1, dtype=torch.float64).tolist()
+        found: list[float] = rule(task_vectors, part, None).abs_().sum(1, dtype=torch.float64).tolist()
         return part, found
 
     def done(seen: tuple[Part, list[float]]) -> None:
@@ -270,3 +287,14 @@ def _mean_magnitudes(plan: Plan, trimming: Trimming | None) -> dict[str, tuple[f
             total += found[start]
         means[name] = tuple((total / max(1, plan.base.entries[name].elements)).tolist())
     return means
+
+
+def _kept_magnitudes(plan: Plan, kept: Checkpoint) -> dict[str, tuple[float, ...]]:
+    """The same of directions in files."""
+
+    def mean(expert: str, part: Part) -> float:
+        name = kept_name(expert, part.name)
+        blocks = (kept.read(name, block.start, block.stop) for block in part.cut(BLOCK_ON_CPU))
+        return sum(float(block.abs_().sum(dtype=torch.float64)) for block in blocks) / max(1, part.elements)
+
+    return {name: tuple(mean(expert, plan.part(name)) for expert in plan.experts) for name in plan.merged}

@@ -134,7 +134,7 @@ class Search:
             spare = _MARGIN * torch.cuda.get_device_properties(device).total_memory
             on_device = free_memory(str(device)) - task_vectors.working_bytes - spare
         self.accelerator.wait_for_everyone()
-        chosen = choose(task_vectors.sizes, 0, on_device, on_host, task_vectors="auto", rank_batches="sample")
+        chosen = choose(task_vectors.sizes, 0, on_device, on_host, task_vectors="auto", weight_gradients="sample")
         task_vectors.place(chosen.places)
 
     def _evaluate(self, scorer: Scorer, candidates: Sequence[Candidate], advance: Advance) -> list[float]:

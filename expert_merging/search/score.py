@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import CoefficientVector
 from expert_merging.learned.live import LiveModel
+from expert_merging.learned.parametrisations import CoefficientVector, Layout
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.running.objectives import alignment_losses
 from expert_merging.running.targets import Target
@@ -60,7 +60,8 @@ class Scorer:
     ) -> None:
         plan, self.targets = task_vectors.plan, targets
         # No value of these is used; that they are one each says how the given ones are laid out.
-        self.vector = _Given(dict.fromkeys(plan.merged, 1), [0.5] * len(plan.experts), task_vectors.device)
+        layout = Layout(dict.fromkeys(plan.merged, 1), [0.5] * len(plan.experts))
+        self.vector = _Given(layout, task_vectors.device)
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
         self.base = divergences(model, targets)
         for task, divergence in self.base.items():

@@ -259,10 +259,11 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
 
 def test_defaults_are_the_papers(internvl_zoo, tmp_path):
     run = run_command(tmp_path, *LEARNING, "--cache_dir", internvl_zoo, "--data_dir", internvl_zoo / "dataset")
-    options = json.loads(run.config.read_text())["options"]
+    record = json.loads(run.config.read_text())
+    options = record["options"]
+    assert record["inputs"]["initial"] == "0.1"
     expected = {
         "samples_per_task": 5,
-        "scaling_coefficient": 0.1,
         "sparsity_reg_weight": 5.0,
         "hidden_states_layers": "middle",
         "exclude_params": ["vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"],

@@ -268,10 +268,11 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(qwen_zoo, tmp
 
 def test_defaults_are_the_papers(qwen_zoo, tmp_path):
     run = run_command(tmp_path, *LEARNING, "--cache_dir", qwen_zoo, "--data_dir", qwen_zoo / "dataset")
-    options = json.loads(run.config.read_text())["options"]
+    record = json.loads(run.config.read_text())
+    options = record["options"]
+    assert record["inputs"]["initial"] == "0.3"
     expected = {
         "samples_per_task": 10,
-        "scaling_coefficient": 0.3,
         "sparsity_reg_weight": 0.8,
         "hidden_states_layers": "middle",
         "exclude_params": ["visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"],

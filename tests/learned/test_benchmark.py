@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 
 import pytest
 
-from benchmarks import shapes, variants
+from benchmarks import shapes, trainer, variants
 from benchmarks.checkpoints import make_checkpoints
 from benchmarks.shapes import SHAPES, Case, config_of, is_merged, parameter_shapes
 from benchmarks.trainer import compare, work
@@ -37,6 +38,9 @@ def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypat
     monkeypatch.setattr(shapes, "SHAPES", TINY)
     for name, value in {"TEXT_TOKENS": (20, 40), "TILE_TOKENS": 4, "TILE_PIXELS": 56, "TOKENS": (5, 75)}.items():
         monkeypatch.setattr(variants, name, value)
+    # What this process has taken at most was taken by other tests, perhaps.
+    amounts = count(1)
+    monkeypatch.setattr(trainer, "resident", lambda _: next(amounts))
     case = Case("limit", shape, 0, 3, 2, 9, "cpu", "float32", "host", "update", False, str(tmp_path))
     make_checkpoints(case.folders, case.config, distinct=case.distinct, differs=is_merged)
     found = {}

@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import Coefficients, chunk_length
+from expert_merging.learned.chunks import chunk_length
+from expert_merging.learned.coefficients import Coefficients
 from expert_merging.learned.importance import (
     allocate_chunks,
     describe_layers,
-    find_places,
     layer_importance,
     load_layers,
     mean_coefficients,
     save_layers,
 )
+from expert_merging.roles import find_places
 
 SIZES = {"a": 100, "b": 300, "c": 600}
 

@@ -12,9 +12,10 @@ import torch
 
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.learned import memory
-from expert_merging.learned.memory import Machine, choose, describe, estimate, this_machine
+from expert_merging.learned.memory import Demand, Machine, choose, describe, estimate, this_machine
 from expert_merging.learned.options import LearningOptions
-from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, Span, TaskVectors
+from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, TaskVectors
+from expert_merging.parts import Part
 from expert_merging.plan import Plan, make_plan
 from tests.checkpoints import write_checkpoint
 
@@ -34,20 +35,23 @@ SIZES = {"a": 40, "b": 40, "c": 20}
 )
 def test_memory_is_given_to_what_saves_most(device, host, places, accumulates):
     """100 bytes of base and experts, 50 of gradients."""
-    chosen = choose(SIZES, 50, device, host, task_vectors="auto", rank_batches="auto")
+    chosen = choose(SIZES, 50, device, host, task_vectors="auto", weight_gradients="auto")
     assert (list(chosen.places.values()), chosen.accumulates) == (places, accumulates)
 
 
 @pytest.mark.parametrize("place", [DEVICE, HOST, DISK])
 @pytest.mark.parametrize("batches", ["sample", "update"])
 def test_what_the_user_asks_for_is_done(place, batches):
-    chosen = choose(SIZES, 50, 0, 0, task_vectors=place, rank_batches=batches)
+    chosen = choose(SIZES, 50, 0, 0, task_vectors=place, weight_gradients=batches)
     assert (set(chosen.places.values()), chosen.accumulates) == ({place}, batches == "update")
 
 
 def test_gradients_are_added_up_in_what_asked_places_leave():
-    assert choose(SIZES, 50, 120, 0, task_vectors=HOST, rank_batches="auto").accumulates
-    assert not choose(SIZES, 50, 120, 0, task_vectors=DEVICE, rank_batches="auto").accumulates
+    assert choose(SIZES, 50, 120, 0, task_vectors=HOST, weight_gradients="auto").accumulates
+    assert not choose(SIZES, 50, 120, 0, task_vectors=DEVICE, weight_gradients="auto").accumulates
+
+
+WHOLE, SHORT = Part.whole("w", (1000,)), Part.whole("v", (7,))
 
 
 def make_vectors(folder: Path, scale=(1.0, 1.0)) -> tuple[TaskVectors, list[torch.Tensor]]:
@@ -70,18 +74,18 @@ def test_blocks_hold_exactly_the_differences(place, tmp_path):
     vectors, (base, *experts) = make_vectors(tmp_path, scale=(1.0, 0.5))
     vectors._block = 300
     vectors.place({"w": place, "v": place})
-    spans = [Span("w", 100, 950), Span("v", 0, 7), Span("w", 0, 0)]
+    wanted = [WHOLE.between(100, 950), SHORT, WHOLE.between(0, 0)]
     covered = []
-    for span, part, found_base, found in vectors.blocks(spans, after=spans[0]):
+    for own, part, found_base, found in vectors.blocks(wanted, then=wanted[0]):
         run = slice(part.start, part.stop)
         assert torch.equal(found_base, base[run])
         assert torch.equal(found, torch.stack([experts[0][run] - base[run], (experts[1][run] - base[run]) * 0.5]))
-        covered.append((span, part))
+        covered.append((own, part))
     assert covered == [
-        (spans[0], Span("w", 100, 400)),
-        (spans[0], Span("w", 400, 700)),
-        (spans[0], Span("w", 700, 950)),
-        (spans[1], spans[1]),
+        (wanted[0], WHOLE.between(100, 400)),
+        (wanted[0], WHOLE.between(400, 700)),
+        (wanted[0], WHOLE.between(700, 950)),
+        (wanted[1], wanted[1]),
     ]
 
 
@@ -92,11 +96,11 @@ def test_a_block_is_fetched_while_the_one_before_is_used(tmp_path, monkeypatch):
     bring = vectors._bring
     monkeypatch.setattr(vectors, "_bring", lambda part: (started.append(part), bring(part))[1])
     seen = []
-    for _, part, _, _ in vectors.blocks([Span("w", 0, 1000)], after=Span("v", 0, 7)):
+    for _, part, _, _ in vectors.blocks([WHOLE], then=SHORT):
         vectors._coming[1].result()
         seen.append((part, started[-1]))
-    assert seen == [(Span("w", 0, 500), Span("w", 500, 1000)), (Span("w", 500, 1000), Span("v", 0, 7))]
-    next(vectors.blocks([Span("v", 0, 7)]))
+    assert seen == [(WHOLE.between(0, 500), WHOLE.between(500, 1000)), (WHOLE.between(500, 1000), SHORT)]
+    next(vectors.blocks([SHORT]))
     assert len(started) == 3, "what was foreseen is not fetched again"
 
 
@@ -105,10 +109,10 @@ def test_places_can_change_and_be_released(tmp_path):
     for place in (HOST, DISK, DEVICE):
         vectors.place(dict.fromkeys(vectors.places, place))
         assert set(vectors.places.values()) == {place}
-        assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+        assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([WHOLE])] == [True]
     vectors.release()
     assert set(vectors.places.values()) == {DISK}
-    assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([Span("w", 0, 1000)])] == [True]
+    assert [torch.equal(found, base) for _, _, found, _ in vectors.blocks([WHOLE])] == [True]
 
 
 def test_magnitudes_are_the_means_of_absolute_entries(tmp_path):
@@ -147,8 +151,8 @@ def decoder(layers: int, hidden: int, middle: int, key_value: int, vocabulary: i
     return shapes
 
 
-def tell(plan: Plan, machine: Machine, **options) -> tuple[str, ...]:
-    return describe(plan, "fp16", machine, LearningOptions(**options), tokens=2048)
+def tell(plan: Plan, machine: Machine, precision: str = "fp16", **options) -> tuple[str, ...]:
+    return describe(Demand(plan, precision, 2048, LearningOptions(**options)), machine)
 
 
 def plan_of(folder: Path, experts: int, config: dict, shapes: dict[str, tuple[int, ...]]) -> Plan:
@@ -220,11 +224,11 @@ def test_all_processes_measure_before_one_takes_anything(monkeypatch):
     events = []
     vectors = SimpleNamespace(sizes={"w": 8}, places={"w": "disk"}, device=torch.device("cpu"))
     vectors.place = lambda places: events.append("place")
-    live = SimpleNamespace(task_vectors=vectors, spans={})
+    live = SimpleNamespace(task_vectors=vectors, parts={})
     monkeypatch.setattr(memory, "free_host_memory", lambda: events.append("measure") or 100.0)
-    memory.arrange(live, LearningOptions(), lambda: None, lambda: events.append("meet"))
-    assert list(dict.fromkeys(events)) == ["meet", "measure", "place"]
-    last = len(events) - 1 - events[::-1].index("meet")
+    memory.arrange(live, LearningOptions(), lambda: None, lambda: events.append("barrier"))
+    assert list(dict.fromkeys(events)) == ["barrier", "measure", "place"]
+    last = len(events) - 1 - events[::-1].index("barrier")
     assert "measure" not in events[last:]
 
 
@@ -261,18 +265,18 @@ def test_what_makes_a_7b_model_fit_on_eight_v100s(tmp_path):
     assert tell(qwen, large, task_vectors="device", shard=True)[3:] == ()
 
 
-def test_the_plan_tells_of_own_heads_of_room_and_of_half_precision(tmp_path):
+def test_the_plan_tells_of_own_heads_of_memory_and_of_half_precision(tmp_path):
     config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
     plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
     first, second, _ = tell(plan, Machine("cuda", 80 * 2**30))
     assert first.endswith(", and up to 0.7 GiB for experts' own output heads")
     assert second.endswith("or read from the files")
-    assert tell(plan, Machine("cuda", 78 * 2**30))[1].endswith("the files, as cuda has no room for them")
+    assert tell(plan, Machine("cuda", 78 * 2**30))[1].endswith("the files, as cuda has no memory left for them")
     tied = plan_of(tmp_path / "tied", 3, config, {"model.embed_tokens.weight": (9, 5), "model.layers.0.w": (5, 5)})
     assert "output heads" not in tell(tied, Machine("cuda", 2**40))[0]
 
     def advice(free, device, **options):
-        (problem,) = describe(plan, "no", Machine(device, free * 2**30), LearningOptions(**options), tokens=2048)[3:]
+        (problem,) = tell(plan, Machine(device, free * 2**30), "no", **options)[3:]
         return problem.rpartition("it takes ")[2]
 
     assert advice(28, "cpu") == "--mixed_precision bf16"

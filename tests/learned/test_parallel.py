@@ -56,7 +56,7 @@ from Mistral.backbone import BACKBONE
 collect, learn = Trainer._collect, Trainer._learn
 
 def tell_and_learn(self, targets):
-    held = sum(own_part(parameter).numel() for parameter in self.live.spans)
+    held = sum(own_part(parameter).numel() for parameter in self.live.parts)
     kept = sum(tensor.numel() for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
     # In one piece: all processes write to the same place at the same time.
     os.write(1, ("process %s has %d and %d\\n" % (os.environ["RANK"], held, kept)).encode())

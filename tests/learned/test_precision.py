@@ -32,7 +32,7 @@ def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1)
-    trainer.settings = replace(trainer.settings, precision="fp16")
+    trainer.settings = replace(trainer.settings, asked=replace(trainer.settings.asked, precision="fp16"))
     scale_losses(trainer, 2.0**10)
     half = trainer.train()
     assert {parameter.dtype for parameter in trainer.live.model.parameters()} == {torch.float16}
@@ -43,12 +43,12 @@ def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo
 
 
 @needs_gpu
-@pytest.mark.parametrize("rank_batches", ["sample", "update"])
+@pytest.mark.parametrize("weight_gradients", ["sample", "update"])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_a_gpu_learns_what_the_processor_learns(place, rank_batches, answered_zoo, tmp_path):
+def test_a_gpu_learns_what_the_processor_learns(place, weight_gradients, answered_zoo, tmp_path):
     usual = make_trainer(answered_zoo, tmp_path / "a", learning_rate=0.1).train()
     AcceleratorState._reset_state(reset_partial_state=True)
-    options = {"learning_rate": 0.1, "task_vectors": place, "rank_batches": rank_batches}
+    options = {"learning_rate": 0.1, "task_vectors": place, "weight_gradients": weight_gradients}
     trainer = make_trainer(answered_zoo, tmp_path / "b", device="cuda", **options)
     coefficients = trainer.train()
     assert {parameter.device.type for parameter in trainer.live.model.parameters()} == {"cuda"}

@@ -9,9 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from expert_merging.context import Context, stages
+from expert_merging.catalogue import find_method
+from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.learned import stages
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.directions import find_directions
 from expert_merging.learned.importance import load_layers
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.stages import one_stage, two_stages
@@ -32,15 +35,15 @@ def prepare(cache, folder):
     """The plan, and a context whose run folder exists."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = make_plan(cache / BASE, {name: cache / path for name, path in EXPERTS.items()}, EXCLUDED)
-    return plan, Context(BACKBONE, Run(folder), 3, "cpu", "none", no_progress)
+    return plan, Context(plan, BACKBONE, Run(folder), 3, "cpu", "none", no_progress, find_method=find_method)
 
 
 def learn(method, kind, cache, folder, *, shared=None, **options):
     """Coefficients that a method learns, without merging."""
-    plan, context = prepare(cache, folder)
+    _, context = prepare(cache, folder)
     given = kind(**{"data_dir": str(cache / "dataset"), **options})
     more = {} if shared is None else {"shared": shared}
-    return method(plan, context, given, **more).run()
+    return method(context, given, **more).run()["coefficients"]
 
 
 def twin_of(plan, **options):
@@ -192,7 +195,7 @@ def test_coefficients_that_no_first_stage_can_have_are_refused(answered_zoo, tmp
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
     trimmed = {"thresholds": [0.0, 0.0, 0.0], "majority": 1.0}
     file.write_text(json.dumps({**json.loads(good), "trimming": trimmed}))
-    with pytest.raises(InputError, match="on trimmed task vectors; give a run of expert_merging"):
+    with pytest.raises(InputError, match="were learned on trimmed and this run learns on task_vectors"):
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
     file.write_text(good)
     next(iter(coefficients.values.values())).fill_(1.5)
@@ -212,12 +215,14 @@ def test_adamerging_is_the_twin_with_entropies(answered_zoo, tmp_path):
 
 def test_adamerging_pp_is_the_twin_on_trimmed_task_vectors(answered_zoo, tmp_path):
     coefficients = learn(one_stage, TrimmingOptions, answered_zoo, tmp_path, density=0.25, learning_rate=0.05)
-    plan, _ = prepare(answered_zoo, tmp_path)
+    plan, context = prepare(answered_zoo, tmp_path)
+    assert coefficients.directions == {"name": "trimmed", "options": {"density": 0.25}}
+    rule = find_directions(context, **coefficients.directions).prepare()
     twin, samples = twin_of(plan, layers=[], entropy=True, density=0.25, learning_rate=0.05)
     for name in plan.merged:
-        _, task_vectors = read_task_vectors(plan, name, 0, plan.base.entries[name].elements, torch.device("cpu"))
+        _, task_vectors = read_task_vectors(plan, plan.part(name), torch.device("cpu"))
         expected = torch.stack([vector.flatten() for vector in twin.task_vectors[name]])
-        assert torch.equal(coefficients.trimming(task_vectors), expected)
+        assert torch.equal(rule(task_vectors, plan.part(name), None), expected)
         assert 0 < expected.count_nonzero() < 0.25 * expected.numel()
     twin.train(samples, 1, seed=3)
     assert_like_twin(coefficients, twin)
@@ -251,9 +256,9 @@ def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(method, ans
 
 
 def test_both_stages_leave_curves_pictures_and_coefficients(answered_zoo, tmp_path):
-    plan, context = prepare(answered_zoo, tmp_path)
+    _, context = prepare(answered_zoo, tmp_path)
     options = ChunkingOptions(data_dir=str(answered_zoo / "dataset"))
-    two_stages(plan, replace(context, log_with="tensorboard"), options).run()
+    two_stages(replace(context, log_with="tensorboard"), options).run()
     for folder in (tmp_path / "stage1", tmp_path):
         events = EventAccumulator(str(folder / "board"))
         events.Reload()

@@ -132,7 +132,7 @@ def test_learning_is_not_repeated_when_only_merging_was_killed(answered_zoo, tmp
         "--device",
         "cpu",
     ]
-    monkeypatch.setattr("expert_merging.merge.write_merged", _interrupted)
+    monkeypatch.setattr("expert_merging.job.write_output", _interrupted)
     with pytest.raises(RuntimeError, match="interrupted"):
         main(BACKBONE, arguments)
     monkeypatch.undo()

@@ -10,14 +10,14 @@ from tests.checkpoints import BASE, EXPERTS, save_model, write_tasks
 from tests.learned.training import make_trainer
 
 
-@pytest.mark.parametrize("rank_batches", ["sample", "update"])
+@pytest.mark.parametrize("weight_gradients", ["sample", "update"])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, rank_batches, answered_zoo, tmp_path):
+def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, weight_gradients, answered_zoo, tmp_path):
     usual = make_trainer(answered_zoo, tmp_path / "a").train()
-    trainer = make_trainer(answered_zoo, tmp_path / "b", task_vectors=place, rank_batches=rank_batches)
+    trainer = make_trainer(answered_zoo, tmp_path / "b", task_vectors=place, weight_gradients=weight_gradients)
     coefficients = trainer.train()
     assert set(trainer.gather().task_vectors.places.values()) == {place}
-    assert trainer.live.accumulates == (rank_batches == "update")
+    assert trainer.live.accumulates == (weight_gradients == "update")
     for name, values in usual.values.items():
         torch.testing.assert_close(values, coefficients.values[name], rtol=0, atol=1e-6)
 

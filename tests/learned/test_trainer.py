@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.epochs import epoch_order
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.state import TrainingState
-from expert_merging.learned.trainer import Trainer, epoch_order
+from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
 from expert_merging.running.objectives import alignment_losses
 from Mistral.backbone import BACKBONE
@@ -68,7 +69,7 @@ def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path)
     sizes = {"*mlp*": 3, "*q_proj*": 5, "*layers.0*": 0}
     trainer = make_trainer(answered_zoo, tmp_path, coeffs_size_dict=sizes, sparsity_reg_weight=0.0)
     coefficients = trainer.train()
-    chunks = dict(trainer.settings.chunks)
+    chunks = dict(trainer.settings.layout.chunks)
     assert {0, 1, 3, 5} == set(chunks.values())
     twin, examples = make_twin(trainer, chunks=chunks)
     twin.train(examples, 1, seed=3)
@@ -80,7 +81,7 @@ def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path)
 def prepared(trainer: Trainer):
     """The live model and the targets of a trainer, as `train` makes them."""
     material = trainer.gather()
-    trainer.vector = trainer.settings.make_vector(torch.device("cpu"))
+    trainer.vector = trainer.settings.layout.vector(torch.device("cpu"))
     trainer.live = LiveModel(material.model, material.task_vectors, trainer.vector, lambda name: name)
     trainer.live.rebuild()
     return material.targets

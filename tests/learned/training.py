@@ -26,7 +26,7 @@ def make_trainer(
     plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress, find_method)
+    context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress, find_method=find_method)
     settings = check(context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options}))
     return Trainer(context, settings)
 
@@ -37,7 +37,7 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
         base=plan.base.folder,
         experts={name: checkpoint.folder for name, checkpoint in plan.experts.items()},
         merged=list(plan.merged),
-        initial=list(settings.initial),
+        initial=list(settings.layout.initial),
         layers=list(settings.objective.layers),
         **options,
     )
@@ -49,6 +49,6 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
             sample.question,
             sample.response or answers[f"{sample.task}/{sample.identity}/{sample.question}"]["response"],
         )
-        for sample in settings.samples
+        for sample in settings.asked.samples
     ]
     return twin, examples
