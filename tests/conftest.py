@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
 from expert_merging.learned import figures
-from expert_merging.learned.importance import Layer, save_layers
 from tests.checkpoints import make_zoo, write_checkpoint
-from tests.command import COMMAND, TENSORS, flags
+from tests.command import COMMAND, TENSORS, flags, save_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
@@ -39,13 +37,6 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _draw_all = figures.draw_all
-
-
-def save_table(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
-    """Write what pictures are drawn from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_layers(layers, folder / figures.LAYERS)
-    return {}
 
 
 @pytest.fixture(scope="session", autouse=True)
