@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from expert_merging.backbone import Backbone
 from expert_merging.cli import main
+from expert_merging.learned.figures import LAYERS
+from expert_merging.learned.importance import Layer, save_layers
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import tensors_of
@@ -106,3 +109,10 @@ def assert_same_bytes(actual: dict[str, torch.Tensor], expected: dict[str, torch
         assert actual[name].shape == tensor.shape, name
         same = actual[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
         assert same, name
+
+
+def save_table(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
+    """Write what pictures are drawn from, and draw none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_layers(layers, folder / LAYERS)
+    return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
+from expert_merging.learned import figures
 from tests.checkpoints import make_zoo, write_checkpoint
-from tests.command import COMMAND, TENSORS, flags
+from tests.command import COMMAND, TENSORS, flags, save_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
@@ -32,6 +34,23 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the developer's own settings reaches a test."""
     for name in ("CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+
+
+_draw_all = figures.draw_all
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Drawing takes four times as long as learning does here; tests of pictures ask for ``pictures``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_all", save_table)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their pictures."""
+    monkeypatch.setattr(figures, "draw_all", _draw_all)
 
 
 @pytest.fixture

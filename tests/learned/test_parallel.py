@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,58 +27,15 @@ from expert_merging.options import ROOT
 from expert_merging.running.sharding import load_on
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, make_zoo, perturb, tensors_of
+from tests.launching import Ended, run_together
+from tests.learned.watched import learn, learn_elsewhere
 
+LOST = "error: another process of this run has ended, so this one does too; what it said last tells why"
+WATCHED = "tests.learned.watched"
 CONFIGS = ROOT / "configs" / "accelerate"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 # Entries of what is merged of the tiny checkpoints: all of three layers but the norms.
 MERGED = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
-
-# All processes but the first are refused to open anything in the run's folder for writing, and none may see a GPU: they
-# run on the CPU, and where there are fewer GPUs than processes, those without one would end.
-WATCHED = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
-
-def watch(event, arguments):
-    changes = event in ("os.mkdir", "os.rename", "os.remove") or (
-        event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    )
-    if changes and {output!r} in str(arguments[0]):
-        print("a second process writes", arguments[0], flush=True)
-        os._exit(77)
-
-if os.environ["RANK"] != "0":
-    sys.addaudithook(watch)
-import torch
-from expert_merging.cli import main
-from expert_merging.running.sharding import own_part
-from expert_merging.learned.state import StateFolder
-from expert_merging.learned.trainer import Trainer
-from Mistral.backbone import BACKBONE
-
-collect, learn = Trainer._collect, Trainer._learn
-
-def tell_and_learn(self, targets):
-    held = sum(own_part(parameter).numel() for parameter in self.live.parts)
-    kept = sum(tensor.numel() for tensors in self.gather().task_vectors._kept.values() for tensor in tensors)
-    # In one piece: all processes write to the same place at the same time.
-    os.write(1, ("process %s has %d and %d\\n" % (os.environ["RANK"], held, kept)).encode())
-    if torch.cuda.is_available() or os.environ["CUDA_VISIBLE_DEVICES"]:
-        os._exit(78)
-    return learn(self, targets)
-
-def collect_or_die(self, *arguments):
-    if os.environ["RANK"] == {dying!r} and self.state.updates == 1:
-        print("dies at", time.time(), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return collect(self, *arguments)
-
-Trainer._collect, Trainer._learn = collect_or_die, tell_and_learn
-if os.environ["RANK"] == {blind!r}:
-    StateFolder.found = ()
-if __name__ == "__main__":
-    sys.exit(main(BACKBONE, sys.argv[1:]))
-"""
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
@@ -97,10 +57,10 @@ def arguments(cache: Path, output: Path) -> list[str]:
     return [str(argument) for argument in given]
 
 
-def script(folder: Path, output: Path, *, dying: str = "", blind: str = "") -> Path:
-    file = folder / "watched.py"
-    file.write_text(WATCHED.format(root=str(ROOT), output=str(output), dying=dying, blind=blind))
-    return file
+def learn_together(count: int, folder: Path, given: Sequence[str], **watching: str) -> Ended:
+    """Watched processes that learn with their results in ``folder / output``."""
+    watched = partial(learn, given, output=str(folder / "output"), **watching)
+    return run_together(count, watched, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +79,16 @@ def check_same(output: Path, alone: dict[str, torch.Tensor]) -> None:
 
 def told_of_the_dead(errors: str) -> bool:
     """By a process that missed it, unless the launcher was faster to see it, say so and end the others."""
-    own = "error: another process of this run has ended, so this one does too; what it said last tells why"
-    return own in errors or "Signal 9 (SIGKILL) received" in errors
+    return LOST in errors or "Signal 9 (SIGKILL) received" in errors
 
 
-def amounts(done: subprocess.CompletedProcess[str]) -> list[tuple[int, int]]:
+def amounts(done: Ended | subprocess.CompletedProcess[str]) -> list[tuple[int, int]]:
     """What each process has: entries of merged parameters, and of base and experts together."""
     found = re.findall(r"process (\d) has (\d+) and (\d+)", done.stdout)
     return [(int(held), int(kept)) for _, held, kept in sorted(found)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -151,8 +111,8 @@ def test_two_processes_learn_what_one_learns(method, options, tiny_zoo, tmp_path
         6,
     ]
     given = [str(argument) for argument in [*given, "--run_name", "r", "--device", "cpu", "--output_path"]]
-    done = start(*TORCHRUN, 2, ROOT / "Mistral" / "model_merging.py", *given, tmp_path / "two", "--seed", -1)
-    assert done.returncode == 0, done.stderr
+    done = run_together(2, main, BACKBONE, [*given, str(tmp_path / "two"), "--seed", "-1"], folder=tmp_path)
+    assert done.codes == (0, 0), done.stderr
     assert "in 2 processes" in done.stdout
     two = tmp_path / "two" / method / "r"
     seed = json.loads((two / "config.json").read_text())["seed"]
@@ -163,16 +123,18 @@ def test_two_processes_learn_what_one_learns(method, options, tiny_zoo, tmp_path
         torch.testing.assert_close(value, one.values[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_learn_what_one_learns_and_one_writes(count, answered_zoo, alone, tmp_path):
     output = tmp_path / "output"
-    done = start(*TORCHRUN, count, script(tmp_path, output), *arguments(answered_zoo, output))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = learn_together(count, tmp_path, arguments(answered_zoo, output))
+    assert done.codes == (0,) * count, done.stdout + done.stderr
     assert f"from 9 samples in {count} processes" in done.stdout
     assert amounts(done) == [(MERGED, 4 * MERGED)] * count
     check_same(output, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "options"),
     [(2, []), (3, ["--gradient_checkpointing", "--rank_batches", "sample", "--task_vectors", "host"])],
@@ -180,8 +142,8 @@ def test_several_processes_learn_what_one_learns_and_one_writes(count, answered_
 def test_a_model_split_over_processes_learns_the_same(count, options, answered_zoo, alone, tmp_path):
     """Rows that two processes share evenly, and three do not; a single sample, which the others run along with."""
     output = tmp_path / "output"
-    done = start(*TORCHRUN, count, script(tmp_path, output), *arguments(answered_zoo, output), "--shard", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = learn_together(count, tmp_path, [*arguments(answered_zoo, output), "--shard", *options])
+    assert done.codes == (0,) * count, done.stdout + done.stderr
     found = amounts(done)
     assert len(found) == count
     assert sum(held for held, _ in found) == MERGED
@@ -190,13 +152,14 @@ def test_a_model_split_over_processes_learns_the_same(count, options, answered_z
     check_same(output, alone)
 
 
+@pytest.mark.slow
 def test_a_model_with_one_weight_for_embeddings_and_head_can_be_split(tmp_path):
     """Everything is merged, in two stages, and the experts answer while they are split."""
     zoo = make_zoo(tmp_path / "zoo", tie_word_embeddings=True)
     given = ["--method", "expert_merging++", "--max_new_tokens", "6", "--exclude_params", "nothing"]
     assert main(BACKBONE, [*arguments(zoo, tmp_path / "one"), *given]) == 0
-    done = start(*TORCHRUN, 2, "Mistral/model_merging.py", *arguments(zoo, tmp_path / "two"), *given, "--shard")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_together(2, main, BACKBONE, [*arguments(zoo, tmp_path / "two"), *given, "--shard"], folder=tmp_path)
+    assert done.codes == (0, 0), done.stdout + done.stderr
     one, two = (tmp_path / output / "expert_merging++" / "r" for output in ("one", "two"))
     assert json.loads((two / "responses.json").read_text()) == json.loads((one / "responses.json").read_text())
     learned = load_coefficients(two).values
@@ -204,52 +167,40 @@ def test_a_model_with_one_weight_for_embeddings_and_head_can_be_split(tmp_path):
         torch.testing.assert_close(learned[name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_split_model_has_learned_goes_on_in_one_process(answered_zoo, alone, tmp_path, capsys):
     output = tmp_path / "output"
-    done = start(*TORCHRUN, 2, script(tmp_path, output, dying="1"), *arguments(answered_zoo, output), "--shard")
-    assert done.returncode == 1
-    assert told_of_the_dead(done.stderr)
+    done = learn_together(2, tmp_path, [*arguments(answered_zoo, output), "--shard"], dying="1")
+    assert done.codes == (1, -signal.SIGKILL)
+    assert LOST in done.stderr
     assert main(BACKBONE, arguments(answered_zoo, output)) == 0
     assert "continuing after update 1" in capsys.readouterr().out
     check_same(output, alone)
 
 
-ELSEWHERE = """
-import os, sys
-sys.path.insert(0, {root!r})
-from expert_merging import job
-from expert_merging.cli import main
-from Mistral.backbone import BACKBONE
-
-job._SHARING = 1
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    arguments[arguments.index("--output_path") + 1] += os.environ["RANK"]
-    sys.exit(main(BACKBONE, arguments))
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["expert_merging", "weight_average"])
 def test_machines_that_do_not_share_the_output_folder_are_told(method, answered_zoo, tmp_path):
-    file = tmp_path / "elsewhere.py"
-    file.write_text(ELSEWHERE.format(root=str(ROOT)))
-    done = start(*TORCHRUN, 2, file, *arguments(answered_zoo, tmp_path / "output"), "--method", method)
-    assert done.returncode == 1
+    given = [*arguments(answered_zoo, tmp_path / "output"), "--method", method]
+    done = run_together(2, learn_elsewhere, given, folder=tmp_path)
+    assert done.codes == (1, 1)
     folder = tmp_path / "output1" / method / "r"
     assert f"error: {folder} is another folder here than for the main process; the machines" in done.stderr
     assert not list(tmp_path.glob("output*/*/r/model"))
 
 
+@pytest.mark.slow
 def test_several_processes_continue_from_the_same_state_or_not_at_all(answered_zoo, alone, tmp_path):
     output = tmp_path / "output"
-    assert start(*TORCHRUN, 2, script(tmp_path, output, dying="0"), *arguments(answered_zoo, output)).returncode == 1
-    done = start(*TORCHRUN, 2, script(tmp_path, output, blind="1"), *arguments(answered_zoo, output))
-    assert done.returncode == 1
+    given = arguments(answered_zoo, output)
+    assert learn_together(2, tmp_path, given, dying="0").codes == (-signal.SIGKILL, 1)
+    done = learn_together(2, tmp_path, given, blind="1")
+    assert done.codes == (1, 1)
     state = output / "expert_merging" / "r" / "state"
     problem = f"error: some processes continue after update 0, others after 1; all of them must be able to read {state}"
     assert problem in done.stderr
-    done = start(*TORCHRUN, 2, script(tmp_path, output), *arguments(answered_zoo, output))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = learn_together(2, tmp_path, given)
+    assert done.codes == (0, 0), done.stdout + done.stderr
     assert "continuing after update 1" in done.stdout
     check_same(output, alone)
 
@@ -311,9 +262,10 @@ def test_a_model_without_layers_cannot_be_split(answered_zoo):
         load_on(torch.device("cpu"), backbone, Checkpoint(answered_zoo / BASE), torch.float32, sharded=True)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down(answered_zoo, tmp_path):
     output = tmp_path / "output"
-    done = start(*TORCHRUN, 2, script(tmp_path, output, dying="1"), *arguments(answered_zoo, output))
+    done = start(*TORCHRUN, 2, "-m", WATCHED, output, "1", *arguments(answered_zoo, output))
     assert done.returncode == 1
     died = float(re.search(r"dies at (\S+)", done.stdout)[1])  # type: ignore[index]
     assert time.time() - died < 60
@@ -322,6 +274,7 @@ def test_a_process_that_dies_takes_the_others_down(answered_zoo, tmp_path):
     assert not (output / "expert_merging" / "r" / "model").exists()
 
 
+@pytest.mark.slow
 def test_the_cpu_configuration_starts_two_processes(answered_zoo, alone, tmp_path):
     """Which ``accelerate launch --cpu --num_processes 2`` does not."""
     command = ("accelerate.commands.launch", "--config_file", CONFIGS / "cpu_two_processes.yaml")
@@ -331,11 +284,12 @@ def test_the_cpu_configuration_starts_two_processes(answered_zoo, alone, tmp_pat
     check_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_the_fsdp_configuration_splits_the_model(answered_zoo, alone, tmp_path):
     """By what the launcher says of it, without ``--shard``; here on two processes of a CPU."""
     command = ("accelerate.commands.launch", "--config_file", CONFIGS / "eight_gpus_fsdp2.yaml", "--num_processes", 2)
-    file = script(tmp_path, tmp_path / "output")
-    done = start(*command, file, *arguments(answered_zoo, tmp_path / "output"), "--mixed_precision", "no")
+    watched = ("--module", WATCHED, tmp_path / "output", "")
+    done = start(*command, *watched, *arguments(answered_zoo, tmp_path / "output"), "--mixed_precision", "no")
     assert done.returncode == 0, done.stderr
     assert sum(held for held, _ in amounts(done)) == MERGED
     check_same(tmp_path / "output", alone)

@@ -252,6 +252,7 @@ def test_epoch_means_decide_what_is_better():
         assert state.epochs_without_better == waiting
 
 
+@pytest.mark.usefixtures("pictures")
 def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path, log_with="tensorboard", num_epochs=2)
     trainer.train()

@@ -1,0 +1,12 @@
+"""What processes that learn import, imported once in the process that they are forked from."""
+
+from __future__ import annotations
+
+import importlib
+
+from expert_merging.backbone import import_transformers
+
+for module in ("torch.distributed.fsdp", "torch.distributed.tensor", "expert_merging.job", "tests.learned.watched"):
+    importlib.import_module(module)
+for name in ("MistralForCausalLM", "PreTrainedTokenizerFast", "AutoTokenizer", "AutoModelForCausalLM"):
+    getattr(import_transformers(), name)
