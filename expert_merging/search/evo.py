@@ -13,11 +13,12 @@ from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.directions import PLAIN
 from expert_merging.learned.memory import choose
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.machine import free_host_memory, free_memory
 from expert_merging.method import Preparation
-from expert_merging.processes import Processes, count, forget_fsdp, from_main_process, rank
+from expert_merging.processes import forget_fsdp, from_main_process
 from expert_merging.progress import Advance
 from expert_merging.running.sharding import load_on
 from expert_merging.search.evolution import Candidate, Found, Generation, minimise
@@ -41,7 +42,7 @@ def prepare(context: Context, options: SearchOptions) -> Preparation:
     """
     settings = check(context, options)
 
-    def work() -> dict[str, Coefficients]:
+    def work() -> dict[str, Any]:
         if context.run.coefficients.exists():
             logger.info("coefficients were found already: %s", context.run.coefficients)
             coefficients = load_coefficients(context.run.folder)
@@ -49,9 +50,7 @@ def prepare(context: Context, options: SearchOptions) -> Preparation:
             import_transformers()
             with fitting_threads(context.plan.base_elements):
                 coefficients = Search(context, settings).run()
-        # The processes of a parallel run have met for the last time; one that leaves without this can break another.
-        Processes(rank(), count()).leave()
-        return {"coefficients": coefficients}
+        return {"coefficients": coefficients, "directions": PLAIN.prepare()}
 
     return Preparation(work, settings.asked.inputs, notes(context, settings))
 

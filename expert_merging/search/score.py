@@ -9,22 +9,10 @@ import torch
 from torch import Tensor
 
 from expert_merging.learned.live import LiveModel
-from expert_merging.learned.parametrisations import CoefficientVector, Layout
+from expert_merging.learned.parametrisations import Layout
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.running.scores import ExpertDivergence
 from expert_merging.running.targets import Target
-
-
-class _Given(CoefficientVector):
-    """One coefficient per expert and parameter, given instead of learned."""
-
-    def give(self, values: Mapping[str, Tensor]) -> None:
-        """Take ``(experts, 1)`` values by parameter name."""
-        self.given = torch.cat([values[name].reshape(-1) for name in self.places]).to(self.raw.device)
-
-    def forward(self) -> Tensor:
-        """The given values."""
-        return self.given
 
 
 class Scorer:
@@ -44,9 +32,9 @@ class Scorer:
         self, model: Any, task_vectors: TaskVectors, targets: Sequence[Target], file_name: Callable[[str], str]
     ) -> None:
         plan = task_vectors.plan
-        # No value of these is used; that they are one each says how the given ones are laid out.
-        layout = Layout(dict.fromkeys(plan.merged, 1), [0.5] * len(plan.experts))
-        self.vector = _Given(layout, task_vectors.device)
+        # Free coefficients are their own raw numbers, so that candidates can be written into them.
+        free = Layout(dict.fromkeys(plan.merged, 1), [1.0] * len(plan.experts), bounded=False)
+        self.vector = free.vector(task_vectors.device)
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
         self.divergence = ExpertDivergence.beside(model, targets)
 
@@ -56,7 +44,9 @@ class Scorer:
         Args:
             coefficients: ``(experts, 1)`` by parameter name.
         """
-        self.vector.give(coefficients)
+        with torch.no_grad():
+            for name in self.vector.places:
+                self.vector.view(self.vector.raw, name).copy_(coefficients[name])
         self.live.rebuild()
         return self.divergence.by_task(self.live.model)
 

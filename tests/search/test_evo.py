@@ -188,7 +188,7 @@ def test_the_plan_says_what_the_search_takes(command, tmp_path, capsys, monkeypa
     ) in shown
     assert "searching needs about " in shown
     assert "read from the files for every evaluation" in shown
-    monkeypatch.setattr("expert_merging.learned.memory.free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("expert_merging.learned.estimates.free_memory", lambda _: 1 << 20)
     assert merge(*command, "--population", "12") == 0
     shown = capsys.readouterr().out
     assert "generations of 12, of which the budget has not one: it draws around the start alone\n" in shown
