@@ -66,7 +66,7 @@ GENERAL = read_options(GeneralOptions)
 _UNSET = {
     "data_dir": "dataset/ at the repository root",
     "rank_ratio": "1/experts",
-    "scaling_coefficient": "the family's, or 1 with a method's directions",
+    "scaling_coefficient": "by directions",
     "solver": "by variant",
     "step_size": "by solver",
 }

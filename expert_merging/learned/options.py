@@ -25,7 +25,8 @@ class TrainingOptions(SampleOptions):
 
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
-            strictly between 0 and 1.
+            strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
+            1.
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
         learning_rate: AdamW's rate at the start of each cosine cycle; the published 0.5 is for few updates of
             coefficients of task vectors, and 0.02 has served other directions.
@@ -94,8 +95,6 @@ class AlignmentOptions(TrainingOptions):
     """How the merged model is aligned with the experts.
 
     Args:
-        scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
-            strictly between 0 and 1 for task vectors, any for directions of a method.
         directions: what the coefficients multiply, task_vectors or what each expert adds to the result of a method
             (svd, aswudi, ...), with the coefficient 1 and that method's other defaults; these coefficients may pass 1.
             Or trimmed, task vectors as TIES trims them.
