@@ -273,7 +273,7 @@ def _table(shares: Mapping[str, ByTask]) -> Table:
     from expert_merging.comparing.align import BASE, MEAN
 
     tasks = [task for task in shares[BASE] if task != MEAN]
-    # Without lines between columns there is more room for the names of models.
+    # Lines between columns would take space from the names of models.
     result = Table(
         title="Divergence from each task's expert (0: the expert, 1: the base)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

@@ -104,7 +104,7 @@ def alignment_losses(
 
 
 def prediction_entropy(slice_tokens: int | None = None) -> Objective:
-    """Entropy of the next token (AdaMerging): sure predictions are taken for good ones."""
+    """Entropy of the next token (AdaMerging), which takes a confident prediction for a good one."""
 
     def losses(model: Any, target: Target) -> tuple[Tensor, ...]:
         _, last = hidden_states(model, target.inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +32,6 @@ class Samples:
         precision: type of the weights while models run, ``no``, ``fp16`` or ``bf16``.
         options: how they are asked.
         prompts: their prompts as model inputs; None to make them when they are asked.
-        digest: of all that models are given, pictures included, and of the responses.
     """
 
     samples: tuple[Sample, ...]
@@ -38,7 +39,6 @@ class Samples:
     precision: str
     options: SampleOptions
     prompts: Prompts | None = None
-    digest: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,6 +49,16 @@ class Samples:
     def tasks(self) -> list[str]:
         """Names of the tasks."""
         return sorted({sample.task for sample in self.samples})
+
+    @property
+    def digest(self) -> str:
+        """Of all questions, responses and pictures."""
+        contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in self.samples]
+        digest = hashlib.sha256(json.dumps(contents).encode())
+        for sample in self.samples:
+            for picture in sample.images:  # as files: to hash what models are given of them takes forty times as long
+                digest.update(picture.read_bytes())
+        return digest.hexdigest()[:16]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -131,12 +141,12 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
     options = found.options
     keeps = not (context.dry_run or context.run.is_complete)
     prompts = Prompts(context.backbone, context.plan.base, options.prompt_template, keeps=keeps)
-    lengths, digest = prompts.check(found.samples)
+    lengths = prompts.check(found.samples)
     longest = max(
         length if sample.response is not None else length - 1 + options.max_new_tokens
         for sample, length in zip(found.samples, lengths, strict=True)
     )
-    return replace(found, longest=longest, prompts=prompts, digest=digest)
+    return replace(found, longest=longest, prompts=prompts)
 
 
 def _check_model(context: Context, *, compares_logits: bool) -> None:

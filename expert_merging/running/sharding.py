@@ -1,4 +1,4 @@
-"""Models split over the processes of a run, where no device has room for one.
+"""Models split over the processes of a run, where no device has memory for a whole one.
 
 FSDP2 keeps an equal share of the rows of every weight in the decoder's layers in each process, and puts a layer
 together just while it runs. Everything else stays whole in every process: the output head, which is used outside the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.running import targets
+from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
+from expert_merging.running.samples import Samples
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE
 from tests.learned.training import make_trainer
@@ -38,7 +42,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_prompt_is_kept_until_it_is_taken(keeps, base, made):
     prompts = Prompts(BACKBONE, base, None, keeps=keeps)
-    lengths, _ = prompts.check(SAMPLES)
+    lengths = prompts.check(SAMPLES)
     assert len(made) == 3
     for sample, length in zip(SAMPLES, lengths, strict=True):
         inputs = prompts.get(sample)
@@ -49,18 +53,17 @@ def test_a_prompt_is_kept_until_it_is_taken(keeps, base, made):
     assert len(made) == (4 if keeps else 7)
 
 
-def test_the_digest_changes_with_what_is_asked_and_answered(base):
-    prompts = Prompts(BACKBONE, base, None)
-    others = [
-        [Sample("Math", "Math", "question 1", "42", "0"), *SAMPLES[1:]],
-        [Sample("Math", "Math", "question 0", "43", "0"), *SAMPLES[1:]],
-        [Sample("Math", "Chat", "question 0", "42", "0"), *SAMPLES[1:]],
-        SAMPLES[1:],
-    ]
-    digests = [prompts.check(samples).digest for samples in (SAMPLES, *others)]
-    assert len(set(digests)) == len(digests)
-    assert prompts.check(SAMPLES).digest == digests[0]
-    assert Prompts(BACKBONE, base, "{question}!").check(SAMPLES).digest not in digests
+def test_the_digest_changes_with_questions_responses_and_pictures(tmp_path):
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    for number, picture in enumerate(pictures):
+        picture.write_bytes(bytes([number]))
+    first = replace(SAMPLES[0], images=(pictures[0],))
+    changed = ({"question": "?"}, {"response": "43"}, {"expert": "Chat"}, {"images": (pictures[1],)}, {"images": ()})
+    digests = {
+        Samples((sample, *SAMPLES[1:]), 0, "no", SampleOptions()).digest
+        for sample in (first, *(replace(first, **change) for change in changed))
+    }
+    assert len(digests) == 1 + len(changed)
 
 
 def test_lengths_are_checked_once(tiny_zoo, tmp_path, monkeypatch):
@@ -82,5 +85,5 @@ def test_samples_that_nobody_has_checked_are_checked_before_an_expert_is_loaded(
     monkeypatch.setattr(targets, "load_on", lambda *_, **__: pytest.fail("an expert was loaded"))
     long = [Sample("Math", "Math", "?" * 200, "42", str(number)) for number in range(2)]
     with pytest.raises(InputError) as caught:
-        targets.replace(maker, prompts=None).make(long)
+        replace(maker, prompts=None).make(long)
     assert len(caught.value.problems) == 1
