@@ -142,6 +142,7 @@ def examples() -> dict[str, str]:
     return {title: "\n".join(found) for title, found in blocks.items() if found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", examples())
 def test_examples_run(section, tmp_path):
     # In a process of its own, as methods that are registered stay so. Imports from the future go first in a file.
