@@ -26,6 +26,7 @@ def whole(fresh_for_module, answered_zoo, tmp_path_factory):
     return make_trainer(answered_zoo, tmp_path_factory.mktemp("whole"), num_epochs=2).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
 def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
