@@ -19,8 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
-# Tests run side by side and are small; more threads would only wait for each other.
-torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Go back to one thread, before any fixture: tests are small, and more threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
