@@ -18,6 +18,7 @@ from tests.command import COMMAND, TENSORS, flags, save_table
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import_transformers()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("fast", settings.get_profile("suite"), max_examples=10)
 settings.load_profile("suite")
 
 

@@ -54,7 +54,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+FAST = ("published", "response tokens", "several layers")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_training_gives_the_coefficients_of_the_plain_twin(name, answered_zoo, tmp_path):
     options, twin_options = VARIANTS[name]
     trainer = make_trainer(answered_zoo, tmp_path, **options)
