@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 from expert_merging.backbone import import_transformers
-from expert_merging.learned import figures
+from expert_merging.learned import figures, reporting
 from tests.checkpoints import make_zoo, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, save_table
 
@@ -36,21 +36,18 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-_draw_all = figures.draw_all
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures() -> Iterator[None]:
     """Drawing takes four times as long as learning does here; tests of pictures ask for ``pictures``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw_all", save_table)
+        patch.setattr(reporting, "draw_all", save_table)
         yield
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw their pictures."""
-    monkeypatch.setattr(figures, "draw_all", _draw_all)
+    monkeypatch.setattr(reporting, "draw_all", figures.draw_all)
 
 
 @pytest.fixture

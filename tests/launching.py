@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from expert_merging.learned import figures
+from expert_merging.learned import reporting
 from tests.command import save_table
 
 # Seconds until the others of a process that has failed are ended, and until all are.
@@ -44,7 +44,7 @@ def run_together(count: int, function: Callable[..., object], *arguments: Any, f
     """Call a function in so many processes of a parallel run.
 
     Args:
-        count: number of processes.
+        count: number of processes; a single one is told of no others.
         function: its result is the exit code; of a module, since the processes import it.
         arguments: of the function.
         folder: for what they print.
@@ -60,9 +60,10 @@ def run_together(count: int, function: Callable[..., object], *arguments: Any, f
         port = free.getsockname()[1]
     started = []
     for rank in range(count):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if count > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+            environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
         started.append(context.Process(target=_enter, args=(environment, files, function, arguments)))
         started[-1].start()
     _wait_for(started)
@@ -89,5 +90,5 @@ def _enter(
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    figures.draw_all = save_table
+    reporting.draw_all = save_table
     sys.exit(function(*arguments))

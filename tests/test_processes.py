@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from expert_merging.cli import main
 from expert_merging.options import ROOT
 from expert_merging.run import Run
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of, write_checkpoint
 from tests.command import contents, flags, merge, merged
+from tests.launching import run_together
 
 METHOD = ("--method", "task_arithmetic", "--device", "cpu")
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
@@ -51,6 +54,7 @@ def expected(tiny_zoo, tmp_path_factory):
     return contents(run.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "script"), [(ROOT, SCRIPT), (ROOT / "Mistral", "model_merging.py")], ids=["root", "family"]
 )
@@ -63,14 +67,14 @@ def test_the_script_runs_from_the_root_and_from_its_folder(tiny_zoo, tmp_path, e
     assert contents(run.model) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "seed"),
     [
-        (("accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1), 0),
         (("accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1), 0),
         (("torch.distributed.run", "--standalone", "--nproc_per_node", 2), -1),
     ],
-    ids=["one", "two", "torchrun"],
+    ids=["accelerate", "torchrun"],
 )
 def test_launchers_of_parallel_runs_start_it(tiny_zoo, tmp_path, expected, launcher, seed):
     """``accelerate launch --cpu`` starts a single process whatever the number; torchrun really starts two."""
@@ -81,6 +85,7 @@ def test_launchers_of_parallel_runs_start_it(tiny_zoo, tmp_path, expected, launc
     assert weights(contents(the_run(tmp_path).model)) == weights(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [False, True], ids=["merging", "finding a NaN"])
 def test_two_processes_write_the_bytes_of_one(damage, tmp_path):
     """Blocks, thresholds and drawn numbers do not depend on who computes them; whoever finds a fault tells it."""
@@ -91,25 +96,16 @@ def test_two_processes_write_the_bytes_of_one(damage, tmp_path):
         if damage and name == "b":
             shards[2]["2.weight"][-1, -1] = float("nan")
         folders[name] = write_checkpoint(tmp_path / name, *shards)
-    experts = [f"--expert={name}={folders[name]}" for name in ("a", "b")]
-    command = [
-        SCRIPT,
-        *METHOD,
-        "--method",
-        "dare_ties",
-        "--base_model_path",
-        folders["base"],
-        *experts,
-        "--output_path",
-    ]
-    two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *command, tmp_path / "two")
+    given = [*METHOD, "--method", "dare_ties", *flags(folders["base"], a=folders["a"], b=folders["b"]), "--output_path"]
+    given = [*map(str, given), str(tmp_path / "two")]
+    done = run_together(2, main, BACKBONE, given, folder=tmp_path)
     if damage:
-        assert two.returncode != 0
-        assert "error: expert b has 1 NaN or infinite values in 2.weight" in two.stderr
+        assert all(done.codes)
+        assert "error: expert b has 1 NaN or infinite values in 2.weight" in done.stderr
         assert not list((tmp_path / "two").glob("*/*/model"))
         return
-    assert two.returncode == 0, two.stderr
-    assert start(*command, tmp_path / "one").returncode == 0
+    assert done.codes == (0, 0), done.stderr
+    assert merge(*given[:-1], tmp_path / "one") == 0
     one, two = (weights(contents(the_run(tmp_path / folder).model)) for folder in ("one", "two"))
     assert one == two
 
@@ -144,6 +140,7 @@ print([name for name in slow if name in set(sys.modules) - before])
 """
 
 
+@pytest.mark.slow
 def test_a_merge_without_learning_loads_little_more_than_torch(tiny_zoo, tmp_path):
     """What learning needs takes longer to import than a small model to merge."""
     done = start("-c", MERGE, "--method", "dare_ties", "--cache_dir", tiny_zoo, "--output_path", tmp_path)
@@ -165,6 +162,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_transformers_adds_nothing_to_an_error(tiny_zoo, tmp_path):
     tensors = tensors_of(tiny_zoo / BASE)
     del tensors["model.norm.weight"]

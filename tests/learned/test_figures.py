@@ -33,7 +33,6 @@ def test_every_picture_has_its_data_beside_it(tmp_path):
     assert [float(row["y"]) for row in tables["coefficients"]] == [0.5, 0.75, 0.5]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_drawing_again_gives_the_same_files(tmp_path):
     draw_all(make_layers(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

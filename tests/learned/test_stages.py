@@ -255,6 +255,8 @@ def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(method, ans
     assert written == (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
 def test_both_stages_leave_curves_pictures_and_coefficients(answered_zoo, tmp_path):
     _, context = prepare(answered_zoo, tmp_path)
     options = ChunkingOptions(data_dir=str(answered_zoo / "dataset"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,20 @@ from expert_merging.cli import main
 from expert_merging.learned import stages
 from expert_merging.learned.trainer import Trainer
 from Mistral.backbone import BACKBONE
+from tests.launching import run_together
 from tests.learned.training import make_trainer
+from tests.learned.watched import learn_and_be_killed
+
+
+@pytest.fixture(scope="module")
+def whole(fresh_for_module, answered_zoo, tmp_path_factory):
+    """Coefficients of training that nothing disturbs."""
+    return make_trainer(answered_zoo, tmp_path_factory.mktemp("whole"), num_epochs=2).train()
 
 
 @pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
-def test_a_damaged_state_is_passed_over(damage, answered_zoo, tmp_path):
+def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
-    whole = make_trainer(answered_zoo, tmp_path / "whole", num_epochs=2).train()
     trainer = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", _interrupted)
@@ -61,55 +67,18 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from expert_merging.cli import main
-from expert_merging.learned.trainer import Trainer
-from Mistral.backbone import BACKBONE
-save = Trainer._save_state
-def die_after(self):
-    if self.state.updates == {updates} and {inside}:
-        self.accelerator.save_state = lambda folder: (os.mkdir(folder), os.kill(os.getpid(), signal.SIGKILL))
-    save(self)
-    if self.state.updates == {updates}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Trainer._save_state = die_after
-sys.exit(main(BACKBONE, {arguments!r}))
-"""
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["after saving", "while saving"])
-def test_killed_training_continues_to_the_same_coefficients(inside, tiny_zoo, tmp_path):
-    root = str(Path(__file__).parents[2])
-
-    def arguments(output):
-        return [
-            "--cache_dir",
-            str(tiny_zoo),
-            "--data_dir",
-            str(tiny_zoo / "dataset"),
-            "--output_path",
-            str(tmp_path / output),
-            "--num_epochs",
-            "3",
-            "--max_new_tokens",
-            "6",
-            "--run_name",
-            "r",
-            "--method",
-            "expert_merging",
-            "--device",
-            "cpu",
-        ]
-
-    assert main(BACKBONE, arguments("whole")) == 0
-    script = KILLED.format(root=root, updates=3, inside=inside, arguments=arguments("killed"))
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
+@pytest.mark.slow
+@pytest.mark.parametrize("while_saving", [False, True], ids=["after saving", "while saving"])
+def test_killed_training_continues_to_the_same_coefficients(while_saving, tiny_zoo, tmp_path):
+    given = ["--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--num_epochs", 3, "--max_new_tokens", 6]
+    given = [*map(str, given), "--run_name", "r", "--device", "cpu", "--output_path"]
+    assert main(BACKBONE, [*given, str(tmp_path / "whole")]) == 0
+    begun = partial(learn_and_be_killed, [*given, str(tmp_path / "killed")], while_saving=while_saving)
+    assert run_together(1, begun, folder=tmp_path).codes == (-signal.SIGKILL,)
     killed = tmp_path / "killed" / "expert_merging" / "r"
     assert not (killed / "model").exists()
     assert (killed / "state").is_dir()
-    assert main(BACKBONE, arguments("killed")) == 0
+    assert main(BACKBONE, [*given, str(tmp_path / "killed")]) == 0
     whole = tmp_path / "whole" / "expert_merging" / "r"
     assert "continuing after update" in (killed / "merge.log").read_text()
     assert len(list(killed.glob("board/*/hparams.yml"))) == 1

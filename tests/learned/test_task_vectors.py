@@ -10,10 +10,17 @@ from tests.checkpoints import BASE, EXPERTS, save_model, write_tasks
 from tests.learned.training import make_trainer
 
 
+@pytest.fixture(scope="module")
+def usual(fresh_for_module, answered_zoo, tmp_path_factory):
+    """Coefficients that are learned where there is memory enough."""
+    return make_trainer(answered_zoo, tmp_path_factory.mktemp("usual")).train()
+
+
 @pytest.mark.parametrize("weight_gradients", ["sample", "update"])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_task_vectors_give_the_same_coefficients_wherever_they_are(place, weight_gradients, answered_zoo, tmp_path):
-    usual = make_trainer(answered_zoo, tmp_path / "a").train()
+def test_task_vectors_give_the_same_coefficients_wherever_they_are(
+    place, weight_gradients, usual, answered_zoo, tmp_path
+):
     trainer = make_trainer(answered_zoo, tmp_path / "b", task_vectors=place, weight_gradients=weight_gradients)
     coefficients = trainer.train()
     assert set(trainer.gather().task_vectors.places.values()) == {place}
@@ -41,8 +48,7 @@ def test_task_vectors_that_do_not_fit_in_host_memory_are_refused(answered_zoo, t
         trainer.train()
 
 
-def test_without_memory_to_spare_everything_is_read_from_the_files(answered_zoo, tmp_path, monkeypatch, caplog):
-    usual = make_trainer(answered_zoo, tmp_path / "a").train()
+def test_without_memory_to_spare_everything_is_read_from_the_files(usual, answered_zoo, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("expert_merging.learned.memory.free_host_memory", lambda: 0)
     caplog.set_level("INFO")
     frugal = make_trainer(answered_zoo, tmp_path / "b").train()

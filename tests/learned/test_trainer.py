@@ -165,6 +165,7 @@ def test_strong_regularisation_keeps_task_arithmetic(answered_zoo, tmp_path):
     assert distance["held"] < distance["free"]
 
 
+@pytest.mark.slow
 def test_a_single_expert_is_recovered(tiny_zoo, tmp_path):
     """With one expert and no regulariser, the best coefficients are 1."""
     (tmp_path / BASE).symlink_to(tiny_zoo / BASE)

@@ -145,7 +145,7 @@ def test_what_workers_could_not_decide_reaches_the_process_that_decides(workers,
     monkeypatch.setattr("expert_merging.workers._BATCH", 1000)
     monkeypatch.setattr(streaming, "BLOCK", 500)
     sample_much(monkeypatch, slack=10, room=room)
-    for seed in range(8):
+    for seed in range(3):
         rows = balanced((task_vectors((6000,), 3, seed) * 30).round() / 8, 0.3)
         base = write_checkpoint(tmp_path / f"{seed} base", {"weight": torch.zeros(6000)})
         experts = {
@@ -170,6 +170,7 @@ def test_votes_of_other_processes_count():
     assert counted.majority(passes, none) == 1
 
 
+@pytest.mark.slow
 def test_more_experts_than_a_byte_can_count():
     """All alike, so that whole columns are undecided; only those near the threshold are negative."""
     row = 1 + torch.rand(4000, generator=torch.Generator().manual_seed(0))

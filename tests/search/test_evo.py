@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,12 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expert_merging.cli import main
 from expert_merging.learned.coefficients import load_coefficients
-from expert_merging.options import ROOT
 from expert_merging.run import Run
 from expert_merging.search.score import Scorer
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merge_plainly, merged, refusal, refused
+from tests.launching import run_together
 
 # A short search: three coefficients from a start that is not the best, in generations of four.
 OPTIONS = {"scaling_coefficient": 0.2, "evaluations": 10, "population": 4, "samples_per_task": 2, "log_with": "none"}
@@ -226,19 +225,11 @@ def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monke
     )
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(command, whole, tmp_path):
     """Each scores its share: the start is one candidate for two processes, generations are four."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "Mistral" / "model_merging.py"]
-    given = [*torchrun, *command, "--device", "cpu", "--output_path", tmp_path]
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, given)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    given = [*map(str, command), "--device", "cpu", "--output_path", str(tmp_path)]
+    done = run_together(2, main, BACKBONE, given, folder=tmp_path)
+    assert done.codes == (0, 0), done.stderr
     (folder,) = (tmp_path / "evo").iterdir()
     check_same(Run(folder), whole)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
-from expert_merging.options import ROOT
+from expert_merging.cli import main
 from expert_merging.running import samples
 from expert_merging.running.prompts import response_tokens, with_response
 from expert_merging.statistics import gram, inputs
@@ -27,6 +24,7 @@ from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_tasks
 from tests.command import contents, merge, merged, refusal, refused
+from tests.launching import run_together
 from tests.statistics.twin import inputs_of_layers, least_squares
 
 RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
@@ -275,19 +273,12 @@ def test_an_expert_that_computes_nan_is_named(precision, arguments, tmp_path, ca
     assert {file.stem for file in tmp_path.glob("out/*/*/statistics/*")} == {"Chat"}
 
 
+@pytest.mark.slow
 def test_two_processes_merge_as_one(arguments, tmp_path):
     expected = merged(tmp_path / "one", *arguments)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command = [*launch, ROOT / "Mistral" / "model_merging.py", *arguments, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command), "--output_path", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    given = [*map(str, arguments), "--device", "cpu", "--output_path", str(tmp_path / "two")]
+    done = run_together(2, main, mistral, given, folder=tmp_path)
+    assert done.codes == (0, 0), done.stderr
     assert done.stdout.count("merged model: ") == 1
     (model,) = (tmp_path / "two").glob("*/*/model")
     same = {file.name: file.read_bytes() for file in expected.model.glob("*.safetensors")}
