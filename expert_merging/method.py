@@ -238,18 +238,19 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
 
 
 def modified(rule: Rule, modifiers: Iterable[Rule]) -> Rule:
-    """The rule followed by modifiers, each given the task vectors as they were and what was merged so far."""
+    """The rule followed by modifiers, each given the task vectors as they were and what was merged so far.
+
+    Only methods that write the base's mirror alone are modified, so there is one result.
+    """
     steps = list(modifiers)
     if not steps:
         return rule
 
     def modify(task_vectors: Tensor, part: Part, base: Tensor) -> Any:
-        made = rule(task_vectors.clone(), part, base)
-        others = dict(made) if isinstance(made, Mapping) else {}
-        merged = others.pop("merged", made)
+        merged = rule(task_vectors.clone(), part, base)
         for step in steps:
             merged = step(task_vectors.clone(), part, base, merged)
-        return {**others, "merged": merged} if others else merged
+        return merged
 
     return modify
 

@@ -53,7 +53,6 @@ class Reader(threading.local):
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-
         self.plan = plan
         self.device = device
         self.checkpoints = (plan.base, *plan.experts.values())

@@ -170,10 +170,6 @@ def test_modifiers_see_the_task_vectors_as_they_were_and_what_was_merged_so_far(
     assert not method.is_modifier
     rule = modified(method.rule({}, {}), [modifier.rule({}, {})] * 2)
     assert rule(GIVEN.clone(), PART, BASE).equal(1 + 2 * GIVEN[0])
-    masks = Method("masks", lambda given: {"merged": given[0] * 0, "mask": given[1]}, {}, spoil).rule({}, {})
-    found = modified(masks, [modifier.rule({}, {})])(GIVEN.clone(), PART, BASE)
-    assert found["merged"].equal(GIVEN[0])
-    assert found["mask"].equal(GIVEN[1])
 
 
 def test_a_modifier_of_matrices_leaves_what_is_none_as_it_is():

@@ -94,8 +94,6 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
         return PLAIN
     if name == TRIMMED:
         return _trimmed(context, options or {"density": TrimmingOptions().density})
-    if context.find_method is None:
-        raise TypeError("a context without methods has no directions of methods")
     try:
         method: Method = context.find_method(name)
     except InputError as error:

@@ -163,7 +163,7 @@ class Search:
         """Count an evaluation and show it."""
         self.done += 1
         score = evaluation.score
-        if self.best is None or not score >= self.best.score:
+        if self.best is None or math.isnan(self.best.score) or score < self.best.score:
             self.best = evaluation
         advance(1, f"best {self.best.score:.4g}")
         report = {"score/candidate": score, "score/best": self.best.score}

@@ -225,6 +225,14 @@ def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monke
     )
 
 
+def test_a_candidate_without_numbers_is_never_the_best(command, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, float("nan"), 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6])
+    monkeypatch.setattr(Scorer, "score", lambda *_: {"Chat": next(scores)})
+    run = merged(tmp_path, *command)
+    assert "generation 1: best score 0.5, best so far 0.5 after 5 of 10 evaluations" in run.log.read_text()
+    assert load_coefficients(run.folder).provenance["score"] == 0.5
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(command, whole, tmp_path):
     """Each scores its share: the start is one candidate for two processes, generations are four."""
