@@ -237,6 +237,7 @@ class _Merger:
         self.unit = unit
         self.processes = processes
         self.made = made
+        self.merged = frozenset(plan.merged)
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
         workers = Workers.for_entries(plan.base_elements, device)
@@ -316,7 +317,10 @@ class _Merger:
         return checkpoint, checkpoint.entries[slot.source.name]
 
     def _is_plain_copy(self, slot: Slot) -> bool:
-        return isinstance(slot.source, Copied) and self._source(slot)[1].dtype == slot.dtype
+        """Whether bytes are copied unseen: what the base keeps of its own, whatever is in it."""
+        if not isinstance(slot.source, Copied) or self._source(slot)[1].dtype != slot.dtype:
+            return False
+        return slot.source.expert is None and slot.source.name not in self.merged
 
     def _copy(self, part: Part, place: _Place, writer: ShardWriter) -> None:
         import torch
@@ -418,9 +422,11 @@ def _check_fits(values: Tensor, dtype: torch.dtype, slot: Slot) -> None:
         return
     if isinstance(slot.source, Copied):
         owner = "the base" if slot.source.expert is None else f"expert {slot.source.expert}"
+        if not torch.isfinite(values.double()).all():
+            raise InputError(f"{owner} has NaN or infinite values in {slot.source.name}; download it again")
         raise InputError(
-            f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold, or NaN or "
-            "infinite ones; convert the base to a wider type"
+            f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold; convert the "
+            "base to a wider type"
         )
     raise InputError(
         f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"

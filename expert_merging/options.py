@@ -18,6 +18,7 @@ from expert_merging.flags import Option, current_name, describe_type, read_optio
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
+from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
@@ -482,7 +483,7 @@ def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[
             "--base_model_path PATH and --expert NAME=PATH for each expert"
         )
     for name in experts or {}:
-        if not name.strip() or name in ("base", ".", "..") or "/" in name:
+        if name == "base" or not can_name_file(name):
             raise InputError(
                 f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a "
                 "file's and is not base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,10 @@ def load_coefficients(place: Path) -> Coefficients:
     try:
         values = load_file(file)
         described = json.loads(described_in.read_text(encoding="utf-8"))
+        chunks = {str(name): _count(count) for name, count in described["chunks"].items()}
         coefficients = Coefficients(
-            experts=tuple(described["experts"]),
-            values={name: values[name].float() for name in described["chunks"]},
+            experts=tuple(map(str, described["experts"])),
+            values={name: values[name].float() for name in chunks},
             task_vector_scale=tuple(float(scale) for scale in described["task_vector_scale"]),
             fixed=tuple(described["fixed"]),
             provenance=described["provenance"],
@@ -122,10 +124,19 @@ def load_coefficients(place: Path) -> Coefficients:
     broken = [name for name, value in coefficients.values.items() if not value.isfinite().all()]
     if broken:
         raise InputError(f"{file} has NaN or infinite coefficients for {broken[0]}; learn them again")
-    wrong = [name for name, value in coefficients.values.items() if value.shape != (experts, described["chunks"][name])]
+    if not all(map(math.isfinite, coefficients.task_vector_scale)):
+        raise InputError(f"{described_in} has a task_vector_scale that is NaN or infinite; give every expert a number")
+    wrong = [name for name, value in coefficients.values.items() if value.shape != (experts, chunks[name])]
     if wrong or len(coefficients.task_vector_scale) != experts:
         raise InputError(f"{file} and {described_in.name} disagree about {wrong[0] if wrong else 'task_vector_scale'}")
     return coefficients
+
+
+def _count(given: Any) -> int:
+    """A number of chunks, at least 1."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"{given!r} chunks")
+    return given
 
 
 def _read_directions(described: Mapping[str, Any]) -> dict[str, Any]:

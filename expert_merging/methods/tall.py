@@ -33,6 +33,15 @@ def mask_name(expert: str, tensor: str) -> str:
     return f"{expert}/{tensor}"
 
 
+def base_of(header: bytes) -> str | None:
+    """Digest of the base's weights that the header of a file of masks has, None where it has none."""
+    try:
+        digest = json.loads(json.loads(header[8:])["__metadata__"]["base"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(digest)
+
+
 def make_masks(task_vectors: Tensor, multi_task: Tensor, tall_lambda: float | list[float]) -> Iterator[Tensor]:
     """Which entries serve an expert, ``(*shape)`` bool for one after the other.
 
@@ -98,6 +107,7 @@ def model_and_masks(
             "experts": list(plan.experts),
             "tall_lambda": tall_lambda,
             "scaling_coefficient": scaling_coefficient,
+            "base": plan.base.content(),
             "shapes": {entry.name: list(entry.shape) for entry in entries},
         }
         files[file.name] = slots

@@ -120,6 +120,34 @@ def test_directions_that_are_none_are_refused(context):
     assert "choose one of task_vectors, trimmed, " in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("svd", {"scaling_coefficient": "x"}, "scaling_coefficient must be a number, got x"),
+        ("svd", {"scaling_coefficient": None}, "scaling_coefficient must be a number, got null"),
+        ("svd", {"rank": 1}, "no option 'rank'. "),
+        ("aswudi", {"seed": "x"}, "seed must be a whole number, got x"),
+        ("trimmed", {"density": 5}, "density must be a number in (0, 1], got 5; "),
+        ("trimmed", {"thresholds": [0.1, 0.1, -1], "majority": 1}, "thresholds must be a number in [0, inf), got "),
+        ("trimmed", {"thresholds": [0.1, 0.1], "majority": 1}, "what was found before has a threshold for each of 3 "),
+        ("trimmed", {"thresholds": [0.1, 0.1, 0.1]}, "what was found before has a threshold for each of 3 "),
+    ],
+    ids=str,
+)
+def test_recorded_options_that_do_not_fit_are_refused(name, options, problem, context):
+    """They come from a file that may have been edited."""
+    with pytest.raises(InputError) as caught:
+        find_directions(context, name, options)
+    assert str(caught.value).startswith(f"directions of {name}: {problem}")
+
+
+@pytest.mark.parametrize("name", [*SUMS, "trimmed"])
+def test_what_is_recorded_is_found_again(name, context):
+    directions = find_directions(context, name)
+    recorded = json.loads(json.dumps(directions.record))
+    assert find_directions(context, **recorded).record == directions.record
+
+
 def test_learned_coefficients_of_directions_start_at_one_and_may_pass_it(answered_zoo, tmp_path):
     options = {"directions": "svd", "learning_rate": 0.1, "num_epochs": 3, "sparsity_reg_weight": 0.0}
     trainer = make_trainer(answered_zoo, tmp_path, **options)
