@@ -170,13 +170,6 @@ def _stream(device: torch.device, _worker: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def read_task_vectors(plan: Plan, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `Reader.read` returns, for a single call."""
-    reader = Reader(plan, device)
-    with reader.streaming():
-        return reader.read(part)
-
-
 def _refuse_non_finite(plan: Plan, part: Part, task_vectors: Tensor) -> None:
     """Say which checkpoint has NaN or infinite values; return where only the sum of all differences overflowed."""
     import torch

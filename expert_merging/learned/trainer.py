@@ -16,11 +16,12 @@ from torch import Tensor
 from expert_merging.context import Context
 from expert_merging.learned.epochs import PATIENCE, epoch_order, updates
 from expert_merging.learned.material import Material, Targets, gather, open_live_model, targets_of
-from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_accelerator, make_optimizer
+from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_optimizer
 from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.progress import Advance, no_advance
+from expert_merging.running.accelerator import finish_trackers, make_accelerator
 from expert_merging.workers import fitting_threads
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,18 @@ class Trainer:
     """
 
     def __init__(self, context: Context, settings: Settings, material: Material | None = None) -> None:
+        from accelerate.utils import GradientAccumulationPlugin
+
         self.context, self.settings, self.material = context, settings, material
         self.plan = context.plan
-        self.accelerator = make_accelerator(context, settings)
+        # As a plugin, since a launcher's environment variable would win over the plain argument.
+        grouping = GradientAccumulationPlugin(num_steps=settings.options.gradient_accumulation_steps)
+        self.accelerator = make_accelerator(
+            context,
+            mixed_precision=settings.asked.precision,
+            gradient_accumulation_plugin=grouping,
+            step_scheduler_with_optimizer=False,
+        )
         self.report = Report(context, settings, self.accelerator)
         self.state = TrainingState()
         self.states = StateFolder(context.run.state)
@@ -76,7 +86,7 @@ class Trainer:
         coefficients = self.report.result(self.vector, self.state.updates)
         if self.accelerator.is_main_process:
             self._save(coefficients)
-        self.report.finish()
+        finish_trackers(self.accelerator)
         return coefficients
 
     def _run_epochs(self, targets: Targets) -> None:

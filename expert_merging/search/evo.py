@@ -18,8 +18,9 @@ from expert_merging.learned.memory import choose
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.machine import free_host_memory, free_memory
 from expert_merging.method import Preparation
-from expert_merging.processes import forget_fsdp, from_main_process
+from expert_merging.processes import from_main_process
 from expert_merging.progress import Advance
+from expert_merging.running.accelerator import finish_trackers, make_accelerator, start_tracker
 from expert_merging.running.sharding import load_on
 from expert_merging.search.evolution import Candidate, Found, Generation, minimise
 from expert_merging.search.options import SearchOptions
@@ -69,19 +70,8 @@ class Search:
     """
 
     def __init__(self, context: Context, settings: Settings) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration
-
         self.context, self.settings, self.space = context, settings, settings.space
-        if torch.device(context.device).index is not None:
-            torch.cuda.set_device(context.device)
-        forget_fsdp()
-        folder = str(context.run.folder)
-        self.accelerator = Accelerator(
-            cpu=context.device == "cpu",
-            log_with=None if context.log_with == "none" else context.log_with,
-            project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
-        )
+        self.accelerator = make_accelerator(context)
         # All processes go by what the main one has read.
         self.record: Record = from_main_process(Record(context.run.evaluations, self.space.names))
         self.resumed = len(self.record.evaluations)
@@ -92,7 +82,8 @@ class Search:
         """Search, save the best coefficients in the run folder and return them."""
         options = self.settings.options
         scorer = self._gather()
-        self._start_tracker()
+        # After a restart, the points of the earlier part are written again.
+        start_tracker(self.accelerator, self.context, first=1 if self.resumed else None)
         if self.resumed:
             logger.info("continuing after %d evaluations", self.resumed)
         try:
@@ -187,21 +178,9 @@ class Search:
             generation.spread,
         )
 
-    def _start_tracker(self) -> None:
-        """Open the tracker; after a restart, the points of the earlier part are written again."""
-        folder, tensorboard = self.context.run.folder, self.context.log_with == "tensorboard"
-        arguments: dict[str, dict[str, Any]] = {
-            "tensorboard": {"purge_step": 1} if self.resumed else {},
-            "wandb": {"dir": str(folder), "name": folder.name},
-        }
-        # TensorBoard takes the project's name for a folder.
-        project = self.context.run.board.name if tensorboard else "expert_merging"
-        self.accelerator.init_trackers(project, init_kwargs=arguments)
-
     def _finish(self, found: Found, scorer: Scorer) -> Coefficients:
         """The coefficients found, saved by the main process."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        finish_trackers(self.accelerator)
         if not math.isfinite(found.score):
             raise InputError(
                 "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread, or use "

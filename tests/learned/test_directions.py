@@ -23,11 +23,10 @@ from expert_merging.options import ROOT
 from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
 from expert_merging.run import Run
-from expert_merging.streaming import read_task_vectors
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import merge, refused
-from tests.learned.training import EXCLUDED, make_trainer
+from tests.learned.training import EXCLUDED, make_trainer, read_task_vectors
 
 CPU = torch.device("cpu")
 SUMS = [name for name, method in all_methods().items() if method.parts is not None]
@@ -42,7 +41,7 @@ def context(answered_zoo, tmp_path) -> Context:
 def whole(context: Context, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The base's tensor and all task vectors."""
     part = context.plan.part(name)
-    base, task_vectors = read_task_vectors(context.plan, part, CPU)
+    base, task_vectors = read_task_vectors(context.plan, part)
     return base.view(part.shape), task_vectors.view(-1, *part.shape)
 
 
