@@ -194,6 +194,8 @@ CASES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("case", CASES)
 def test_coefficients_of_a_run_write_its_checkpoint_again(case, answered_zoo, tmp_path):
     assert merge(*arguments(answered_zoo, tmp_path, *CASES[case])) == 0
