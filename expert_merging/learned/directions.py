@@ -126,7 +126,7 @@ def _checked(name: str, recorded: Mapping[str, Any], known: Mapping[str, Option]
     problems, checked = Problems(), {}
     for option, value in recorded.items():
         if option not in known:
-            problems.add(f"no option {option!r}. {near_name(option, known)}")
+            problems.add(f"no option {option!r}. {near_name(option, [*known])}")
             continue
         with problems.collecting():
             checked[option] = known[option].convert(value)
