@@ -30,7 +30,7 @@ class GeneralOptions:
 
     Args:
         method: merging method; --list_methods shows all.
-        post: a modifier that improves what the method has merged; repeat for several, in their order.
+        post: modifiers that change what the method has merged, such as consensus, in their order.
         cache_dir: folder that holds the family's checkpoints under their published names; also from CACHE_DIR in the
             environment or in .env.
         base_model_path: base model to use instead of the family's.
@@ -66,6 +66,7 @@ GENERAL = read_options(GeneralOptions)
 # What an option is where no value is given, if that is not simply nothing.
 _UNSET = {
     "data_dir": "dataset/ at the repository root",
+    "population": "by coefficients",
     "rank_ratio": "1/experts",
     "scaling_coefficient": "by directions",
     "solver": "by variant",
@@ -424,13 +425,16 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
         raise InputError(f"{method.name} improves what another method has merged: --method METHOD --post {method.name}")
     modifiers = []
     for name in GENERAL["post"].convert(values.get("post")) or []:
-        with problems.collecting():
+        known = [step.name for step in all_methods().values() if step.is_modifier]
+        try:
             found = find_method(name)
-            if found.is_modifier:
-                modifiers.append(found)
-            else:
-                known = [step.name for step in all_methods().values() if step.is_modifier]
-                problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
+        except InputError:
+            problems.add(f"--post {name}: no such modifier. {near_name(name, known)}")
+            continue
+        if found.is_modifier:
+            modifiers.append(found)
+        else:
+            problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
     if modifiers and method.outputs is not mirror:
         names = " ".join(step.name for step in modifiers)
         problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")

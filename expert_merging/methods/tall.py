@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from expert_merging.arithmetic import weighted_sum
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "masks"
+_ABOUT = (
+    "The model is the base and the sum of all task vectors. `masks/` says which entries of the sum are an expert's. "
+    "`python -m expert_merging extract RUN --expert NAME --output FOLDER` rebuilds the expert."
+)
 # Entries whose bits share a byte.
 PACKED = 8
 
@@ -113,7 +118,7 @@ def model_and_masks(
         files[file.name] = slots
         metadata = {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
         headers[file.name] = make_header(slots, {"format": "pt", "packing": "numpy.packbits", **metadata})
-    return Output(files, FOLDER, headers, is_model=False), mirror_of(plan)
+    return Output(files, FOLDER, headers, is_model=False), replace(mirror_of(plan), about=_ABOUT)
 
 
 def _result(expert: str) -> str:
@@ -121,7 +126,22 @@ def _result(expert: str) -> str:
     return f"mask of {expert}"
 
 
-@register(unit="entries", prepare=Prepare(check_factors, ()), outputs=model_and_masks)
+def prepare_masks(context: Context, *, tall_lambda: float | list[float]) -> Preparation:
+    """Check the factors, and tell how to have an expert back.
+
+    Raises:
+        InputError: there are more factors than experts, or fewer.
+    """
+    check_factors(context, tall_lambda=tall_lambda)
+    return Preparation(
+        notes=(
+            "masks of the experts are written beside the model; an expert comes back with python -m expert_merging "
+            f"extract {context.run.folder} --expert NAME --output FOLDER",
+        )
+    )
+
+
+@register(unit="entries", prepare=Prepare(prepare_masks, ()), outputs=model_and_masks)
 def tall(
     task_vectors: Tensor,
     experts: tuple[str, ...],
