@@ -248,9 +248,9 @@ def modified(rule: Rule, modifiers: Iterable[Rule]) -> Rule:
 
     def modify(task_vectors: Tensor, part: Part, base: Tensor) -> Any:
         merged = rule(task_vectors.clone(), part, base)
-        for step in steps:
+        for step in steps[:-1]:
             merged = step(task_vectors.clone(), part, base, merged)
-        return merged
+        return steps[-1](task_vectors, part, base, merged)
 
     return modify
 

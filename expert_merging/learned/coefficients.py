@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from expert_merging.backbone import import_transformers
+from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.chunks import apply
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
 from expert_merging.parts import Part
+from expert_merging.workers import fitting_threads
 from expert_merging.writing import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,16 @@ def _count(given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"{given!r} chunks")
     return given
+
+
+def kept_or_made(context: Context, make: Callable[[], Coefficients]) -> Coefficients:
+    """The coefficients in the run's folder, made first if they are not there, with the threads that suit the model."""
+    if context.run.coefficients.exists():
+        logger.info("coefficients are there already: %s", context.run.coefficients)
+        return load_coefficients(context.run.folder)
+    import_transformers()
+    with fitting_threads(context.plan.base_elements):
+        return make()
 
 
 def _read_directions(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from expert_merging.learned.importance import describe_layers
 from expert_merging.learned.parametrisations import CoefficientVector
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import TrainingState
-from expert_merging.running.accelerator import start_tracker
+from expert_merging.running.accelerator import finish_trackers, start_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -121,3 +121,7 @@ class Report:
             for name, picture in pictures.items():
                 tracker.log_images({name: picture[None]}, step=updates, dataformats="NHWC")
         coefficients.save(run.coefficients)
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        finish_trackers(self.accelerator)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.coefficients import Coefficients, kept_or_made
 from expert_merging.learned.directions import PLAIN
 from expert_merging.learned.memory import choose
 from expert_merging.learned.task_vectors import TaskVectors
@@ -27,7 +26,6 @@ from expert_merging.search.options import SearchOptions
 from expert_merging.search.record import Evaluation, Record
 from expert_merging.search.score import Scorer
 from expert_merging.search.settings import Settings, check, notes
-from expert_merging.workers import fitting_threads
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +42,7 @@ def prepare(context: Context, options: SearchOptions) -> Preparation:
     settings = check(context, options)
 
     def work() -> dict[str, Any]:
-        if context.run.coefficients.exists():
-            logger.info("coefficients were found already: %s", context.run.coefficients)
-            coefficients = load_coefficients(context.run.folder)
-        else:
-            import_transformers()
-            with fitting_threads(context.plan.base_elements):
-                coefficients = Search(context, settings).run()
+        coefficients = kept_or_made(context, lambda: Search(context, settings).run())
         return {"coefficients": coefficients, "directions": PLAIN.prepare()}
 
     return Preparation(work, settings.asked.inputs, notes(context, settings))

@@ -163,7 +163,7 @@ def check_board(run):
     ("place", "told"),
     [
         ("expert_merging.learned.coefficients.Coefficients.save", "continuing after 10 evaluations"),
-        ("expert_merging.job.write", "coefficients were found already"),
+        ("expert_merging.job.write", "coefficients are there already"),
     ],
 )
 def test_what_was_evaluated_is_not_evaluated_again(place, told, command, whole, tmp_path, monkeypatch):
