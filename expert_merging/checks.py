@@ -54,6 +54,11 @@ class Job:
         return coarsest(preparation.unit for preparation in self.preparations)
 
     @property
+    def copies(self) -> int:
+        """Copies of the task vectors that the rule holds at a time: modifiers see them as they were."""
+        return 1 if self.resolved.modifiers else 0
+
+    @property
     def models(self) -> list[Path]:
         """Where the results that can be loaded are once the run is complete."""
         return [self.context.run.model / output.folder for output in self.outputs if output.is_model]

@@ -122,6 +122,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
             progress=context.progress,
             processes=context.processes,
             made=made,
+            copies=job.copies,
         )
         if is_main_process() and output.is_model:
             _describe_model(job, output, folder)

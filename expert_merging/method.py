@@ -128,6 +128,10 @@ class Method:
                 raise TypeError(
                     f"method {self.name}: {kind} cannot be {min(unknown)!r}; known are {', '.join(sorted(allowed))}"
                 )
+        if self.parts is not None and _needs(self.parts) != self.needs:
+            raise TypeError(
+                f"method {self.name}: merge and parts must need the same, {', '.join(self.needs) or 'nothing'}"
+            )
 
     @property
     def summary(self) -> str:

@@ -71,7 +71,7 @@ def _sources(job: Job) -> str:
 
 def merging_memory(job: Job) -> int:
     """Bytes of memory that merging works with."""
-    return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device))
+    return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device), copies=job.copies)
 
 
 def warnings(job: Job) -> list[str]:

@@ -108,6 +108,14 @@ def test_a_record_that_no_run_could_use_fails_at_registration(fields, message):
         )
 
 
+def test_parts_need_what_the_merge_needs():
+    def merge_(task_vectors, seed):
+        return task_vectors[0]
+
+    with pytest.raises(TypeError, match="merge and parts must need the same, seed"):
+        Method("x", merge_, {}, merge_, needs=("seed",), parts=lambda task_vectors: task_vectors)
+
+
 def test_merge_and_preparation_are_given_the_options_that_they_name_or_all():
     options = {"density": 0.2, "scope": "global"}
     assert accepted(lambda given, *, density: 0, options) == {"density": 0.2}
