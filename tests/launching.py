@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -68,6 +69,13 @@ def run_together(count: int, function: Callable[..., object], *arguments: Any, f
         started[-1].start()
     _wait_for(started)
     return Ended(tuple(process.exitcode for process in started), *(file.read_text() for file in files))
+
+
+def run_program(text: str) -> None:
+    """Run the text of a program, as a function for `run_together`."""
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # where the annotations of its functions are looked up
+    exec(compile(text, "program", "exec"), vars(module))
 
 
 def _wait_for(started: Sequence[Any]) -> None:

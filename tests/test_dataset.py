@@ -40,6 +40,7 @@ def coarse(picture: Image.Image) -> numpy.ndarray:
     return numpy.asarray(picture.reduce(8), dtype=int)
 
 
+@pytest.mark.slow
 def test_drawing_again_gives_the_same(tmp_path):
     """Coarsely: other versions of matplotlib and Pillow smooth edges and place text a little differently.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from docs.tools.chart import PICTURE, read_table
 from docs.tools.methods import FLAGS, KINDS, METHODS, TABLES, command_of, method_page, read_written, tables
 from expert_merging.options import parse, resolve
 from Mistral.backbone import BACKBONE
+from tests.launching import run_program, run_together
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -145,16 +144,17 @@ def examples() -> dict[str, str]:
     return {title: "\n".join(found) for title, found in blocks.items() if found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", examples())
-def test_examples_run(section):
+def test_examples_run(section, tmp_path):
     # In a process of its own, as methods that are registered stay so. Imports from the future go first in a file.
     code = examples()[section].replace("from __future__ import annotations\n", "")
     names = re.findall(r"^def (test_\w+)", code, re.MULTILINE)
     assert names, "an example has a test"
     calls = "\n".join(f"{name}()" for name in names)
     program = f"from __future__ import annotations\n{code}\n{calls}\n"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_together(1, run_program, program, folder=tmp_path)
+    assert done.codes == (0,), done.stderr
 
 
 def test_the_picture_shows_the_numbers_of_the_table():

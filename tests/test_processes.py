@@ -215,6 +215,7 @@ def kill_when_ready(*arguments: object) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_merge_continues_and_gives_the_same_bytes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     folders = [

@@ -80,6 +80,7 @@ def test_methods_leave_excluded_parameters_byte_for_byte(method, internvl_zoo, t
     assert changed_names(internvl_zoo / BASE, run.model) == MERGED
 
 
+@pytest.mark.slow
 def test_closed_forms_need_no_model_class(tmp_path):
     """Also a variant that no class here covers, with half-precision shards, is merged; none of its code runs."""
     cache = make_zoo(tmp_path / "cache", {"llm_config.architectures": ["InternLM2ForCausalLM"], "ps_version": "v1"})
@@ -92,6 +93,7 @@ def test_closed_forms_need_no_model_class(tmp_path):
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_command_is_a_script_of_its_own(internvl_zoo, tmp_path):
     command = [sys.executable, "model_merging.py", "--method", "weight_average", "--cache_dir", str(internvl_zoo)]
     subprocess.run([*command, "--output_path", str(tmp_path)], cwd=ROOT / "InternVL", check=True, capture_output=True)
@@ -159,9 +161,10 @@ EXCLUSIONS = {
     "layers computed again": ([*_TOWER_TOO, "--gradient_checkpointing"], None),
     "nothing": (["--exclude_params", "none"], None),
 }
+NAMES = ["defaults", *(pytest.param(name, marks=pytest.mark.slow) for name in EXCLUSIONS if name != "defaults")]
 
 
-@pytest.mark.parametrize("name", EXCLUSIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_learned_coefficients_are_the_plain_twins(name, internvl_zoo, tmp_path):
     flags, expected = EXCLUSIONS[name]
     dataset = internvl_zoo / "dataset"
@@ -183,7 +186,7 @@ def test_learned_coefficients_are_the_plain_twins(name, internvl_zoo, tmp_path):
         assert torch.equal(tensor, before[parameter]) == (parameter not in learned.values), parameter
 
 
-@pytest.mark.parametrize("name", EXCLUSIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_coefficients_equal_the_plain_twins(name, internvl_zoo, tmp_path, monkeypatch):
     """One update from all samples: the projector's, the language model's and, where merged, the fused attention's."""
     collected, collect = {}, Trainer._collect

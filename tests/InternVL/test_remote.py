@@ -141,6 +141,7 @@ def test_the_own_class_is_used_as_the_core_uses_models(folder, tmp_path):
         assert written[0, prompt] == expected.logits[0, -1].argmax()
 
 
+@pytest.mark.slow
 def test_learning_with_the_own_class(tmp_path):
     cache = make_zoo(tmp_path / "cache")
     for name in (BASE, *EXPERTS.values()):

@@ -187,8 +187,13 @@ VISUAL_TOO = ("--exclude_params", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*",
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [((), 21), (("--gradient_checkpointing",), 21), (("--gradient_checkpointing", *VISUAL_TOO), None)],
-    ids=["defaults", "layers computed again", "layers of the vision tower too"],
+    [
+        pytest.param((), 21, id="defaults"),
+        pytest.param(("--gradient_checkpointing",), 21, id="layers computed again", marks=pytest.mark.slow),
+        pytest.param(
+            ("--gradient_checkpointing", *VISUAL_TOO), None, id="layers of the vision tower too", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_gradients_and_learned_coefficients_are_the_plain_twins(options, count, qwen_zoo, tmp_path, gradients):
     dataset = qwen_zoo / "dataset"
@@ -220,6 +225,7 @@ def test_gradients_and_learned_coefficients_are_the_plain_twins(options, count, 
         torch.testing.assert_close(tensor, weights[newer_name(name)].detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_learning_is_the_same_whatever_the_checkpoints_are_called(qwen_zoo, newer_zoo, tmp_path):
     dataset = qwen_zoo / "dataset"
     found = {}
@@ -289,6 +295,7 @@ def test_one_set_of_calibration_files_serves_both_picture_families():
     assert list(BACKBONE.expert_folders) == list(internvl.expert_folders)
 
 
+@pytest.mark.slow
 def test_bounds_on_pictures_reach_the_model(qwen_zoo, tmp_path):
     flags = [*LEARNING, "--cache_dir", qwen_zoo, "--data_dir", qwen_zoo / "dataset"]
     runs = [
@@ -301,7 +308,7 @@ def test_bounds_on_pictures_reach_the_model(qwen_zoo, tmp_path):
     assert json.loads(runs[2].config.read_text())["options"]["max_pixels"] == 784
 
 
-@pytest.mark.parametrize("method", ["ties", "expert_merging"])
+@pytest.mark.parametrize("method", ["ties", pytest.param("expert_merging", marks=pytest.mark.slow)])
 def test_the_second_generation_works_alike(method, second_zoo, tmp_path):
     dataset = ["--data_dir", second_zoo / "dataset"] if method == "expert_merging" else []
     run = run_command(tmp_path, "--method", method, "--cache_dir", second_zoo, "--seed", 3, *dataset)
@@ -328,6 +335,7 @@ def test_the_second_generation_works_alike(method, second_zoo, tmp_path):
             torch.testing.assert_close(values, twin.coefficients(name).detach(), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_checkpoints_learn_and_keep_their_type(qwen_zoo, tmp_path):
     """The published files are in bfloat16; pictures follow the type that the model has in memory."""
     for folder in (BASE, *EXPERTS.values()):
@@ -458,6 +466,7 @@ def test_bounds_are_checked_before_any_work(qwen_zoo, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_works_from_its_own_folder(qwen_zoo, tmp_path):
     flags = ["--method", "task_arithmetic", "--cache_dir", str(qwen_zoo), "--output_path", str(tmp_path)]
     done = subprocess.run(

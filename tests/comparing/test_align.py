@@ -170,6 +170,7 @@ def test_the_table_has_whole_names_in_80_columns(names, capsys):
     assert all(name in shown for name in [*names, "mean", "hidden", "states"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_analyse_draws_a_finished_run_again(runs, capsys):
     learned, closed = runs

@@ -33,6 +33,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", TINY)
 def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SHAPES", TINY)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,15 @@ from expert_merging.learned import directions as module
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
 from expert_merging.learned.directions import find_directions, kept_name, make_directions
 from expert_merging.learned.task_vectors import TaskVectors
-from expert_merging.options import ROOT
 from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import merge, refused
+from tests.launching import run_together
 from tests.learned.training import EXCLUDED, make_trainer, read_task_vectors
+from tests.learned.watched import learn_and_be_killed
 
 CPU = torch.device("cpu")
 SUMS = [name for name, method in all_methods().items() if method.parts is not None]
@@ -223,33 +222,13 @@ def test_rows_of_the_checkpoint_are_rows_times_coefficients(answered_zoo, tmp_pa
         torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from expert_merging.cli import main
-from expert_merging.learned import directions
-from expert_merging.learned.trainer import Trainer
-from Mistral.backbone import BACKBONE
-
-def die(*_given, **_named):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-save = Trainer._save_state
-if {when!r} == "making":
-    directions.write_atomically = die
-else:
-    Trainer._save_state = lambda self: (save(self), die())
-sys.exit(main(BACKBONE, {arguments!r}))
-"""
-
-
-@pytest.mark.parametrize("when", ["making", "learning"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["making", "saved"])
 def test_a_killed_run_goes_on_to_the_same_bytes(when, answered_zoo, tmp_path):
     more = ["--directions", "svd", "--samples_per_task", "3"]
     assert merge(*arguments(answered_zoo, tmp_path / "whole", *more)) == 0
     given = arguments(answered_zoo, tmp_path / "killed", *more)
-    script = KILLED.format(root=str(ROOT), when=when, arguments=given)
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
+    assert run_together(1, learn_and_be_killed, given, when, folder=tmp_path).codes == (-signal.SIGKILL,)
     killed, unharmed = (tmp_path / name / "expert_merging" / "r" for name in ("killed", "whole"))
     assert (killed / "directions").is_dir()
     assert merge(*given) == 0

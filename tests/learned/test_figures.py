@@ -15,6 +15,7 @@ def read(file):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_every_picture_has_its_data_beside_it(tmp_path):
     layers = make_layers()
     pictures = draw_all(layers, tmp_path / "analysis")
@@ -33,6 +34,7 @@ def test_every_picture_has_its_data_beside_it(tmp_path):
     assert [float(row["y"]) for row in tables["coefficients"]] == [0.5, 0.75, 0.5]
 
 
+@pytest.mark.slow
 def test_drawing_again_gives_the_same_files(tmp_path):
     draw_all(make_layers(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

@@ -17,6 +17,7 @@ from tests.learned.training import make_trainer
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.slow
 def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
     AcceleratorState._reset_state(reset_partial_state=True)

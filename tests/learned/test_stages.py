@@ -142,6 +142,7 @@ def count_training(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_an_interrupted_run_goes_on_in_its_stage(stage, answered_zoo, tmp_path, monkeypatch):
     options = {"num_epochs": 2}

@@ -28,6 +28,7 @@ def whole(fresh_for_module, answered_zoo, tmp_path_factory):
     return make_trainer(answered_zoo, tmp_path_factory.mktemp("whole"), num_epochs=2).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
 def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
@@ -81,12 +82,12 @@ class Payload:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("while_saving", [False, True], ids=["after saving", "while saving"])
-def test_killed_training_continues_to_the_same_coefficients(while_saving, tiny_zoo, tmp_path):
+@pytest.mark.parametrize("when", ["saving", "saved"])
+def test_killed_training_continues_to_the_same_coefficients(when, tiny_zoo, tmp_path):
     given = ["--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--num_epochs", 3, "--max_new_tokens", 6]
     given = [*map(str, given), "--run_name", "r", "--device", "cpu", "--output_path"]
     assert main(BACKBONE, [*given, str(tmp_path / "whole")]) == 0
-    begun = partial(learn_and_be_killed, [*given, str(tmp_path / "killed")], while_saving=while_saving)
+    begun = partial(learn_and_be_killed, [*given, str(tmp_path / "killed")], when, updates=3)
     assert run_together(1, begun, folder=tmp_path).codes == (-signal.SIGKILL,)
     killed = tmp_path / "killed" / "expert_merging" / "r"
     assert not (killed / "model").exists()

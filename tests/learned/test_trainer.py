@@ -177,6 +177,7 @@ def test_a_single_expert_is_recovered(tiny_zoo, tmp_path):
     assert means.mean() > 0.8
 
 
+@pytest.mark.slow
 def test_a_task_weight_moves_the_balance(answered_zoo, tmp_path):
     """What a task weighs more, the merged model matches better."""
     distances = []
@@ -250,6 +251,7 @@ def test_epoch_means_decide_what_is_better():
         assert state.epochs_without_better == waiting
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path, log_with="tensorboard", num_epochs=2)

@@ -12,6 +12,7 @@ import torch
 
 from expert_merging import job
 from expert_merging.cli import main
+from expert_merging.learned import directions
 from expert_merging.learned.state import StateFolder
 from expert_merging.learned.trainer import Trainer
 from expert_merging.running.sharding import own_part
@@ -73,20 +74,28 @@ def learn_elsewhere(arguments: Sequence[str]) -> int:
     return main(BACKBONE, given)
 
 
-def learn_and_be_killed(arguments: Sequence[str], *, while_saving: bool) -> int:
-    """The command, in a process that is killed when it saves the state after the third update, or has saved it."""
+def learn_and_be_killed(arguments: Sequence[str], when: str, *, updates: int = 1) -> int:
+    """The command, in a process that is killed.
+
+    Args:
+        arguments: the command's.
+        when: ``making`` directions, ``saving`` the state, or once it is ``saved``.
+        updates: number of updates after which that is; directions are made before.
+    """
     save = Trainer._save_state
 
-    def die():
+    def die(*_given, **_named):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save_and_die(self):
-        if self.state.updates == 3 and while_saving:
+        if self.state.updates == updates and when == "saving":
             self.accelerator.save_state = lambda folder: (os.mkdir(folder), die())
         save(self)
-        if self.state.updates == 3:
+        if self.state.updates == updates:
             die()
 
+    if when == "making":
+        directions.write_atomically = die
     Trainer._save_state = save_and_die
     return main(BACKBONE, arguments)
 

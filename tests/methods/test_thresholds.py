@@ -138,6 +138,7 @@ def test_as_many_entries_below_the_bounds_as_the_rank_make_the_sample_wrong():
     assert 50 < wrong < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 1 << 20])
 @pytest.mark.parametrize("workers", WORKERS)
 def test_what_workers_could_not_decide_reaches_the_process_that_decides(workers, room, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def small(own_zoo, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_figures_have_a_row_for_everything_and_choices_answer_no_test_question(small, tmp_path, monkeypatch):
     found = small()
     rows = found["rows"]

@@ -33,6 +33,7 @@ def divergences(built_zoo, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", BACKBONE.expert_folders)
 def test_raising_a_tasks_weight_improves_its_alignment(task, divergences):
     assert divergences[task][task] < divergences["equal"][task]
