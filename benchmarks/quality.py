@@ -155,9 +155,9 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
 
     zoo = default_folder("mistral", seed)
     with tempfile.TemporaryDirectory() as folder:
-        plan, probe = make_probe(zoo, held_out, Run(Path(folder)).responses)
+        maker, samples = held_out_questions(zoo, held_out, Run(Path(folder)).responses)
         folders = {name: model.folder for name, model in models.items()}
-        distances = align.relative(align.measure(plan, BACKBONE, folders, probe, no_progress))
+        distances = align.relative(align.measure(maker, samples, folders))
     for name, model in models.items():
         figures = {
             kind: {task: numbers[kind] for task, numbers in distances[name].items()}
@@ -169,13 +169,14 @@ def score(seed: int, models: Mapping[str, Measured], held_out: int) -> None:
         write_atomically(model.file, json.dumps(figures).encode())
 
 
-def make_probe(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
-    """The zoo's plan, and its calibration questions after those that are used for learning."""
+def held_out_questions(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
+    """What asks the zoo's experts, and its calibration questions after those that are used for learning."""
     import torch
 
     from expert_merging.calibration import load_samples
-    from expert_merging.comparing.align import Probe, held_out
+    from expert_merging.comparing.align import held_out, middle_layer
     from expert_merging.plan import make_plan
+    from expert_merging.running.targets import TargetMaker
     from Mistral.backbone import BACKBONE
 
     config = configuration()
@@ -184,9 +185,19 @@ def make_probe(zoo: Path, count: int, responses: Path) -> tuple[Any, Any]:
     plan = make_plan(zoo / BACKBONE.base_folder, experts, list(BACKBONE.exclude_params))
     samples = load_samples(zoo / "dataset", tuple(experts), default_count=used + count, counts={}, task_expert={})
     samples = held_out(samples, dict.fromkeys({sample.task for sample in samples}, used))
-    device = torch.device("cpu")
-    limit = config["max_new_tokens"]
-    return plan, Probe(samples, config["loss_tokens"] == "response", limit, None, responses, device, torch.float32)
+    maker = TargetMaker(
+        backbone=BACKBONE,
+        plan=plan,
+        layers=middle_layer(plan),
+        response_only=config["loss_tokens"] == "response",
+        max_new_tokens=config["max_new_tokens"],
+        prompt_template=None,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        responses=responses,
+        progress=no_progress,
+    )
+    return maker, samples
 
 
 def configuration() -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Case:
         device: where to compute.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         task_vectors: option of that name.
-        rank_batches: option of that name.
+        weight_gradients: option of that name.
         checkpointing: whether activations are computed again.
         work: folder of the checkpoints.
     """
@@ -117,7 +117,7 @@ class Case:
     device: str
     dtype: str
     task_vectors: str
-    rank_batches: str
+    weight_gradients: str
     checkpointing: bool
     work: str
 

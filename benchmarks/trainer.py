@@ -130,7 +130,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--task_vectors", nargs="+", choices=["auto", "device", "host", "disk"], default=["auto"])
-    parser.add_argument("--rank_batches", choices=["auto", "sample", "update"], default="auto")
+    parser.add_argument("--weight_gradients", choices=["auto", "sample", "update"], default="auto")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--work", default=str(ROOT / "benchmarks" / "work"), help="folder of the random checkpoints")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
@@ -165,7 +165,7 @@ def main() -> None:
         print(json.dumps(work(Case(**json.loads(options.case)))))  # noqa: T201  (what the parent process reads)
         return
     shared = {name: getattr(options, name) for name in ("layers", "distinct", "samples", "device", "dtype", "work")}
-    shared |= {"rank_batches": options.rank_batches, "checkpointing": options.gradient_checkpointing}
+    shared |= {"weight_gradients": options.weight_gradients, "checkpointing": options.gradient_checkpointing}
     figures: dict[str, Any] = {}
     for shape in options.shape:
         for experts in options.experts:

@@ -192,7 +192,7 @@ class Bench:
         targets = self.targets()
         options = LearningOptions(
             task_vectors=self.case.task_vectors,  # type: ignore[arg-type]
-            weight_gradients=self.case.rank_batches,  # type: ignore[arg-type]
+            weight_gradients=self.case.weight_gradients,  # type: ignore[arg-type]
             gradient_checkpointing=self.case.checkpointing,
         )
         objective = alignment(self.layers, temperature=1.0, logits_weight=1.0, hidden_states_weight=1.0)

@@ -208,10 +208,22 @@ class Checkpoint:
             digest.update(header)
             size = file.stat().st_size
             digest.update(f"{size} {file.stat().st_mtime_ns}".encode())
-            step = max(1, (size - len(header)) // _SAMPLES)
-            for position in range(len(header), size, step):
-                digest.update(os.pread(self.descriptor(file), _SAMPLE_BYTES, position))
+            digest.update(self._sample(file))
         return digest.hexdigest()[:16]
+
+    def content(self) -> str:
+        """A digest of headers and of samples of the data, which copies of the weights share."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(self.headers[file.name] + self._sample(file))
+        return digest.hexdigest()[:16]
+
+    def _sample(self, file: Path) -> bytes:
+        """Some of a file's data."""
+        start, size = len(self.headers[file.name]), file.stat().st_size
+        step = max(1, (size - start) // _SAMPLES)
+        descriptor = self.descriptor(file)
+        return b"".join(os.pread(descriptor, _SAMPLE_BYTES, place) for place in range(start, size, step))
 
 
 def as_bytes(block: Tensor) -> memoryview:

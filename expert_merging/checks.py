@@ -22,7 +22,7 @@ from expert_merging.outputs import Output
 from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
 from expert_merging.run import Run, default_name, provenance
-from expert_merging.writing import check_free_disk
+from expert_merging.writing import can_name_file, check_free_disk
 
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
@@ -52,6 +52,11 @@ class Job:
     def unit(self) -> Unit:
         """What the rule is fed."""
         return coarsest(preparation.unit for preparation in self.preparations)
+
+    @property
+    def copies(self) -> int:
+        """Copies of the task vectors that the rule holds at a time: modifiers see them as they were."""
+        return 1 if self.resolved.modifiers else 0
 
     @property
     def models(self) -> list[Path]:
@@ -150,7 +155,7 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
     """The run's folder, which may be there already and must not lie inside a checkpoint."""
     problems = Problems()
     parent, run_name = Path(resolved.general["output_path"]) / resolved.method.name, resolved.general["run_name"]
-    if run_name is not None and (Path(run_name).name != run_name or run_name in (".", "..")):
+    if run_name is not None and not can_name_file(run_name):
         problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
         run_name = None
     family = backbone.evaluation_of(plan.base.model_type).run_name or backbone.name

@@ -5,14 +5,13 @@ With `console`, the only module that prints or exits.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, kind_of
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, file_problem
 from expert_merging.options import Resolved, parse, resolve, show_default
 from expert_merging.processes import is_lost_process, is_main_process
 
@@ -38,13 +37,10 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             _tell(error)
         return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = "the disk is full; make room, then the same command continues where it stopped"
-        elif error.filename is not None and error.strerror is not None:
-            problem = f"{error.filename}: {error.strerror}"
-        else:
+        problem = file_problem(error, "continues where it stopped")
+        if problem is None:
             raise
-        _tell(InputError(problem))
+        _tell(problem)
         return 1
     except RuntimeError as error:
         if not is_lost_process(error):

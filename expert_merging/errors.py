@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,20 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """How it reaches the process that a worker was forked from."""
         return type(self), self.problems
+
+
+def file_problem(error: OSError, again: str) -> InputError | None:
+    """What a file or a disk that cannot be used means for the user; None where the error does not say which.
+
+    Args:
+        error: the system's error.
+        again: what the same command does once there is room.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"the disk is full; make room, then the same command {again}")
+    if error.filename is not None and error.strerror is not None:
+        return InputError(f"{error.filename}: {error.strerror}")
+    return None
 
 
 class Problems:

@@ -60,6 +60,7 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
     Raises:
         InputError: every problem found, before anything is written.
     """
+    target = target.absolute()
     plan, masks = _open(Run(folder), expert, base_folder)
     output = mirror_of(plan)
     _check_target(target, plan, folder)
@@ -98,7 +99,8 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
         masks = Masks(run.model / tall.FOLDER, expert)
     problems.check()
     others = [name for name in base.entries if name not in masks.entries]
-    if list(base.headers.values()) != list(model.headers.values()) or not _agree(base, model, others):
+    is_same = masks.base in (None, base.content()) and _agree(base, model, others)
+    if list(base.headers.values()) != list(model.headers.values()) or not is_same:
         raise InputError(
             f"{base.folder} is not the base that {run.folder} was made of; give that with --base_model_path"
         )
@@ -111,7 +113,7 @@ def _read_record(run: Run) -> Mapping[str, Any]:
     """``config.json`` of a complete run of ``tall``."""
     try:
         record = json.loads(run.config.read_text(encoding="utf-8"))
-        method, _ = record["method"], record["options"]["base_model_path"]
+        method, _ = record["method"], Path(record["options"]["base_model_path"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one") from None
     if method != tall.tall.__name__:
@@ -145,14 +147,18 @@ class Masks:
     Attributes:
         entries: the masks in their files, by name of the tensor that they are for.
         experts: names of all experts.
+        base: digest of the base's weights, None where it is not recorded.
     """
 
     def __init__(self, folder: Path, expert: str) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.experts: list[str] = []
+        self.base: str | None = None
         for file in sorted(folder.glob("*.safetensors")):
-            for entry in read_header(file)[1]:
+            header, entries = read_header(file)
+            self.base = tall.base_of(header) or self.base
+            for entry in entries:
                 owner, _, name = entry.name.partition("/")
                 self.experts += [] if owner in self.experts else [owner]
                 if owner == expert:
@@ -173,7 +179,7 @@ class Masks:
         problems = [
             f"{mask.file}: the mask {mask.name} does not fit the merged model's tensor of that name"
             for name, mask in self.entries.items()
-            if name not in entries or mask.shape != (-(-entries[name].elements // tall.PACKED),)
+            if name not in entries or (mask.dtype, mask.shape) != ("U8", (-(-entries[name].elements // tall.PACKED),))
         ]
         if problems:
             raise InputError(*problems[:4])
@@ -200,13 +206,15 @@ class Masks:
 
 def _check_target(target: Path, plan: Plan, run: Path) -> None:
     """Check that a folder can be made there."""
-    for there in (target, partial_name(target)):
-        if there.exists():
+    for place in (Path, partial_name):
+        if os.path.lexists(there := place(target)):
             raise InputError(f"{there} exists already; choose another --output, or move it away")
     for folder in (plan.base.folder, run):
         if target.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another --output")
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file where {target} needs a folder; choose another --output")
     if not os.access(existing, os.W_OK):
         raise InputError(f"{existing} cannot be written to; choose another --output")
 

@@ -36,12 +36,15 @@ def perform(job: Job, terminal: Terminal) -> int:
         Exit code.
     """
     start, summary = time.monotonic(), None
-    if from_main_process(job.context.run.is_complete):
+    complete = from_main_process(job.context.run.is_complete)
+    if not complete:
+        _begin(job, terminal)
+        complete = from_main_process(job.context.run.is_complete)  # by another process, which has just let go of it
+    if complete:
         for line in ignored_flags(job.resolved):
             logger.warning("%s", line)
         logger.info(COMPLETE)
     else:
-        _begin(job, terminal)
         rule, made = prepare(job)
         if is_main_process() or job.context.processes.size > 1:  # the others have prepared with it, and it merges
             summary = write(job, rule, made)
@@ -119,6 +122,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
             progress=context.progress,
             processes=context.processes,
             made=made,
+            copies=job.copies,
         )
         if is_main_process() and output.is_model:
             _describe_model(job, output, folder)

@@ -62,9 +62,16 @@ class Summary:
     kept_shards: int = 0
 
 
-def working_memory(plan: Plan, *, unit: str, device: torch.device) -> int:
-    """Bytes of memory that merging works with, whatever the size of the model for rules that are fed blocks."""
-    experts = len(plan.experts)
+def working_memory(plan: Plan, *, unit: str, device: torch.device, copies: int = 0) -> int:
+    """Bytes of memory that merging works with, whatever the size of the model for rules that are fed blocks.
+
+    Args:
+        plan: checkpoints and parameters.
+        unit: as for `write_output`.
+        device: as for `write_output`.
+        copies: as for `write_output`.
+    """
+    experts = len(plan.experts) * (1 + copies)
     entries = [plan.base.entries[name] for name in plan.merged]
     whole = [entry for entry in entries if not _takes_blocks(plan.part(entry.name), unit)]
     if not whole:
@@ -86,6 +93,7 @@ def write_output(
     progress: Progress,
     processes: Processes = ALONE,
     made: Mapping[str, Tensor] | None = None,
+    copies: int = 0,
     title: str = "merging",
 ) -> Summary:
     """Merge every parameter of an output and write its complete folder.
@@ -103,6 +111,7 @@ def write_output(
         progress: shows throughput in bytes read.
         processes: the processes that share the work; each calls this function.
         made: tensors that the preparation has made.
+        copies: copies of the task vectors that the rule holds at a time, for the memory that is shared out.
         title: shown beside the progress bar.
 
     Raises:
@@ -111,7 +120,7 @@ def write_output(
     plan = plan if output.experts is None else plan.only(output.experts)
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    merger = _Merger(plan, rule, unit, device, processes, made or {})
+    merger = _Merger(plan, rule, unit, device, processes, made or {}, copies)
     width = 1 + len(plan.experts)
     sizes = {file: width * sum(slot.size for slot in slots) for file, slots in output.files.items()}
     with progress(title, sum(sizes.values()), "B") as advance:
@@ -231,12 +240,15 @@ class _Merger:
         device: torch.device,
         processes: Processes,
         made: Mapping[str, Tensor],
+        copies: int,
     ) -> None:
         self.plan = plan
         self.rule = rule
         self.unit = unit
         self.processes = processes
         self.made = made
+        self.held = len(plan.experts) * (1 + copies)
+        self.merged = frozenset(plan.merged)
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
         workers = Workers.for_entries(plan.base_elements, device)
@@ -316,7 +328,10 @@ class _Merger:
         return checkpoint, checkpoint.entries[slot.source.name]
 
     def _is_plain_copy(self, slot: Slot) -> bool:
-        return isinstance(slot.source, Copied) and self._source(slot)[1].dtype == slot.dtype
+        """Whether bytes are copied unseen: what the base keeps of its own, whatever is in it."""
+        if not isinstance(slot.source, Copied) or self._source(slot)[1].dtype != slot.dtype:
+            return False
+        return slot.source.expert is None and slot.source.name not in self.merged
 
     def _copy(self, part: Part, place: _Place, writer: ShardWriter) -> None:
         import torch
@@ -344,7 +359,7 @@ class _Merger:
 
         squares = base_squares = 0.0
         blocks = _takes_blocks(part, self.unit)
-        need = 0 if blocks else _whole_memory(self.plan.base.entries[part.name], len(self.plan.experts))
+        need = 0 if blocks else _whole_memory(self.plan.base.entries[part.name], self.held)
         buffers = {place: self._buffer(part, place) for place in places}
         with self.memory.taking(need), self.reader.streaming():
             for piece, base, task_vectors in self._pieces(part, blocks=blocks):
@@ -402,7 +417,10 @@ def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]
     for slot in slots:
         place = _Place(slot, start)
         if isinstance(slot.source, Merged):
-            merged.setdefault(slot.source.name, []).append(place)
+            places = merged.setdefault(slot.source.name, [])
+            if any(other.slot.source == slot.source for other in places):
+                raise ValueError(f"{slot.name} is what another slot of the file is: {slot.source}")
+            places.append(place)
         else:
             others[slot.name] = place
         start += slot.size
@@ -418,9 +436,11 @@ def _check_fits(values: Tensor, dtype: torch.dtype, slot: Slot) -> None:
         return
     if isinstance(slot.source, Copied):
         owner = "the base" if slot.source.expert is None else f"expert {slot.source.expert}"
+        if not torch.isfinite(values.double()).all():
+            raise InputError(f"{owner} has NaN or infinite values in {slot.source.name}; download it again")
         raise InputError(
-            f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold, or NaN or "
-            "infinite ones; convert the base to a wider type"
+            f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold; convert the "
+            "base to a wider type"
         )
     raise InputError(
         f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"

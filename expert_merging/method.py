@@ -128,6 +128,10 @@ class Method:
                 raise TypeError(
                     f"method {self.name}: {kind} cannot be {min(unknown)!r}; known are {', '.join(sorted(allowed))}"
                 )
+        if self.parts is not None and _needs(self.parts) != self.needs:
+            raise TypeError(
+                f"method {self.name}: merge and parts must need the same, {', '.join(self.needs) or 'nothing'}"
+            )
 
     @property
     def summary(self) -> str:
@@ -238,18 +242,19 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
 
 
 def modified(rule: Rule, modifiers: Iterable[Rule]) -> Rule:
-    """The rule followed by modifiers, each given the task vectors as they were and what was merged so far."""
+    """The rule followed by modifiers, each given the task vectors as they were and what was merged so far.
+
+    Only methods that write the base's mirror alone are modified, so there is one result.
+    """
     steps = list(modifiers)
     if not steps:
         return rule
 
     def modify(task_vectors: Tensor, part: Part, base: Tensor) -> Any:
-        made = rule(task_vectors.clone(), part, base)
-        others = dict(made) if isinstance(made, Mapping) else {}
-        merged = others.pop("merged", made)
-        for step in steps:
+        merged = rule(task_vectors.clone(), part, base)
+        for step in steps[:-1]:
             merged = step(task_vectors.clone(), part, base, merged)
-        return {**others, "merged": merged} if others else merged
+        return steps[-1](task_vectors, part, base, merged)
 
     return modify
 

@@ -18,6 +18,7 @@ from expert_merging.flags import Option, current_name, describe_type, read_optio
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
+from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
@@ -29,7 +30,7 @@ class GeneralOptions:
 
     Args:
         method: merging method; --list_methods shows all.
-        post: a modifier that improves what the method has merged; repeat for several, in their order.
+        post: modifiers that change what the method has merged, such as consensus, in their order.
         cache_dir: folder that holds the family's checkpoints under their published names; also from CACHE_DIR in the
             environment or in .env.
         base_model_path: base model to use instead of the family's.
@@ -65,6 +66,7 @@ GENERAL = read_options(GeneralOptions)
 # What an option is where no value is given, if that is not simply nothing.
 _UNSET = {
     "data_dir": "dataset/ at the repository root",
+    "population": "by coefficients",
     "rank_ratio": "1/experts",
     "scaling_coefficient": "by directions",
     "solver": "by variant",
@@ -72,6 +74,8 @@ _UNSET = {
 }
 # Where so many methods have an option in one meaning, help does not name them.
 _MANY = 5
+# Flags that are no options.
+_COMMANDS = ("config", "list_methods")
 # Flags that take several values, and may be repeated.
 _LISTS = ("exclude_params", "post")
 _LARGEST_FACTOR = 1000
@@ -350,54 +354,64 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     Raises:
         InputError: every value that does not fit its option.
     """
-    from dotenv import dotenv_values
-
-    config = read_config(Path(given["config"]), backbone) if "config" in given else {}
-    dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
-    # What .env says of a folder is meant from where .env lies, whatever folder the command runs in.
-    folder = dotenv.get("CACHE_DIR")
-    cache_dir = environment.get("CACHE_DIR") or (str(ROOT / Path(folder).expanduser()) if folder else None)
-    # What accelerate launch sets for a configuration with FSDP.
-    launched = {"shard": True} if launched_with("FSDP", environment) else {}
-    values = {**({"cache_dir": cache_dir} if cache_dir else {}), **launched, **config, **given}
+    values = _gather(given, environment, backbone)
     problems = Problems()
     method, modifiers = _find_steps(values, problems)
-    reads_samples = any(step.reads_samples for step in (method, *modifiers))
+    steps = (*modifiers, method)  # where two have an option, the method's default counts
+    reads_samples = any(step.reads_samples for step in steps)
     if reads_samples and launched_with("DEEPSPEED", environment):
         problems.add(
             "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
             "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
         )
+    of_steps = {name: option for step in steps for name, option in step.options.items()}
     general = {name: option.default for name, option in GENERAL.items()}
-    general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
-    known = {name: option for step in (*modifiers, method) for name, option in step.options.items()}
-    options = {name: value for step in (*modifiers, method) for name, value in step.defaults(backbone.defaults).items()}
+    options = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
     family = {name: option.default for name, option in backbone.options.items()}
     used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
-    tables = ((GENERAL, general), (known, options), (used_by_family, family))
-    ignored = []
+    known = {**used_by_family, **of_steps, **GENERAL}
     for name, value in values.items():
-        if name in ("method", "post", "config", "list_methods"):
-            continue
-        table, target = next(((table, target) for table, target in tables if name in table), ({}, {}))
-        if name in table:
+        if name in known:
+            target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
-                target[name] = _absolute(name, table[name].convert(value))
-        elif name in given:  # a configuration file may serve several methods
-            ignored.append(name)
+                target[name] = _absolute(name, known[name].convert(value))
     for name in ("scaling_coefficient", "task_vector_coeffs_dict"):
         problems.found += _too_large(name, options.get(name))
     problems.check()
-    if general["exclude_params"] is None:
-        general["exclude_params"] = list(backbone.exclude_params)
-    elif general["exclude_params"] == "none":
-        general["exclude_params"] = []
+    general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
+    general["exclude_params"] = _patterns(general["exclude_params"], backbone)
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
-    if "data_dir" in options:
+    if reads_samples:
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
         problems.found += _unknown_tasks(Path(options["data_dir"]), family, backbone)
     problems.check()
-    return Resolved(general, method, options, family, tuple(ignored), modifiers)
+    # A configuration file may serve several methods; what it has in vain is no mistake.
+    ignored = tuple(name for name in given if name not in known and name not in _COMMANDS)
+    return Resolved(general, method, options, family, ignored, modifiers)
+
+
+def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
+    """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
+    from dotenv import dotenv_values
+
+    dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
+    values: dict[str, Any] = {}
+    if environment.get("CACHE_DIR"):
+        values["cache_dir"] = environment["CACHE_DIR"]
+    elif dotenv.get("CACHE_DIR"):  # is meant from where .env lies, whatever folder the command runs in
+        values["cache_dir"] = str(ROOT / Path(str(dotenv["CACHE_DIR"])).expanduser())
+    if launched_with("FSDP", environment):
+        values["shard"] = True
+    if "config" in given:
+        values |= read_config(Path(given["config"]), backbone)
+    return {**values, **{name: value for name, value in given.items() if name not in _COMMANDS}}
+
+
+def _patterns(given: Any, backbone: Backbone) -> list[str]:
+    """Patterns of parameters that keep the base's value."""
+    if given is None:
+        return list(backbone.exclude_params)
+    return [] if given == "none" else list(given)
 
 
 def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, tuple[Method, ...]]:
@@ -411,13 +425,16 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
         raise InputError(f"{method.name} improves what another method has merged: --method METHOD --post {method.name}")
     modifiers = []
     for name in GENERAL["post"].convert(values.get("post")) or []:
-        with problems.collecting():
+        known = [step.name for step in all_methods().values() if step.is_modifier]
+        try:
             found = find_method(name)
-            if found.is_modifier:
-                modifiers.append(found)
-            else:
-                known = [step.name for step in all_methods().values() if step.is_modifier]
-                problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
+        except InputError:
+            problems.add(f"--post {name}: no such modifier. {near_name(name, known)}")
+            continue
+        if found.is_modifier:
+            modifiers.append(found)
+        else:
+            problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
     if modifiers and method.outputs is not mirror:
         names = " ".join(step.name for step in modifiers)
         problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")
@@ -470,7 +487,7 @@ def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[
             "--base_model_path PATH and --expert NAME=PATH for each expert"
         )
     for name in experts or {}:
-        if not name.strip() or name in ("base", ".", "..") or "/" in name:
+        if name == "base" or not can_name_file(name):
             raise InputError(
                 f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a "
                 "file's and is not base"

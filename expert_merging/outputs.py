@@ -94,7 +94,7 @@ class Output:
         edit: gives the ``config.json`` of the folder from the base's; by default that is copied like every other file.
         experts: the experts that are merged; None for all.
         is_model: the folder can be loaded: it gets the base's other files, a card, and an index where it needs one.
-        about: what the card says of a model that is not the base's mirror.
+        about: what else the card says of the model.
     """
 
     files: Mapping[str, tuple[Slot, ...]]

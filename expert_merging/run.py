@@ -173,7 +173,9 @@ class Run:
 
 def default_name(family: str, description: Mapping[str, Any]) -> str:
     """A run name that the same command always gets, so that it finds its own earlier part and continues it."""
-    decisive = json.dumps({key: description[key] for key in _DECISIVE[:4]}, sort_keys=True)
+    # Options in any order; but in an option's own value, such as the experts', the order decides.
+    parts = [description[key] for key in _DECISIVE[:4]]
+    decisive = json.dumps([sorted(part.items()) if isinstance(part, Mapping) else part for part in parts])
     return f"{family}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
 
 
@@ -182,11 +184,20 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     for key in _DECISIVE:
         before, after = earlier.get(key), now[key]
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-            differing += [f"{name}: {_short(before.get(name))} there, {_short(after.get(name))} now" for name in names]
-        elif before != after:
-            differing.append(f"{key}: {_short(before)} there, {_short(after)} now")
+            for name in {**before, **after}:
+                differing += _difference(name, before.get(name), after.get(name))
+        else:
+            differing += _difference(key, before, after)
     return differing
+
+
+def _difference(name: str, before: Any, after: Any) -> list[str]:
+    """How a value differs, if it does; the order of its entries counts, as that of experts and of patterns does."""
+    if before != after:
+        return [f"{name}: {_short(before)} there, {_short(after)} now"]
+    if isinstance(before, Mapping) and list(before) != list(after):
+        return [f"order of {name}: {', '.join(before)} there, {', '.join(after)} now"]
+    return []
 
 
 def _short(value: Any) -> str:

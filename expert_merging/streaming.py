@@ -53,7 +53,6 @@ class Reader(threading.local):
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-
         self.plan = plan
         self.device = device
         self.checkpoints = (plan.base, *plan.experts.values())
@@ -169,13 +168,6 @@ def _stream(device: torch.device, _worker: int) -> torch.cuda.Stream:
     import torch
 
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def read_task_vectors(plan: Plan, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `Reader.read` returns, for a single call."""
-    reader = Reader(plan, device)
-    with reader.streaming():
-        return reader.read(part)
 
 
 def _refuse_non_finite(plan: Plan, part: Part, task_vectors: Tensor) -> None:

@@ -54,8 +54,9 @@ def _merging(job: Job) -> Plan:
 
 
 def _sources(job: Job) -> str:
-    """Where the tensors that are written come from, each counted once, whatever number of outputs has it."""
-    sources = {slot.name: slot.source for output in job.outputs for slots in output.files.values() for slot in slots}
+    """Where the tensors of models come from, each counted once, whatever number of models has it."""
+    models = [output for output in job.outputs if output.is_model]
+    sources = {slot.name: slot.source for output in models for slots in output.files.values() for slot in slots}
     copied = [source for source in sources.values() if isinstance(source, Copied)]
     of_experts = sum(source.expert is not None for source in copied)
     made = sum(isinstance(source, Made) for source in sources.values())
@@ -70,7 +71,7 @@ def _sources(job: Job) -> str:
 
 def merging_memory(job: Job) -> int:
     """Bytes of memory that merging works with."""
-    return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device))
+    return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device), copies=job.copies)
 
 
 def warnings(job: Job) -> list[str]:

@@ -29,6 +29,15 @@ def check_free_disk(folder: Path, needed: int, flag: str = "--output_path") -> N
         )
 
 
+def can_name_file(name: str) -> bool:
+    """Whether a file or folder can have the name, also with the endings that files get here."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # bytes of the command line that are no text
+        return False
+    return bool(name.strip()) and name not in (".", "..") and "/" not in name and name.isprintable() and size <= 200
+
+
 def partial_name(target: Path) -> Path:
     """Where a file is written until it is complete."""
     return target.with_name(target.name + ".partial")

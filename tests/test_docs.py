@@ -59,7 +59,9 @@ def test_links_lead_somewhere(file):
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_that_pages_name_exist(file):
-    names = re.findall(r"`((?:configs|docs|zoo|tests|benchmarks|dataset)/[\w./-]+\.\w+)`", file.read_text())
+    names = re.findall(
+        r"`((?:expert_merging|configs|docs|zoo|tests|benchmarks|dataset)/[\w./-]+\.\w+)`", file.read_text()
+    )
     assert not [name for name in names if not (ROOT / name).exists()]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expert_merging import streaming
@@ -157,7 +159,7 @@ def test_other_folders_are_refused(run, zoo, tmp_path, capsys):
     assert refusal(capsys, other, output=output) == (
         f"{other.folder} is a run of weight_average; experts can be rebuilt from runs of --method tall"
     )
-    for text in ("{", "[]", '{"method": "tall"}', "{}"):
+    for text in ("{", "[]", '{"method": "tall"}', "{}", '{"method": "tall", "options": {"base_model_path": 3}}'):
         other.config.write_text(text)
         assert refusal(capsys, other, output=output) == (
             f"{other.folder} is no run: it has no readable config.json of one"
@@ -190,13 +192,25 @@ def test_another_base_is_refused(run, zoo, tmp_path, capsys):
     )
 
 
-def test_masks_of_other_tensors_are_refused(run, zoo, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
+def test_another_base_is_refused_where_nothing_was_copied(zoo, tmp_path, capsys):
+    """An expert has the base's layout; a copy of the base is the base."""
+    given = ("--run_name", "all", "--exclude_params", "none", "--cache_dir", zoo)
+    run = merged(tmp_path / "runs", "--method", "tall", *given)
+    shutil.copytree(zoo / BASE, tmp_path / "copy", copy_function=shutil.copy)
+    assert extract(run, output=tmp_path / "new", base_model_path=tmp_path / "copy") == 0
+    for other in (zoo / EXPERTS["Math"], run.model):
+        assert refusal(capsys, run, output=tmp_path / "other", base_model_path=other) == (
+            f"{other} is not the base that {run.folder} was made of; give that with --base_model_path"
+        )
+    assert not (tmp_path / "other").exists()
 
+
+@pytest.mark.parametrize("change", [lambda mask: mask[:-1].clone(), lambda mask: mask.to(torch.int16)])
+def test_masks_of_other_tensors_are_refused(change, run, zoo, tmp_path, capsys):
     file = min((run.model / "masks").iterdir())
     found = load_file(file)
     name = next(name for name in found if name.startswith("Math/"))
-    save_file({**found, name: found[name][:-1].clone()}, file)
+    save_file({**found, name: change(found[name])}, file)
     assert refusal(capsys, run, output=tmp_path / "new") == (
         f"{file}: the mask {name} does not fit the merged model's tensor of that name"
     )
@@ -215,6 +229,35 @@ def test_places_that_are_taken_or_forbidden_are_refused(run, zoo, tmp_path, caps
         assert refusal(capsys, run, output=folder / "new") == (
             f"{folder / 'new'} would lie inside {folder}, which is never written to; choose another --output"
         )
+
+
+@pytest.mark.parametrize("output", [".", "", "/"])
+def test_folders_that_are_there_are_refused_by_any_name(output, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / output
+    assert refusal(capsys, run, output=output) == f"{there} exists already; choose another --output, or move it away"
+
+
+def test_places_where_no_folder_can_be_are_refused(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert refusal(capsys, run, output=tmp_path / "file" / "new") == (
+        f"{tmp_path / 'file'} is a file where {tmp_path / 'file' / 'new'} needs a folder; choose another --output"
+    )
+    long = tmp_path / ("n" * 300)
+    assert refusal(capsys, run, output=long).endswith("File name too long")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert refusal(capsys, run, output=tmp_path / "link").startswith(f"{tmp_path / 'link'} exists already; ")
+
+
+def test_a_disk_that_fills_up_is_told(run, tmp_path, capsys, monkeypatch):
+    def fail(*_arguments, **_keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("expert_merging.extract.write_output", fail)
+    assert refusal(capsys, run, output=tmp_path / "new") == (
+        "the disk is full; make room, then the same command begins again"
+    )
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_a_full_or_closed_disk_is_told_before(run, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from expert_merging.errors import InputError
 from expert_merging.method import Preparation, Prepare, enter_method
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.processes import choose_device
+from expert_merging.run import Run
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint
 from tests.command import (
     COMMAND,
@@ -369,7 +370,7 @@ def test_processes_that_learn_together_cannot_share_a_gpu(command, capsys, monke
     assert choose_device("cuda:0", one_each=True) == "cuda:0"
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/", "", "a\nb", "\udcff", "n" * 201], ids=ascii)
 def test_a_run_name_is_no_path(command, tmp_path, capsys, name):
     assert refusal(capsys, *command, "--run_name", name) == (
         f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, got {name!r}"
@@ -446,6 +447,21 @@ def test_a_run_folder_that_another_process_writes_to(command, tmp_path, capsys):
     )
     os.close(other)
     assert merge(*command, "--run_name", "x") == 0
+
+
+def test_a_run_that_another_process_has_just_finished_is_complete(command, tmp_path, monkeypatch):
+    """Between the look at the folder and taking hold of it."""
+    begin, others = Run.begin, [command]
+
+    def late(run, description):
+        if others:
+            assert merge(*others.pop(), "--run_name", "x") == 0
+        begin(run, description)
+
+    monkeypatch.setattr(Run, "begin", late)
+    run = merged(tmp_path / "out", *command, "--run_name", "x")
+    assert not run.partial_model.exists()
+    assert run.is_complete
 
 
 def test_too_little_disk_is_found_before_anything_is_written(command, tmp_path, capsys, monkeypatch):

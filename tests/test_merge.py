@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,7 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.merge import working_memory, write_output
 from expert_merging.methods.linear import task_arithmetic, weight_average
-from expert_merging.outputs import mirror_of
+from expert_merging.outputs import Copied, Merged, Output, Slot, mirror_of
 from expert_merging.plan import Plan, make_plan
 from expert_merging.progress import no_progress
 from expert_merging.run import Run
@@ -245,6 +246,20 @@ def test_the_base_s_own_card_is_kept_where_the_base_is_a_merged_model_itself(bas
     assert (tmp_path / "output" / "README.base.md").read_text() == "merged"
 
 
+def test_one_tensor_has_one_place_in_a_file(base, experts, tmp_path):
+    plan = make_plan(base, {"A": experts[0]}, EXCLUDED)
+    (file,) = plan.base.files
+    slot = Slot.of("first", "F32", (33,), Merged("layers.1.weight"))
+    for others, problem in {
+        (replace(slot, name="second"),): "second is what another slot of the file is",
+        (replace(slot, name="layers.1.weight", source=Copied("one")),): "merged for one slot and the name of another",
+    }.items():
+        output = Output({file.name: (slot, *others)})
+        with pytest.raises(ValueError, match=problem):
+            write_output(output, plan, task_arithmetic, tmp_path / "o", unit="entries", device=CPU, progress=Bar())
+    close(plan)
+
+
 def test_the_index_of_shards_is_copied(experts, tmp_path):
     tensors = tensors_of(experts[0])
     base = write_checkpoint(tmp_path / "shards", {"one": tensors.pop("one")}, tensors)
@@ -379,6 +394,7 @@ def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, 
     assert working_memory(plan, unit="tensor", device=CPU) == largest + 1
     monkeypatch.setattr(streaming, "BLOCK", 10)
     assert working_memory(plan, unit="entries", device=CPU) == 4 * 7 * 10 * 2
+    assert working_memory(plan, unit="entries", device=CPU, copies=1) == 4 * 10 * 10 * 2
     assert mirror_of(plan).size == (base / "model.safetensors").stat().st_size
     assert plan.merged_elements == 45 + 33 + 1 + 24 + 1
 

@@ -108,6 +108,14 @@ def test_a_record_that_no_run_could_use_fails_at_registration(fields, message):
         )
 
 
+def test_parts_need_what_the_merge_needs():
+    def merge_(task_vectors, seed):
+        return task_vectors[0]
+
+    with pytest.raises(TypeError, match="merge and parts must need the same, seed"):
+        Method("x", merge_, {}, merge_, needs=("seed",), parts=lambda task_vectors: task_vectors)
+
+
 def test_merge_and_preparation_are_given_the_options_that_they_name_or_all():
     options = {"density": 0.2, "scope": "global"}
     assert accepted(lambda given, *, density: 0, options) == {"density": 0.2}
@@ -170,10 +178,6 @@ def test_modifiers_see_the_task_vectors_as_they_were_and_what_was_merged_so_far(
     assert not method.is_modifier
     rule = modified(method.rule({}, {}), [modifier.rule({}, {})] * 2)
     assert rule(GIVEN.clone(), PART, BASE).equal(1 + 2 * GIVEN[0])
-    masks = Method("masks", lambda given: {"merged": given[0] * 0, "mask": given[1]}, {}, spoil).rule({}, {})
-    found = modified(masks, [modifier.rule({}, {})])(GIVEN.clone(), PART, BASE)
-    assert found["merged"].equal(GIVEN[0])
-    assert found["mask"].equal(GIVEN[1])
 
 
 def test_a_modifier_of_matrices_leaves_what_is_none_as_it_is():

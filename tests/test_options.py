@@ -347,7 +347,11 @@ def test_without_checkpoints_the_command_says_how_to_give_them(arguments):
     )
 
 
-@pytest.mark.parametrize("name", ["", " ", "base", ".", "..", "a/b", "../../evil", "/tmp/x", "x/"])
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "base", ".", "..", "a/b", "../../evil", "/tmp/x", "x/", "a\0b", "a\nb", "\udcff", "n" * 201, "ü" * 101],
+    ids=ascii,
+)
 def test_an_expert_needs_a_name_of_its_own_that_a_file_can_have(name):
     problem = (
         f"an expert cannot be called {name!r}; choose another NAME in --expert NAME=PATH, one that can be a file's and "

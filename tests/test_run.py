@@ -173,10 +173,26 @@ def test_a_complete_run_is_found_by_its_folder_and_by_its_model(begun, tmp_path,
         assert Run.found_at(place) is None
 
 
+@pytest.mark.parametrize("option", ["expert", "coeffs_size_dict"])
+def test_the_order_of_an_option_s_entries_is_part_of_a_run(option, run):
+    """Interpolation goes from the first expert to the second, and of patterns the last that matches counts."""
+    there, now = described(**{option: {"A": 1, "B": 2}}), described(**{option: {"B": 2, "A": 1}})
+    run.begin(there)
+    run.release()
+    assert run.check(there) == there
+    assert problem(run, now) == (
+        f"{run.folder} holds a different run (order of {option}: A, B there, B, A now); choose another --run_name, or "
+        "move the folder away"
+    )
+    assert default_name("Mistral", there) != default_name("Mistral", now)
+
+
 def test_the_default_name_follows_what_decides_the_result():
     name = default_name("Mistral", DESCRIPTION)
     assert name.startswith("Mistral-")
     assert default_name("Mistral", {**DESCRIPTION, "seed": 9, "started": "x", "inputs": {"a": "b"}}) == name
     assert default_name("Mistral", dict(reversed(DESCRIPTION.items()))) == name
+    options = dict(reversed(DESCRIPTION["options"].items()))
+    assert default_name("Mistral", {**DESCRIPTION, "options": options}) == name
     others = [described(seed=1), {**DESCRIPTION, "method": "ties"}, {**DESCRIPTION, "checkpoints": {}}]
     assert len({name, *(default_name("Mistral", other) for other in others)}) == 4

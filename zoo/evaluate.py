@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.workers import fitting_threads
 from expert_merging.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path) -> Sc
     samples = [sample for path in sorted(test_folder.glob("*.json")) for sample in _read_test(path)]
     if not samples:
         raise InputError(f"{test_folder} holds no test questions (no <task>.json there)")
-    with _one_thread():
-        model = backbone.load_model(model_folder, torch.float32)
+    model = backbone.load_model(model_folder, torch.float32)
+    with fitting_threads(model.num_parameters()):
         score = ExactMatch(backbone, backbone.load_processor(model_folder))
         found = score_by_task(score, model, samples)
     return {task: numbers["accuracy"] for task, numbers in found.items()}
@@ -82,19 +82,6 @@ def require_model(folder: Path) -> None:
         raise InputError(f"{folder} holds no model: config.json or {WEIGHTS} is missing there and in model/")
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models of a zoo are so small that more threads would wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class ExactMatch:
     """100 for a question that a model answers exactly, else 0; an `expert_merging.running.scores.Score` of samples.
@@ -103,13 +90,11 @@ class ExactMatch:
         backbone: the family of the model.
         processor: its tokenizer or processor.
         names: what the number is called.
-        smaller_is_better: a larger share is better.
     """
 
     backbone: Backbone
     processor: Any
     names: tuple[str, ...] = ("accuracy",)
-    smaller_is_better: bool = False
 
     def measure(self, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[float]]:
         """Whether each sample is answered exactly."""

@@ -9,45 +9,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from expert_merging.backbone import Backbone, layer_count
+from expert_merging.backbone import layer_count
 from expert_merging.calibration import Sample
 from expert_merging.errors import Problems
 from expert_merging.plan import Plan
-from expert_merging.progress import Progress
 from expert_merging.running.objectives import distance
 from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, require_distance, score_by_task
 from expert_merging.running.targets import TargetMaker
 
 BASE = "base"
 MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is asked of every model, and where.
-
-    Args:
-        samples: questions of all tasks.
-        response_only: look at the tokens that predict the response, instead of all.
-        max_new_tokens: bound on the length of the responses that experts write.
-        prompt_template: text with ``{question}`` in it; None for the family's own.
-        responses: file that keeps the responses written by experts.
-        device: where models run.
-        dtype: type of their weights.
-    """
-
-    samples: Sequence[Sample]
-    response_only: bool
-    max_new_tokens: int
-    prompt_template: str | None
-    responses: Path
-    device: torch.device
-    dtype: torch.dtype
 
 
 def held_out(samples: Sequence[Sample], used: Mapping[str, int]) -> list[Sample]:
@@ -73,42 +47,32 @@ def held_out(samples: Sequence[Sample], used: Mapping[str, int]) -> list[Sample]
     return [sample for task, own in by_task.items() for sample in own[used.get(task, 0) :]]
 
 
-def measure(
-    plan: Plan, backbone: Backbone, models: Mapping[str, Path], probe: Probe, progress: Progress
-) -> dict[str, ByTask]:
+def middle_layer(plan: Plan) -> tuple[int, ...]:
+    """The hidden state that is compared; none where ``config.json`` does not say how many there are."""
+    count = layer_count(plan.base.config)
+    return () if count is None else (count // 2,)
+
+
+def measure(maker: TargetMaker, samples: Sequence[Sample], models: Mapping[str, Path]) -> dict[str, ByTask]:
     """How far the base and every model are from each task's expert: ``divergence`` in nats per token, and ``hidden``.
 
     Args:
-        plan: base and experts.
-        backbone: the model family.
+        maker: asks the experts; models run as it lets experts run.
+        samples: questions of all tasks.
         models: folders by name.
-        probe: what is asked.
-        progress: shows how far the work is.
 
     Raises:
         InputError: a folder holds no model of the family, or an expert cannot answer.
     """
-    count = layer_count(plan.base.config)
-    layers = () if count is None else (count // 2,)
+    plan = maker.plan
     # Every head counts as changed, so that targets keep the expert's own: the models' heads may be anything.
     everything = replace(plan, merged=tuple(plan.base.entries))
-    targets = TargetMaker(
-        backbone=backbone,
-        plan=everything,
-        layers=layers,
-        response_only=probe.response_only,
-        max_new_tokens=probe.max_new_tokens,
-        prompt_template=probe.prompt_template,
-        dtype=probe.dtype,
-        device=probe.device,
-        responses=probe.responses,
-        progress=progress,
-    ).make(probe.samples)
-    score, folders = distance(layers), {BASE: plan.base.folder, **models}
+    targets = replace(maker, plan=everything).make(samples)
+    score, folders = distance(maker.layers), {BASE: plan.base.folder, **models}
     found = {}
-    with progress("measuring models", len(folders) * len(targets), "sample") as advance:
+    with maker.progress("measuring models", len(folders) * len(targets), "sample") as advance:
         for name, folder in folders.items():
-            model = backbone.load_model(folder, probe.dtype).to(probe.device)
+            model = maker.backbone.load_model(folder, maker.dtype).to(maker.device)
             found[name] = score_by_task(score, model, targets)
             advance(len(targets), name)
     return found

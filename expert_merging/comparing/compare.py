@@ -198,11 +198,12 @@ def _measure(
     """
     import torch
 
-    from expert_merging.comparing.align import Probe, measure
+    from expert_merging.comparing.align import measure, middle_layer
     from expert_merging.console import Terminal
     from expert_merging.machine import limit_threads
     from expert_merging.plan import make_plan
     from expert_merging.processes import choose_device
+    from expert_merging.running.targets import TargetMaker
 
     device = torch.device(choose_device(options.device))
     limit_threads()
@@ -214,17 +215,19 @@ def _measure(
     terminal = Terminal()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            probe = Probe(
-                samples,
+            maker = TargetMaker(
+                backbone=backbone,
+                plan=plan,
+                layers=middle_layer(plan),
                 response_only=options.loss_tokens == "response",
                 max_new_tokens=options.max_new_tokens,
                 prompt_template=options.prompt_template or first.get("prompt_template"),
                 responses=Path(folder) / "responses.json",
                 device=device,
                 dtype=torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype,
+                progress=terminal.progress,
             )
-            folders = {model.label: model.folder for model in compared}
-            return measure(plan, backbone, folders, probe, terminal.progress), samples
+            return measure(maker, samples, {model.label: model.folder for model in compared}), samples
     finally:
         terminal.close()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from expert_merging.backbone import import_transformers
+from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.chunks import apply
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
 from expert_merging.parts import Part
+from expert_merging.workers import fitting_threads
 from expert_merging.writing import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,10 @@ def load_coefficients(place: Path) -> Coefficients:
     try:
         values = load_file(file)
         described = json.loads(described_in.read_text(encoding="utf-8"))
+        chunks = {str(name): _count(count) for name, count in described["chunks"].items()}
         coefficients = Coefficients(
-            experts=tuple(described["experts"]),
-            values={name: values[name].float() for name in described["chunks"]},
+            experts=tuple(map(str, described["experts"])),
+            values={name: values[name].float() for name in chunks},
             task_vector_scale=tuple(float(scale) for scale in described["task_vector_scale"]),
             fixed=tuple(described["fixed"]),
             provenance=described["provenance"],
@@ -122,10 +130,29 @@ def load_coefficients(place: Path) -> Coefficients:
     broken = [name for name, value in coefficients.values.items() if not value.isfinite().all()]
     if broken:
         raise InputError(f"{file} has NaN or infinite coefficients for {broken[0]}; learn them again")
-    wrong = [name for name, value in coefficients.values.items() if value.shape != (experts, described["chunks"][name])]
+    if not all(map(math.isfinite, coefficients.task_vector_scale)):
+        raise InputError(f"{described_in} has a task_vector_scale that is NaN or infinite; give every expert a number")
+    wrong = [name for name, value in coefficients.values.items() if value.shape != (experts, chunks[name])]
     if wrong or len(coefficients.task_vector_scale) != experts:
         raise InputError(f"{file} and {described_in.name} disagree about {wrong[0] if wrong else 'task_vector_scale'}")
     return coefficients
+
+
+def _count(given: Any) -> int:
+    """A number of chunks, at least 1."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"{given!r} chunks")
+    return given
+
+
+def kept_or_made(context: Context, make: Callable[[], Coefficients]) -> Coefficients:
+    """The coefficients in the run's folder, made first if they are not there, with the threads that suit the model."""
+    if context.run.coefficients.exists():
+        logger.info("coefficients are there already: %s", context.run.coefficients)
+        return load_coefficients(context.run.folder)
+    import_transformers()
+    with fitting_threads(context.plan.base_elements):
+        return make()
 
 
 def _read_directions(described: Mapping[str, Any]) -> dict[str, Any]:

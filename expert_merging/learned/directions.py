@@ -18,7 +18,8 @@ from torch import Tensor
 
 from expert_merging.checkpoint import INDEX, WIDTHS, Checkpoint
 from expert_merging.context import Context
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.flags import Fraction, NotNegative, Option
 from expert_merging.learned.options import TrimmingOptions
 from expert_merging.merge import write_output
 from expert_merging.method import TABLE, Method, Unit
@@ -32,6 +33,13 @@ from expert_merging.writing import write_atomically
 TASK_VECTORS, TRIMMED = "task_vectors", "trimmed"
 # Type of directions that are kept in files.
 _KEPT = "F32"
+# What may be recorded of directions beside a method's own options.
+_OF_SEEDED = {"seed": Option("seed", int, 0, "")}
+_OF_TRIMMED = {
+    "density": Option("density", Fraction, None, ""),
+    "thresholds": Option("thresholds", list[NotNegative], None, ""),
+    "majority": Option("majority", float, None, ""),
+}
 
 
 def as_they_are(task_vectors: Tensor, _part: Part, _base: Tensor | None) -> Tensor:
@@ -93,9 +101,7 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
     if name == TASK_VECTORS:
         return PLAIN
     if name == TRIMMED:
-        return _trimmed(context, options or {"density": TrimmingOptions().density})
-    if context.find_method is None:
-        raise TypeError("a context without methods has no directions of methods")
+        return _trimmed(context, _checked(name, options or {"density": TrimmingOptions().density}, _OF_TRIMMED))
     try:
         method: Method = context.find_method(name)
     except InputError as error:
@@ -109,11 +115,29 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
     return _parts_of(context, method, options)
 
 
+def _checked(name: str, recorded: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Options of directions as they were recorded, in a file that may have been edited.
+
+    Raises:
+        InputError: there are no such options, or their values do not fit.
+    """
+    problems, checked = Problems(), {}
+    for option, value in recorded.items():
+        if option not in known:
+            problems.add(f"no option {option!r}. {near_name(option, [*known])}")
+            continue
+        with problems.collecting():
+            checked[option] = known[option].convert(value)
+    if problems.found:
+        raise InputError(*(f"directions of {name}: {problem.removeprefix('--')}" for problem in problems.found))
+    return checked
+
+
 def _parts_of(context: Context, method: Method, recorded: Mapping[str, Any] | None) -> Directions:
     """What each expert adds to a method's result."""
     # The published coefficients of some methods are for large models; here the coefficients are what is learned.
     defaults = {**method.defaults(context.backbone.defaults), "scaling_coefficient": 1.0, "seed": context.seed}
-    options = {**defaults, **(recorded or {})}
+    options = {**defaults, **_checked(method.name, recorded or {}, {**method.options, **_OF_SEEDED})}
     own = {name: options[name] for name in method.options}
     preparation = method.prepared(context, own)
 
@@ -139,12 +163,21 @@ def _trimmed(context: Context, options: Mapping[str, Any]) -> Directions:
     Args:
         context: the run.
         options: the ``density``; or what was found for it, ``thresholds`` and ``majority``.
+
+    Raises:
+        InputError: there is not one threshold for each expert, or no majority.
     """
+    experts = len(context.plan.experts)
+    if "density" not in options and (len(options.get("thresholds", ())) != experts or "majority" not in options):
+        raise InputError(
+            f"directions of {TRIMMED}: what was found before has a threshold for each of {experts} experts and a "
+            "majority; give the density instead to find them again"
+        )
 
     @functools.cache
     def prepare() -> Rule:
         if "thresholds" in options:
-            return Trimming(tuple(map(float, options["thresholds"])), float(options["majority"]))
+            return Trimming(tuple(options["thresholds"]), options["majority"])
         found = first_pass(context.passes, unchanged, density=options["density"], ties_scope="global")
         name = context.plan.merged[0]  # the same for all of them
         return Trimming(tuple(found["thresholds"][name].tolist()), found["majorities"][name])

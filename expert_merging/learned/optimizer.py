@@ -10,7 +10,7 @@ import torch
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.settings import Settings
-from expert_merging.processes import forget_fsdp
+from expert_merging.running.accelerator import make_accelerator
 
 # Attempts at an update in float16; each overflow halves the loss scale, which starts at 2 ** 16.
 _OVERFLOWS = 24
@@ -20,24 +20,16 @@ _PUBLISHED_CYCLE = {"T_0": 50, "T_mult": 2}
 PUBLISHED_CLIPPING = 1.0
 
 
-def make_accelerator(context: Context, settings: Settings) -> Any:
-    """What runs training on the context's device, in as many processes as were started."""
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+def training_accelerator(context: Context, settings: Settings) -> Any:
+    """What runs training, in the wanted precision."""
+    from accelerate.utils import GradientAccumulationPlugin
 
-    if torch.device(context.device).index is not None:
-        torch.cuda.set_device(context.device)
-    # Models are split here; accelerate's own way splits those that it prepares for an optimizer of their weights.
-    forget_fsdp()
-    folder = str(context.run.folder)
-    return Accelerator(
-        cpu=context.device == "cpu",
+    return make_accelerator(
+        context,
         mixed_precision=settings.asked.precision,
         # As a plugin, since a launcher's environment variable would win over the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.options.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
-        log_with=None if context.log_with == "none" else context.log_with,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
     )
 
 

@@ -16,6 +16,7 @@ from expert_merging.learned.importance import describe_layers
 from expert_merging.learned.parametrisations import CoefficientVector
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import TrainingState
+from expert_merging.running.accelerator import finish_trackers, start_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +43,10 @@ class Report:
             coefficients: number of what is learned.
             updates: those that an earlier part of the run has made; points past them are replaced.
         """
-        folder, board = self.context.run.folder, self.context.run.board
-        arguments = {
-            "tensorboard": {"purge_step": updates + 1} if updates else {},
-            "wandb": {"dir": str(folder), "name": folder.name},
-        }
         options = {
             name: value for name, value in asdict(self.settings.options).items() if isinstance(value, str | int | float)
         }
-        tensorboard = self.context.log_with == "tensorboard"
-        # TensorBoard takes the project's name for a folder, and would show the options of every start as another run.
-        project = board.name if tensorboard else "expert_merging"
-        config = None if tensorboard and any(board.glob("*/hparams.yml")) else options
-        self.accelerator.init_trackers(project, config=config, init_kwargs=arguments)
+        start_tracker(self.accelerator, self.context, first=updates + 1 if updates else None, options=options)
         count = self.accelerator.num_processes
         samples = len(self.settings.asked.samples)
         processes = f"{count} process{'es' if count > 1 else ''}"
@@ -132,5 +124,4 @@ class Report:
 
     def finish(self) -> None:
         """Close the trackers."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        finish_trackers(self.accelerator)

@@ -14,6 +14,7 @@ from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.directions import Directions, find_directions
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.parametrisations import Layout
+from expert_merging.running.accelerator import check_tracker
 from expert_merging.running.losses import regularisation
 from expert_merging.running.objectives import Objective
 from expert_merging.running.samples import Samples, check_samples
@@ -127,20 +128,3 @@ def _task_vector_scale(given: Mapping[str, float], experts: tuple[str, ...]) -> 
             f"--task_vector_coeffs_dict: there is no expert {unknown[0]!r}. {near_name(unknown[0], experts)}"
         )
     return tuple(given.get(name, 1.0) for name in experts)
-
-
-def check_tracker(log_with: str) -> None:
-    """Check that the experiment tracker can be used.
-
-    Raises:
-        InputError: it cannot.
-    """
-    if log_with == "none":
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if log_with not in available:
-        known = [str(getattr(tracker, "value", tracker)) for tracker in LOGGER_TYPE_TO_CLASS]
-        advice = f"pip install {log_with}" if log_with in known else near_name(log_with, [*known, "none"])
-        raise InputError(f"--log_with {log_with}: that tracker is not available. {advice}")

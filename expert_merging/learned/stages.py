@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.learned.chunks import chunk_count
-from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.coefficients import Coefficients, kept_or_made, load_coefficients
 from expert_merging.learned.directions import find_directions, kept_output
 from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
@@ -78,7 +77,7 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
     def learn() -> Coefficients:
         stage = replace(context, run=context.run.stage("stage1"))
         first = Trainer(stage, settings)
-        coefficients = given or _learned(stage, first.train)
+        coefficients = given or kept_or_made(stage, first.train)
         material = first.gather()
         second = second_stage(settings, options, coefficients, material.task_vectors.magnitudes, plan)
         return Trainer(context, second, material).train()
@@ -237,7 +236,7 @@ def _work(
         check_free_disk(context.run.directions, kept_output(context.plan).size)
 
     def learn() -> dict[str, Any]:
-        coefficients = _learned(context, train)
+        coefficients = kept_or_made(context, train)
         if is_main_process():
             shutil.rmtree(context.run.directions, ignore_errors=True)  # merging makes a tensor's directions itself
         return {"coefficients": coefficients, "directions": directions.prepare()}
@@ -261,12 +260,3 @@ def _describe_directions(settings: Settings) -> str:
         return directions.name.replace("_", " ") + (" task vectors" if directions.options else "")
     options = ", ".join(f"{name} {value}" for name, value in directions.options.items())
     return f"each expert's part of {directions.name} ({options})"
-
-
-def _learned(context: Context, train: Callable[[], Coefficients]) -> Coefficients:
-    """The coefficients in the run folder, trained first if they are not there."""
-    if context.run.coefficients.exists():
-        logger.info("coefficients were learned already: %s", context.run.coefficients)
-        return load_coefficients(context.run.folder)
-    import_transformers()
-    return train()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,6 +23,17 @@ from expert_merging.errors import InputError
 from expert_merging.writing import sync_files
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def full_disk_as_os_error() -> Iterator[None]:
+    """Raise what the system said where torch and safetensors say it in words of their own."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "No space left")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 class TrainingState:
@@ -108,8 +121,9 @@ class StateFolder:
         """Save what a restart needs."""
 
         def write(folder: Path) -> None:
-            accelerator.save_state(str(folder))
-            save_file(trained.state_dict(), folder / "coefficients.safetensors")
+            with full_disk_as_os_error():
+                accelerator.save_state(str(folder))
+                save_file(trained.state_dict(), folder / "coefficients.safetensors")
             (folder / "training.json").write_text(json.dumps(vars(state)), encoding="utf-8")
 
         self.replace(write)

@@ -16,12 +16,11 @@ from torch import Tensor
 from expert_merging.context import Context
 from expert_merging.learned.epochs import PATIENCE, epoch_order, updates
 from expert_merging.learned.material import Material, Targets, gather, open_live_model, targets_of
-from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_accelerator, make_optimizer
+from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_optimizer, training_accelerator
 from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.progress import Advance, no_advance
-from expert_merging.workers import fitting_threads
 
 logger = logging.getLogger(__name__)
 
@@ -41,29 +40,27 @@ class Trainer:
     def __init__(self, context: Context, settings: Settings, material: Material | None = None) -> None:
         self.context, self.settings, self.material = context, settings, material
         self.plan = context.plan
-        self.accelerator = make_accelerator(context, settings)
+        self.accelerator = training_accelerator(context, settings)
         self.report = Report(context, settings, self.accelerator)
         self.state = TrainingState()
         self.states = StateFolder(context.run.state)
 
     def train(self) -> Result:
         """Learn the coefficients, save them in the run folder and return them."""
-        with fitting_threads(self.plan.base_elements):
-            material = self.gather()
-            self.vector = self.settings.layout.vector(self.accelerator.device)
-            rate = self.settings.options.learning_rate
-            self.optimizer, self.scheduler = make_optimizer(self.accelerator, self.vector.parameters(), rate)
-            self.live = open_live_model(self.context, self.settings, material, self.vector, self.accelerator)
-            try:
-                return self._learn(material.targets)
-            finally:
-                self.live.close()
+        material = self.gather()
+        self.vector = self.settings.layout.vector(self.accelerator.device)
+        rate = self.settings.options.learning_rate
+        self.optimizer, self.scheduler = make_optimizer(self.accelerator, self.vector.parameters(), rate)
+        self.live = open_live_model(self.context, self.settings, material, self.vector, self.accelerator)
+        try:
+            return self._learn(material.targets)
+        finally:
+            self.live.close()
 
     def gather(self) -> Material:
         """Task vectors, the experts' targets and the base model, from the files or from an earlier stage."""
         if self.material is None:
-            with fitting_threads(self.plan.base_elements):
-                self.material = gather(self.context, self.settings, self.accelerator, self._make_targets)
+            self.material = gather(self.context, self.settings, self.accelerator, self._make_targets)
         return self.material
 
     def _make_targets(self, device: torch.device) -> Targets:

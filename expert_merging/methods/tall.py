@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from expert_merging.arithmetic import weighted_sum
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "masks"
+_ABOUT = (
+    "The model is the base and the sum of all task vectors. `masks/` says which entries of the sum are an expert's. "
+    "`python -m expert_merging extract RUN --expert NAME --output FOLDER` rebuilds the expert."
+)
 # Entries whose bits share a byte.
 PACKED = 8
 
@@ -31,6 +36,15 @@ PACKED = 8
 def mask_name(expert: str, tensor: str) -> str:
     """Name of a packed mask in its file; no expert has a slash in its name."""
     return f"{expert}/{tensor}"
+
+
+def base_of(header: bytes) -> str | None:
+    """Digest of the base's weights that the header of a file of masks has, None where it has none."""
+    try:
+        digest = json.loads(json.loads(header[8:])["__metadata__"]["base"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(digest)
 
 
 def make_masks(task_vectors: Tensor, multi_task: Tensor, tall_lambda: float | list[float]) -> Iterator[Tensor]:
@@ -98,12 +112,13 @@ def model_and_masks(
             "experts": list(plan.experts),
             "tall_lambda": tall_lambda,
             "scaling_coefficient": scaling_coefficient,
+            "base": plan.base.content(),
             "shapes": {entry.name: list(entry.shape) for entry in entries},
         }
         files[file.name] = slots
         metadata = {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
         headers[file.name] = make_header(slots, {"format": "pt", "packing": "numpy.packbits", **metadata})
-    return Output(files, FOLDER, headers, is_model=False), mirror_of(plan)
+    return Output(files, FOLDER, headers, is_model=False), replace(mirror_of(plan), about=_ABOUT)
 
 
 def _result(expert: str) -> str:
@@ -111,7 +126,22 @@ def _result(expert: str) -> str:
     return f"mask of {expert}"
 
 
-@register(unit="entries", prepare=Prepare(check_factors, ()), outputs=model_and_masks)
+def prepare_masks(context: Context, *, tall_lambda: float | list[float]) -> Preparation:
+    """Check the factors, and tell how to have an expert back.
+
+    Raises:
+        InputError: there are more factors than experts, or fewer.
+    """
+    check_factors(context, tall_lambda=tall_lambda)
+    return Preparation(
+        notes=(
+            "masks of the experts are written beside the model; an expert comes back with python -m expert_merging "
+            f"extract {context.run.folder} --expert NAME --output FOLDER",
+        )
+    )
+
+
+@register(unit="entries", prepare=Prepare(prepare_masks, ()), outputs=model_and_masks)
 def tall(
     task_vectors: Tensor,
     experts: tuple[str, ...],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.flags import Count
@@ -28,6 +29,8 @@ _ROUTERS = {
     "random": "Routers are random numbers: train them before anything is expected of the model.",
     "zeros": "Routers are zero: all experts have the same share in every token.",
 }
+# What transformers draws new weights with where config.json does not say it.
+_USUAL_DEVIATION = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +76,13 @@ def moe(context: Context, **options: Any) -> Preparation:
         _check_counts(chosen, len(chosen.members(context.plan)))
     with problems.collecting():
         shared = _Shared.of(chosen.shared, context)
+    with problems.collecting():
+        deviation = _deviation(context.plan.base) if chosen.router == "random" else 0.0
     problems.check()
 
     def work() -> Mapping[str, Any]:
         routers = mixtral.routers_of(context.plan.base).items()
-        made = {name: _router(context, chosen, name, columns) for name, columns in routers}
+        made = {name: _router(context, chosen, name, columns, deviation) for name, columns in routers}
         return {"shared_rule": shared.rule(), "made": made}
 
     return Preparation(
@@ -186,7 +191,20 @@ def _check_counts(chosen: MixtureOptions, experts: int) -> None:
         )
 
 
-def _router(context: Context, chosen: MixtureOptions, name: str, columns: int) -> Tensor:
+def _deviation(base: Checkpoint) -> float:
+    """Standard deviation of the numbers in random routers: that of the base's own weights before it was trained."""
+    given = base.config.get("initializer_range")
+    if given is None:
+        return _USUAL_DEVIATION
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
+        raise InputError(
+            f"{base.folder}/config.json has the initializer_range {given!r}, and routers are drawn with it as their "
+            "standard deviation; give it a number that is not negative, or choose --router zeros"
+        )
+    return float(given)
+
+
+def _router(context: Context, chosen: MixtureOptions, name: str, columns: int, deviation: float) -> Tensor:
     """A layer's router ``(experts, columns)`` float32.
 
     A row depends on the seed and the names of expert and router alone: a restart does not change it, and experts in
@@ -197,7 +215,6 @@ def _router(context: Context, chosen: MixtureOptions, name: str, columns: int) -
     members = chosen.members(context.plan)
     if chosen.router == "zeros":
         return torch.zeros(len(members), columns)
-    deviation = float(context.plan.base.config.get("initializer_range", 0.02))
     rows = []
     for member in members:
         key = f"{context.seed}/{member}/{name}".encode()

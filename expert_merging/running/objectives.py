@@ -29,7 +29,6 @@ class Objective:
     names: tuple[str, ...]
     layers: tuple[int, ...]
     losses: Callable[[Any, Target], tuple[Tensor, ...]]
-    smaller_is_better: bool = True
 
     def measure(self, model: Any, targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
         """The losses of each target."""

@@ -43,11 +43,6 @@ class Score(Protocol[Item]):
         """What the numbers are called."""
         ...
 
-    @property
-    def smaller_is_better(self) -> bool:
-        """Whether a smaller number is a better one."""
-        ...
-
     def measure(self, model: Any, items: Sequence[Item]) -> Iterable[Sequence[Any]]:
         """The numbers of each item, in the order of the items and of the names."""
         ...

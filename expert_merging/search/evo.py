@@ -9,24 +9,23 @@ from typing import Any
 
 import torch
 
-from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.coefficients import Coefficients, kept_or_made
 from expert_merging.learned.directions import PLAIN
 from expert_merging.learned.memory import choose
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.machine import free_host_memory, free_memory
 from expert_merging.method import Preparation
-from expert_merging.processes import forget_fsdp, from_main_process
+from expert_merging.processes import from_main_process
 from expert_merging.progress import Advance
+from expert_merging.running.accelerator import finish_trackers, make_accelerator, start_tracker
 from expert_merging.running.sharding import load_on
 from expert_merging.search.evolution import Candidate, Found, Generation, minimise
 from expert_merging.search.options import SearchOptions
 from expert_merging.search.record import Evaluation, Record
 from expert_merging.search.score import Scorer
 from expert_merging.search.settings import Settings, check, notes
-from expert_merging.workers import fitting_threads
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +42,7 @@ def prepare(context: Context, options: SearchOptions) -> Preparation:
     settings = check(context, options)
 
     def work() -> dict[str, Any]:
-        if context.run.coefficients.exists():
-            logger.info("coefficients were found already: %s", context.run.coefficients)
-            coefficients = load_coefficients(context.run.folder)
-        else:
-            import_transformers()
-            with fitting_threads(context.plan.base_elements):
-                coefficients = Search(context, settings).run()
+        coefficients = kept_or_made(context, lambda: Search(context, settings).run())
         return {"coefficients": coefficients, "directions": PLAIN.prepare()}
 
     return Preparation(work, settings.asked.inputs, notes(context, settings))
@@ -69,19 +62,8 @@ class Search:
     """
 
     def __init__(self, context: Context, settings: Settings) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration
-
         self.context, self.settings, self.space = context, settings, settings.space
-        if torch.device(context.device).index is not None:
-            torch.cuda.set_device(context.device)
-        forget_fsdp()
-        folder = str(context.run.folder)
-        self.accelerator = Accelerator(
-            cpu=context.device == "cpu",
-            log_with=None if context.log_with == "none" else context.log_with,
-            project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
-        )
+        self.accelerator = make_accelerator(context)
         # All processes go by what the main one has read.
         self.record: Record = from_main_process(Record(context.run.evaluations, self.space.names))
         self.resumed = len(self.record.evaluations)
@@ -92,7 +74,8 @@ class Search:
         """Search, save the best coefficients in the run folder and return them."""
         options = self.settings.options
         scorer = self._gather()
-        self._start_tracker()
+        # After a restart, the points of the earlier part are written again.
+        start_tracker(self.accelerator, self.context, first=1 if self.resumed else None)
         if self.resumed:
             logger.info("continuing after %d evaluations", self.resumed)
         try:
@@ -163,7 +146,7 @@ class Search:
         """Count an evaluation and show it."""
         self.done += 1
         score = evaluation.score
-        if self.best is None or not score >= self.best.score:
+        if self.best is None or math.isnan(self.best.score) or score < self.best.score:
             self.best = evaluation
         advance(1, f"best {self.best.score:.4g}")
         report = {"score/candidate": score, "score/best": self.best.score}
@@ -187,21 +170,9 @@ class Search:
             generation.spread,
         )
 
-    def _start_tracker(self) -> None:
-        """Open the tracker; after a restart, the points of the earlier part are written again."""
-        folder, tensorboard = self.context.run.folder, self.context.log_with == "tensorboard"
-        arguments: dict[str, dict[str, Any]] = {
-            "tensorboard": {"purge_step": 1} if self.resumed else {},
-            "wandb": {"dir": str(folder), "name": folder.name},
-        }
-        # TensorBoard takes the project's name for a folder.
-        project = self.context.run.board.name if tensorboard else "expert_merging"
-        self.accelerator.init_trackers(project, init_kwargs=arguments)
-
     def _finish(self, found: Found, scorer: Scorer) -> Coefficients:
         """The coefficients found, saved by the main process."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        finish_trackers(self.accelerator)
         if not math.isfinite(found.score):
             raise InputError(
                 "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread, or use "

@@ -92,6 +92,7 @@ def minimise(
 
     score([start])
     # Random numbers of its own: numpy's global ones are left alone, and nobody else can change these.
+    population = max(2, min(population, evaluations))  # of a larger one, only so many would be evaluated
     options = {"seed": math.nan, "randn": np.random.RandomState(seed % 2**32).randn, "popsize": population, **_SILENT}
     strategy = cma.CMAEvolutionStrategy(list(start), spread, options)
     while len(tried) < evaluations and not strategy.stop():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from expert_merging.context import Context
 from expert_merging.errors import Problems
 from expert_merging.learned.estimates import estimate, this_machine
-from expert_merging.learned.settings import check_tracker
 from expert_merging.machine import gib
+from expert_merging.running.accelerator import check_tracker
 from expert_merging.running.samples import Samples, check_samples
 from expert_merging.search.evolution import Candidate, default_population
 from expert_merging.search.options import SearchOptions

@@ -66,6 +66,34 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_coefficients(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"chunks": ["w", "v"]}, "are not coefficients of a run"),
+        ({"chunks": {"w": 0, "v": 1}}, "are not coefficients of a run"),
+        ({"chunks": {"w": "2", "v": 1}}, "are not coefficients of a run"),
+        ({"task_vector_scale": [float("nan"), 1]}, "has a task_vector_scale that is NaN or infinite"),
+        ({"task_vector_scale": 1}, "are not coefficients of a run"),
+        ({"fixed": 3}, "are not coefficients of a run"),
+        ({"directions": {"name": "svd"}}, "are not coefficients of a run"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_an_editor_are_told(change, problem, tmp_path):
+    make_coefficients().save(tmp_path / "coefficients.safetensors")
+    described = json.loads((tmp_path / "coefficients.json").read_text())
+    (tmp_path / "coefficients.json").write_text(json.dumps({**described, **change}))
+    with pytest.raises(InputError, match=problem):
+        load_coefficients(tmp_path)
+
+
+def test_names_that_are_no_texts_are_texts(tmp_path):
+    make_coefficients().save(tmp_path / "coefficients.safetensors")
+    described = json.loads((tmp_path / "coefficients.json").read_text())
+    (tmp_path / "coefficients.json").write_text(json.dumps({**described, "experts": [1, 2]}))
+    assert load_coefficients(tmp_path).experts == ("1", "2")
+
+
 def test_the_published_format_has_a_value_or_a_list_per_chunk_for_each_expert(tmp_path):
     make_coefficients().save_published(tmp_path / "weight_coeffs.json")
     published = json.loads((tmp_path / "weight_coeffs.json").read_text())

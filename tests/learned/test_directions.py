@@ -20,12 +20,11 @@ from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
 from expert_merging.run import Run
-from expert_merging.streaming import read_task_vectors
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import merge, refused
 from tests.launching import run_together
-from tests.learned.training import EXCLUDED, make_trainer
+from tests.learned.training import EXCLUDED, make_trainer, read_task_vectors
 from tests.learned.watched import learn_and_be_killed
 
 CPU = torch.device("cpu")
@@ -41,7 +40,7 @@ def context(answered_zoo, tmp_path) -> Context:
 def whole(context: Context, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The base's tensor and all task vectors."""
     part = context.plan.part(name)
-    base, task_vectors = read_task_vectors(context.plan, part, CPU)
+    base, task_vectors = read_task_vectors(context.plan, part)
     return base.view(part.shape), task_vectors.view(-1, *part.shape)
 
 
@@ -117,6 +116,34 @@ def test_directions_that_are_none_are_refused(context):
     ) as e:
         find_directions(context, "ties")
     assert "choose one of task_vectors, trimmed, " in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("svd", {"scaling_coefficient": "x"}, "scaling_coefficient must be a number, got x"),
+        ("svd", {"scaling_coefficient": None}, "scaling_coefficient must be a number, got null"),
+        ("svd", {"rank": 1}, "no option 'rank'. "),
+        ("aswudi", {"seed": "x"}, "seed must be a whole number, got x"),
+        ("trimmed", {"density": 5}, "density must be a number in (0, 1], got 5; "),
+        ("trimmed", {"thresholds": [0.1, 0.1, -1], "majority": 1}, "thresholds must be a number in [0, inf), got "),
+        ("trimmed", {"thresholds": [0.1, 0.1], "majority": 1}, "what was found before has a threshold for each of 3 "),
+        ("trimmed", {"thresholds": [0.1, 0.1, 0.1]}, "what was found before has a threshold for each of 3 "),
+    ],
+    ids=str,
+)
+def test_recorded_options_that_do_not_fit_are_refused(name, options, problem, context):
+    """They come from a file that may have been edited."""
+    with pytest.raises(InputError) as caught:
+        find_directions(context, name, options)
+    assert str(caught.value).startswith(f"directions of {name}: {problem}")
+
+
+@pytest.mark.parametrize("name", [*SUMS, "trimmed"])
+def test_what_is_recorded_is_found_again(name, context):
+    directions = find_directions(context, name)
+    recorded = json.loads(json.dumps(directions.record))
+    assert find_directions(context, **recorded).record == directions.record
 
 
 def test_learned_coefficients_of_directions_start_at_one_and_may_pass_it(answered_zoo, tmp_path):

@@ -13,8 +13,7 @@ from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.parametrisations import CoefficientVector, Layout, Parametrisation
 from expert_merging.parts import Part
-from expert_merging.streaming import read_task_vectors
-from tests.learned.training import make_trainer
+from tests.learned.training import make_trainer, read_task_vectors
 
 
 @pytest.mark.parametrize("many", [1, 3, 10**6])
@@ -95,7 +94,7 @@ def test_a_parametrisation_that_only_merges_has_the_gradient_of_merging_in_every
     values = own().detach().requires_grad_(True)
     weights = dict(base)
     for name, part in parts.items():
-        directions = read_task_vectors(trainer.plan, part, torch.device("cpu"))[1]
+        directions = read_task_vectors(trainer.plan, part)[1]
         weights[name] = base[name] + own.merge(own.view(values, name), directions, part).view(part.shape)
     assert all(torch.allclose(live.model.get_parameter(name), weights[name], atol=1e-6) for name in parts)
     with torch.nn.utils.stateless._reparametrize_module(live.model, weights):

@@ -21,11 +21,10 @@ from expert_merging.learned.stages import one_stage, two_stages
 from expert_merging.learned.trainer import Trainer
 from expert_merging.plan import make_plan
 from expert_merging.run import Run
-from expert_merging.streaming import read_task_vectors
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS
 from tests.command import merge
-from tests.learned.training import EXCLUDED, no_progress
+from tests.learned.training import EXCLUDED, no_progress, read_task_vectors
 from tests.learned.twin import Example, Twin
 
 RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
@@ -221,7 +220,7 @@ def test_adamerging_pp_is_the_twin_on_trimmed_task_vectors(answered_zoo, tmp_pat
     rule = find_directions(context, **coefficients.directions).prepare()
     twin, samples = twin_of(plan, layers=[], entropy=True, density=0.25, learning_rate=0.05)
     for name in plan.merged:
-        _, task_vectors = read_task_vectors(plan, plan.part(name), torch.device("cpu"))
+        _, task_vectors = read_task_vectors(plan, plan.part(name))
         expected = torch.stack([vector.flatten() for vector in twin.task_vectors[name]])
         assert torch.equal(rule(task_vectors, plan.part(name), None), expected)
         assert 0 < expected.count_nonzero() < 0.25 * expected.numel()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from expert_merging.cli import main
 from expert_merging.learned import stages
+from expert_merging.learned.state import full_disk_as_os_error
 from expert_merging.learned.trainer import Trainer
 from Mistral.backbone import BACKBONE
 from tests.launching import run_together
@@ -49,6 +51,17 @@ def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     again = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2).train()
     assert all(torch.equal(again.values[name], whole.values[name]) for name in whole.values)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672]", "PytorchStreamWriter failed writing"])
+def test_a_full_disk_is_told_as_one(text):
+    """torch does not say what the system has said."""
+    with pytest.raises(OSError, match="No space left on device"), full_disk_as_os_error():
+        raise RuntimeError(text)
+    with pytest.raises(OSError, match="No space left on device"), full_disk_as_os_error():
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="another"), full_disk_as_os_error():
+        raise RuntimeError("another")
 
 
 def test_a_run_that_begins_again_is_one_run_on_the_board(answered_zoo, tmp_path):

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from expert_merging.cli import main
 from expert_merging.errors import InputError
-from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.coefficients import kept_or_made, load_coefficients
 from expert_merging.learned.epochs import epoch_order
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.state import TrainingState
@@ -214,13 +214,10 @@ def test_the_model_is_freed_after_training(answered_zoo, tmp_path):
     assert model() is None
 
 
-def test_the_best_threads_for_a_small_model_are_used_and_put_back(answered_zoo, tmp_path, monkeypatch):
-    trainer = make_trainer(answered_zoo, tmp_path)
-    seen = []
-    monkeypatch.setattr(trainer, "_learn", lambda targets: seen.append(torch.get_num_threads()))
+def test_the_best_threads_for_a_small_model_are_used_and_put_back(answered_zoo, tmp_path):
+    context = make_trainer(answered_zoo, tmp_path).context
     torch.set_num_threads(2)
-    trainer.train()
-    assert (seen, torch.get_num_threads()) == ([1], 2)
+    assert (kept_or_made(context, torch.get_num_threads), torch.get_num_threads()) == (1, 2)
     torch.set_num_threads(1)
 
 

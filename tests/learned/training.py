@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from expert_merging.catalogue import find_method
 from expert_merging.context import Context
 from expert_merging.learned.options import LearningOptions
 from expert_merging.learned.settings import check
 from expert_merging.learned.trainer import Trainer
-from expert_merging.plan import make_plan
+from expert_merging.parts import Part
+from expert_merging.plan import Plan, make_plan
 from expert_merging.progress import no_progress
 from expert_merging.run import Run
+from expert_merging.streaming import Reader
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS
 from tests.learned.twin import Example, Twin
 
 EXCLUDED = list(BACKBONE.exclude_params)
+
+
+def read_task_vectors(plan: Plan, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base's entries of a part, and all task vectors'."""
+    return Reader(plan, torch.device("cpu")).read(part)
 
 
 def make_trainer(

@@ -127,6 +127,17 @@ def test_three_experts_are_refused_before_anything_is_read(method, tiny_zoo, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_way_back_is_another_run(tmp_path):
+    """Without a name of its own, a run is not taken for the one from the second model to the first."""
+    base, a, b = (write_checkpoint(tmp_path / name, {"a": random((4, 3), seed)}) for seed, name in enumerate("xab"))
+    for given in (flags(base, A=a, B=b), flags(base, B=b, A=a)):
+        assert merge("--method", "interpolate", "--t", 0, *given, "--output_path", tmp_path / "out") == 0
+    found = [tensors_of(folder)["a"] for folder in tmp_path.glob("out/*/*/model")]
+    expected = [tensors_of(folder)["a"] for folder in (a, b)]
+    assert len(found) == 2
+    assert all(any(tensor.allclose(end, atol=1e-6) for tensor in found) for end in expected)
+
+
 def test_a_share_beyond_the_ends_is_refused(tiny_zoo, capsys):
     message = refusal(capsys, "--method", "slerp", "--cache_dir", tiny_zoo, "--t", "1.5")
     assert message == "--t must be a number in [0, 1], got 1.5"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from expert_merging import merge as driver
@@ -43,6 +44,14 @@ def logits(folder: Path) -> torch.Tensor:
     tokens = torch.randint(SIZES["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model(tokens).logits
+
+
+def rewritten(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a checkpoint with other entries in its ``config.json``."""
+    perturb(source, target, 0, change=0)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
 
 
 def save_llama(folder: Path, **changes: object) -> None:
@@ -205,9 +214,46 @@ def test_values_that_the_base_s_type_cannot_hold_are_refused(capsys, tiny_zoo, t
     given = flags(tmp_path / "base", A=tmp_path / "a")
     command = [*MOE, *given, "--experts_per_token", 1, "--output_path", tmp_path / "out"]
     assert refusal(capsys, *command) == (
-        "model.layers.1.mlp.up_proj.weight of expert A has values that F16 (the base's type) cannot hold, or NaN or "
-        "infinite ones; convert the base to a wider type"
+        "model.layers.1.mlp.up_proj.weight of expert A has values that F16 (the base's type) cannot hold; convert the "
+        "base to a wider type"
     )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("expert", [True, False], ids=["expert", "base"])
+def test_nan_and_infinity_do_not_become_an_expert(expert, value, capsys, tiny_zoo, tmp_path):
+    """Feed-forward layers are copied, of an expert or of the base, and are looked at as what is merged is."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = tensors_of(tiny_zoo / BASE)
+    tensors[name][3, 4] = value
+    perturb(tiny_zoo / BASE, tmp_path / "faulty", 0, change=0)
+    save_file(tensors, tmp_path / "faulty" / "model.safetensors")
+    other = tiny_zoo / EXPERTS["Math"]
+    base, own = (tiny_zoo / BASE, tmp_path / "faulty") if expert else (tmp_path / "faulty", other)
+    command = [*MOE, *flags(base, A=own), "--include_base", "--output_path", tmp_path / "out"]
+    who = "expert A" if expert else "the base"
+    assert refusal(capsys, *command) == f"{who} has NaN or infinite values in {name}; download it again"
+    assert not list(tmp_path.glob("out/*/*/model"))
+
+
+@pytest.mark.parametrize("given", ["x", [1], True, -0.1])
+def test_a_deviation_that_is_none_is_told_before_anything_is_written(given, capsys, tiny_zoo, tmp_path):
+    base = rewritten(tiny_zoo / BASE, tmp_path / "base", initializer_range=given)
+    experts = flags(base, **{name: tiny_zoo / folder for name, folder in EXPERTS.items()})
+    assert refusal(capsys, *MOE, *experts, "--output_path", tmp_path / "out") == (
+        f"{base}/config.json has the initializer_range {given!r}, and routers are drawn with it as their standard "
+        "deviation; give it a number that is not negative, or choose --router zeros"
+    )
+    assert not (tmp_path / "out").exists()
+    zeros = ("--router", "zeros", "--experts_per_token", 3)
+    merged(tmp_path / "zeros", *MOE, *zeros, *experts)
+
+
+def test_a_deviation_that_is_not_said_is_the_usual_one(tiny_zoo, tmp_path):
+    experts = {name: tiny_zoo / folder for name, folder in EXPERTS.items()}
+    without = rewritten(tiny_zoo / BASE, tmp_path / "base", initializer_range=None)
+    expected = routers(merged(tmp_path / "expected", *MOE, *flags(tiny_zoo / BASE, **experts)).model)
+    assert_same_bytes(routers(merged(tmp_path / "out", *MOE, *flags(without, **experts)).model), expected)
 
 
 def test_the_configuration_is_a_mixtral_s(tiny_zoo, tmp_path):

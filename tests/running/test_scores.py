@@ -30,7 +30,6 @@ class Length:
     """Letters of the question, and their square."""
 
     names: tuple[str, ...] = ("letters", "square")
-    smaller_is_better: bool = False
 
     def measure(self, model, items):
         assert not torch.is_grad_enabled()
@@ -55,7 +54,6 @@ def test_everything_that_is_measured_keeps_the_contract():
         distance((1,)),
         ExactMatch(BACKBONE, None),
     ]
-    assert [score.smaller_is_better for score in scores] == [True, True, True, False]
     assert all(score.names for score in scores)
 
 

@@ -163,7 +163,7 @@ def check_board(run):
     ("place", "told"),
     [
         ("expert_merging.learned.coefficients.Coefficients.save", "continuing after 10 evaluations"),
-        ("expert_merging.job.write", "coefficients were found already"),
+        ("expert_merging.job.write", "coefficients are there already"),
     ],
 )
 def test_what_was_evaluated_is_not_evaluated_again(place, told, command, whole, tmp_path, monkeypatch):
@@ -223,6 +223,14 @@ def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monke
     assert refusal(capsys, *command, "--output_path", tmp_path / "out").startswith(
         "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread"
     )
+
+
+def test_a_candidate_without_numbers_is_never_the_best(command, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, float("nan"), 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6])
+    monkeypatch.setattr(Scorer, "score", lambda *_: {"Chat": next(scores)})
+    run = merged(tmp_path, *command)
+    assert "generation 1: best score 0.5, best so far 0.5 after 5 of 10 evaluations" in run.log.read_text()
+    assert load_coefficients(run.folder).provenance["score"] == 0.5
 
 
 @pytest.mark.slow

@@ -55,6 +55,14 @@ def test_any_number_of_coefficients_can_be_searched_for(size):
     assert found.candidate == pytest.approx((0.6,) * size, abs=0.02)
 
 
+def test_a_generation_beyond_the_budget_draws_what_can_be_evaluated_alone():
+    """Or its numbers would fill the memory; those that are drawn are the same."""
+    _, usual = search(evaluations=40)
+    for population in (7, 1 << 50):
+        _, cut = search(evaluations=5, population=population)
+        assert cut.asked == usual.asked[:5]
+
+
 @pytest.mark.parametrize(
     ("budget", "groups"),
     [
