@@ -15,6 +15,7 @@ from expert_merging.catalogue import find_method
 from expert_merging.console import Terminal
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
+from expert_merging.flags import is_one_per_expert
 from expert_merging.machine import limit_threads
 from expert_merging.method import Preparation, Unit, coarsest
 from expert_merging.options import Resolved, checkpoint_folders, command_line
@@ -114,11 +115,19 @@ def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str
 
 
 def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
-    given = resolved.options.get("scaling_coefficient")
-    if isinstance(given, list) and len(given) != len(experts):
-        raise InputError(
-            f"--scaling_coefficient has {len(given)} values for {len(experts)} experts ({', '.join(experts)})"
-        )
+    """Check that options that take a number for each expert have as many.
+
+    Raises:
+        InputError: there are more or fewer.
+    """
+    named = {name: option for step in resolved.steps for name, option in step.options.items()}
+    problems = [
+        f"--{name} has {len(value)} values for {len(experts)} experts ({', '.join(experts)})"
+        for name, value in resolved.options.items()
+        if isinstance(value, list) and is_one_per_expert(named[name]) and len(value) != len(experts)
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -> dict[str, Any]:

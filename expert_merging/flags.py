@@ -48,6 +48,8 @@ Fraction = Annotated[float, Interval("(0, 1]")]
 Positive = Annotated[float, Interval("(0, inf)")]
 NotNegative = Annotated[float, Interval("[0, inf)")]
 Count = Annotated[int, Interval("[1, inf)")]
+# Nobody scales task vectors by more than a few; what is far beyond has been mistyped.
+Factor = Annotated[float, Interval("[-1000, 1000]")]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ def _is_percentage(value: str | int | float) -> bool:
         return 1 < float(value) <= 100
     except (ValueError, OverflowError):
         return False
+
+
+def is_one_per_expert(option: Option) -> bool:
+    """Whether the option takes a list with a number for every expert."""
+    lists = [kind for kind in typing.get_args(option.annotation) if typing.get_origin(kind) is list]
+    numbers = [number for kind in lists for number in typing.get_args(kind)]
+    return any(float in (number, *typing.get_args(number)) for number in numbers)
 
 
 def describe_type(annotation: Any) -> str:

@@ -78,7 +78,6 @@ _MANY = 5
 _COMMANDS = ("config", "list_methods")
 # Flags that take several values, and may be repeated.
 _LISTS = ("exclude_params", "post")
-_LARGEST_FACTOR = 1000
 _GROUPS = {
     "what is merged": ("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
@@ -375,8 +374,6 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
-    for name in ("scaling_coefficient", "task_vector_coeffs_dict"):
-        problems.found += _too_large(name, options.get(name))
     problems.check()
     general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
     general["exclude_params"] = _patterns(general["exclude_params"], backbone)
@@ -439,16 +436,6 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
         names = " ".join(step.name for step in modifiers)
         problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")
     return method, tuple(modifiers)
-
-
-def _too_large(name: str, given: Any) -> list[str]:
-    """The factor of a number, list or dictionary of them that is nowhere near what task vectors are scaled by."""
-    factors = given.values() if isinstance(given, Mapping) else given if isinstance(given, list) else [given or 0]
-    return [
-        f"--{name} takes numbers in [-{_LARGEST_FACTOR}, {_LARGEST_FACTOR}], got {factor:g}"
-        for factor in factors
-        if abs(factor) > _LARGEST_FACTOR
-    ][:1]
 
 
 def _unknown_tasks(data_dir: Path, family: Mapping[str, Any], backbone: Backbone) -> list[str]:

@@ -288,15 +288,17 @@ def test_flags_are_not_abbreviated():
         ),
         (
             ["--method", "task_arithmetic", "--scaling_coefficient", "1e300"],
-            "--scaling_coefficient takes numbers in [-1000, 1000], got 1e+300",
+            "--scaling_coefficient must be a number in [-1000, 1000] or a list of numbers in [-1000, 1000], got 1e300",
         ),
         (
             ["--method", "dare_ta", "--scaling_coefficient", "0.3, -1001"],
-            "--scaling_coefficient takes numbers in [-1000, 1000], got -1001",
+            "--scaling_coefficient must be a number in [-1000, 1000] or a list of numbers in [-1000, 1000], got "
+            "0.3, -1001",
         ),
         (
             ["--task_vector_coeffs_dict", '{"Chat": 1000, "Math": 1e4}'],
-            "--task_vector_coeffs_dict takes numbers in [-1000, 1000], got 10000",
+            "--task_vector_coeffs_dict must be a JSON object of numbers in [-1000, 1000] by name, "
+            "got 10000.0 for 'Math'",
         ),
         (["--method", "task-arithmetik"], "no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?"),
         (["--seed", "x"], "--seed must be a whole number, got x"),
@@ -376,7 +378,7 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
     ):
         assert text.count(meaning) == 1
     assert re.search(
-        r"Takes a number or a list of numbers\. Default: 1\.0 \(weight_average.*\), 0\.3 \(task_arithmetic", text
+        r"list of numbers in \[-1000, 1000\]\. Default: 1\.0 \(weight_average.*\), 0\.3 \(task_arithmetic", text
     )
     assert "Takes a whole number in [1, inf). Default: 5." in text
     assert "Chat=Mistral-7B-Instruct-v0.1" in text

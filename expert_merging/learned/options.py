@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.errors import InputError
-from expert_merging.flags import Count, Fraction, Interval, NotNegative, Positive
+from expert_merging.flags import Count, Factor, Fraction, Interval, NotNegative, Positive
 from expert_merging.parts import Part
 from expert_merging.running.options import SampleOptions
 
@@ -45,7 +45,7 @@ class TrainingOptions(SampleOptions):
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
     """
 
-    scaling_coefficient: float | list[float] | None = 0.3
+    scaling_coefficient: Factor | list[Factor] | None = 0.3
     num_epochs: Count = 1
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
@@ -55,7 +55,7 @@ class TrainingOptions(SampleOptions):
     gradient_checkpointing: bool = False
     logits_chunk_tokens: Count | None = None
     loss_alphas: dict[str, NotNegative] | None = None
-    task_vector_coeffs_dict: dict[str, float] | None = None
+    task_vector_coeffs_dict: dict[str, Factor] | None = None
 
     @property
     def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
@@ -106,7 +106,7 @@ class AlignmentOptions(TrainingOptions):
         sparsity_reg_weight: weight of the coefficients' distance from their initial value.
     """
 
-    scaling_coefficient: float | list[float] | None = None
+    scaling_coefficient: Factor | list[Factor] | None = None
     directions: str = "task_vectors"
     temperature: Positive = 1.0
     logits_weight: NotNegative = 1.0

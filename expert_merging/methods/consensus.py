@@ -9,26 +9,25 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.flags import Interval, NotNegative
 from expert_merging.method import Preparation, Prepare, register
-from expert_merging.methods.tall import check_factors, make_masks
+from expert_merging.methods.tall import make_masks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_agreement(context: Context, *, tall_lambda: float | list[float], consensus_k: int) -> Preparation:
+def check_agreement(context: Context, *, consensus_k: int) -> Preparation:
     """Check that so many experts can agree.
 
     Raises:
         InputError: they cannot; every entry would be left out.
     """
-    preparation = check_factors(context, tall_lambda=tall_lambda)
     experts = len(context.plan.experts)
     if consensus_k > experts:
         raise InputError(
             f"--consensus_k is the number of experts that an entry has to serve, at most {experts} here, got "
             f"{consensus_k}"
         )
-    return preparation
+    return Preparation()
 
 
 @register(unit="entries", prepare=Prepare(check_agreement, ()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from expert_merging.arithmetic import scaled_mean, weighted_sum
+from expert_merging.flags import Factor
 from expert_merging.method import register
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _weights(scaling_coefficient: float | list[float], experts: int) -> list[flo
 
 
 @register(unit="entries", parts=scaled_share)
-def weight_average(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
+def weight_average(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0) -> Tensor:
     """Average of the experts' weights (Wortsman et al., 2022, arXiv 2203.05482).
 
     With a coefficient s other than 1 the result is base + s * (average - base), which the published Expert Merging
@@ -45,7 +46,7 @@ def weight_average(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) ->
 
 
 @register(unit="entries", parts=scaled, family_defaults=("scaling_coefficient",))
-def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: float | list[float] = 0.3) -> Tensor:
+def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: Factor | list[Factor] = 0.3) -> Tensor:
     """Scaled sum of the task vectors (Ilharco et al., 2023, arXiv 2212.04089).
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
-from expert_merging.flags import Fraction, Interval
+from expert_merging.flags import Factor, Fraction, Interval
 from expert_merging.method import ORDER_FREE, Preparation, Prepare, register
 from expert_merging.methods.thresholds import Change, elected_signs, find_thresholds, trim
 from expert_merging.parts import Part
@@ -153,7 +153,7 @@ def ties(
     *,
     density: Fraction = 0.2,
     ties_scope: Literal["global", "tensor"] = "global",
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
 ) -> Tensor:
     """Trim, elect signs, average what agrees (Yadav et al., 2023, arXiv 2306.01708).
 
@@ -185,7 +185,7 @@ def dare_ta(
     experts: tuple[str, ...],
     *,
     drop_rate: DropRate = 0.2,
-    scaling_coefficient: float | list[float] = 0.3,
+    scaling_coefficient: Factor | list[Factor] = 0.3,
 ) -> Tensor:
     """Drop entries at random, rescale the rest, then task arithmetic (Yu et al., 2024, arXiv 2311.03099).
 
@@ -227,7 +227,7 @@ def dare_ties(
     drop_rate: DropRate = 0.2,
     density: Fraction = 0.2,
     ties_scope: Literal["global", "tensor"] = "global",
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
 ) -> Tensor:
     """Drop entries at random, rescale the rest, then TIES (Yu et al., 2024, arXiv 2311.03099).
 

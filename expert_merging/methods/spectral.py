@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from expert_merging.flags import Fraction
+from expert_merging.flags import Factor, Fraction
 from expert_merging.method import ORDER_FREE, register
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def svd_parts(task_vectors: Tensor, *, scaling_coefficient: float) -> Tensor:
 
 
 @register(aliases=("tsv_m",), unit="matrix", parts=svd_parts)
-def svd(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
+def svd(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0) -> Tensor:
     """TSV-M: leading singular directions of every expert, made orthogonal (Gargiulo et al., 2025, arXiv 2412.00081).
 
     With q the shorter side, each expert keeps its q // experts leading singular triples. The left directions of all
@@ -305,7 +305,7 @@ def _orthonormal(directions: Tensor) -> Tensor:
 
 
 @register(aliases=("iso_c",), unit="matrix", promises=frozenset({ORDER_FREE}))
-def iso(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
+def iso(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0) -> Tensor:
     """Iso-C: the sum of the task vectors with all singular values made equal (Marczak et al., 2025, arXiv 2502.04959).
 
     A matrix becomes the polar factor of the sum times the mean of the sum's singular values. Other tensors get the
@@ -327,7 +327,9 @@ def iso(task_vectors: Tensor, *, scaling_coefficient: float = 1.0) -> Tensor:
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}))
-def iso_cts(task_vectors: Tensor, *, scaling_coefficient: float = 1.0, common_space_fraction: Fraction = 0.8) -> Tensor:
+def iso_cts(
+    task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, common_space_fraction: Fraction = 0.8
+) -> Tensor:
     """Iso-CTS: Iso-C with the last directions given to each expert's own (Marczak et al., 2025, arXiv 2502.04959).
 
     The leading directions of the sum are the common space. Of what each expert has outside (its left side projected

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
-from expert_merging.errors import InputError
-from expert_merging.flags import NotNegative
+from expert_merging.flags import Factor, NotNegative
 from expert_merging.method import Preparation, Prepare, register
 from expert_merging.outputs import Merged, Output, Slot, make_header, mirror_of
 
@@ -74,20 +73,6 @@ def _is_greater(first: Tensor, second: Tensor) -> Tensor:
     return torch.from_numpy(numpy.asarray(numpy.greater(first.numpy(), second.numpy())))
 
 
-def check_factors(context: Context, *, tall_lambda: float | list[float]) -> Preparation:
-    """Check that there is a factor for every expert.
-
-    Raises:
-        InputError: there are more or fewer.
-    """
-    experts = list(context.plan.experts)
-    if isinstance(tall_lambda, list) and len(tall_lambda) != len(experts):
-        raise InputError(
-            f"--tall_lambda has {len(tall_lambda)} values for {len(experts)} experts ({', '.join(experts)})"
-        )
-    return Preparation()
-
-
 def model_and_masks(
     context: Context, *, tall_lambda: float | list[float], scaling_coefficient: float
 ) -> tuple[Output, ...]:
@@ -126,13 +111,8 @@ def _result(expert: str) -> str:
     return f"mask of {expert}"
 
 
-def prepare_masks(context: Context, *, tall_lambda: float | list[float]) -> Preparation:
-    """Check the factors, and tell how to have an expert back.
-
-    Raises:
-        InputError: there are more factors than experts, or fewer.
-    """
-    check_factors(context, tall_lambda=tall_lambda)
+def tell_of_masks(context: Context) -> Preparation:
+    """Tell how to have an expert back."""
     return Preparation(
         notes=(
             "masks of the experts are written beside the model; an expert comes back with python -m expert_merging "
@@ -141,13 +121,13 @@ def prepare_masks(context: Context, *, tall_lambda: float | list[float]) -> Prep
     )
 
 
-@register(unit="entries", prepare=Prepare(prepare_masks, ()), outputs=model_and_masks)
+@register(unit="entries", prepare=Prepare(tell_of_masks, ()), outputs=model_and_masks)
 def tall(
     task_vectors: Tensor,
     experts: tuple[str, ...],
     *,
     tall_lambda: NotNegative | list[NotNegative] = 0.4,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
 ) -> dict[str, Tensor]:
     """The sum of the task vectors and a bit mask per expert that rebuilds it (Wang et al., 2024, arXiv 2405.07813).
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from expert_merging.context import Context
-from expert_merging.flags import Fraction
+from expert_merging.flags import Factor, Fraction
 from expert_merging.method import register
 from expert_merging.methods.spectral import rounding_floor, singular_triples
 from expert_merging.outputs import Output, mirror_of
@@ -26,7 +26,7 @@ def svd_intermediate(
     experts: tuple[str, ...],
     *,
     rank_ratio: Fraction | None = None,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
 ) -> Tensor:
     """One model per expert, its matrices' changes truncated to low rank: what TSV-M merges (arXiv 2412.00081).
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from expert_merging.flags import Count, Fraction, Positive
+from expert_merging.flags import Count, Factor, Fraction, Positive
 from expert_merging.method import register
 from expert_merging.methods.spectral import (
     ROUNDING,
@@ -219,7 +219,7 @@ def _whole_rows(task_vectors: Tensor, beginning: Tensor, *, for_steps: bool = Fa
 def wudi(
     task_vectors: Tensor,
     *,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
     solver: Literal["adam", "exact"] = "adam",
     steps: Count = 300,
     step_size: Positive = 1e-5,
@@ -262,7 +262,7 @@ def _filtered(task_vectors: Tensor, beginning: Tensor, response: Filter, scaling
 def wudi2(
     task_vectors: Tensor,
     *,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
     wudi2_variant: Literal["centered", "lora"] = "centered",
     solver: Literal["adam", "sgd", "exact"] | None = None,
     steps: Count = 300,
@@ -414,7 +414,7 @@ def _own_slopes(task_vectors: Tensor, shares: Tensor, problem: Interference) -> 
 
 @register(unit="matrix", parts=iwudi_parts)
 def iwudi(
-    task_vectors: Tensor, *, scaling_coefficient: float = 1.0, flow_time: Positive = 300, start: Start = "sum"
+    task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, flow_time: Positive = 300, start: Start = "sum"
 ) -> Tensor:
     """IWUDI: WUDI's gradient flow in closed form (OptMerge's authors' code, arXiv 2505.19892).
 
@@ -437,7 +437,7 @@ def iwudi(
 def swudi(
     task_vectors: Tensor,
     *,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
     flow_time: Positive = 300,
     start: Start = "sum",
     curvature_ratio: Fraction = 0.65,
@@ -464,7 +464,7 @@ def swudi(
 def aswudi(
     task_vectors: Tensor,
     *,
-    scaling_coefficient: float = 1.0,
+    scaling_coefficient: Factor = 1.0,
     start: Start = "sum",
     rank_rule: RankRule = "participation_sqrt",
     cumulative_share: Fraction = 0.95,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from expert_merging.flags import Count, Interval, Positive
+from expert_merging.flags import Count, Factor, Interval, Positive
 from expert_merging.running.options import SampleOptions
 
 
@@ -22,7 +22,7 @@ class SearchOptions(SampleOptions):
         initial_spread: standard deviation of the first generation's coefficients around the start.
     """
 
-    scaling_coefficient: float | list[float] = 0.3
+    scaling_coefficient: Factor | list[Factor] = 0.3
     search_space: Literal["experts", "depth"] = "experts"
     evaluations: Count = 100
     population: Annotated[int, Interval("[2, inf)")] | None = None
