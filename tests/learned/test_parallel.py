@@ -33,6 +33,8 @@ from tests.learned.watched import learn, learn_elsewhere
 LOST = "error: another process of this run has ended, so this one does too; what it said last tells why"
 WATCHED = "tests.learned.watched"
 CONFIGS = ROOT / "configs" / "accelerate"
+# At any free port, as other tests start it at the same time.
+ACCELERATE = ("accelerate.commands.launch", "--main_process_port", 0, "--config_file")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 # Entries of what is merged of the tiny checkpoints: all of three layers but the norms.
 MERGED = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
@@ -277,7 +279,7 @@ def test_a_process_that_dies_takes_the_others_down(answered_zoo, tmp_path):
 @pytest.mark.slow
 def test_the_cpu_configuration_starts_two_processes(answered_zoo, alone, tmp_path):
     """Which ``accelerate launch --cpu --num_processes 2`` does not."""
-    command = ("accelerate.commands.launch", "--config_file", CONFIGS / "cpu_two_processes.yaml")
+    command = (*ACCELERATE, CONFIGS / "cpu_two_processes.yaml")
     done = start(*command, "Mistral/model_merging.py", *arguments(answered_zoo, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "from 9 samples in 2 processes" in done.stdout
@@ -287,7 +289,7 @@ def test_the_cpu_configuration_starts_two_processes(answered_zoo, alone, tmp_pat
 @pytest.mark.slow
 def test_the_fsdp_configuration_splits_the_model(answered_zoo, alone, tmp_path):
     """By what the launcher says of it, without ``--shard``; here on two processes of a CPU."""
-    command = ("accelerate.commands.launch", "--config_file", CONFIGS / "eight_gpus_fsdp2.yaml", "--num_processes", 2)
+    command = (*ACCELERATE, CONFIGS / "eight_gpus_fsdp2.yaml", "--num_processes", 2)
     watched = ("--module", WATCHED, tmp_path / "output", "")
     done = start(*command, *watched, *arguments(answered_zoo, tmp_path / "output"), "--mixed_precision", "no")
     assert done.returncode == 0, done.stderr
