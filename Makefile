@@ -38,7 +38,7 @@ demo: setup  ## train a small base and its experts, merge them, print accuracies
 test: .venv/.installed-dev  ## run all tests (WORKERS= processes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-fast: .venv/.installed-dev  ## run the tests that take less than a second each, with fewer examples
+test-fast: .venv/.installed-dev  ## run the tests that take less than half a second each, with fewer examples
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --hypothesis-profile fast
 
 lint: .venv/.installed-dev docs  ## check format, style, types and the documentation's links

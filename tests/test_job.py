@@ -528,6 +528,7 @@ def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
     assert text.count("question: ") == text.count("\nanswer:") == 3
 
 
+@pytest.mark.slow
 def test_every_model_of_a_run_is_asked_and_can_be_evaluated(tiny_zoo, tmp_path):
     command = ["--method", "svd_intermediate", "--cache_dir", tiny_zoo, "--run_tests"]
     run = merged(tmp_path, *command)

@@ -148,6 +148,7 @@ def test_processes_end_with_the_one_that_they_were_forked_from():
             assert ended(child), "a process outlived its parent"
 
 
+@pytest.mark.slow
 @FORKS
 def test_only_the_parent_hears_an_interrupt():
     """A terminal sends it to all; the parent alone decides, and the others finish what they are writing."""

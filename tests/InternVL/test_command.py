@@ -164,6 +164,7 @@ EXCLUSIONS = {
 NAMES = ["defaults", *(pytest.param(name, marks=pytest.mark.slow) for name in EXCLUSIONS if name != "defaults")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_coefficients_are_the_plain_twins(name, internvl_zoo, tmp_path):
     flags, expected = EXCLUSIONS[name]
@@ -186,6 +187,7 @@ def test_learned_coefficients_are_the_plain_twins(name, internvl_zoo, tmp_path):
         assert torch.equal(tensor, before[parameter]) == (parameter not in learned.values), parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_coefficients_equal_the_plain_twins(name, internvl_zoo, tmp_path, monkeypatch):
     """One update from all samples: the projector's, the language model's and, where merged, the fused attention's."""
@@ -209,6 +211,7 @@ def test_gradients_of_coefficients_equal_the_plain_twins(name, internvl_zoo, tmp
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7, msg=parameter)
 
 
+@pytest.mark.slow
 def test_chunks_of_the_fused_attention_cross_its_three_parts(internvl_zoo, tmp_path):
     """Two chunks for three row blocks: the second begins in the middle of the keys."""
     dataset = internvl_zoo / "dataset"
@@ -224,6 +227,7 @@ def test_chunks_of_the_fused_attention_cross_its_three_parts(internvl_zoo, tmp_p
         torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=2e-5, msg=parameter)
 
 
+@pytest.mark.slow
 def test_a_tied_head_learns_like_the_twin(tmp_path):
     cache = make_zoo(tmp_path / "cache", {"llm_config.tie_word_embeddings": True})
     flags = ["--exclude_params", "vision_model.*"]
@@ -236,6 +240,7 @@ def test_a_tied_head_learns_like_the_twin(tmp_path):
         torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-3, atol=1e-4, msg=parameter)
 
 
+@pytest.mark.slow
 def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo, tmp_path):
     dataset = tmp_path / "dataset"
     picture = make_picture(dataset / "images" / "a.png", (60, 60))
@@ -260,6 +265,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
         assert answers[f"{task}/0/What?/{picture}"]["tokens"] == ids[0, prompt:].tolist(), task
 
 
+@pytest.mark.slow
 def test_defaults_are_the_papers(internvl_zoo, tmp_path):
     run = run_command(tmp_path, *LEARNING, "--cache_dir", internvl_zoo, "--data_dir", internvl_zoo / "dataset")
     record = json.loads(run.config.read_text())
@@ -278,6 +284,7 @@ def test_defaults_are_the_papers(internvl_zoo, tmp_path):
     assert list(options["expert"]) == ["OCR", "VQA", "Geometry", "Chart", "Grounding"]
 
 
+@pytest.mark.slow
 def test_fewer_tiles_reach_the_model(internvl_zoo, tmp_path):
     flags = [*LEARNING, "--cache_dir", internvl_zoo, "--data_dir", internvl_zoo / "dataset"]
     fewer = ["--max_tiles", 1, "--max_tiles_dict", '{"Chart": 1, "Grounding": 1}']
@@ -288,6 +295,7 @@ def test_fewer_tiles_reach_the_model(internvl_zoo, tmp_path):
     assert not all(torch.allclose(plain[name], small[name], atol=1e-5) for name in plain)
 
 
+@pytest.mark.slow
 def test_half_precision_checkpoints_learn_and_keep_their_type(internvl_zoo, tmp_path):
     cache = tmp_path / "cache"
     for folder in (BASE, *EXPERTS.values()):
@@ -316,6 +324,7 @@ def test_the_merged_folder_has_all_that_evaluation_needs(internvl_zoo, tmp_path)
     assert load_processor(run.model).tokenizer.get_vocab() == load_processor(internvl_zoo / BASE).tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_the_merged_model_answers_the_test_questions(internvl_zoo, tmp_path):
     run = run_command(
         tmp_path, "--method", "weight_average", "--cache_dir", internvl_zoo, "--run_tests", "--max_tiles", 1
@@ -382,6 +391,7 @@ def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", ["yes", None])
 def test_a_picture_is_decoded_once_a_run(response, internvl_zoo, tmp_path, monkeypatch):
     """By the checks, whose result the experts and the merged model are given, also where experts write responses."""

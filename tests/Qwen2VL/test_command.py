@@ -110,6 +110,7 @@ def test_exclusion_patterns_speak_of_published_names(qwen_zoo, newer_zoo, tmp_pa
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["weight_average", "ties", "dare_ties", "svd", "iso", "wudi"])
 def test_methods_give_the_same_whatever_the_experts_are_called(method, qwen_zoo, newer_zoo, tmp_path):
     tensors = []
@@ -244,6 +245,7 @@ def test_learning_is_the_same_whatever_the_checkpoints_are_called(qwen_zoo, newe
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_answers_that_are_missing_are_written_by_the_task_s_expert(qwen_zoo, tmp_path):
     dataset = tmp_path / "dataset"
     picture = save_picture(dataset / "images" / "a.png", 60, 60)
@@ -272,6 +274,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(qwen_zoo, tmp
         assert answers[f"{task}/0/What?/{picture}"]["tokens"] == ids[len(tokens(chat((2, 2), "What?"))) :], task
 
 
+@pytest.mark.slow
 def test_defaults_are_the_papers(qwen_zoo, tmp_path):
     run = run_command(tmp_path, *LEARNING, "--cache_dir", qwen_zoo, "--data_dir", qwen_zoo / "dataset")
     record = json.loads(run.config.read_text())
@@ -424,6 +427,7 @@ def test_a_base_of_another_family_is_told(qwen_zoo, tmp_path, capsys):
     assert "model_type" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_merged_model_answers_the_test_questions(qwen_zoo, tmp_path):
     flags = ["--method", "weight_average", "--cache_dir", qwen_zoo, "--run_tests", "--max_pixels", "6272"]
     run = run_command(tmp_path, *flags)

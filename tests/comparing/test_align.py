@@ -128,6 +128,7 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
     assert "give --expert" in shown
 
 
+@pytest.mark.slow
 def test_runs_that_learned_from_different_questions_need_a_choice(runs, answered_zoo, tmp_path, capsys):
     shutil.copytree(answered_zoo / "dataset", tmp_path / "other")
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--log_with", "none"]

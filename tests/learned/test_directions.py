@@ -121,8 +121,8 @@ def test_directions_that_are_none_are_refused(context):
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("svd", {"scaling_coefficient": "x"}, "scaling_coefficient must be a number, got x"),
-        ("svd", {"scaling_coefficient": None}, "scaling_coefficient must be a number, got null"),
+        ("svd", {"scaling_coefficient": "x"}, "scaling_coefficient must be a number in [-1000, 1000], got x"),
+        ("svd", {"scaling_coefficient": None}, "scaling_coefficient must be a number in [-1000, 1000], got null"),
         ("svd", {"rank": 1}, "no option 'rank'. "),
         ("aswudi", {"seed": "x"}, "seed must be a whole number, got x"),
         ("trimmed", {"density": 5}, "density must be a number in (0, 1], got 5; "),
@@ -146,6 +146,7 @@ def test_what_is_recorded_is_found_again(name, context):
     assert find_directions(context, **recorded).record == directions.record
 
 
+@pytest.mark.slow
 def test_learned_coefficients_of_directions_start_at_one_and_may_pass_it(answered_zoo, tmp_path):
     options = {"directions": "svd", "learning_rate": 0.1, "num_epochs": 3, "sparsity_reg_weight": 0.0}
     trainer = make_trainer(answered_zoo, tmp_path, **options)
@@ -157,6 +158,7 @@ def test_learned_coefficients_of_directions_start_at_one_and_may_pass_it(answere
     assert given.settings.layout.initial == (0.5, 1.5, -1.0)
 
 
+@pytest.mark.slow
 def test_task_vectors_as_a_methods_parts_learn_the_same_gradient(answered_zoo, tmp_path):
     """The parts of task arithmetic are the task vectors; only their coefficients are free."""
     plain = make_trainer(answered_zoo, tmp_path / "a", scaling_coefficient=0.3)

@@ -94,6 +94,7 @@ def test_a_base_without_a_layer_count_needs_an_explicit_choice(tiny_zoo, tmp_pat
     assert "does not say how many layers it has; give --hidden_states_layers none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(command, tmp_path):
     assert (
         command(
@@ -108,6 +109,7 @@ def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(command, tm
         assert again.read_bytes() == (learned / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_written_weights_are_base_plus_coefficients_times_task_vectors(command, tiny_zoo, tmp_path):
     assert command("--run_name", "r", "--task_vector_coeffs_dict", '{"Math": 0.5}') == 0
     run = tmp_path / "out" / "expert_merging" / "r"

@@ -16,6 +16,7 @@ from expert_merging.parts import Part
 from tests.learned.training import make_trainer, read_task_vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [1, 3, 10**6])
 @given(
     rows=st.integers(1, 9),

@@ -28,6 +28,7 @@ def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
     assert all(value.dtype == torch.float32 for value in half.values.values())
 
 
+@pytest.mark.slow
 def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo, tmp_path):
     """Weights, activations and their gradients in float16, as on a V100; coefficients and theirs in float32."""
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
@@ -127,6 +128,7 @@ def test_half_precision_overflow_is_skipped_and_counted(answered_zoo, tmp_path):
         torch.testing.assert_close(value, plain.values[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_scaling_does_not_change_the_result(answered_zoo, tmp_path):
     plain = make_trainer(answered_zoo, tmp_path / "plain").train()
     trainer = make_trainer(answered_zoo, tmp_path / "scaled")
@@ -136,6 +138,7 @@ def test_loss_scaling_does_not_change_the_result(answered_zoo, tmp_path):
         torch.testing.assert_close(plain.values[name], scaled.values[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_overflow_at_every_loss_scale_ends_training(answered_zoo, tmp_path, monkeypatch):
     trainer = make_trainer(answered_zoo, tmp_path, samples_per_task=1)
     scale_losses(trainer, 4.0)

@@ -83,6 +83,7 @@ def allocate_plainly(twin, *, budget, kappa):
     return {name: int(budget * len(powers) * power / sum(powers.values())) for name, power in powers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["learned", "initial"])
 def test_both_stages_are_those_of_the_plain_twin(init, answered_zoo, tmp_path):
     options = {"budget": 1.1, "kappa": 1.2, "stage2_init": init, "sparsity_reg_weight": 0.4}
@@ -101,6 +102,7 @@ def test_both_stages_are_those_of_the_plain_twin(init, answered_zoo, tmp_path):
     assert set(coefficients.fixed) == {name for name, count in chunks.items() if count == 0}
 
 
+@pytest.mark.slow
 def test_one_chunk_each_from_the_initial_value_is_expert_merging_again(answered_zoo, tmp_path):
     plain = learn(one_stage, LearningOptions, answered_zoo, tmp_path / "plain")
     options = {"chunking": "none", "stage2_init": "initial"}
@@ -124,6 +126,7 @@ def test_what_gets_no_chunk_keeps_its_value(init, answered_zoo, tmp_path):
         assert torch.equal(coefficients.values[name], expected)
 
 
+@pytest.mark.slow
 def test_the_first_stage_may_come_from_an_earlier_run(answered_zoo, tmp_path, monkeypatch):
     whole = learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "whole")
     learn(one_stage, LearningOptions, answered_zoo, tmp_path / "first")
@@ -213,6 +216,7 @@ def test_adamerging_is_the_twin_with_entropies(answered_zoo, tmp_path):
     assert max(float((value - 0.3).abs().max()) for value in coefficients.values.values()) > 0.01
 
 
+@pytest.mark.slow
 def test_adamerging_pp_is_the_twin_on_trimmed_task_vectors(answered_zoo, tmp_path):
     coefficients = learn(one_stage, TrimmingOptions, answered_zoo, tmp_path, density=0.25, learning_rate=0.05)
     plan, context = prepare(answered_zoo, tmp_path)
@@ -228,6 +232,7 @@ def test_adamerging_pp_is_the_twin_on_trimmed_task_vectors(answered_zoo, tmp_pat
     assert_like_twin(coefficients, twin)
 
 
+@pytest.mark.slow
 def test_adamerging_task_has_one_coefficient_per_expert(answered_zoo, tmp_path):
     """Its gradient is the sum over parameters: learning with one parameter tied over all of them."""
     coefficients = learn(one_stage, TrainingOptions, answered_zoo, tmp_path, shared=True)

@@ -58,6 +58,7 @@ def test_without_memory_to_spare_everything_is_read_from_the_files(usual, answer
         torch.testing.assert_close(values, frugal.values[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_options_that_save_memory_do_not_change_the_result(tiny_zoo, tmp_path):
     """Also where the model has dropout, which must stay off while layers are computed again."""
     save_model(tmp_path / BASE, 0, attention_dropout=0.5)

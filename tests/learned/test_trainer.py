@@ -111,6 +111,7 @@ def test_losses_and_gradients_equal_the_twins(answered_zoo, tmp_path):
     torch.testing.assert_close(trainer.live.gradient, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_and_embeddings_train_exactly_also_where_they_share_a_weight(tied, tmp_path):
     """A weight that is used twice gets the sum of both uses' gradients, once."""
@@ -126,6 +127,7 @@ def test_head_and_embeddings_train_exactly_also_where_they_share_a_weight(tied, 
     torch.testing.assert_close(trainer.live.gradient, twin_gradients(twin, examples), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_is_the_same_with_gradient_checkpointing(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path)
     targets = prepared(trainer)
@@ -142,6 +144,7 @@ def test_gradient_is_the_same_with_gradient_checkpointing(answered_zoo, tmp_path
         torch.testing.assert_close(trainer.live.gradient, plain, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatch):
     trainer = make_trainer(answered_zoo, tmp_path)
     targets = prepared(trainer)
@@ -160,6 +163,7 @@ def test_weight_gradients_are_freed_as_they_come(answered_zoo, tmp_path):
     assert all(parameter.grad is None for parameter in trainer.live.model.parameters())
 
 
+@pytest.mark.slow
 def test_strong_regularisation_keeps_task_arithmetic(answered_zoo, tmp_path):
     free = make_trainer(answered_zoo, tmp_path / "free", learning_rate=0.05, sparsity_reg_weight=0.0).train()
     held = make_trainer(answered_zoo, tmp_path / "held", learning_rate=0.05, sparsity_reg_weight=1e4).train()
@@ -205,6 +209,7 @@ def test_a_loss_that_is_not_a_number_ends_training(answered_zoo, tmp_path, monke
     assert not trainer.context.run.coefficients.exists()
 
 
+@pytest.mark.slow
 def test_the_model_is_freed_after_training(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path)
     trainer.train()

@@ -40,6 +40,7 @@ def plain_ties(given: torch.Tensor, density: float, counted: torch.Tensor | None
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
 
 
+@pytest.mark.slow
 @given(
     experts=st.integers(1, 5),
     entries=st.integers(1, 300),

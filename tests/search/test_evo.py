@@ -94,6 +94,7 @@ def test_the_written_model_has_the_best_score_and_is_better_than_the_start(whole
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_third_of_the_depth_has_coefficients_of_its_own(command, tiny_zoo, answered, tmp_path):
     run = merged(tmp_path / "out", *command, "--search_space", "depth")
     best = check_best(run, tiny_zoo, answered)
@@ -127,6 +128,7 @@ def check_same(run, whole):
     assert first == second
 
 
+@pytest.mark.slow
 def test_a_search_killed_within_a_generation_continues_to_the_same_bytes(command, whole, tmp_path, monkeypatch):
     command = [*command, "--output_path", tmp_path, "--log_with", "tensorboard"]
     score, asked = Scorer.score, []
@@ -159,6 +161,7 @@ def check_board(run):
     assert {"task_score/Math", "coefficient/Math"} <= set(board.Tags()["scalars"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "told"),
     [

@@ -136,6 +136,7 @@ def test_layers_with_the_same_input_share_a_matrix_in_the_file(arguments, tmp_pa
     assert ends == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["InternVL", "Qwen2VL"])
 def test_models_with_pictures(kind, tmp_path):
     """Everything is merged, the vision tower too, whose attention InternVL's files have in one tensor."""
@@ -197,6 +198,7 @@ def test_models_run_in_the_wanted_type(precision, tiny_zoo, dataset, tmp_path):
     assert {tensor.dtype for tensor in tensors_of(run.model).values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_experts_that_are_missing(tiny_zoo, tmp_path, monkeypatch):
     """Also between the answers of an expert and its matrices, which are written as a whole."""
     write = gram.write_grams

@@ -145,6 +145,7 @@ def test_a_held_out_picture_is_never_trained_on(monkeypatch: pytest.MonkeyPatch)
     assert not withheld & {next(examples).key for _ in range(200)}
 
 
+@pytest.mark.slow
 def test_rehearsal_brings_the_other_tasks() -> None:
     examples = tasks.training_examples(TASKS, "Chart", 0, rehearsal=0.25)
     others = sum(not next(examples).question.startswith("How long") for _ in range(800))

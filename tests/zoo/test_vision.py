@@ -55,6 +55,7 @@ def base(zoo: Path, family: Family) -> Path:
     return zoo / family.backbone.base_folder
 
 
+@pytest.mark.slow
 def test_training_sees_what_the_merge_command_will(zoo: Path, family: Family, tmp_path: Path) -> None:
     draw = random.Random(0)
     examples = {name: task.hard(draw) for name, task in TASKS.items()}
