@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from expert_merging.comparing.compare import AlignOptions, compare
-from expert_merging.errors import InputError, file_problem
+from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.flags import read_options
 from expert_merging.options import add_flag, single_value
 
@@ -25,19 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[given.pop("command")](given, console)
     except InputError as error:
-        _tell(error)
+        tell(error)
         return 1
     except OSError as error:
         problem = file_problem(error, "begins again")
         if problem is None:
             raise
-        _tell(problem)
+        tell(problem)
         return 1
     return 0
-
-
-def _tell(error: InputError) -> None:
-    sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
 
 
 def parser() -> argparse.ArgumentParser:

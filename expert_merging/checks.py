@@ -194,14 +194,14 @@ def _check_rest(job: Job) -> Job:
     problems = Problems()
     preparations: list[Preparation] = []
     outputs: tuple[Output, ...] = ()
+    with problems.collecting():
+        outputs = resolved.method.outputs(context, **resolved.options_of(resolved.method))
+        run.holds_several = all(output.folder for output in outputs)  # by which preparations see what is complete
     for step in resolved.steps:
         with problems.collecting():
             preparations.append(step.prepared(context, resolved.options_of(step)))
     for preparation in preparations:
         description["inputs"] |= preparation.inputs
-    with problems.collecting():
-        outputs = resolved.method.outputs(context, **resolved.options_of(resolved.method))
-        run.holds_several = all(output.folder for output in outputs)
     if resolved.general["run_tests"]:
         with problems.collecting():
             _check_questions(job)

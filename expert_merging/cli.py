@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, kind_of
-from expert_merging.errors import InputError, file_problem
+from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.options import Resolved, parse, resolve, show_default
 from expert_merging.processes import is_lost_process, is_main_process
 
@@ -34,27 +34,22 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         return _merge(resolve(given, os.environ, backbone), backbone)
     except InputError as error:
         if is_main_process():
-            _tell(error)
+            tell(error)
         return 1
     except OSError as error:
         problem = file_problem(error, "continues where it stopped")
         if problem is None:
             raise
-        _tell(problem)
+        tell(problem)
         return 1
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        _tell(InputError("another process of this run has ended, so this one does too; what it said last tells why"))
+        tell(InputError("another process of this run has ended, so this one does too; what it said last tells why"))
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
-
-
-def _tell(error: InputError) -> None:
-    for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
 
 
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
@@ -75,7 +70,7 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
         return perform(job, terminal)
     except InputError as error:
         if job is not None and not is_main_process():
-            _tell(error)  # found while working on this process's share
+            tell(error)  # found while working on this process's share
         raise
     finally:
         if job is not None:

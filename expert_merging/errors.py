@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,11 @@ class InputError(Exception):
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """How it reaches the process that a worker was forked from."""
         return type(self), self.problems
+
+
+def tell(error: InputError) -> None:
+    """Show each problem as one line of the error stream."""
+    sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
 
 
 def file_problem(error: OSError, again: str) -> InputError | None:

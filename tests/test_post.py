@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 
 from expert_merging import options
 from expert_merging.errors import InputError
 from expert_merging.options import parse, resolve
 from Mistral.backbone import BACKBONE
-from tests.command import merge, merged, refusal
+from tests.checkpoints import write_checkpoint
+from tests.command import flags, merge, merged, refusal
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +104,15 @@ def test_the_plan_names_modifiers(command, capsys):
     shown = capsys.readouterr().out
     assert 'option post ["consensus"]' in shown
     assert "option consensus_k 2" in shown
+
+
+def test_the_copies_that_modifiers_need_are_in_the_plan(tmp_path, capsys):
+    folders = [write_checkpoint(tmp_path / name, {"a": torch.ones(300, 300)}) for name in ("base", "one", "two")]
+    given = [*flags(folders[0], One=folders[1], Two=folders[2]), "--output_path", tmp_path / "out", "--dry_run"]
+
+    def needed(*arguments):
+        assert merge("--method", "svd", *given, *arguments) == 0
+        return float(re.search(r"merging needs about ([\d.]+) MiB", capsys.readouterr().out)[1])
+
+    copies = 2 * 4 * 300 * 300 / 2**20  # the task vectors of two experts
+    assert needed("--post", "consensus") - needed() == pytest.approx(copies, abs=0.11)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, tell
 from zoo.family import FAMILY_MODULES, default_folder, load_family
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             evaluate_command(options.runs, options.zoo, options.json)
     except InputError as error:
-        sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
+        tell(error)
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted; the same command goes on from there\n")
