@@ -11,6 +11,7 @@ from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.methods import wudi as module
 from expert_merging.methods.wudi import aswudi, effective_rank, iwudi, swudi, wudi, wudi2
+from expert_merging.parts import Part
 from tests.methods.reference import flow_reference, interference, wudi2_reference, wudi_reference
 
 SHAPES = [(40, 12), (12, 40), (20, 20), (1, 9), (9, 1), (2, 3), (1, 1)]
@@ -330,3 +331,16 @@ def test_aliases_and_choices():
         find_method("iwudi").options["flow_time"].convert("0")
     with pytest.raises(InputError, match=r"--steps must be a whole number in \[1, inf\), got 0"):
         find_method("wudi").options["steps"].convert("0")
+
+
+@pytest.mark.parametrize("start", ["sum", "mean", "zero"])
+@pytest.mark.parametrize("shape", [(10, 6), (3, 40)], ids=str)  # held as curvature, and as projections
+@pytest.mark.parametrize("name", ["iwudi", "swudi", "aswudi"])
+def test_what_the_experts_add_sums_to_the_result_from_every_start(name, shape, start):
+    given, method = draw(3, *shape), find_method(name)
+    given[1] = 0
+    options = {option.name: option.default for option in method.options.values()} | {"start": start}
+    part, base = Part.whole("weight", shape), torch.zeros(shape)
+    parts = method.parts_rule({}, options)(given.clone(), part, base)
+    torch.testing.assert_close(parts.sum(0), method.rule({}, options)(given, part, base), rtol=1e-5, atol=1e-6)
+    assert parts[1].abs().max() < 1e-7
