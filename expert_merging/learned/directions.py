@@ -102,12 +102,12 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
         return PLAIN
     if name == TRIMMED:
         return _trimmed(context, _checked(name, options or {"density": TrimmingOptions().density}, _OF_TRIMMED))
+    known = [TASK_VECTORS, TRIMMED, *(other.name for other in TABLE.values() if other.parts is not None)]
     try:
         method: Method = context.find_method(name)
-    except InputError as error:
-        raise InputError(*(f"--directions: {problem}" for problem in error.problems)) from None
+    except InputError:
+        raise InputError(f"--directions {name}: there are no such. {near_name(name, known)}") from None
     if method.parts is None:
-        known = [TASK_VECTORS, TRIMMED, *(other.name for other in TABLE.values() if other.parts is not None)]
         raise InputError(
             f"--directions {name}: the result of {method.name} is no sum of a part for each expert; choose one of "
             + ", ".join(known)

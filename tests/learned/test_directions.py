@@ -109,7 +109,7 @@ def test_a_methods_defaults_are_the_familys_but_for_the_coefficient(context):
 
 
 def test_directions_that_are_none_are_refused(context):
-    with pytest.raises(InputError, match=r"--directions: no method named 'svdd'\. Did you mean 'svd'\?"):
+    with pytest.raises(InputError, match=r"^--directions svdd: there are no such\. Did you mean 'svd'\?$"):
         find_directions(context, "svdd")
     with pytest.raises(
         InputError, match="--directions ties: the result of ties is no sum of a part for each expert"
