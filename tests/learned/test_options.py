@@ -36,7 +36,7 @@ def command(tiny_zoo: Path, tmp_path: Path):
         (["--coeffs_size_dict", '{"*z_proj*": 2}'], "'*z_proj*' matches no merged parameter"),
         (["--parametrisation", "chunk"], "--parametrisation chunk needs --coeffs_size_dict to say how many chunks"),
         (["--directions", "ties"], "--directions ties: the result of ties is no sum of a part for each expert"),
-        (["--directions", "svdd"], "--directions: no method named 'svdd'. Did you mean 'svd'?"),
+        (["--directions", "svdd"], "--directions svdd: there are no such. Did you mean 'svd'?"),
         (["--method", "expert_merging++", "--directions", "iso"], "--directions iso: the result of iso is no sum"),
         (["--directions", "trimmed", "--scaling_coefficient", "1"], "must lie strictly between 0 and 1"),
         (["--hidden_states_layers", "1,9"], "the model has 3 layers (0 to 3), got 9"),
