@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
@@ -40,6 +42,57 @@ def block_entries(device: torch.device) -> int:
     return BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
+def read_rows(
+    sources: Sequence[tuple[Checkpoint, str]],
+    part: Part,
+    memory: Callable[[int, tuple[int, int], torch.dtype], Tensor],
+) -> list[Tensor]:
+    """A part of a tensor as several checkpoints store it.
+
+    Args:
+        sources: the checkpoints, and the tensor's name in each.
+        part: the entries.
+        memory: ``(number of the matrix, shape, type) -> matrix`` to read into.
+
+    Returns:
+        Matrices ``(checkpoints, entries)``, one for each run of checkpoints that store the same type.
+    """
+    matrices = []
+    groups = groupby(sources, key=lambda source: source[0].entries[source[1]].torch_dtype)
+    for number, (dtype, group) in enumerate(groups):
+        alike = list(group)
+        matrix = memory(number, (len(alike), part.entries), dtype)
+        for row, (checkpoint, stored) in zip(matrix, alike, strict=True):
+            checkpoint.read_into(row, stored, part.start)
+        matrices.append(matrix)
+    return matrices
+
+
+def in_float32(
+    stored: Sequence[Tensor], start: int, rows: Tensor, *, are_differences: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Stored entries as base and task vectors.
+
+    Args:
+        stored: result of `read_rows`, the base's row first.
+        start: first entry that is wanted.
+        rows: float32 memory ``(checkpoints, entries)`` for them.
+        are_differences: all rows but the base's are task vectors already.
+
+    Returns:
+        The base's entries ``(entries,)`` and the task vectors ``(experts, entries)``, which are the given memory.
+    """
+    import torch
+
+    run = slice(start, start + rows.shape[1])
+    for converted, matrix in zip(torch.split(rows, [len(matrix) for matrix in stored]), stored, strict=True):
+        converted.copy_(matrix[:, run])
+    base, task_vectors = rows[0], rows[1:]
+    if not are_differences:
+        task_vectors.sub_(base)  # apart from the conversion: a CPU is slow where types are mixed
+    return base, task_vectors
+
+
 class Reader(threading.local):
     """Reads the base and all experts, block by block, into buffers that each thread has for itself and uses again.
 
@@ -58,7 +111,6 @@ class Reader(threading.local):
         self.checkpoints = (plan.base, *plan.experts.values())
         self.stream = None if device.type == "cpu" else _stream(device, Workers.number())
         self._buffers: dict[str, Tensor] = {}
-        self._spaces: dict[int, tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -102,44 +154,25 @@ class Reader(threading.local):
     def _convert_in_steps(self, part: Part) -> Iterator[tuple[Part, Tensor, Tensor]]:
         import torch
 
-        stored = []
-        for number, checkpoint in enumerate(self.checkpoints):
-            buffer = self.host_buffer(f"file {number}", part.entries, checkpoint.entries[part.name].torch_dtype)
-            checkpoint.read_into(buffer, part.name, part.start)
-            stored.append(buffer)
-        experts = len(stored) - 1
+        stored = self._stored(part)
         for piece in part.cut(STEP):
-            entries = piece.entries
-            if entries not in self._spaces:
-                base = self.host_buffer("base", entries, torch.float32)
-                task_vectors = self.host_buffer("task vectors", experts * entries, torch.float32).view(experts, entries)
-                self._spaces = {entries: (base, task_vectors, task_vectors.unbind())}
-            base, task_vectors, rows = self._spaces[entries]
-            run = slice(piece.start - part.start, piece.stop - part.start)
-            base.copy_(stored[0][run])
-            for row, buffer in zip(rows, stored[1:], strict=True):
-                # Converting and subtracting apart is faster than one subtraction of mixed types.
-                row.copy_(buffer[run]).sub_(base)
-            yield piece, base, task_vectors
+            shape = len(self.checkpoints), piece.entries
+            rows = self.host_buffer("rows", shape[0] * shape[1], torch.float32).view(shape)
+            yield piece, *in_float32(stored, piece.start - part.start, rows)
 
     def _convert_on_gpu(self, part: Part) -> tuple[Tensor, Tensor]:
-        """All at once, in few calls: while one thread makes them, the others wait."""
+        """All at once, in few calls, since other threads wait meanwhile; the device converts."""
         import torch
 
-        count, entries = len(self.checkpoints), part.entries
-        dtypes = [checkpoint.entries[part.name].torch_dtype for checkpoint in self.checkpoints]
-        if len(set(dtypes)) == 1:
-            given = self.host_buffer("files", count * entries, dtypes[0]).view(count, entries)
-            for checkpoint, row in zip(self.checkpoints, given, strict=True):
-                checkpoint.read_into(row, part.name, part.start)
-            rows = given.to(self.device, non_blocking=True).float()
-        else:
-            rows = torch.empty(count, entries, device=self.device)
-            for number, (checkpoint, row) in enumerate(zip(self.checkpoints, rows, strict=True)):
-                buffer = self.host_buffer(f"file {number}", entries, dtypes[number])
-                checkpoint.read_into(buffer, part.name, part.start)
-                row.copy_(buffer.to(self.device, non_blocking=True))  # converted there, and not by the host
-        return rows[0], rows[1:].sub_(rows[0])
+        rows = torch.empty(len(self.checkpoints), part.entries, device=self.device)
+        stored = [matrix.to(self.device, non_blocking=True) for matrix in self._stored(part)]
+        return in_float32(stored, 0, rows)
+
+    def _stored(self, part: Part) -> list[Tensor]:
+        def memory(number: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+            return self.host_buffer(f"files {number}", shape[0] * shape[1], dtype).view(shape)
+
+        return read_rows([(checkpoint, part.name) for checkpoint in self.checkpoints], part, memory)
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """The base's entries of a part, ``(entries,)``, and all task vectors', ``(experts, entries)``.

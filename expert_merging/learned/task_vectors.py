@@ -15,7 +15,7 @@ import logging
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from expert_merging.learned.directions import as_they_are, kept_name
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
 from expert_merging.progress import no_progress
-from expert_merging.streaming import Passes
+from expert_merging.streaming import Passes, in_float32, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -192,18 +192,14 @@ class TaskVectors:
             stored = self._fetched(block)
             self._fetch_ahead(following)
             for piece in block.cut(self._step):
-                run = slice(piece.start - block.start, piece.stop - block.start)
-                yield part, piece, *self._in_float32(piece, [matrix[:, run] for matrix in stored])
+                yield part, piece, *self._convert(piece, stored, piece.start - block.start)
 
-    def _in_float32(self, part: Part, stored: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _convert(self, part: Part, stored: list[Tensor], start: int) -> tuple[Tensor, Tensor]:
         if self._scratch.numel() == 0:
             self._scratch = torch.empty(len(self.scale) + 1, self._step, device=self.device)
-        rows = self._scratch[:, : stored[0].shape[1]]
-        for converted, matrix in zip(torch.split(rows, [len(matrix) for matrix in stored]), stored, strict=True):
-            converted.copy_(matrix)
-        base, task_vectors = rows[0], rows[1:]
-        if self.kept is None:
-            task_vectors.sub_(base)  # apart from the conversion: a CPU is slow where types are mixed
+        kept = self.kept is not None
+        base, task_vectors = in_float32(stored, start, self._scratch[:, : part.entries], are_differences=kept)
+        if not kept:
             task_vectors = self.rule(task_vectors, part, None)
         for row, factor in zip(task_vectors, self.scale, strict=True):
             if factor != 1:
@@ -253,14 +249,7 @@ class TaskVectors:
         return self._read(part)
 
     def _read(self, part: Part) -> list[Tensor]:
-        found = []
-        for dtype, group in groupby(self._rows(part.name), key=lambda row: row[0].entries[row[1]].torch_dtype):
-            alike = list(group)
-            matrix = torch.empty(len(alike), part.entries, dtype=dtype)
-            for row, (checkpoint, stored) in zip(matrix, alike, strict=True):
-                checkpoint.read_into(row, stored, part.start)
-            found.append(matrix)
-        return found
+        return read_rows(self._rows(part.name), part, lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
 
 
 def _cuda_runtime() -> Any:
