@@ -4,7 +4,8 @@ One pass over all task vectors finds both. Before it, a sample tells between whi
 lies; nearly every entry is below the lower one or not below the upper one, so that it can be trimmed, and vote, at
 once. How each of the few others would change a vote is kept: in a table by magnitude where it is the only undecided
 one of its column, otherwise together with the column, one entry of each expert. When everything is counted, the
-thresholds are known, and with them which of those entries are kept.
+thresholds are known, and with them which of those entries are kept. Another pass for the votes would be a hundred lines
+shorter and take a quarter more of the processor (`ties`, five experts of 275M parameters: 12.2 s against 15.4).
 """
 
 from __future__ import annotations
