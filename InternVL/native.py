@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging import backbone
 from expert_merging.backbone import empty_model
-from expert_merging.checkpoint import SINGLE, Checkpoint
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.folders import SINGLE
 from expert_merging.plan import misfits
 from expert_merging.roles import is_rotary_table
 from expert_merging.writing import write_atomically

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
+from expert_merging.folders import is_pointer, pointer
 
 if TYPE_CHECKING:
     import torch
@@ -180,15 +182,16 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
     Raises:
         InputError: the folder lacks a tensor of the model, or has one of another shape.
     """
-    model, report = getattr(import_transformers(), kind).from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # to be refused below with the rest
-        output_loading_info=True,
-    )
+    with loadable(folder) as source:
+        model, report = getattr(import_transformers(), kind).from_pretrained(
+            source,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # to be refused below with the rest
+            output_loading_info=True,
+        )
     if report["mismatched_keys"]:
         name, stored, expected = min(report["mismatched_keys"])
         raise InputError(
@@ -217,6 +220,9 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     Raises:
         InputError: transformers cannot read it.
     """
+    pointers = [pointer(file) for file in sorted(folder.glob("*token*")) if file.is_file() and is_pointer(file)]
+    if pointers:
+        raise InputError(*pointers)
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
         return import_transformers().AutoTokenizer.from_pretrained(folder, **options)

@@ -10,22 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError, Problems
+from expert_merging.folders import (
+    INDEX,
+    SINGLE,
+    is_pointer,
+    other_files,
+    parts_of_training,
+    pointer,
+    weight_files,
+    weight_map,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 # safetensors' names of floating-point types and of torch's, with bytes per entry.
 FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
@@ -46,10 +54,6 @@ OTHERS = {
 TORCH_NAMES = {**{name: kind for name, (kind, _) in FLOATS.items()}, "U8": "uint8", "I64": "int64", "BOOL": "bool"}
 WIDTHS = {**{name: width for name, (_, width) in FLOATS.items()}, **OTHERS}
 
-_OTHER_WEIGHTS = re.compile(
-    r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|safetensors)$|.*\.(bin|safetensors)\.index\.json$"
-)
-_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$")
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -114,7 +118,7 @@ class Checkpoint:
         self._pages: dict[Path, Tensor] = {}
         self.folder = folder
         self.config = _read_config(folder)
-        self.files = _weight_files(folder)
+        self.files = weight_files(folder)
         self.headers: dict[str, bytes] = {}
         self.entries: dict[str, Entry] = {}
         problems = Problems()
@@ -226,6 +230,21 @@ class Checkpoint:
         return b"".join(os.pread(descriptor, _SAMPLE_BYTES, place) for place in range(start, size, step))
 
 
+@contextmanager
+def loadable(folder: Path) -> Iterator[Path]:
+    """A folder that `from_pretrained` loads like this one: itself, or links with the index that numbered files lack."""
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        yield folder
+        return
+    checkpoint = Checkpoint(folder)
+    with tempfile.TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            (Path(links) / file.name).symlink_to(file.resolve())
+        index = {"metadata": {}, "weight_map": {name: entry.file.name for name, entry in checkpoint.entries.items()}}
+        (Path(links) / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        yield Path(links)
+
+
 def as_bytes(block: Tensor) -> memoryview:
     """The memory of a block ``(entries,)`` of any type on the CPU."""
     import torch
@@ -260,7 +279,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     file = folder / "config.json"
     if not file.is_file():
-        raise InputError(f"{folder} has no config.json; a checkpoint folder holds config.json and safetensors weights")
+        raise InputError(
+            parts_of_training(folder)
+            or f"{folder} has no config.json; a checkpoint folder holds config.json and safetensors weights"
+        )
+    if is_pointer(file):
+        raise InputError(pointer(file))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -274,49 +298,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the folder, chosen as `from_pretrained` chooses them."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if _PICKLES.match(file.name))
-        if pickles:
-            raise InputError(
-                f"{folder} has its weights in pickle files ({pickles[0]}), which can run code when they are opened; "
-                "if you trust them, convert them: "
-                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-            )
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; download the safetensors weights")
-    names = sorted(set(_weight_map(folder).values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise InputError(f"{folder / INDEX} names {outside[0]!r}; weight files must lie in the folder itself")
-    missing = [
-        f"{folder / name} is missing, and {INDEX} names it; download it"
-        for name in names
-        if not (folder / name).is_file()
-    ]
-    if missing:
-        raise InputError(*missing)
-    return [folder / name for name in names]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map:
-            raise ValueError("empty")
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / INDEX} is not a JSON object with a weight_map; download it again") from None
-
-
 def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return
     problems = [
         f"{folder / file} does not hold {name}, and {INDEX} says it does; download both again"
-        for name, file in _weight_map(folder).items()
+        for name, file in weight_map(folder).items()
         if name not in entries or entries[name].file.name != file
     ]
     if problems:
@@ -328,6 +315,8 @@ def read_header(file: Path) -> tuple[bytes, list[Entry]]:
 
     See https://github.com/huggingface/safetensors#format.
     """
+    if is_pointer(file):
+        raise InputError(pointer(file))
     size = file.stat().st_size
     broken = InputError(f"{file} is truncated or not a safetensors file; download it again")
     with file.open("rb") as stream:
@@ -364,38 +353,3 @@ def _entry(name: str, described: Mapping[str, Any], file: Path, data_start: int)
     if width is not None and stop - start != prod(shape) * width:
         raise ValueError("size")
     return Entry(name, dtype, shape, file, data_start + start, stop - start)
-
-
-def other_files(folder: Path) -> Iterator[Path]:
-    """Files of a checkpoint folder besides weights, relative to it: what loads and describes the model.
-
-    Weights in other formats (or unused safetensors files) are left out: beside merged weights they would be the base's.
-    """
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name not in {".git", ".cache", "__pycache__"}
-            and not here.is_relative_to((here / name).resolve())  # a link back up would never end
-        )
-        for name in sorted(names):
-            if name == INDEX or not _OTHER_WEIGHTS.match(name):
-                yield (Path(root) / name).relative_to(folder)
-
-
-def check_other_files(folder: Path) -> None:
-    """Check that every other file can be copied.
-
-    Raises:
-        InputError: a link leads nowhere, as in a download cache that was cleaned up.
-    """
-    gone = [folder / relative for relative in other_files(folder) if not (folder / relative).is_file()]
-    if gone:
-        raise InputError(*(f"{file} is a link to a file that is gone; download it again" for file in gone))
-
-
-def weights_in_other_formats(checkpoint: Checkpoint) -> list[str]:
-    """Names of weight files that `other_files` leaves out and that the merged folder will not have."""
-    names = sorted(file.name for file in checkpoint.folder.iterdir() if _OTHER_WEIGHTS.match(file.name))
-    return [name for name in names if name != INDEX and name not in checkpoint.headers]

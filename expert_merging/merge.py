@@ -20,17 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_merging.checkpoint import (
-    INDEX,
-    SINGLE,
     WIDTHS,
     Checkpoint,
     Entry,
     as_bytes,
-    other_files,
     read_exactly,
     torch_dtype,
 )
 from expert_merging.errors import InputError
+from expert_merging.folders import INDEX, SINGLE, other_files
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Copied, Made, Merged, Output, Slot
 from expert_merging.parts import Part
@@ -139,7 +137,7 @@ def write_output(
 def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     """Write what a model's folder has beside weights."""
     copy_other_files(base, folder, index=bool(output.headers))
-    if output.makes_index:
+    if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:
         write_atomically(folder / "config.json", (json.dumps(output.edit(base.config), indent=2) + "\n").encode())

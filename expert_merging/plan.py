@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import FLOATS, Checkpoint, Entry, check_other_files
+from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.errors import Problems
+from expert_merging.folders import check_other_files
 from expert_merging.parts import Part
 from expert_merging.roles import is_rotary_table
 

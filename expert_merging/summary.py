@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from expert_merging.advice import warnings_before
-from expert_merging.checkpoint import weights_in_other_formats
 from expert_merging.checks import Job, method_options
+from expert_merging.folders import weights_in_other_formats
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
@@ -41,7 +41,7 @@ def plan_lines(job: Job) -> list[str]:
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
         f"{gib(merging_memory(job))} of memory on {job.context.device}",
     ]
-    unread = weights_in_other_formats(plan.base)
+    unread = weights_in_other_formats(plan.base.folder, plan.base.headers)
     if unread:
         lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
     return lines

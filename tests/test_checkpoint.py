@@ -15,14 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from expert_merging.checkpoint import (
-    Checkpoint,
-    check_other_files,
-    other_files,
-    read_exactly,
-    weights_in_other_formats,
-)
+from expert_merging.checkpoint import Checkpoint, read_exactly
 from expert_merging.errors import InputError
+from expert_merging.folders import check_other_files, other_files, weights_in_other_formats
 from expert_merging.plan import adopt_names, check_experts
 from tests.checkpoints import tensors_of, write_checkpoint, write_index
 from tests.command import assert_same_bytes
@@ -222,7 +217,7 @@ def test_pickles_are_refused_with_what_to_do(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"")
     assert problem(tmp_path).startswith(f"{tmp_path} has its weights in pickle files ({name}), which can run code")
-    assert "save_pretrained(NEW_FOLDER)" in problem(tmp_path)
+    assert problem(tmp_path).endswith(f": python -m expert_merging convert {tmp_path} NEW_FOLDER")
 
 
 def test_a_folder_without_weights(tmp_path):
@@ -443,7 +438,7 @@ def test_weights_in_other_formats_are_named(tmp_path):
     write_checkpoint(tmp_path, BASE)
     for name in ("model.gguf", "consolidated.safetensors", "pytorch_model.bin", "tokenizer.model"):
         (tmp_path / name).write_bytes(b"")
-    assert weights_in_other_formats(Checkpoint(tmp_path)) == [
+    assert weights_in_other_formats(tmp_path, Checkpoint(tmp_path).headers) == [
         "consolidated.safetensors",
         "model.gguf",
         "pytorch_model.bin",
