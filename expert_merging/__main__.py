@@ -49,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     align.add_argument(
-        "models", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="a run, or the folder of any model"
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_FOLDER",
+        help="a run, or the folder of any model, or its repository on the Hub",
     )
     for option in ALIGN.values():
         add_flag(align, option, option.default)
@@ -60,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--expert", required=True, metavar="NAME", help="name of the expert in that run")
     extract.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the model goes")
     extract.add_argument(
-        "--base_model_path", type=Path, metavar="FOLDER", help="the base, if it is not where it was for the run"
+        "--base_model_path",
+        type=Path,
+        metavar="FOLDER",
+        help="the base, a folder or a repository on the Hub, if it is not where it was for the run",
     )
     return result
 

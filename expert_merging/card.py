@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Evaluation
+from expert_merging.hub import origin
+from expert_merging.run import Run
 
 _CARD = """---
 base_model:
@@ -92,7 +94,7 @@ def model_card(
         count=len(experts),
         method=description["method"],
         about=f"\n\n{about}" if about else "",
-        table="\n".join(f"| {role} | `{_name(path)}` |" for role, path in names.items()),
+        table="\n".join(f"| {role} | `{_name(path)}`{_details(path)} |" for role, path in names.items()),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),
         layout=_LAYOUTS[is_mirror],
@@ -118,4 +120,28 @@ def vlmeval_config(evaluation: Evaluation, name: str, folder: Path) -> bytes:
 
 def _name(path: str) -> str:
     """A checkpoint's name without the folders of the machine where it was merged."""
-    return path.rstrip("/").rsplit("/", 1)[-1]
+    repository, run = origin(path), Run.found_at(Path(path))
+    if repository is not None:
+        return repository[0]
+    return run.name if run is not None else path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _details(path: str) -> str:
+    """Revision and licence of a checkpoint, as far as they are known."""
+    repository, licence = origin(path), _licence(Path(path) / "README.md")
+    known = [f"revision {repository[1]}"] if repository else []
+    known += [f"licence {licence}"] if licence else []
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _licence(file: Path) -> str | None:
+    """The licence that a model card names in its front matter."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        data = metadata_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or nobody can read it
+        return None
+    licence = data.get("license_name") or data.get("license")
+    return " ".join(licence.split()) if isinstance(licence, str) else None

@@ -23,6 +23,7 @@ from expert_merging.outputs import Output
 from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
 from expert_merging.run import Run, default_name, provenance
+from expert_merging.sources import locate_all
 from expert_merging.writing import can_name_file, check_free_disk
 
 # Options that decide where and how a run is done but not its result.
@@ -106,6 +107,7 @@ def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str
     problems = Problems()
     with problems.collecting():
         base, experts = checkpoint_folders(resolved.general, backbone)
+        base, experts = locate_all(base, experts, dry_run=resolved.general["dry_run"])
         plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name)
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():

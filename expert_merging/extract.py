@@ -24,6 +24,7 @@ from expert_merging.outputs import mirror_of
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, show_size
 from expert_merging.run import Run
+from expert_merging.sources import locate
 from expert_merging.writing import check_free_disk, partial_name, sync_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
     record = _read_record(run)
     problems = Problems()
     with problems.collecting():
-        base = Checkpoint(base_folder or Path(record["options"]["base_model_path"]))
+        base = Checkpoint(locate(base_folder or Path(record["options"]["base_model_path"])))
     with problems.collecting():
         model = Checkpoint(run.model)
     with problems.collecting():

@@ -15,6 +15,7 @@ from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, current_name, describe_type, read_options
+from expert_merging.hub import read_id
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
@@ -22,6 +23,8 @@ from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
+# The paths among them that may name a repository on the Hub instead.
+_REPOSITORIES = ("base_model_path", "expert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,12 @@ class GeneralOptions:
     Args:
         method: merging method; --list_methods shows all.
         post: modifiers that change what the method has merged, such as consensus, in their order.
-        cache_dir: folder that holds the family's checkpoints under their published names; also from CACHE_DIR in the
-            environment or in .env.
-        base_model_path: base model to use instead of the family's.
-        expert: an expert to merge, NAME=PATH; repeat for each. They replace the family's experts.
+        cache_dir: folder that holds the family's checkpoints under their published names, or a cache of the Hub's; also
+            from CACHE_DIR in the environment or in .env.
+        base_model_path: base model to use instead of the family's: a folder, or a repository on the Hugging Face Hub as
+            ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
+        expert: an expert to merge, NAME=PATH, with a folder or a repository as of the base; repeat for each. They
+            replace the family's experts.
         exclude_params: regular expressions of parameters that keep the base's value, matched from the start of the
             name; none merges everything.
         output_path: folder for all runs.
@@ -458,11 +463,13 @@ def _absolute(name: str, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {key: _absolute(name, path) for key, path in value.items()}
+    if name in _REPOSITORIES and read_id(value) and not Path(value).exists():
+        return value
     return str(Path(os.path.expanduser(value)).resolve())  # which leaves the name of an unknown user as it is
 
 
 def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[Path, dict[str, Path]]:
-    """Folders of the base and of the experts.
+    """Folders of the base and of the experts, or repositories on the Hub.
 
     Raises:
         InputError: neither paths nor a cache folder are given, or an expert has an unusable name.

@@ -9,13 +9,14 @@ from pathlib import Path
 from expert_merging.errors import InputError
 
 
-def check_free_disk(folder: Path, needed: int, flag: str = "--output_path") -> None:
+def check_free_disk(folder: Path, needed: int, flag: str = "--output_path", what: str = "the result needs") -> None:
     """Check that the disk that will hold the folder has room.
 
     Args:
         folder: a folder that need not exist yet.
         needed: bytes to be written.
         flag: the flag that chooses another folder.
+        what: what needs it.
 
     Raises:
         InputError: it has not.
@@ -24,7 +25,7 @@ def check_free_disk(folder: Path, needed: int, flag: str = "--output_path") -> N
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"the result needs {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
+            f"{what} {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
             f"make room or choose another {flag}"
         )
 

@@ -16,6 +16,7 @@ from tests.checkpoints import make_zoo, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, save_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests that ask a Hub bring their own
 import_transformers()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("fast", settings.get_profile("suite"), max_examples=10)

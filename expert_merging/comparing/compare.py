@@ -17,6 +17,7 @@ from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.options import ROOT
 from expert_merging.run import Run
+from expert_merging.sources import locate, locate_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +34,8 @@ class AlignOptions:
 
     Args:
         family: model family, as its folder is called; by default that of the runs.
-        base_model_path: base model; by default that of the runs.
-        expert: an expert, NAME=PATH; repeat for each. By default those of the runs.
+        base_model_path: base model, a folder or a repository on the Hub; by default that of the runs.
+        expert: an expert, NAME=PATH, a folder or a repository; repeat for each. By default those of the runs.
         data_dir: folder with one file per task, TASK.json; by default the calibration folder of the runs. What they
             learned from is left out.
         task_expert: expert by task (TASK=EXPERT), for task files that are not called like their expert.
@@ -122,7 +123,7 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
     found = []
     for path in models:
         run = Run.found_at(path)
-        folder = path if run is None else run.model
+        folder = locate(path) if run is None else run.model
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
         record = None if run is None else run.record
@@ -148,7 +149,7 @@ def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backb
         compared, "--base_model_path", lambda record: record["options"]["base_model_path"]
     )
     experts = options.expert or _agreed(compared, "--expert", lambda record: record["options"]["expert"])
-    return load_family(family), Path(base), {name: Path(folder) for name, folder in experts.items()}
+    return load_family(family), *locate_all(Path(base), {name: Path(folder) for name, folder in experts.items()})
 
 
 def _agreed(compared: Sequence[Compared], flag: str, read: Any) -> Any:

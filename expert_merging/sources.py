@@ -1,0 +1,133 @@
+"""From what the user names to the folder of a checkpoint.
+
+A folder that exists is meant before anything else. It may be a run, of which its model is meant, or a repository's
+folder in the Hub's cache, of which its newest snapshot is. What does not exist may be a repository on the Hub.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+
+from expert_merging.errors import InputError, Problems
+from expert_merging.hub import Snapshot, cache, cached_snapshot, download, look_up, origin, read_id
+from expert_merging.plan import show_size
+from expert_merging.run import Run
+from expert_merging.writing import check_free_disk
+
+_BASE = "base"  # no expert is called so
+
+
+def locate_all(base: Path, experts: Mapping[str, Path], *, dry_run: bool = False) -> tuple[Path, dict[str, Path]]:
+    """The folders of a base and its experts; repositories are downloaded.
+
+    Args:
+        base: a path, or a repository's id.
+        experts: the same by name.
+        dry_run: download nothing.
+
+    Raises:
+        InputError: every name that is neither a folder nor a repository that can be read; a dry run that needs a
+            download.
+    """
+    found = _locate({_BASE: base, **experts}, dry_run=dry_run)
+    return found.pop(_BASE), found
+
+
+def locate(place: Path, *, pickles: bool = False) -> Path:
+    """The folder of one checkpoint; a repository is downloaded.
+
+    Args:
+        place: a path, or a repository's id.
+        pickles: of a repository, pickle files are wanted instead of safetensors files.
+
+    Raises:
+        InputError: it is neither a folder nor a repository that can be read.
+    """
+    return _locate({"": place}, pickles=pickles)[""]
+
+
+def _locate(places: Mapping[str, Path], *, dry_run: bool = False, pickles: bool = False) -> dict[str, Path]:
+    problems, on_disk, snapshots = Problems(), dict[str, Path](), dict[str, Snapshot]()
+    for name, place in places.items():
+        repository = read_id(str(place))
+        with problems.collecting():
+            if repository is None or place.exists():
+                on_disk[name] = _on_disk(place)
+            else:
+                snapshots[name] = look_up(repository, pickles=pickles)
+    if snapshots:  # nothing is downloaded in vain
+        for folder in on_disk.values():
+            if not folder.exists():
+                problems.add(f"checkpoint folder {folder} does not exist")
+        with problems.collecting():
+            _check_downloads(list(snapshots.values()), dry_run=dry_run)
+    problems.check()
+    for snapshot in snapshots.values():
+        if snapshot.files and not dry_run:
+            download(snapshot)
+    return {name: on_disk[name] if name in on_disk else snapshots[name].folder for name in places}
+
+
+def _check_downloads(snapshots: list[Snapshot], *, dry_run: bool) -> None:
+    """Check that what is missing may be downloaded, and that there is room for it."""
+    missing = {snapshot.repository: snapshot.missing for snapshot in snapshots if snapshot.missing}
+    if missing:
+        needed = sum(sum(sizes.values()) for sizes in missing.values())
+        check_free_disk(cache(), needed, flag="HF_HOME", what="the download from the Hub needs")
+    if dry_run and missing:
+        raise InputError(
+            *(
+                f"--dry_run downloads nothing, and {repository} is not in the Hub's cache: {len(sizes)} files of "
+                f"{show_size(sum(sizes.values()))} are missing"
+                for repository, sizes in missing.items()
+            )
+        )
+
+
+def _on_disk(place: Path) -> Path:
+    """What a path means."""
+    cached = place if (place / "snapshots").is_dir() else None if place.exists() else _cached_beside(place)
+    if cached is not None:
+        return _newest(cached)
+    gone = origin(place)
+    if gone and not place.exists():
+        raise InputError(
+            f"{place} is gone from the Hub's cache; `hf download {gone[0]} --revision {gone[1]}` brings it back"
+        )
+    return _model_of(Run(place)) if place.is_dir() and Run(place).record is not None else place
+
+
+def _cached_beside(place: Path) -> Path | None:
+    """The folder of a repository that the Hub's cache has under a longer name, ``models--organisation--name``.
+
+    Raises:
+        InputError: several organisations have one of that name.
+    """
+    found = sorted(place.parent.glob(f"models--*--{glob.escape(place.name)}"))
+    if len(found) > 1:
+        names = " and ".join(folder.name for folder in found)
+        raise InputError(f"{place} may be {names}; give the one that is meant")
+    return found[0] if found else None
+
+
+def _newest(cached: Path) -> Path:
+    """The snapshot that a repository's folder in the cache stands for."""
+    snapshots = sorted((cached / "snapshots").iterdir())
+    found = cached_snapshot(cached) or (snapshots[0] if len(snapshots) == 1 else None)
+    if found is None:
+        names = f"; give one of {', '.join(map(str, snapshots))}" if snapshots else "; download it again"
+        raise InputError(f"{cached} has no snapshot of the branch main{names}")
+    return found
+
+
+def _model_of(run: Run) -> Path:
+    """The model that a run has left."""
+    if run.is_complete:
+        return run.model
+    run.holds_several = True
+    if run.is_complete:
+        names = ", ".join(str(folder) for folder in sorted(run.model.iterdir()))
+        raise InputError(f"{run.folder} is a run that has left several models; give one of them: {names}")
+    raise InputError(f"{run.folder} is a run that is not complete; its own command continues it")
