@@ -1,4 +1,4 @@
-"""What can be done with finished merges: ``python -m expert_merging`` with ``analyse``, ``align`` or ``extract``."""
+"""What is done beside merging: ``python -m expert_merging`` with ``analyse``, ``align``, ``extract`` or ``convert``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of all commands."""
-    result = argparse.ArgumentParser(prog="python -m expert_merging", description="Use finished merges.")
+    result = argparse.ArgumentParser(
+        prog="python -m expert_merging", description="Use finished merges, and make checkpoints ready to be merged."
+    )
     commands = result.add_subparsers(dest="command", required=True)
     analyse = commands.add_parser("analyse", help="draw importance, coefficients and chunks of learned merges again")
     analyse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns")
@@ -69,6 +71,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the base, a folder or a repository on the Hub, if it is not where it was for the run",
     )
+    convert = commands.add_parser(
+        "convert",
+        help="make safetensors files of a model's pickle files, without running what these may hold",
+        description=(
+            "Make safetensors files of a model's or an adapter's pickle files (pytorch_model*.bin, adapter_model.bin). "
+            "Names, types and division into files stay, and other files are copied, but for what trainers keep for "
+            "themselves. Files that hold more than tensors are refused: nothing in them is run."
+        ),
+    )
+    convert.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder of the model, or its repository on the Hub"
+    )
+    convert.add_argument("target", type=Path, metavar="NEW_FOLDER", help="where the result goes; must not exist yet")
     return result
 
 
@@ -99,7 +114,14 @@ def extract(given: Mapping[str, Any], console: Console) -> None:
     extract(given["run"], given["expert"], given["output"], given["base_model_path"], console)
 
 
-COMMANDS = {"analyse": analyse, "align": align, "extract": extract}
+def convert(given: Mapping[str, Any], console: Console) -> None:
+    """Make safetensors files of pickle files."""
+    from expert_merging.convert import convert
+
+    convert(given["folder"], given["target"], console)
+
+
+COMMANDS = {"analyse": analyse, "align": align, "extract": extract, "convert": convert}
 
 if __name__ == "__main__":
     sys.exit(main())

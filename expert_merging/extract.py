@@ -25,7 +25,7 @@ from expert_merging.parts import Part
 from expert_merging.plan import Plan, show_size
 from expert_merging.run import Run
 from expert_merging.sources import locate
-from expert_merging.writing import check_free_disk, partial_name, sync_folder, write_atomically
+from expert_merging.writing import check_free_disk, check_new_folder, partial_name, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
     target = target.absolute()
     plan, masks = _open(Run(folder), expert, base_folder)
     output = mirror_of(plan)
-    _check_target(target, plan, folder)
+    check_new_folder(target, (plan.base.folder, folder), "--output")
     check_free_disk(target, output.size, "--output")
     import torch
 
@@ -203,21 +203,6 @@ class Masks:
 
     def _blocks(self, name: str) -> Iterable[Part]:
         return Part.whole(name, (tall.PACKED * self.entries[name].size,)).cut(1 << 22)
-
-
-def _check_target(target: Path, plan: Plan, run: Path) -> None:
-    """Check that a folder can be made there."""
-    for place in (Path, partial_name):
-        if os.path.lexists(there := place(target)):
-            raise InputError(f"{there} exists already; choose another --output, or move it away")
-    for folder in (plan.base.folder, run):
-        if target.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another --output")
-    existing = next(parent for parent in target.parents if parent.exists())
-    if not existing.is_dir():
-        raise InputError(f"{existing} is a file where {target} needs a folder; choose another --output")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{existing} cannot be written to; choose another --output")
 
 
 def _card(plan: Plan, masks: Masks) -> str:

@@ -15,6 +15,7 @@ from expert_merging.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 
 _WEIGHTS = re.compile(
     r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|safetensors|distcp)$|.*\.(bin|safetensors)\.index\.json$"
@@ -56,6 +57,12 @@ def chosen_weights(names: Iterable[str]) -> list[str]:
     """Of the names in a folder, the safetensors files that hold a model, as `from_pretrained` chooses them."""
     present = sorted(names)
     return [SINGLE] if SINGLE in present else [name for name in present if _NUMBERED.fullmatch(name)]
+
+
+def has_safetensors(names: Iterable[str]) -> bool:
+    """Whether a model or an adapter is there in safetensors files, by the names in its folder."""
+    present = set(names)
+    return bool(chosen_weights(present) or {INDEX, ADAPTER} & present)
 
 
 def weight_files(folder: Path) -> list[Path]:

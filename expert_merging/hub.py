@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expert_merging.errors import InputError
-from expert_merging.folders import chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
+from expert_merging.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
 from expert_merging.plan import show_size
 from expert_merging.processes import is_main_process
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?", re.ASCII)
 _CACHED = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)")
-_ADAPTER = "adapter_model.safetensors"
 _SMALL = 100_000_000  # bytes; the largest tokenizers have 40 MB
 _OF_SERVER = 500  # HTTP's answers from here on say that the server failed
 
@@ -203,7 +202,7 @@ def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) 
     """
     names = [name for name in sizes if "/" not in name]
     of_pickles = [name for name in names if is_pickle(name)]
-    weights = of_pickles if pickles else [*chosen_weights(names), *filter(_ADAPTER.__eq__, names)]
+    weights = of_pickles if pickles else [*chosen_weights(names), *filter(ADAPTER.__eq__, names)]
     indexes = [name for name in names if name.endswith(".index.json") and (".bin" in name) == pickles]
     if not weights:
         if of_pickles and not pickles:

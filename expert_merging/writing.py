@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from expert_merging.errors import InputError
@@ -28,6 +29,30 @@ def check_free_disk(folder: Path, needed: int, flag: str = "--output_path", what
             f"{what} {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
             f"make room or choose another {flag}"
         )
+
+
+def check_new_folder(target: Path, sources: Iterable[Path], flag: str) -> None:
+    """Check that a folder can be made.
+
+    Args:
+        target: the folder.
+        sources: folders that are never written to.
+        flag: what chooses another folder.
+
+    Raises:
+        InputError: something is there, or nothing can be written there.
+    """
+    for place in (target, partial_name(target)):
+        if os.path.lexists(place):
+            raise InputError(f"{place} exists already; choose another {flag}, or move it away")
+    for folder in sources:
+        if target.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another {flag}")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file where {target} needs a folder; choose another {flag}")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{existing} cannot be written to; choose another {flag}")
 
 
 def can_name_file(name: str) -> bool:

@@ -30,7 +30,7 @@ LAYERS = (
     ("options",),
     ("advice",),
     ("checks",),
-    ("comparing", "extract", "summary"),
+    ("comparing", "convert", "extract", "summary"),
     ("job",),
     ("cli", "__main__"),
 )
