@@ -42,8 +42,8 @@ def check_new_folder(target: Path, sources: Iterable[Path], flag: str) -> None:
     Raises:
         InputError: something is there, or nothing can be written there.
     """
-    for place in (target, partial_name(target)):
-        if os.path.lexists(place):
+    for name in (Path, partial_name):  # one after the other: the root folder has no other name
+        if os.path.lexists(place := name(target)):
             raise InputError(f"{place} exists already; choose another {flag}, or move it away")
     for folder in sources:
         if target.resolve().is_relative_to(folder.resolve()):
