@@ -16,6 +16,8 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from expert_merging import hub as hubs
 from expert_merging import writing
+from expert_merging.__main__ import main
+from expert_merging.comparing.compare import find_models
 from expert_merging.errors import InputError
 from expert_merging.hub import Repository, origin, read_id
 from expert_merging.options import parse, resolve
@@ -201,6 +203,24 @@ def test_a_dry_run_of_what_is_in_the_cache(published, hub, tmp_path, capsys):
         locate(Path(name))
     assert merge(*published, "--dry_run", "--output_path", tmp_path / "out") == 0
     assert "all checks passed" in capsys.readouterr().out
+
+
+def test_extract_and_align_take_repositories(published, tmp_path):
+    run = merged(tmp_path / "out", "--method", "tall", *published[2:])
+    target = tmp_path / "law"
+    arguments = [
+        "extract",
+        str(run.folder),
+        "--expert",
+        "Law",
+        "--output",
+        str(target),
+        "--base_model_path",
+        "org/base",
+    ]
+    assert main(arguments) == 0
+    assert (target / "model.safetensors").is_file()
+    assert find_models([Path("org/law")])[0].folder == locate(Path("org/law"))
 
 
 # What can be wrong.
