@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
+from expert_merging.folders import refuse_pointers
 from expert_merging.picture_experts import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.pictures import MARK, marked_question, read_picture
 
@@ -103,6 +104,7 @@ def load_processor(folder: Path, *, min_pixels: Count | None = None, max_pixels:
     Raises:
         InputError: files are missing, or the bounds leave nothing between them.
     """
+    refuse_pointers(folder.glob("*token*"))
     transformers = import_transformers()
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}

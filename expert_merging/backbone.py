@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
-from expert_merging.folders import is_pointer, pointer
+from expert_merging.folders import refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -220,9 +220,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     Raises:
         InputError: transformers cannot read it.
     """
-    pointers = [pointer(file) for file in sorted(folder.glob("*token*")) if file.is_file() and is_pointer(file)]
-    if pointers:
-        raise InputError(*pointers)
+    refuse_pointers(folder.glob("*token*"))
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
         return import_transformers().AutoTokenizer.from_pretrained(folder, **options)

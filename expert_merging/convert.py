@@ -27,10 +27,9 @@ from expert_merging.folders import (
     check_other_files,
     has_safetensors,
     is_pickle,
-    is_pointer,
     other_files,
     parts_of_training,
-    pointer,
+    refuse_pointers,
 )
 from expert_merging.outputs import Made, Slot, index_of, make_header
 from expert_merging.plan import show_size
@@ -131,9 +130,7 @@ def pickle_files(folder: Path) -> dict[str, Path]:
         )
     else:
         raise InputError(parts_of_training(folder) or f"{folder} has no pickle files of a model")
-    pointers = [pointer(folder / name) for name in found if is_pointer(folder / name)]
-    if pointers:
-        raise InputError(*pointers)
+    refuse_pointers(folder / name for name in found)
     return {_new_name(name): folder / name for name in found}
 
 

@@ -237,6 +237,17 @@ def is_pointer(file: Path) -> bool:
         return stream.read(len(_POINTER)) == _POINTER
 
 
+def refuse_pointers(files: Iterable[Path]) -> None:
+    """Check that files are themselves.
+
+    Raises:
+        InputError: they stand for others.
+    """
+    found = [pointer(file) for file in sorted(files) if file.is_file() and is_pointer(file)]
+    if found:
+        raise InputError(*found)
+
+
 def pointer(file: Path) -> str:
     """What to do about a file that stands for another."""
     return f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {file.parent}"

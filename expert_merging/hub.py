@@ -202,7 +202,10 @@ def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) 
     """
     names = [name for name in sizes if "/" not in name]
     of_pickles = [name for name in names if is_pickle(name)]
-    weights = of_pickles if pickles else [*chosen_weights(names), *filter(ADAPTER.__eq__, names)]
+    safetensors = [*chosen_weights(names), *filter(ADAPTER.__eq__, names)]
+    if pickles and safetensors:
+        raise InputError(f"{repository} has safetensors files already, which are read; there is nothing to convert")
+    weights = of_pickles if pickles else safetensors
     indexes = [name for name in names if name.endswith(".index.json") and (".bin" in name) == pickles]
     if not weights:
         if of_pickles and not pickles:

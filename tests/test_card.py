@@ -52,6 +52,24 @@ def test_the_text_says_what_was_merged_and_how(card):
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
+@pytest.mark.parametrize(
+    ("front", "shown"),
+    [
+        ("license: apache-2.0", " (licence apache-2.0)"),
+        ("license: other\nlicense_name: research  only", " (licence research only)"),
+        ("license: [a, b]", ""),
+        ("tags: [x]", ""),
+        ("license: 'x", ""),
+        ("- a", ""),
+    ],
+)
+def test_licences_are_those_of_the_model_cards(tmp_path, front, shown):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Model\n")
+    options = {"base_model_path": str(tmp_path), "expert": {"A": "/x/a"}}
+    text = model_card({**DESCRIPTION, "options": options}, title="t", loading=LOADING, merged=1, tensors=1)
+    assert f"| base | `{tmp_path.name}`{shown} |\n| A | `a` |\n" in text
+
+
 def test_the_options_are_those_that_were_used(card):
     options = json.loads(card.split("```json\n")[1].split("```")[0])
     assert options == {"scaling_coefficient": [0.2, 0.3], "seed": 77}

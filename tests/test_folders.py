@@ -14,6 +14,7 @@ from expert_merging.backbone import load_tokenizer, load_whole
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.folders import other_files, weights_in_other_formats
+from Qwen2VL.backbone import load_processor
 from tests.checkpoints import BASE, EXPERTS, INDEX, make_zoo, save_model, tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
 
@@ -236,10 +237,11 @@ def test_other_files_of_a_base_that_are_pointers(command, tmp_path, capsys):
     )
 
 
-def test_a_tokenizer_that_is_a_pointer(tmp_path):
+@pytest.mark.parametrize("load", [load_tokenizer, load_processor])
+def test_a_tokenizer_that_is_a_pointer(tmp_path, load):
     put(tmp_path, "tokenizer.model", content=POINTER)
     with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'tokenizer.model'} is a Git LFS pointer")):
-        load_tokenizer(tmp_path)
+        load(tmp_path)
 
 
 def test_a_short_file_is_no_pointer(tmp_path):

@@ -314,6 +314,21 @@ def test_a_repository_of_pickles(hub, tmp_path):
     )
 
 
+def test_a_repository_that_need_not_be_converted(hub, tmp_path, capsys):
+    publish(hub, write_checkpoint(tmp_path / "model", *SHARDS), "pytorch_model.bin")
+    assert main(["convert", "org/model", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == (
+        "error: org/model has safetensors files already, which are read; there is nothing to convert\n"
+    )
+    assert not hub.sent
+
+
+def test_a_repository_without_pickles_cannot_be_converted(hub, tmp_path):
+    publish(hub, tmp_path / "model", "config.json", "model.gguf")
+    with pytest.raises(InputError, match=r"^org/model has no pickle files of a model; it has model\.gguf$"):
+        locate(Path("org/model"), pickles=True)
+
+
 def test_a_repository_without_weights(hub, tmp_path):
     publish(hub, tmp_path / "model", "config.json", "model-q4.gguf")
     assert problem("org/model") == "org/model has no safetensors files of a model; it has model-q4.gguf"
