@@ -99,36 +99,50 @@ def look_up(repository: Repository, *, pickles: bool = False) -> Snapshot:
         InputError: there is no such repository or revision, it cannot be read, or it has no weights that are wanted.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         api = HfApi()
         info = api.model_info(repository.name, revision=repository.revision, files_metadata=True)
         if info.gated:  # everybody may read what it has, but not download it
             api.auth_check(repository.name)
+    except HFValidationError as error:
+        raise InputError(f"{repository} is no folder here and no name of a repository: {_first_line(error)}") from None
     except OfflineModeIsEnabled:
-        return _in_cache(repository, "HF_HUB_OFFLINE forbids to ask the Hub")
+        return _in_cache(repository, _absence(repository, "HF_HUB_OFFLINE forbids to ask the Hub"))
     except HfHubHTTPError as error:
-        if error.response.status_code < _OF_SERVER:
-            raise InputError(_refusal(repository, error)) from None
-        return _in_cache(repository, _unreachable(error))
+        fails = error.response.status_code >= _OF_SERVER
+        refusal = _absence(repository, _unreachable(error)) if fails else _refusal(repository, error)
+        return _in_cache(repository, refusal)
     except _network_error() as error:
-        return _in_cache(repository, _unreachable(error))
+        return _in_cache(repository, _absence(repository, _unreachable(error)))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     folder = cache() / cache_folder(repository.name) / "snapshots" / str(info.sha)
     return Snapshot(repository, folder, _wanted(repository, sizes, pickles=pickles))
 
 
-def _in_cache(repository: Repository, reason: str) -> Snapshot:
+def _in_cache(repository: Repository, problem: str) -> Snapshot:
+    """What an earlier download has left.
+
+    Raises:
+        InputError: nothing; then the problem counts, for which the Hub has not given it.
+    """
     found = cached_snapshot(cache() / cache_folder(repository.name), repository.revision or "main")
     if found is None:
-        raise InputError(f"{repository} is no folder here and not in the Hub's cache ({cache()}), and {reason}")
-    logger.info("%s is taken from the Hub's cache (%s): %s", repository, found.name, reason)
+        raise InputError(problem)
+    logger.info("%s is taken from the Hub's cache, without asking whether it is the newest: %s", repository, found)
     return Snapshot(repository, found)
 
 
-def download(snapshot: Snapshot) -> None:
+def _absence(repository: Repository, reason: str) -> str:
+    return f"{repository} is no folder here and not in the Hub's cache ({cache()}), and {reason}"
+
+
+def download(snapshot: Snapshot) -> Path:
     """Download what is missing of a snapshot; what is there already is not sent again.
+
+    Returns:
+        Its folder.
 
     Raises:
         InputError: the Hub cannot be reached any more, or refuses.
@@ -145,7 +159,7 @@ def download(snapshot: Snapshot) -> None:
         disable_progress_bars()
     patterns = [glob.escape(name) for name in snapshot.files]
     try:
-        snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns)
+        return Path(snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
         raise InputError(_refusal(repository, error)) from None
     except (_network_error(), LocalEntryNotFoundError, RuntimeError) as error:  # the last as hf_xet, in Rust, tells it

@@ -57,17 +57,18 @@ def _locate(places: Mapping[str, Path], *, dry_run: bool = False, pickles: bool 
                 on_disk[name] = _on_disk(place)
             else:
                 snapshots[name] = look_up(repository, pickles=pickles)
-    if snapshots:  # nothing is downloaded in vain
+    if len(on_disk) < len(places):  # nothing is downloaded in vain
         for folder in on_disk.values():
             if not folder.exists():
                 problems.add(f"checkpoint folder {folder} does not exist")
         with problems.collecting():
             _check_downloads(list(snapshots.values()), dry_run=dry_run)
     problems.check()
-    for snapshot in snapshots.values():
-        if snapshot.files and not dry_run:
-            download(snapshot)
-    return {name: on_disk[name] if name in on_disk else snapshots[name].folder for name in places}
+    downloaded = {
+        name: download(snapshot) if snapshot.files and not dry_run else snapshot.folder
+        for name, snapshot in snapshots.items()
+    }
+    return {name: {**on_disk, **downloaded}[name] for name in places}
 
 
 def _check_downloads(snapshots: list[Snapshot], *, dry_run: bool) -> None:
@@ -88,15 +89,19 @@ def _check_downloads(snapshots: list[Snapshot], *, dry_run: bool) -> None:
 
 def _on_disk(place: Path) -> Path:
     """What a path means."""
-    cached = place if (place / "snapshots").is_dir() else None if place.exists() else _cached_beside(place)
+    if place.exists():
+        if (place / "snapshots").is_dir():
+            return _newest(place)
+        return _model_of(Run(place)) if Run(place).record is not None else place
+    cached, snapshot = _cached_beside(place), origin(place)
     if cached is not None:
         return _newest(cached)
-    gone = origin(place)
-    if gone and not place.exists():
+    if snapshot is not None:
+        name, commit = snapshot
         raise InputError(
-            f"{place} is gone from the Hub's cache; `hf download {gone[0]} --revision {gone[1]}` brings it back"
+            f"{place} is gone from the Hub's cache; `hf download {name} --revision {commit}` brings it back"
         )
-    return _model_of(Run(place)) if place.is_dir() and Run(place).record is not None else place
+    return place
 
 
 def _cached_beside(place: Path) -> Path | None:

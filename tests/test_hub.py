@@ -226,6 +226,13 @@ def test_extract_and_align_take_repositories(published, tmp_path):
 # What can be wrong.
 
 
+def test_a_missing_folder_beside_repositories_that_cannot_be_read(hub, tmp_path):
+    with pytest.raises(InputError) as caught:
+        locate_all(Path("org/none"), {"A": tmp_path / "none"})
+    assert len(caught.value.problems) == 2
+    assert f"checkpoint folder {tmp_path / 'none'} does not exist" in caught.value.problems
+
+
 def test_no_such_repository(hub):
     assert problem("org/none") == (
         f"org/none is neither a folder here nor a repository that can be read on the Hub ({hub.url}/org/none); is the "
@@ -238,6 +245,18 @@ def test_no_such_revision(hub, tmp_path):
     assert problem("org/model@v2") == (
         f"org/model has no revision 'v2'; {hub.url}/org/model/tree/main lists branches and tags"
     )
+
+
+@pytest.mark.parametrize("name", ["org/a--b", "org/name.git", f"org/{'n' * 97}"])
+def test_a_name_that_no_repository_can_have(hub, name):
+    assert problem(name).startswith(f"{name} is no folder here and no name of a repository: ")
+
+
+def test_a_gated_repository_that_was_downloaded_before(hub, tmp_path):
+    publish(hub, write_checkpoint(tmp_path / "model", *SHARDS))
+    found = locate(Path("org/model"))
+    hub.gated.add("org/model")
+    assert locate(Path("org/model")) == found
 
 
 def test_a_gated_repository(hub, tmp_path):
