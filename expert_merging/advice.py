@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
@@ -43,6 +44,24 @@ def ignored_flags(resolved: Resolved) -> list[str]:
     """A line for flags that the method does not have, if there are any."""
     flags = ", ".join(f"--{name}" for name in resolved.ignored)
     return [f"ignored, since {resolved.method.name} has no such option: {flags}"] if flags else []
+
+
+def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
+    """Checkpoints whose weight files were written since the run began, where samples of them show no change.
+
+    Args:
+        plan: what is merged.
+        record: the run's ``config.json``. A checkpoint that has moved since has times of its own.
+    """
+    options, written = record["options"], record.get("written", {})
+    places = {"base": options.get("base_model_path"), **(options.get("expert") or {})}
+    return [
+        f"the weights of {name} ({checkpoint.folder}) were written again since this run began; samples of them are as "
+        "they were, so it goes on. If you have changed weights, move the run's folder away"
+        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
+        if places.get(name) == str(checkpoint.folder.resolve())
+        if written.get(name, checkpoint.written()) != checkpoint.written()
+    ]
 
 
 def _large_factors(resolved: Resolved) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError, Problems
+from expert_merging.fingerprints import blocks, file_content, shortened, written
 from expert_merging.folders import (
     INDEX,
     SINGLE,
@@ -55,8 +56,6 @@ TORCH_NAMES = {**{name: kind for name, (kind, _) in FLOATS.items()}, "U8": "uint
 WIDTHS = {**{name: width for name, (_, width) in FLOATS.items()}, **OTHERS}
 
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -199,35 +198,29 @@ class Checkpoint:
             os.close(self._descriptors.popitem()[1])
 
     def fingerprint(self, *, whole: bool) -> str:
-        """A digest that changes when weights do: of headers, sizes, times of change and samples of the data.
+        """A digest of the contents of weights and ``config.json``, which a copy shares.
 
         Args:
-            whole: it also changes with any other file (tokenizer, processor, ...), not only with ``config.json``.
+            whole: also of every other file (tokenizer, processor, ...).
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.content().encode())
         for relative in other_files(self.folder) if whole else [Path("config.json")]:
-            digest.update(str(relative).encode() + (self.folder / relative).read_bytes())
-        for file in self.files:
-            header = self.headers[file.name]
-            digest.update(header)
-            size = file.stat().st_size
-            digest.update(f"{size} {file.stat().st_mtime_ns}".encode())
-            digest.update(self._sample(file))
-        return digest.hexdigest()[:16]
+            digest.update(str(relative).encode() + file_content(self.folder / relative))
+        return shortened(digest.digest())
 
     def content(self) -> str:
-        """A digest of headers and of samples of the data, which copies of the weights share."""
+        """A digest of the weights' headers and of samples of every tensor, which copies of the weights share."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(self.headers[file.name] + self._sample(file))
-        return digest.hexdigest()[:16]
+            digest.update(self.headers[file.name])
+            for entry in self.in_file(file):
+                for block in blocks(self.descriptor(file), entry.offset, entry.size):
+                    digest.update(block)
+        return shortened(digest.digest())
 
-    def _sample(self, file: Path) -> bytes:
-        """Some of a file's data."""
-        start, size = len(self.headers[file.name]), file.stat().st_size
-        step = max(1, (size - start) // _SAMPLES)
-        descriptor = self.descriptor(file)
-        return b"".join(os.pread(descriptor, _SAMPLE_BYTES, place) for place in range(start, size, step))
+    def written(self) -> str:
+        """A digest of sizes and times of the weight files, which tells whether they were written again."""
+        return written(self.files)
 
 
 @contextmanager

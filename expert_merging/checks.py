@@ -150,6 +150,7 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "options": decisive | {name: value for name, value in options.items() if name not in _SAVING},
         "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in checkpoints.items()},
         "inputs": {"device": device.split(":")[0], "version": __version__},
+        "written": {name: entry.written() for name, entry in checkpoints.items()},
         "seed": general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31),
         "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | saving | {"device": device},
         **provenance(),

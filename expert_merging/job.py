@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from expert_merging.advice import ignored_flags
+from expert_merging.advice import ignored_flags, rewritten_weights
 from expert_merging.card import model_card, vlmeval_config
 from expert_merging.checks import Job
 from expert_merging.console import Terminal
@@ -41,7 +41,7 @@ def perform(job: Job, terminal: Terminal) -> int:
         _begin(job, terminal)
         complete = from_main_process(job.context.run.is_complete)  # by another process, which has just let go of it
     if complete:
-        for line in ignored_flags(job.resolved):
+        for line in (*ignored_flags(job.resolved), *rewritten_weights(job.context.plan, job.description)):
             logger.warning("%s", line)
         logger.info(COMPLETE)
     else:

@@ -21,6 +21,8 @@ from expert_merging.writing import partial_name, sync_folder, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
 _DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
+# Options that say where checkpoints are; what they are is said by their fingerprints.
+_PLACES = ("base_model_path", "expert")
 
 
 class Run:
@@ -139,7 +141,8 @@ class Run:
             record = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) and {"family", "method", "options"} <= set(record) else None
+        is_run = isinstance(record, dict) and {"family", "method", "options"} <= set(record)
+        return record if is_run and isinstance(record["options"], dict) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.
@@ -173,22 +176,30 @@ class Run:
 
 def default_name(family: str, description: Mapping[str, Any]) -> str:
     """A run name that the same command always gets, so that it finds its own earlier part and continues it."""
-    # Options in any order; but in an option's own value, such as the experts', the order decides.
-    parts = [description[key] for key in _DECISIVE[:4]]
-    decisive = json.dumps([sorted(part.items()) if isinstance(part, Mapping) else part for part in parts])
+    # Options in any order; but in an option's own value, and among the experts, the order decides.
+    options = sorted(_decisive_options(description).items())
+    checkpoints = list(description["checkpoints"].items())
+    decisive = json.dumps([description["family"], description["method"], options, checkpoints])
     return f"{family}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     differing = []
+    earlier, now = ({**record, "options": _decisive_options(record)} for record in (earlier, now))
     for key in _DECISIVE:
         before, after = earlier.get(key), now[key]
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             for name in {**before, **after}:
                 differing += _difference(name, before.get(name), after.get(name))
+            if key == "checkpoints" and before == after:
+                differing += _difference(key, before, after)
         else:
             differing += _difference(key, before, after)
     return differing
+
+
+def _decisive_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record["options"].items() if name not in _PLACES}
 
 
 def _difference(name: str, before: Any, after: Any) -> list[str]:

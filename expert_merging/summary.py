@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from expert_merging.advice import warnings_before
+from expert_merging.advice import rewritten_weights, warnings_before
 from expert_merging.checks import Job, method_options
 from expert_merging.folders import weights_in_other_formats
 from expert_merging.machine import gib
@@ -76,7 +76,7 @@ def merging_memory(job: Job) -> int:
 
 def warnings(job: Job) -> list[str]:
     """One line for everything that may not be as the user thinks."""
-    return warnings_before(
+    found = warnings_before(
         job.resolved,
         job.context.backbone,
         job.context.plan,
@@ -84,6 +84,7 @@ def warnings(job: Job) -> list[str]:
         memory=merging_memory(job),
         device=job.context.device,
     )
+    return [*found, *rewritten_weights(job.context.plan, job.description)]
 
 
 def print_plan(job: Job, console: Console) -> None:

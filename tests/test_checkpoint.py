@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,16 +126,10 @@ def test_closed_files_are_opened_again_when_needed(tmp_path):
 
 def test_a_fingerprint_follows_values_names_and_types(tmp_path):
     def fingerprint(name, tensors):
-        folder = write_checkpoint(tmp_path / name, tensors)
-        os.utime(folder / "model.safetensors", ns=(0, 0))
-        return Checkpoint(folder).fingerprint(whole=True)
+        return Checkpoint(write_checkpoint(tmp_path / name, tensors)).fingerprint(whole=True)
 
     same = fingerprint("1", BASE)
     assert Checkpoint(tmp_path / "1").fingerprint(whole=True) == same
-    os.utime(tmp_path / "1" / "model.safetensors", ns=(1, 1))
-    assert Checkpoint(tmp_path / "1").fingerprint(whole=True) != same, (
-        "a change between the samples changes the file's time"
-    )
     changed = BASE["a.weight"].clone()
     changed[2, 1] += 1e-6
     others = {
@@ -144,6 +139,50 @@ def test_a_fingerprint_follows_values_names_and_types(tmp_path):
         fingerprint("6", {name: tensor.half() for name, tensor in BASE.items()}),
     }
     assert len(others | {same}) == 5
+
+
+def test_a_copy_has_the_fingerprint_of_its_original_and_its_own_times(tmp_path):
+    original = Checkpoint(write_checkpoint(tmp_path / "original", BASE))
+    copy = Checkpoint(shutil.copytree(tmp_path / "original", tmp_path / "copy"))
+    os.utime(copy.files[0], ns=(1, 1))
+    for whole in (True, False):
+        assert copy.fingerprint(whole=whole) == original.fingerprint(whole=whole)
+    assert copy.content() == original.content()
+    assert copy.written() != original.written()
+    shutil.copystat(original.files[0], copy.files[0])
+    assert copy.written() == original.written()
+
+
+def test_a_fingerprint_follows_every_tensor_of_a_large_file(tmp_path):
+    """A change of a whole tensor, or of a stretch of a large one, lies under some block."""
+    tensors = {"large": torch.zeros(5 << 22), **{f"small.{number}": torch.zeros(3000) for number in range(40)}}
+    folder = write_checkpoint(tmp_path, tensors)
+    found = {Checkpoint(folder).content()}
+    for name in ("large", "small.0", "small.39"):
+        write_checkpoint(folder, {**tensors, name: tensors[name] + 1})
+        found.add(Checkpoint(folder).content())
+    late = tensors["large"].clone()
+    late[-(1 << 22) :] = 1
+    write_checkpoint(folder, {**tensors, "large": late})
+    assert len(found | {Checkpoint(folder).content()}) == 5
+
+
+def test_a_fingerprint_reads_a_large_other_file_in_part(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, BASE)
+    with (folder / "notes.zip").open("wb") as stream:
+        stream.truncate(3 << 30)
+
+    def fingerprint(place=None):
+        if place is not None:
+            with (folder / "notes.zip").open("r+b") as stream:
+                stream.seek(place)
+                stream.write(b"changed")
+        return Checkpoint(folder).fingerprint(whole=True)
+
+    found = [fingerprint(), fingerprint((3 << 29) + (1 << 23))]
+    with (folder / "notes.zip").open("ab") as stream:
+        stream.write(b"longer")
+    assert len({*found, fingerprint()}) == 3
 
 
 def test_a_fingerprint_follows_what_the_base_s_other_files_say(tmp_path):

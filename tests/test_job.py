@@ -228,6 +228,37 @@ def test_a_changed_checkpoint_is_another_run(command, tmp_path, capsys):
     )
 
 
+def test_copied_checkpoints_continue_a_run(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command)
+    for name in ("base", "a", "b"):
+        shutil.copytree(tmp_path / name, tmp_path / "copies" / name)
+    copies = flags(tmp_path / "copies" / "base", A=tmp_path / "copies" / "a", B=tmp_path / "copies" / "b")
+    capsys.readouterr()
+    assert merged(tmp_path / "out", *COMMAND, *copies).folder == run.folder
+    told = capsys.readouterr().out
+    assert "this run is complete already" in told
+    assert "written again" not in told, "a copy has times of its own"
+
+
+def test_weights_that_were_written_again_without_a_change_that_shows_are_told(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command)
+    write_checkpoint(tmp_path / "a", tensors_of(tmp_path / "a"))
+    told = (
+        f"the weights of A ({tmp_path / 'a'}) were written again since this run began; samples of them are as they "
+        "were, so it goes on. If you have changed weights, move the run's folder away"
+    )
+    capsys.readouterr()
+    for more in ((), ("--dry_run",)):
+        assert merge(*command, *more) == 0
+        assert told in capsys.readouterr().out
+    run.model.rename(run.partial_model)
+    assert merge(*command) == 0
+    assert f"WARNING {told}\n" in run.log.read_text()
+    capsys.readouterr()
+    again = merged(tmp_path / "again", *command)
+    assert "written again" not in again.log.read_text(), "a new run begins with them"
+
+
 def test_two_runs_give_the_same_bytes(command, tmp_path):
     assert merge(*command, "--run_name", "x") == 0
     assert merge(*command, "--run_name", "y") == 0

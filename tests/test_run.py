@@ -83,13 +83,16 @@ def test_a_different_run_is_refused_with_what_differs(begun, other, difference):
 
 
 def test_everything_that_differs_is_named_and_long_values_are_cut(begun):
-    found = problem(begun, described(seed=1, expert={"A": "/" + "a" * 100}))
-    assert "(seed: 0 there, 1 now; expert: " in found
+    found = problem(begun, described(seed=1, coefficients="/" + "a" * 100))
+    assert "(seed: 0 there, 1 now; coefficients: " in found
     assert "aaa... now" in found
     assert len(found) < 300
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "null", '"text"', '{"model_type": "mistral"}'])
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "[]", "null", '"text"', '{"model_type": "mistral"}', '{"family": "", "method": "", "options": []}'],
+)
 def test_a_folder_with_something_else_is_refused(run, text):
     run.folder.mkdir(parents=True)
     (run.folder / "holiday.jpg").write_text("sea")
@@ -173,18 +176,32 @@ def test_a_complete_run_is_found_by_its_folder_and_by_its_model(begun, tmp_path,
         assert Run.found_at(place) is None
 
 
-@pytest.mark.parametrize("option", ["expert", "coeffs_size_dict"])
-def test_the_order_of_an_option_s_entries_is_part_of_a_run(option, run):
-    """Interpolation goes from the first expert to the second, and of patterns the last that matches counts."""
-    there, now = described(**{option: {"A": 1, "B": 2}}), described(**{option: {"B": 2, "A": 1}})
+def test_the_order_of_an_option_s_entries_is_part_of_a_run(run):
+    """Of patterns the last that matches counts."""
+    there, now = described(coeffs_size_dict={"A": 1, "B": 2}), described(coeffs_size_dict={"B": 2, "A": 1})
+    assert_different(run, there, now, "order of coeffs_size_dict: A, B there, B, A now")
+
+
+def test_the_order_of_experts_is_part_of_a_run(run):
+    """Interpolation goes from the first expert to the second."""
+    there, now = ({**DESCRIPTION, "checkpoints": dict.fromkeys(order, "11")} for order in (("A", "B"), ("B", "A")))
+    assert_different(run, there, now, "order of checkpoints: A, B there, B, A now")
+
+
+def assert_different(run, there, now, difference):
     run.begin(there)
     run.release()
     assert run.check(there) == there
     assert problem(run, now) == (
-        f"{run.folder} holds a different run (order of {option}: A, B there, B, A now); choose another --run_name, or "
-        "move the folder away"
+        f"{run.folder} holds a different run ({difference}); choose another --run_name, or move the folder away"
     )
     assert default_name("Mistral", there) != default_name("Mistral", now)
+
+
+def test_checkpoints_may_lie_elsewhere(begun):
+    moved = described(expert={"A": "/elsewhere"}, base_model_path="/there")
+    assert begun.check(moved) == DESCRIPTION
+    assert default_name("Mistral", moved) == default_name("Mistral", DESCRIPTION)
 
 
 def test_the_default_name_follows_what_decides_the_result():

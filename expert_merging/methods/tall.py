@@ -40,7 +40,7 @@ def mask_name(expert: str, tensor: str) -> str:
 def base_of(header: bytes) -> str | None:
     """Digest of the base's weights that the header of a file of masks has, None where it has none."""
     try:
-        digest = json.loads(json.loads(header[8:])["__metadata__"]["base"])
+        digest = json.loads(json.loads(header[8:])["__metadata__"]["base_content"])
     except (ValueError, KeyError, TypeError):
         return None
     return str(digest)
@@ -97,7 +97,7 @@ def model_and_masks(
             "experts": list(plan.experts),
             "tall_lambda": tall_lambda,
             "scaling_coefficient": scaling_coefficient,
-            "base": plan.base.content(),
+            "base_content": plan.base.content(),
             "shapes": {entry.name: list(entry.shape) for entry in entries},
         }
         files[file.name] = slots
