@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         help="a run, or the folder of any model, or its repository on the Hub",
     )
     for option in ALIGN.values():
-        add_flag(align, option, option.default)
+        add_flag(align, option, option.default, takes_several=False)
     extract = commands.add_parser(
         "extract", help="rebuild an expert from a merge by --method tall, which needs the base alone"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.idle import idle_flags
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan, differing_settings
 
@@ -30,7 +31,7 @@ def warnings_before(
         device: where it is done.
     """
     return [
-        *ignored_flags(resolved),
+        *idle_flags(resolved),
         *_large_factors(resolved),
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
@@ -38,12 +39,6 @@ def warnings_before(
         *differing_settings(plan),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
     ]
-
-
-def ignored_flags(resolved: Resolved) -> list[str]:
-    """A line for flags that the method does not have, if there are any."""
-    flags = ", ".join(f"--{name}" for name in resolved.ignored)
-    return [f"ignored, since {resolved.method.name} has no such option: {flags}"] if flags else []
 
 
 def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
@@ -67,7 +62,7 @@ def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
 def _large_factors(resolved: Resolved) -> list[str]:
     """A factor that has been meant as a percentage, perhaps; methods that learn refuse it."""
     given = resolved.options.get("scaling_coefficient") or 0
-    factors = given if isinstance(given, list) else [given]
+    factors = [factor for factor in (given if isinstance(given, list) else [given]) if factor is not None]
     return [
         f"--scaling_coefficient {factor:g} is a factor on task vectors, which are hardly ever scaled by more than 2; "
         f"for {factor:g} % write {factor / 100:g}"

@@ -126,7 +126,7 @@ def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
     problems = [
         f"--{name} has {len(value)} values for {len(experts)} experts ({', '.join(experts)})"
         for name, value in resolved.options.items()
-        if isinstance(value, list) and is_one_per_expert(named[name]) and len(value) != len(experts)
+        if isinstance(value, list) and is_one_per_expert(named[name].annotation) and len(value) != len(experts)
     ]
     if problems:
         raise InputError(*problems)

@@ -14,11 +14,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, Problems, near_name
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,30 @@ class Option:
                 hint = f"; for {value} % write {float(value) / 100:g}"
             raise InputError(f"--{self.name} must be {error}, got {self._faulty(value)}{hint}") from None
 
+    def for_experts(self, given: Mapping[str, object], experts: Sequence[str], default: Any) -> list[Any]:
+        """One number for each expert, in their order, from numbers by name; `is_one_per_expert` must hold.
+
+        Args:
+            given: numbers by expert.
+            experts: names of the experts.
+            default: number of the experts that are not named.
+
+        Raises:
+            InputError: there is no such expert, or a number does not fit.
+        """
+        (number,) = [typing.get_args(kind)[0] for kind in typing.get_args(self.annotation) if _is_list(kind)]
+        problems, values = Problems(), dict.fromkeys(experts, default)
+        for name, value in given.items():
+            if name not in experts:
+                problems.add(f"--{self.name}: there is no expert {name!r}. {near_name(name, [*experts])}")
+                continue
+            try:
+                values[name] = _convert(value, number)
+            except ValueError as error:
+                problems.add(f"--{self.name} must be {error} for each expert, got {_shown(value)} for {name!r}")
+        problems.check()
+        return list(values.values())
+
     def _faulty(self, value: object) -> str:
         """The value as it was given, or of a dictionary the first entry that does not fit."""
         parsed = _parse_json(value)
@@ -106,11 +130,24 @@ def _is_percentage(value: str | int | float) -> bool:
         return False
 
 
-def is_one_per_expert(option: Option) -> bool:
-    """Whether the option takes a list with a number for every expert."""
-    lists = [kind for kind in typing.get_args(option.annotation) if typing.get_origin(kind) is list]
-    numbers = [number for kind in lists for number in typing.get_args(kind)]
-    return any(float in (number, *typing.get_args(number)) for number in numbers)
+def is_one_per_expert(annotation: Any) -> bool:
+    """Whether a value is one number, or a list with one for every expert."""
+    return any(_is_list(kind) and float in _kinds(kind) for kind in typing.get_args(annotation))
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation, *(kind for part in typing.get_args(annotation) for kind in _kinds(part))}
+
+
+def by_name(value: object) -> dict[str, object] | None:
+    """The entries of a JSON object, None of any other value."""
+    parsed = _parse_json(value)
+    return {str(key): entry for key, entry in parsed.items()} if isinstance(parsed, dict) else None
 
 
 def describe_type(annotation: Any) -> str:
@@ -122,6 +159,8 @@ def describe_type(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
+        if is_one_per_expert(annotation):
+            return f"{describe_type(arguments[0])}, a list of them or a JSON object of them by expert"
         return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
     if origin is list:
         return f"a list of {_plural(arguments[0])}"

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from expert_merging.advice import ignored_flags, rewritten_weights
+from expert_merging.advice import rewritten_weights
 from expert_merging.card import model_card, vlmeval_config
 from expert_merging.checks import Job
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError
+from expert_merging.idle import idle_flags
 from expert_merging.merge import Summary, write_output
 from expert_merging.method import modified
 from expert_merging.outputs import Output
@@ -41,7 +42,7 @@ def perform(job: Job, terminal: Terminal) -> int:
         _begin(job, terminal)
         complete = from_main_process(job.context.run.is_complete)  # by another process, which has just let go of it
     if complete:
-        for line in (*ignored_flags(job.resolved), *rewritten_weights(job.context.plan, job.description)):
+        for line in (*idle_flags(job.resolved), *rewritten_weights(job.context.plan, job.description)):
             logger.warning("%s", line)
         logger.info(COMPLETE)
     else:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NoReturn
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.flags import Option, current_name, describe_type, read_options
-from expert_merging.hub import read_id
+from expert_merging.flags import Option, by_name, current_name, describe_type, is_one_per_expert, read_options
+from expert_merging.hub import cache_folder, origin, read_id
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
@@ -100,6 +100,7 @@ class Resolved:
         family: value of every option of the family's own.
         ignored: flags that were given and that the method does not have.
         modifiers: what improves the method's result, in their order.
+        given: names of all flags that were given.
     """
 
     general: Mapping[str, Any]
@@ -108,6 +109,7 @@ class Resolved:
     family: Mapping[str, Any]
     ignored: tuple[str, ...]
     modifiers: tuple[Method, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[Method, ...]:
@@ -224,8 +226,15 @@ def show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def add_flag(group: Any, option: Option, default: Any) -> None:
-    """Add an option's flag to a parser or to a group of one."""
+def add_flag(group: Any, option: Option, default: Any, *, takes_several: bool = True) -> None:
+    """Add an option's flag to a parser or to a group of one.
+
+    Args:
+        group: the parser or group.
+        option: the option.
+        default: what help calls its default.
+        takes_several: several entries may follow one flag; not where the command has arguments without a flag.
+    """
     text = option.help[0].upper() + option.help[1:]
     if option.annotation is bool:
         group.add_argument(f"--{option.name}", action="store_true", help=text)
@@ -238,9 +247,14 @@ def add_flag(group: Any, option: Option, default: Any) -> None:
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="+" if option.name in _LISTS else 1,
+        nargs="+" if takes_several and (option.name in _LISTS or _has_entries(option)) else 1,
         help=text.replace("%", "%%"),
     )
+
+
+def _has_entries(option: Option) -> bool:
+    """Whether its value is entries by name, which are given one by one or as a JSON object."""
+    return "dict" in str(option.annotation)
 
 
 def _metavar(option: Option) -> str:
@@ -281,7 +295,7 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
         return value
     if name in _LISTS:
         return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
-    if "dict" in str(options[name].annotation):
+    if _has_entries(options[name]):
         return merge_entries(name, value)
     return value[-1]
 
@@ -315,7 +329,7 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
         backbone: the family, for the options of its own.
 
     Raises:
-        InputError: it cannot be read, or has a name that is no option.
+        InputError: it cannot be read, is of another family's run, or has a name that is no option.
     """
     import yaml
 
@@ -329,6 +343,12 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold options by name, such as 'method: expert_merging'")
     if isinstance(content.get("options"), dict):
+        family = content.get("family", backbone.name)
+        if family != backbone.name:
+            raise InputError(
+                f"--config {file} is of a run of {family}, and this is the command of {backbone.name}; use "
+                f"{family}/model_merging.py, or name the options that you want in a file of your own"
+            )
         record = {name: content[name] for name in ("method", "seed") if name in content}
         content = {**content["options"], **record}
     content = {current_name(str(name)): value for name, value in content.items()}
@@ -374,12 +394,19 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     family = {name: option.default for name, option in backbone.options.items()}
     used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
     known = {**used_by_family, **of_steps, **GENERAL}
+    by_expert = {name: by_name(values.get(name)) for name in of_steps if is_one_per_expert(of_steps[name].annotation)}
     for name, value in values.items():
-        if name in known:
+        if name in known and not by_expert.get(name):
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
     problems.check()
+    general |= _below_cache(general, given, backbone)
+    experts = list(general["expert"] or backbone.expert_folders)
+    for name, numbers in by_expert.items():
+        if numbers:
+            with problems.collecting():
+                options[name] = known[name].for_experts(numbers, experts, options[name])
     general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
     general["exclude_params"] = _patterns(general["exclude_params"], backbone)
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
@@ -389,7 +416,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems.check()
     # A configuration file may serve several methods; what it has in vain is no mistake.
     ignored = tuple(name for name in given if name not in known and name not in _COMMANDS)
-    return Resolved(general, method, options, family, ignored, modifiers)
+    return Resolved(general, method, options, family, ignored, modifiers, tuple(given))
 
 
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
@@ -407,6 +434,30 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     if "config" in given:
         values |= read_config(Path(given["config"]), backbone)
     return {**values, **{name: value for name, value in given.items() if name not in _COMMANDS}}
+
+
+def _below_cache(general: Mapping[str, Any], given: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """Checkpoints of the configuration file, moved to the cache folder that a flag gives.
+
+    They lie there under the same folder names, or under those that the family has published.
+    """
+    if "cache_dir" not in given:
+        return {}
+
+    def moved(path: str, published: str | None) -> str:
+        cached, repository = origin(path), read_id(path)
+        hub = cached[0] if cached else repository.name if repository else None
+        names = [Path(hub).name, cache_folder(hub)] if hub else [Path(path).name]
+        there = [Path(general["cache_dir"]) / folder for folder in (*names, published) if folder]
+        return str(next((folder for folder in there if folder.is_dir()), there[0]))
+
+    found: dict[str, Any] = {}
+    if general["base_model_path"] and "base_model_path" not in given:
+        found["base_model_path"] = moved(general["base_model_path"], backbone.base_folder)
+    if general["expert"] and "expert" not in given:
+        published = backbone.expert_folders
+        found["expert"] = {name: moved(path, published.get(name)) for name, path in general["expert"].items()}
+    return found
 
 
 def _patterns(given: Any, backbone: Backbone) -> list[str]:

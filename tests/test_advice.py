@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from expert_merging.idle import idle_flags
+from expert_merging.options import parse, resolve
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import write_checkpoint
 from tests.command import (
     TENSORS,
@@ -71,6 +74,56 @@ def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, ca
     capsys.readouterr()
     assert merge(*command, "--num_epochs", "3", "--dry_run") == 0
     assert "ignored, since task_arithmetic has no such option: --num_epochs" in capsys.readouterr().out
+
+
+def idle(*arguments):
+    return idle_flags(resolve(parse([str(argument) for argument in arguments], BACKBONE), {}, BACKBONE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--temperature", "2", "--logits_weight", "0"], ["ignored with --logits_weight 0.0: --temperature"]),
+        (["--temperature", "2", "--logits_weight", "0.5"], []),
+        (
+            ["--hidden_states_layers", "0,1", "--hidden_states_weight", "0"],
+            ["ignored with --hidden_states_weight 0.0: --hidden_states_layers"],
+        ),
+        (
+            ["--hidden_states_layers", "none", "--hidden_states_weight", "0.5"],
+            ["ignored with --hidden_states_layers none: --hidden_states_weight"],
+        ),
+        (
+            ["--method", "expert_merging++", "--chunking", "all", "--budget", "2", "--kappa", "1"],
+            ["ignored with --chunking all: --budget", "ignored with --chunking all: --kappa"],
+        ),
+        (["--method", "wudi", "--solver", "exact", "--steps", "3"], ["ignored with --solver exact: --steps"]),
+        (
+            ["--method", "aswudi", "--cumulative_share", "0.5"],
+            ["ignored with --rank_rule participation_sqrt: --cumulative_share"],
+        ),
+        (["--method", "aswudi", "--cumulative_share", "0.5", "--rank_rule", "cumulative"], []),
+        (["--method", "ties", "--log_with", "none"], ["ignored, since ties learns nothing: --log_with"]),
+        (["--method", "regmean", "--log_with", "none"], ["ignored, since regmean learns nothing: --log_with"]),
+        (["--method", "adamerging", "--log_with", "none"], []),
+        (
+            ["--cache_dir", "/c", "--base_model_path", "/b", "--expert", "A=/a"],
+            ["ignored, since --base_model_path and --expert name every checkpoint: --cache_dir"],
+        ),
+        (["--cache_dir", "/c", "--expert", "A=/a"], []),
+    ],
+)
+def test_no_flag_is_in_vain_silently(arguments, told):
+    assert idle(*arguments) == told
+
+
+def test_only_flags_are_told_to_be_in_vain(tmp_path):
+    """A configuration file may serve several methods."""
+    (tmp_path / "file").write_text("temperature: 2\nlogits_weight: 0\nlog_with: none\n")
+    assert idle("--config", tmp_path / "file") == []
+    assert idle("--config", tmp_path / "file", "--temperature", "3") == [
+        "ignored with --logits_weight 0.0: --temperature"
+    ]
 
 
 @pytest.mark.parametrize(

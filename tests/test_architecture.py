@@ -28,6 +28,7 @@ LAYERS = (
     ("search",),
     ("catalogue",),
     ("options",),
+    ("idle",),
     ("advice",),
     ("checks",),
     ("comparing", "convert", "extract", "summary"),

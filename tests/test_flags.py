@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
-from expert_merging.flags import Count, Fraction, Interval, NotNegative, Option, Positive, read_options
+from expert_merging.flags import (
+    Count,
+    Factor,
+    Fraction,
+    Interval,
+    NotNegative,
+    Option,
+    Positive,
+    is_one_per_expert,
+    read_options,
+)
 from expert_merging.options import GENERAL
 
 
@@ -103,7 +113,7 @@ def test_texts_become_values(annotation, text, value):
         (Positive, "0", "a number in (0, inf), got 0"),
         (NotNegative, "-1", "a number in [0, inf), got -1"),
         (Count, "0", "a whole number in [1, inf), got 0"),
-        (float | list[float], "low", "a number or a list of numbers, got low"),
+        (float | list[float], "low", "a number, a list of them or a JSON object of them by expert, got low"),
         (list[float], '["a"]', 'a number, got ["a"]'),
         (list[Annotated[int, Interval("[0, inf)")]], "-1", "a whole number in [0, inf), got -1"),
         (dict[str, Count], '{"Math": 1, "Chat": 0}', "a whole number in [1, inf), got 0 for 'Chat'"),
@@ -122,6 +132,28 @@ def test_texts_become_values(annotation, text, value):
 )
 def test_what_does_not_fit_is_refused_with_what_is_allowed(annotation, text, message):
     assert problem(annotation, text) == f"--density must be {message}"
+
+
+PER_EXPERT = [float | list[float], NotNegative | list[NotNegative], Factor | list[Factor | None] | None]
+
+
+@pytest.mark.parametrize("annotation", PER_EXPERT, ids=str)
+def test_one_number_per_expert_may_be_given_by_name(annotation):
+    assert is_one_per_expert(annotation)
+    known = option(annotation)
+    assert known.for_experts({"Math": "0.5"}, ("Chat", "Math", "Code"), 0.3) == [0.3, 0.5, 0.3]
+    with pytest.raises(InputError) as caught:
+        known.for_experts({"Maths": 1, "Code": "high"}, ("Chat", "Math", "Code"), 0.3)
+    kind = {0: "a number", 1: "a number in [0, inf)", 2: "a number in [-1000, 1000]"}[PER_EXPERT.index(annotation)]
+    assert list(caught.value.problems) == [
+        "--density: there is no expert 'Maths'. Did you mean 'Math'?",
+        f"--density must be {kind} for each expert, got high for 'Code'",
+    ]
+
+
+@pytest.mark.parametrize("annotation", [float, list[float], Literal["none"] | list[Count], dict[str, float]], ids=str)
+def test_other_numbers_are_not_by_expert(annotation):
+    assert not is_one_per_expert(annotation)
 
 
 JSON = st.recursive(

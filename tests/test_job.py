@@ -36,6 +36,7 @@ from tests.command import (
     snapshot,
 )
 
+PUBLISHED = tuple(EXPERTS.values())
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -282,6 +283,34 @@ def test_a_run_is_reproduced_from_a_configuration_file(command, tmp_path, kind):
     assert contents(again.model) == contents(run.model)
     other = merged(tmp_path / "other", "--config", file, "--scaling_coefficient", "1")
     assert not tensors_of(other.model)["layers.0.weight"].equal(tensors_of(run.model)["layers.0.weight"])
+
+
+def test_a_cache_folder_on_the_command_line_wins_over_a_run_s_own_paths(tmp_path):
+    folders = {BASE: TENSORS, **{folder: {name: value + 1 for name, value in TENSORS.items()} for folder in PUBLISHED}}
+    for folder, tensors in folders.items():
+        write_checkpoint(tmp_path / "old" / folder, tensors)
+        write_checkpoint(tmp_path / "new" / folder, {name: 3 * tensor for name, tensor in tensors.items()})
+    run = merged(tmp_path / "out", *COMMAND, "--cache_dir", tmp_path / "old")
+    again = merged(tmp_path / "again", "--config", run.config, "--cache_dir", tmp_path / "new")
+    expected = merged(tmp_path / "expected", *COMMAND, "--cache_dir", tmp_path / "new")
+    assert_same_bytes(tensors_of(again.model), tensors_of(expected.model))
+    assert json.loads(again.config.read_text())["options"] == json.loads(expected.config.read_text())["options"]
+
+
+def test_a_dry_run_of_a_run_s_own_configuration_tells_that_it_is_complete(command, tmp_path, capsys):
+    run = merged(tmp_path / "out", *command, "--scaling_coefficient", '{"B": 0.25}')
+    assert json.loads(run.config.read_text())["options"]["scaling_coefficient"] == [0.3, 0.25]
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+    given = ["--config", run.config, "--output_path", tmp_path / "out", "--dry_run"]
+    assert merge(*given) == 0
+    told = capsys.readouterr().out
+    assert f"run folder {run.folder}\n" in told
+    assert "option scaling_coefficient [0.3, 0.25]\n" in told
+    assert "this run is complete already; remove its folder to repeat it\n" in told
+    assert merge(*given, "--scaling_coefficient", "0.5") == 0
+    assert "option scaling_coefficient 0.5\n" in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
 
 
 def test_seed_minus_one_draws_and_records_a_seed(command, tmp_path):

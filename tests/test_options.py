@@ -101,6 +101,44 @@ def test_experts_are_given_one_by_one_or_as_an_object(tmp_path):
     assert general("--expert", json.dumps(expected))["expert"] == expected
 
 
+def test_several_entries_may_follow_one_flag(tmp_path):
+    both = resolved("--expert", f"A={tmp_path}/a", f"B={tmp_path}/b", "--samples_per_task_dict", "A=3", "B=4")
+    assert both.general["expert"] == {"A": str(tmp_path / "a"), "B": str(tmp_path / "b")}
+    assert both.options["samples_per_task_dict"] == {"A": 3, "B": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "values"),
+    [
+        ("task_arithmetic", ['{"Math": 0.5}'], [0.3, 0.5, 0.3]),
+        ("task_arithmetic", ['{"B": 0.5}', "--expert", "A=/a", "B=/b"], [0.3, 0.5]),
+        ("dare_ta", ['{"Code": 0.1, "Chat": 1}'], [1.0, 0.3, 0.1]),
+        ("evo", ['{"Math": 0.5}'], [0.3, 0.5, 0.3]),
+        ("adamerging", ['{"Math": 0.5}'], [0.3, 0.5, 0.3]),
+        ("expert_merging", ['{"Math": 0.5}'], [None, 0.5, None]),
+    ],
+)
+def test_a_number_for_single_experts(method, arguments, values):
+    """The others have the method's default, which of some methods is not known before the directions are."""
+    assert method_options(method, "--scaling_coefficient", *arguments)["scaling_coefficient"] == values
+    assert method_options("tall", "--tall_lambda", '{"Math": 0.5}')["tall_lambda"] == [0.4, 0.5, 0.4]
+
+
+def test_a_number_for_experts_that_are_not_there(root):
+    (root / "file").write_text("method: task_arithmetic\nscaling_coefficient: {Chat: 0.5, Maths: 1, Law: 2}\n")
+    unknown = ["Maths'. Did you mean 'Math'?", "Law'. Known: Chat, Code, Math."]
+    assert problems("--config", root / "file") == [
+        f"--scaling_coefficient: there is no expert '{name}" for name in unknown
+    ]
+    assert problems("--method", "task_arithmetic", "--scaling_coefficient", "{}") == [
+        "--scaling_coefficient must be a number in [-1000, 1000], a list of them or a JSON object of them by expert, "
+        "got {}"
+    ]
+    assert problems("--method", "ties", "--scaling_coefficient", '{"Math": 1}') == [
+        '--scaling_coefficient must be a number in [-1000, 1000], got {"Math": 1}'
+    ]
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
@@ -229,6 +267,53 @@ def test_a_run_s_own_record_is_a_configuration_file(root):
     assert read_config(root / "config.json", BACKBONE) == {**record["options"], "method": "task_arithmetic", "seed": 77}
 
 
+def test_a_flag_s_cache_folder_replaces_the_paths_of_a_configuration_file(root):
+    experts = {"Chat": "/old/Mistral-7B-Instruct-v0.1", "Math": "/old/my-math", "Law": "/old/law-7b"}
+    record = {"family": "Mistral", "method": "ties", "options": {"base_model_path": "/old/b", "expert": experts}}
+    (root / "config.json").write_text(json.dumps(record))
+    given = ["--config", root / "config.json", "--cache_dir", root / "new"]
+    for folder in (BACKBONE.base_folder, "Mistral-7B-Instruct-v0.1", "MAmmoTH2-7B", "law-7b"):
+        (root / "new" / folder).mkdir(parents=True)
+    base, folders = checkpoint_folders(general(*given), BACKBONE)
+    assert base == root / "new" / BACKBONE.base_folder, "it is not there under its old name, but as published"
+    assert {name: folder.name for name, folder in folders.items()} == {
+        "Chat": "Mistral-7B-Instruct-v0.1",
+        "Math": "MAmmoTH2-7B",
+        "Law": "law-7b",
+    }
+    for name in ("b", "my-math"):
+        (root / "new" / name).mkdir()
+    base, folders = checkpoint_folders(general(*given), BACKBONE)
+    assert (base.name, folders["Math"].name) == ("b", "my-math")
+    base, folders = checkpoint_folders(general(*given, "--base_model_path", "/x", "--expert", "A=/a"), BACKBONE)
+    assert (str(base), {name: str(folder) for name, folder in folders.items()}) == ("/x", {"A": "/a"})
+    base, folders = checkpoint_folders(general("--config", root / "config.json", CACHE_DIR=str(root / "new")), BACKBONE)
+    assert str(base) == "/old/b", "the configuration wins over the environment"
+    assert list(map(str, folders.values())) == list(experts.values())
+
+
+@pytest.mark.parametrize("path", ["/old/models--me--base/snapshots/1234", "me/base", "me/base@v1"])
+def test_a_repository_of_the_hub_is_found_by_its_name(root, path):
+    (root / "file").write_text(f"base_model_path: {path}\nexpert: {{A: /old/a}}\n")
+    (root / BACKBONE.base_folder).mkdir()
+
+    def folders():
+        return checkpoint_folders(general("--config", root / "file", "--cache_dir", root), BACKBONE)
+
+    assert folders() == (root / BACKBONE.base_folder, {"A": root / "a"}), "what is not there is named by its old name"
+    for name in ("models--me--base", "base"):
+        (root / name).mkdir()
+        assert folders()[0] == root / name
+
+
+def test_a_run_of_another_family_is_no_configuration(root):
+    (root / "config.json").write_text('{"family": "InternVL", "options": {"max_tiles": 3}}')
+    assert problems("--config", root / "config.json") == [
+        f"--config {root / 'config.json'} is of a run of InternVL, and this is the command of Mistral; use "
+        "InternVL/model_merging.py, or name the options that you want in a file of your own"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -288,12 +373,13 @@ def test_flags_are_not_abbreviated():
         ),
         (
             ["--method", "task_arithmetic", "--scaling_coefficient", "1e300"],
-            "--scaling_coefficient must be a number in [-1000, 1000] or a list of numbers in [-1000, 1000], got 1e300",
+            "--scaling_coefficient must be a number in [-1000, 1000], a list of them or a JSON object of them by "
+            "expert, got 1e300",
         ),
         (
             ["--method", "dare_ta", "--scaling_coefficient", "0.3, -1001"],
-            "--scaling_coefficient must be a number in [-1000, 1000] or a list of numbers in [-1000, 1000], got "
-            "0.3, -1001",
+            "--scaling_coefficient must be a number in [-1000, 1000], a list of them or a JSON object of them by "
+            "expert, got 0.3, -1001",
         ),
         (
             ["--task_vector_coeffs_dict", '{"Chat": 1000, "Math": 1e4}'],
@@ -378,7 +464,8 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
     ):
         assert text.count(meaning) == 1
     assert re.search(
-        r"list of numbers in \[-1000, 1000\]\. Default: 1\.0 \(weight_average.*\), 0\.3 \(task_arithmetic", text
+        r"or a JSON object of them by expert\. Default: 1\.0 \(weight_average.*\), 0\.3 \(task_arithmetic",
+        text,
     )
     assert "Takes a whole number in [1, inf). Default: 5." in text
     assert "Chat=Mistral-7B-Instruct-v0.1" in text

@@ -45,7 +45,7 @@ class TrainingOptions(SampleOptions):
         task_vector_coeffs_dict: factor on an expert's task vectors, by expert; 1 where none is given.
     """
 
-    scaling_coefficient: Factor | list[Factor] | None = 0.3
+    scaling_coefficient: Factor | list[Factor | None] | None = 0.3
     num_epochs: Count = 1
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
@@ -106,7 +106,7 @@ class AlignmentOptions(TrainingOptions):
         sparsity_reg_weight: weight of the coefficients' distance from their initial value.
     """
 
-    scaling_coefficient: Factor | list[Factor] | None = None
+    scaling_coefficient: Factor | list[Factor | None] | None = None
     directions: str = "task_vectors"
     temperature: Positive = 1.0
     logits_weight: NotNegative = 1.0

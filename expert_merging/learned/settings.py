@@ -108,10 +108,10 @@ def check(context: Context, options: TrainingOptions) -> Settings:
 def _initial_values(options: TrainingOptions, directions: Directions, context: Context) -> tuple[float, ...]:
     """Initial coefficient per expert: as given, or 1 for a method's directions, or the family's."""
     given = options.scaling_coefficient
-    if given is None:
-        family = float(context.backbone.defaults.get("scaling_coefficient", _USUAL))
-        given = family if directions.initial is None else directions.initial
-    values = given if isinstance(given, list) else [given] * len(context.plan.experts)
+    family = float(context.backbone.defaults.get("scaling_coefficient", _USUAL))
+    default = family if directions.initial is None else directions.initial
+    each = given if isinstance(given, list) else [given] * len(context.plan.experts)
+    values = [default if value is None else value for value in each]
     outside = [value for value in values if directions.bounded and not 0 < value < 1]
     if outside:
         raise InputError(

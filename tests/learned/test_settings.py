@@ -40,6 +40,12 @@ def test_what_is_merged_must_be_parameters_of_the_model(answered_zoo, tmp_path, 
         make_trainer(answered_zoo, tmp_path)
 
 
+@pytest.mark.parametrize(("directions", "default"), [("task_vectors", 0.3), ("iwudi", 1.0)])
+def test_experts_without_a_coefficient_of_their_own_begin_with_the_default(answered_zoo, tmp_path, directions, default):
+    trainer = make_trainer(answered_zoo, tmp_path, directions=directions, scaling_coefficient=[None, 0.5, None])
+    assert trainer.settings.layout.initial == (default, 0.5, default)
+
+
 def changed_config(source: Path, target: Path, **changes) -> Path:
     """A cache folder whose base has another ``config.json``."""
     for folder in EXPERTS.values():

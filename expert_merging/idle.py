@@ -1,0 +1,60 @@
+"""Flags that were given on the command line and change nothing: no flag is without effect silently."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from expert_merging.methods.wudi import RankRule
+from expert_merging.options import Resolved
+
+# A flag, the option that may leave it without effect, and the values with which that option does.
+_LEFT_OUT = (
+    ("temperature", "logits_weight", (0,)),
+    ("logits_chunk_tokens", "logits_weight", (0,)),
+    ("hidden_states_layers", "hidden_states_weight", (0,)),
+    ("hidden_states_weight", "hidden_states_layers", ("none",)),
+    ("budget", "chunking", ("all", "none")),
+    ("kappa", "chunking", ("all", "none")),
+    ("steps", "solver", ("exact",)),
+    ("step_size", "solver", ("exact",)),
+    ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
+)
+
+
+def idle_flags(resolved: Resolved) -> list[str]:
+    """A line for each reason for which flags change nothing.
+
+    A configuration file may serve several methods, so what it has in vain is not told.
+    """
+    return [*_unknown(resolved), *_named_already(resolved), *_untracked(resolved), *_left_out(resolved)]
+
+
+def _unknown(resolved: Resolved) -> list[str]:
+    """Flags of other methods."""
+    flags = ", ".join(f"--{name}" for name in resolved.ignored)
+    return [f"ignored, since {resolved.method.name} has no such option: {flags}"] if flags else []
+
+
+def _named_already(resolved: Resolved) -> list[str]:
+    """A cache folder from which nothing is taken."""
+    if {"cache_dir", "base_model_path", "expert"} <= set(resolved.given):
+        return ["ignored, since --base_model_path and --expert name every checkpoint: --cache_dir"]
+    return []
+
+
+def _untracked(resolved: Resolved) -> list[str]:
+    """A tracker for a method that has no curves."""
+    has_curves = any(step.reads_samples and "coefficients" in step.needs for step in resolved.steps)
+    if "log_with" in resolved.given and not has_curves:
+        return [f"ignored, since {resolved.method.name} learns nothing: --log_with"]
+    return []
+
+
+def _left_out(resolved: Resolved) -> list[str]:
+    """Flags of something that another option has left out."""
+    options = resolved.options
+    return [
+        f"ignored with --{other} {options[other]}: --{name}"
+        for name, other, values in _LEFT_OUT
+        if name in resolved.given and name in options and options.get(other) in values
+    ]
