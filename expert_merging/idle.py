@@ -15,6 +15,7 @@ _LEFT_OUT = (
     ("hidden_states_weight", "hidden_states_layers", ("none",)),
     ("budget", "chunking", ("all", "none")),
     ("kappa", "chunking", ("all", "none")),
+    ("force", "coefficients", (None,)),
     ("steps", "solver", ("exact",)),
     ("step_size", "solver", ("exact",)),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
@@ -54,7 +55,7 @@ def _left_out(resolved: Resolved) -> list[str]:
     """Flags of something that another option has left out."""
     options = resolved.options
     return [
-        f"ignored with --{other} {options[other]}: --{name}"
+        f"ignored {f'without --{other}' if options[other] is None else f'with --{other} {options[other]}'}: --{name}"
         for name, other, values in _LEFT_OUT
         if name in resolved.given and name in options and options.get(other) in values
     ]

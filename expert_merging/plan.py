@@ -45,6 +45,11 @@ class Plan:
         return Part.whole(name, self.base.entries[name].shape)
 
     @property
+    def contents(self) -> dict[str, str]:
+        """Digests of the weights of ``base`` and experts, which copies share."""
+        return {name: checkpoint.content() for name, checkpoint in {"base": self.base, **self.experts}.items()}
+
+    @property
     def base_elements(self) -> int:
         """Number of entries of the base."""
         return sum(entry.elements for entry in self.base.entries.values())

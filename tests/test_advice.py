@@ -97,6 +97,8 @@ def idle(*arguments):
             ["--method", "expert_merging++", "--chunking", "all", "--budget", "2", "--kappa", "1"],
             ["ignored with --chunking all: --budget", "ignored with --chunking all: --kappa"],
         ),
+        (["--method", "expert_merging++", "--force"], ["ignored without --coefficients: --force"]),
+        (["--method", "expert_merging++", "--force", "--coefficients", "run"], []),
         (["--method", "wudi", "--solver", "exact", "--steps", "3"], ["ignored with --solver exact: --steps"]),
         (
             ["--method", "aswudi", "--cumulative_share", "0.5"],

@@ -74,7 +74,7 @@ def test_the_list_fits_80_columns_and_has_what_methods_share_once(capsys, monkey
     for line in (
         "--num_epochs 1",
         "--gradient_accumulation_steps 8",
-        "--task_vector_coeffs_dict",
+        "--loss_alphas",
         "--samples_per_task 5",
     ):
         assert shown.count(f" {line} ") == 1, line

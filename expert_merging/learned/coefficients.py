@@ -22,6 +22,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.chunks import apply
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
 from expert_merging.parts import Part
+from expert_merging.run import Run
 from expert_merging.workers import fitting_threads
 from expert_merging.writing import write_atomically
 
@@ -39,6 +40,7 @@ class Coefficients:
         fixed: parameters whose coefficients were not trained.
         provenance: where they come from, for the reader.
         directions: what they multiply, as `expert_merging.learned.directions.Directions.record` has it.
+        checkpoints: digests of the weights of ``base`` and experts that they were learned with, where it is known.
     """
 
     experts: tuple[str, ...]
@@ -47,6 +49,7 @@ class Coefficients:
     fixed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None
     directions: Mapping[str, Any] = field(default_factory=lambda: {"name": TASK_VECTORS, "options": {}})
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
 
     def merge(self, directions: Tensor, part: Part) -> Tensor:
         """The merged task vector of a block.
@@ -83,6 +86,7 @@ class Coefficients:
             "task_vector_scale": list(self.task_vector_scale),
             "chunks": {name: value.shape[1] for name, value in self.values.items()},
             "fixed": list(self.fixed),
+            "checkpoints": dict(self.checkpoints),
             "provenance": self.provenance or {},
             **self._multiplied,
         }
@@ -104,7 +108,7 @@ def load_coefficients(place: Path) -> Coefficients:
     Raises:
         InputError: they are missing, damaged or do not fit together.
     """
-    file = place / "coefficients.safetensors" if place.is_dir() else place
+    file = Run(place).coefficients if place.is_dir() else place
     described_in = file.with_suffix(".json")
     for needed in (file, described_in):
         if not needed.is_file():
@@ -123,6 +127,7 @@ def load_coefficients(place: Path) -> Coefficients:
             fixed=tuple(described["fixed"]),
             provenance=described["provenance"],
             directions=_read_directions(described),
+            checkpoints={str(name): str(digest) for name, digest in described.get("checkpoints", {}).items()},
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} and {described_in.name} are not coefficients of a run ({error!r})") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.flags import Factor
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.method import ORDER_FREE, SAMPLES, Preparation, Prepare, enter_method
 from expert_merging.parts import Part
@@ -120,20 +121,29 @@ def adamerging_pp(context: Context, **options: object) -> Preparation:
 
 
 @learns(reads=frozenset(), promises=frozenset({ORDER_FREE}))
-def coefficients(context: Context, *, coefficients: str | None = None) -> Preparation:
+def coefficients(
+    context: Context,
+    *,
+    coefficients: str | None = None,
+    task_vector_coeffs_dict: dict[str, Factor] | None = None,
+    force: bool = False,
+) -> Preparation:
     """Coefficients of an earlier run, applied without learning.
 
     Args:
         context: the run.
-        coefficients: run folder or coefficients.safetensors file to take the coefficients from.
+        coefficients: run folder, coefficients.safetensors or weight_coeffs.json file to take the coefficients from.
+        task_vector_coeffs_dict: factor on an expert's task vectors on top of what was learned, by expert, 1 where none
+            is given and 0 to leave it out; of an expert that was not learned, its coefficient.
+        force: use coefficients though they were learned with other weights.
 
     Raises:
-        InputError: there are none, or they belong to other experts or parameters.
+        InputError: there are none, or they belong to other experts, parameters or weights.
     """
-    from expert_merging.learned.stages import applied
+    from expert_merging.learned.earlier import applied
 
     if coefficients is None:
         raise InputError(
             "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
         )
-    return applied(context, Path(coefficients))
+    return applied(context, Path(coefficients), task_vector_coeffs_dict or {}, force=force)

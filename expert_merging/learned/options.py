@@ -196,6 +196,7 @@ class ChunkingOptions(AlignmentOptions):
         kappa: how much more the more important parameters get; 0 spreads the budget evenly, 1 in proportion.
         stage2_init: the second stage starts from the coefficients that the first has learned, or from the initial value
             again; parameters that get no chunk keep it.
+        force: take earlier coefficients though they were learned with other weights.
     """
 
     coefficients: str | None = None
@@ -203,6 +204,7 @@ class ChunkingOptions(AlignmentOptions):
     budget: Positive = 1.0
     kappa: NotNegative = 1.2
     stage2_init: Literal["learned", "initial"] = "learned"
+    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

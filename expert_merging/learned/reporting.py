@@ -108,6 +108,7 @@ class Report:
                 "updates": updates,
             },
             directions=self.settings.directions.record,
+            checkpoints=plan.contents,
         )
 
     def save(self, coefficients: Coefficients, magnitudes: Mapping[str, tuple[float, ...]], updates: int) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.learned.chunks import chunk_count
-from expert_merging.learned.coefficients import Coefficients, kept_or_made, load_coefficients
-from expert_merging.learned.directions import find_directions, kept_output
+from expert_merging.learned.coefficients import Coefficients, kept_or_made
+from expert_merging.learned.directions import kept_output
+from expert_merging.learned.earlier import earlier_coefficients
 from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
@@ -69,7 +70,7 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         _check_budget(options, len(plan.merged))
     if options.coefficients is not None:
         with problems.collecting():
-            given = matching_coefficients(Path(options.coefficients), plan)
+            given = earlier_coefficients(context, Path(options.coefficients), force=options.force)
     problems.check()
     if given is not None:
         _check_first_stage(given, settings)
@@ -125,32 +126,6 @@ def second_stage(
     )
 
 
-def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
-    """Coefficients of an earlier run, which must belong to the same experts and parameters.
-
-    Raises:
-        InputError: there are none, or they belong to others.
-    """
-    loaded = load_coefficients(place)
-    problems = []
-    if loaded.experts != tuple(plan.experts):
-        problems.append(
-            f"--coefficients {place} belong to the experts {', '.join(loaded.experts)}, "
-            f"given are {', '.join(plan.experts)}"
-        )
-    without = [name for name in plan.merged if name not in loaded.values]
-    unknown = [name for name in loaded.values if name not in plan.merged]
-    if without:
-        problems.append(
-            f"--coefficients {place} has none for {without[0]} ({len(without)} in all); use the same --exclude_params"
-        )
-    if unknown:
-        problems.append(f"--coefficients {place} has {unknown[0]}, which is not merged ({len(unknown)} in all)")
-    if problems:
-        raise InputError(*problems)
-    return loaded
-
-
 def _check_first_stage(given: Coefficients, settings: Settings) -> None:
     """Check that coefficients from elsewhere can be what this run's first stage would have learned."""
     problems = Problems()
@@ -202,25 +177,6 @@ def _describe_chunks(options: ChunkingOptions, plan: Plan) -> str:
 def _amount(settings: Settings) -> str:
     epochs = settings.options.num_epochs
     return f"from {len(settings.asked.samples)} samples in {epochs} epoch{'s' if epochs > 1 else ''}"
-
-
-def applied(context: Context, place: Path) -> Preparation:
-    """The rule that coefficients of an earlier run are.
-
-    Args:
-        context: the run.
-        place: that run's folder, or its file of coefficients.
-
-    Raises:
-        InputError: there are none, or they belong to other experts, parameters or directions.
-    """
-    loaded = matching_coefficients(place, context.plan)
-    directions = find_directions(context, **loaded.directions)
-
-    def prepare() -> dict[str, Any]:
-        return {"coefficients": loaded, "directions": directions.prepare()}
-
-    return Preparation(prepare, {"coefficients": loaded.fingerprint()}, unit=directions.unit)
 
 
 def _work(

@@ -198,6 +198,7 @@ class Search:
             experts=tuple(plan.experts),
             values=self.space.coefficients(found.candidate),
             task_vector_scale=(1.0,) * len(plan.experts),
+            checkpoints=plan.contents,
             provenance={
                 "base": str(plan.base.folder),
                 "experts": {name: str(checkpoint.folder) for name, checkpoint in plan.experts.items()},

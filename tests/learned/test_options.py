@@ -103,7 +103,10 @@ def test_saved_coefficients_write_the_checkpoint_that_learning_wrote(command, tm
         == 0
     )
     learned = tmp_path / "out" / "expert_merging" / "learned"
-    for source in (learned, learned / "coefficients.safetensors"):
+    recorded = json.loads((learned / "coefficients.json").read_text())["checkpoints"]
+    assert list(recorded) == ["base", *EXPERTS]
+    assert len(set(recorded.values())) == 4
+    for source in (learned, learned / "coefficients.safetensors", learned / "weight_coeffs.json"):
         assert command("--method", "coefficients", "--coefficients", str(source), "--run_name", source.name) == 0
         again = tmp_path / "out" / "coefficients" / source.name / "model" / "model.safetensors"
         assert again.read_bytes() == (learned / "model" / "model.safetensors").read_bytes()
@@ -129,7 +132,9 @@ def test_coefficients_of_other_experts_or_parameters_are_refused(command, tmp_pa
     make_coefficients().save(tmp_path / "coefficients.safetensors")
     assert command("--method", "coefficients", "--coefficients", str(tmp_path)) == 1
     shown = capsys.readouterr().err
-    assert "belong to the experts x, y, given are Chat, Math, Code" in shown
+    assert (
+        "belong to the experts x, y and have none for Chat, Math, Code; leave such an expert out, or give it" in shown
+    )
     assert "has none for model.layers.0" in shown
     assert "has w, which is not merged (2 in all)" in shown
 

@@ -200,6 +200,14 @@ def test_coefficients_that_no_first_stage_can_have_are_refused(answered_zoo, tmp
     file.write_text(json.dumps({**json.loads(good), "trimming": trimmed}))
     with pytest.raises(InputError, match="were learned on trimmed and this run learns on task_vectors"):
         learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
+    file.write_text(json.dumps({**json.loads(good), "checkpoints": {"Math": "other"}}))
+    with pytest.raises(
+        InputError, match=r"were learned with other weights of Math than those in .*, or --force to use"
+    ):
+        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", **given)
+    file.write_text(json.dumps({**json.loads(good), "experts": ["Chat", "Math", "Law"]}))
+    with pytest.raises(InputError, match=r"belong to the experts Chat, Math, Law, given are Chat, Math, Code"):
+        learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "second", force=True, **given)
     file.write_text(good)
     next(iter(coefficients.values.values())).fill_(1.5)
     coefficients.save(tmp_path / "first" / "coefficients.safetensors")

@@ -1,0 +1,164 @@
+"""Coefficients of an earlier run, for the experts, parameters and weights of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.learned.coefficients import Coefficients, load_coefficients
+from expert_merging.learned.directions import TASK_VECTORS, find_directions
+from expert_merging.learned.published import load_published
+from expert_merging.method import Preparation
+from expert_merging.plan import Plan
+from expert_merging.run import Run
+
+
+def applied(context: Context, place: Path, factors: Mapping[str, float], *, force: bool) -> Preparation:
+    """The rule that coefficients of an earlier run are.
+
+    Args:
+        context: the run.
+        place: that run's folder, or a file of coefficients.
+        factors: factor on an expert's task vectors, or the coefficient of an expert that was not learned, by name.
+        force: the weights may be others than those that the coefficients were learned with.
+
+    Raises:
+        InputError: there are none, or they belong to other experts, parameters, weights or directions.
+    """
+    chosen = earlier_coefficients(context, place, factors, force=force)
+    directions = find_directions(context, **chosen.directions)
+
+    def prepare() -> dict[str, Any]:
+        return {"coefficients": chosen, "directions": directions.prepare()}
+
+    notes = _notes(chosen, context.plan)
+    return Preparation(prepare, {"coefficients": chosen.fingerprint()}, notes, directions.unit)
+
+
+def earlier_coefficients(
+    context: Context, place: Path, factors: Mapping[str, float] | None = None, *, force: bool
+) -> Coefficients:
+    """Coefficients of an earlier run for what this one merges.
+
+    Args:
+        context: the run.
+        place: the earlier run's folder, or a file of coefficients.
+        factors: as for `applied`; without them, the experts have to be the same.
+        force: as for `applied`.
+
+    Raises:
+        InputError: there are none, or they belong to other experts, parameters or weights.
+    """
+    plan, problems = context.plan, Problems()
+    loaded = _load(context, place)
+    chosen = loaded
+    with problems.collecting():
+        chosen = _for_experts(loaded, place, tuple(plan.experts), factors)
+    with problems.collecting():
+        _check_parameters(loaded, place, plan)
+    for name in [] if force else other_weights(loaded, plan):
+        folder = (plan.base if name == "base" else plan.experts[name]).folder
+        problems.add(
+            f"--coefficients {place} were learned with other weights of {name} than those in {folder}; give the "
+            "checkpoint that they were learned with, or --force to use them with this one"
+        )
+    problems.check()
+    return chosen
+
+
+def _load(context: Context, place: Path) -> Coefficients:
+    """Coefficients in either format."""
+    run = Run(place)
+    if place.is_dir() and not run.coefficients.exists() and run.weight_coeffs.exists():
+        place = run.weight_coeffs
+    if place.suffix == ".json" and place.is_file():
+        values = place.with_suffix(run.coefficients.suffix)  # which the file may describe
+        if not values.exists():
+            return load_published(place, context.plan, context.backbone.file_name)
+        place = values
+    return load_coefficients(place)
+
+
+def other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
+    """Checkpoints whose weights are not those that coefficients were learned with, as far as that is recorded."""
+    recorded = loaded.checkpoints
+    return [
+        name
+        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
+        if name in recorded and recorded[name] != checkpoint.content()
+    ]
+
+
+def _for_experts(
+    loaded: Coefficients, place: Path, experts: tuple[str, ...], factors: Mapping[str, float] | None
+) -> Coefficients:
+    """Coefficients of some of the experts, of others, or in another order."""
+    problems = Problems()
+    new = [name for name in experts if name not in loaded.experts]
+    belong = f"--coefficients {place} belong to the experts {', '.join(loaded.experts)}"
+    if factors is None and set(experts) != set(loaded.experts):
+        problems.add(f"{belong}, given are {', '.join(experts)}")
+    elif loaded.directions["name"] != TASK_VECTORS and experts != loaded.experts:
+        problems.add(
+            f"{belong} and multiply what was made of all of these together ({loaded.directions['name']}); give the "
+            f"same in the same order, not {', '.join(experts)}, and leave one out with --task_vector_coeffs_dict "
+            f"'{{\"{loaded.experts[-1]}\": 0}}'"
+        )
+    elif missing := [name for name in new if name not in (factors or {})]:
+        problems.add(
+            f"{belong} and have none for {', '.join(missing)}; leave such an expert out, or give it a coefficient: "
+            f"--task_vector_coeffs_dict '{{\"{missing[0]}\": 0.3}}'"
+        )
+    for name in factors or {}:
+        if name not in experts:
+            problems.add(f"--task_vector_coeffs_dict: there is no expert {name!r}. {near_name(name, experts)}")
+    problems.check()
+    scales = dict(zip(loaded.experts, loaded.task_vector_scale, strict=True))
+    return replace(
+        loaded,
+        experts=experts,
+        values={name: _rows(value, loaded.experts, experts) for name, value in loaded.values.items()},
+        task_vector_scale=tuple(scales.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in experts),
+    )
+
+
+def _rows(values: Tensor, learned: tuple[str, ...], experts: tuple[str, ...]) -> Tensor:
+    """Coefficients ``(experts, chunks)``, 1 for experts without any."""
+    ones = torch.ones_like(values[0])
+    return torch.stack([values[learned.index(name)] if name in learned else ones for name in experts])
+
+
+def _check_parameters(loaded: Coefficients, place: Path, plan: Plan) -> None:
+    merged = set(plan.merged)
+    without = [name for name in plan.merged if name not in loaded.values]
+    unknown = [name for name in loaded.values if name not in merged]
+    problems = []
+    if without:
+        problems.append(
+            f"--coefficients {place} has none for {without[0]} ({len(without)} in all); use the same --exclude_params"
+        )
+    if unknown:
+        problems.append(f"--coefficients {place} has {unknown[0]}, which is not merged ({len(unknown)} in all)")
+    if problems:
+        raise InputError(*problems)
+
+
+def _notes(chosen: Coefficients, plan: Plan) -> tuple[str, ...]:
+    """What the plan tells of the coefficients."""
+    scales = ", ".join(
+        f"{name} {scale:g}" for name, scale in zip(chosen.experts, chosen.task_vector_scale, strict=True)
+    )
+    others = other_weights(chosen, plan)
+    notes = [f"factors on task vectors: {scales}"] if set(chosen.task_vector_scale) != {1.0} else []
+    if others:
+        notes.append(f"by --force, coefficients are used with other weights of {', '.join(others)}")
+    if not chosen.checkpoints:
+        notes.append("which weights the coefficients were learned with is not recorded, so they are not compared")
+    return tuple(notes)
