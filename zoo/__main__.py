@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="exact match of the base, the experts and merged models")
     evaluate.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run, or of a model")
     evaluate.add_argument(
-        "--zoo", type=Path, metavar="DIR", default=default_folder("mistral", 0), help="folder of the zoo (%(default)s)"
+        "--zoo", type=Path, metavar="DIR", help="folder of the zoo (default: the one whose experts were merged)"
     )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
     return result
@@ -83,11 +83,12 @@ def demo_command(family_name: str, seed: int, methods: Sequence[str], json_file:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
-def evaluate_command(runs: Sequence[Path], zoo: Path, json_file: Path | None) -> None:
+def evaluate_command(runs: Sequence[Path], zoo: Path | None, json_file: Path | None) -> None:
     """Print the table and write the numbers."""
+    from zoo.belonging import zoo_of
     from zoo.report import evaluate, table
 
-    scores = evaluate(zoo, runs)
+    scores = evaluate(zoo or zoo_of(runs), runs)
     Console().print(table(scores))
     if json_file is not None:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError
 from expert_merging.run import Run
+from zoo.belonging import refuse_others
 from zoo.build import DESCRIPTION
 from zoo.evaluate import Scores, cached_exact_match, exact_match, require_model
 from zoo.family import load_family
@@ -71,10 +72,11 @@ def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
     """Exact match in percent for the base, the experts and ``runs``: ``{label: {task: percentage, "mean": ...}}``.
 
     Raises:
-        InputError: The zoo or the model of a run is missing.
+        InputError: The zoo or the model of a run is missing, or they are of different families.
     """
     description = read_description(zoo)
     backbone = load_family(description["family"]).backbone
+    refuse_others(runs, zoo, backbone.name)
     folders = [model_folder(run) for run in runs]
     scores = {label: cached_exact_match(backbone, zoo / name, zoo) for label, name in _model_names(description).items()}
     for label, folder in zip(run_labels(runs), folders, strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from safetensors.torch import load_file
 
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.options import ROOT
-from tests.command import merge
+from tests.command import merge, merged
 from tests.zoo.conftest import BRIEF
 from zoo import internvl, qwen2vl, tasks, vision
+from zoo.__main__ import main
 from zoo.build import build
 from zoo.evaluate import cached_exact_match
 from zoo.family import Family
@@ -154,3 +157,26 @@ def test_settings_of_the_zoo_are_accepted(
     arguments = ["--config", ROOT / "zoo" / f"{family.name}.yaml", "--cache_dir", zoo, "--data_dir", zoo / "dataset"]
     arguments += ["--method", "expert_merging", "--output_path", tmp_path, "--dry_run"]
     assert merge(*arguments, family=family.backbone) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_run_is_evaluated_on_its_own_zoo(
+    family: Family, zoos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = tmp_path / "zoo"
+    shutil.copytree(zoos[family.name], zoo)
+    run = merged(tmp_path / "out", "--method", "weight_average", "--cache_dir", zoo, family=family.backbone)
+    assert main(["evaluate", str(run.folder), "--json", str(tmp_path / "numbers.json")]) == 0
+    assert list(json.loads((tmp_path / "numbers.json").read_text())) == [
+        "base",
+        *(f"{task} expert" for task in TASKS),
+        "weight_average",
+    ]
+    (other,) = zoos.keys() - {family.name}
+    capsys.readouterr()
+    assert main(["evaluate", str(run.folder), "--zoo", str(zoos[other])]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {run.folder} is of {family.backbone.name}, and the zoo in {zoos[other]} is of "
+        f"{FAMILIES[other].backbone.name}\n"
+    )
