@@ -37,6 +37,8 @@ SAMPLES = "samples"
 
 # What every merge function may ask for by name beside what its preparation gives.
 _ALWAYS_KNOWN = ("part", "base", "seed", "experts", "merged")
+# What a preparation may return beside what it gives: tensors by name that outputs are to have as they are.
+_MADE = "made"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Prepare:
     Args:
         function: ``(context, **options) -> Preparation``; checks at once, works later. It is given the options that it
             names, or all of them.
-        gives: names of what the preparation will return.
+        gives: names of what the preparation will return, beside tensors by name that are written as they are
+            (``made``).
     """
 
     function: Callable[..., Preparation]
@@ -181,7 +184,22 @@ class Method:
         if self.prepare is None:
             return Preparation(unit=self.unit)
         found = self.prepare.function(context, **accepted(self.prepare.function, options))
-        return replace(found, unit=coarsest([self.unit, found.unit]))
+        return replace(found, run=self._promised(found.run), unit=coarsest([self.unit, found.unit]))
+
+    def _promised(self, run: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+        """The work of a preparation, which must return what it was registered to give; tensors ``made`` may be more."""
+        gives = set(self.prepare.gives) if self.prepare else set()
+
+        def checked() -> Mapping[str, Any]:
+            found = run()
+            if set(found) - {_MADE} != gives - {_MADE}:
+                raise TypeError(
+                    f"method {self.name}: its preparation returns {_listed(found)}, and was registered to give "
+                    f"{_listed(gives)}"
+                )
+            return found
+
+        return checked
 
     def rule(self, known: Mapping[str, Any], options: Mapping[str, Any]) -> Rule:
         """The rule that merges a part's task vectors.
@@ -225,6 +243,10 @@ class Method:
             return function(task_vectors, *needed, **own)
 
         return rule
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def coarsest(units: Iterable[Unit]) -> Unit:

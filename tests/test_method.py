@@ -138,6 +138,29 @@ def test_needs_are_given_by_name_in_any_order():
 
 
 @pytest.mark.parametrize(
+    ("returned", "gives", "told"),
+    [
+        ({}, ("found",), "returns nothing, and was registered to give found"),
+        ({"fond": 7}, ("found",), "returns fond, and was registered to give found"),
+        ({"found": 7, "more": 1}, ("found",), "returns found, more, and was registered to give found"),
+        ({"more": 1}, (), "returns more, and was registered to give nothing"),
+        ({"found": 7, "made": {}}, ("found",), None),
+    ],
+)
+def test_a_preparation_returns_what_it_was_registered_to_give(returned, gives, told):
+    def merge_(task_vectors):
+        """Merge."""
+
+    prepare = Prepare(lambda context: Preparation(lambda: returned), gives)
+    prepared = Method("x", merge_, {}, merge_, prepare=prepare).prepared(None, {})
+    if told is None:
+        assert prepared.run() == returned
+        return
+    with pytest.raises(TypeError, match=f"^method x: its preparation {told}$"):
+        prepared.run()
+
+
+@pytest.mark.parametrize(
     "part", [Part.whole("embed_tokens.weight", (2, 3)), Part.whole("a.bias", (6,)), Part.whole("a", (1, 2, 3))], ids=str
 )
 def test_what_is_no_matrix_gets_the_scaled_mean(part):

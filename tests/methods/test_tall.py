@@ -219,6 +219,6 @@ def test_a_factor_for_each_expert_or_one_for_all(zoo, tmp_path, capsys):
     common = [*TALL, "--cache_dir", zoo, "--output_path", tmp_path / "out"]
     message = "--tall_lambda has 2 values for 3 experts (Chat, Math, Code)"
     assert refusal(capsys, *common, "--tall_lambda", "[0.2,0.3]") == message
-    message = "--tall_lambda must be a number in [0, inf) or a list of numbers in [0, inf), got -1"
+    message = "--tall_lambda must be a number in [0, inf), a list of them or a JSON object of them by expert, got -1"
     assert refusal(capsys, *common, "--tall_lambda", "-1") == message
     assert not (tmp_path / "out").exists()
