@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.backbone import Backbone, Evaluation, names_in_memory
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
-from expert_merging.picture_experts import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.pictures import MARK, marked_question, read_picture
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.folders import refuse_pointers
-from expert_merging.picture_experts import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.pictures import MARK, marked_question, read_picture
 
 if TYPE_CHECKING:

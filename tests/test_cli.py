@@ -161,7 +161,8 @@ def test_patterns_given_replace_the_family_s(command, tmp_path):
 
 def test_coefficients_are_needed_for_the_method_of_that_name(command, capsys):
     assert refusal(capsys, *command, "--method", "coefficients") == (
-        "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
+        "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, its coefficients.safetensors, or the "
+        "published implementation's weight_coeffs.json"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,58 @@ def test_files_that_pages_name_exist(file):
         r"`((?:expert_merging|configs|docs|zoo|tests|benchmarks|dataset)/[\w./-]+\.\w+)`", file.read_text()
     )
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def broken_tables(text: str) -> list[str]:
+    """Rows that have not as many cells as the head of their table, and tables whose second row is no ruler.
+
+    A bar separates cells also in code, unless there is a backslash before it.
+    """
+    without_code = re.sub(r"^```.*?^```$", lambda code: "\n" * code[0].count("\n"), text, flags=re.M | re.S)
+    found, lines = [], without_code.splitlines()
+    for before, first, rows in tables_in(lines):
+        cells = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+        if len(rows) < 2 or not re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", rows[1]) or before:
+            found.append(f"line {first}: no table")
+        found += [f"line {first + number}: {count - 2} cells of {cells[0] - 2}" for number, count in enumerate(cells)
+                  if count != cells[0]]  # fmt: skip
+    return found
+
+
+def tables_in(lines: list[str]) -> Iterator[tuple[str, int, list[str]]]:
+    """Runs of lines that begin with a bar: the line before, the number of the first, and all of them."""
+    for is_table, run in groupby(enumerate(lines), key=lambda line: line[1].startswith("|")):
+        numbered = list(run)
+        if is_table:
+            first = numbered[0][0]
+            yield lines[first - 1].strip() if first else "", first + 1, [text.rstrip() for _, text in numbered]
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_tables_have_as_many_cells_in_every_row(file):
+    assert broken_tables(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTED)
+def test_tables_that_are_made_are_whole(page):
+    assert broken_tables(method_page(DOCUMENTED[page], read_written(page))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("| a | b |\n|---|---|\n| `x\\|y` | 1 |\n| \\| | 2 |\n", []),
+        ("```\n| a |\n```\n\n| a | b |\n|---|---|\n| `x|y` | 1 |\n", ["line 7: 3 cells of 2"]),
+        ("| a | b |\n|:--|--:|\n| 1 | 2 | 3 |\n| 1 |\n", ["line 3: 3 cells of 2", "line 4: 1 cells of 2"]),
+        ("| a | b |\n|---|\n", ["line 2: 1 cells of 2"]),
+        ("text\n| a | b |\n|---|---|\n", ["line 2: no table"]),
+        ("\n| a | b |\n| 1 | 2 |\n", ["line 2: no table"]),
+        ("| a |\n", ["line 1: no table"]),
+        ("```\n| a |\n```\n", []),
+    ],
+)
+def test_broken_tables_are_noticed(text, told):
+    assert broken_tables(text) == told
 
 
 @pytest.mark.parametrize("page", sorted({*DOCUMENTED, *METHOD_PAGES}))

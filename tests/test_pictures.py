@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from dataset.pictures import TEST_QUESTIONS
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.picture_experts import TEST_QUESTIONS
 from expert_merging.pictures import MARK, marked_question, read_picture
 from tests.internvl import make_picture
 

@@ -223,7 +223,7 @@ def _measure(
                 response_only=options.loss_tokens == "response",
                 max_new_tokens=options.max_new_tokens,
                 prompt_template=options.prompt_template or first.get("prompt_template"),
-                responses=Path(folder) / "responses.json",
+                responses=Run(Path(folder)).responses,
                 device=device,
                 dtype=torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype,
                 progress=terminal.progress,

@@ -113,8 +113,8 @@ def load_coefficients(place: Path) -> Coefficients:
     for needed in (file, described_in):
         if not needed.is_file():
             raise InputError(
-                f"--coefficients {place}: {needed} does not exist; give a finished run of a method that learns, or its "
-                "coefficients.safetensors"
+                f"--coefficients {place}: {needed} does not exist; give a finished run of a method that learns, its "
+                "coefficients.safetensors, or the published implementation's weight_coeffs.json"
             )
     try:
         values = load_file(file)

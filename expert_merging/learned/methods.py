@@ -144,6 +144,7 @@ def coefficients(
 
     if coefficients is None:
         raise InputError(
-            "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, or its coefficients.safetensors"
+            "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, its coefficients.safetensors, or "
+            "the published implementation's weight_coeffs.json"
         )
     return applied(context, Path(coefficients), task_vector_coeffs_dict or {}, force=force)

@@ -187,8 +187,8 @@ class ChunkingOptions(AlignmentOptions):
     """Options of Expert Merging++.
 
     Args:
-        coefficients: finished run of expert_merging, or its coefficients.safetensors, to start from instead of training
-            the first stage.
+        coefficients: finished run of expert_merging, its coefficients.safetensors or a weight_coeffs.json, to start
+            from instead of training the first stage.
         chunking: how many coefficients a parameter has in the second stage, by its importance, 2 for all, or none (one
             each, to compare with).
         budget: with chunking by importance, the upper bound on an expert's coefficients, as a multiple of the number of

@@ -1,4 +1,7 @@
-"""What the published picture experts of InternVL and Qwen2-VL have in common; imported by those two families alone."""
+"""Facts of the picture tasks: whose experts answer them, the public benchmarks nearest to them, and test questions.
+
+InternVL's and Qwen2-VL's experts share them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ TASK_EXPERTS = {
     "TextVQA": "OCR",
 }
 
-_IMAGES = Path(__file__).resolve().parent.parent / "dataset" / "images"
+_IMAGES = Path(__file__).resolve().parent / "images"
 TEST_QUESTIONS = (
     Sample.test("What is shown in this picture?", _IMAGES / "grounding-0.png"),
     Sample.test("What does the sign say?", _IMAGES / "ocr-0.png"),
