@@ -18,11 +18,13 @@ from pathlib import Path
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.writing import partial_name, write_atomically
 from zoo.family import Family, Schedule
 
 DESCRIPTION = "zoo.json"
+WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,16 @@ class Job:
         return progress(f"training the {self.label}", self.schedule.steps, "step")
 
 
-def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, progress: Progress = no_progress) -> None:
+def build(
+    family: Family, zoo: Path, *, seed: int = 0, workers: int = WORKERS, progress: Progress = no_progress
+) -> None:
     """Make what is missing of the zoo in folder ``zoo``.
 
     Args:
         family: What to build.
         zoo: Folder of the zoo, made if needed.
         seed: Decides the questions, the initial weights and the order of training.
-        workers: Processes that train at once, one thread each; 0 trains in this process.
+        workers: Processes that train at once, one thread each unless models are large; 0 trains in this process.
         progress: Shows how far every model is.
 
     Raises:
@@ -173,7 +177,7 @@ def work(job: Job, reports: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, cores() // WORKERS) if job.family.large else 1)
     with suppress(BrokenPipeError):
         train_model(job, reports.send)
 
@@ -182,13 +186,25 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
     """Train the model of ``job`` and save it under its name."""
     import torch
 
-    from zoo.train import train
+    from zoo.train import Saved, train
 
     torch.manual_seed(job.seed)
     family = job.family
     model = family.new_model() if job.task is None else family.backbone.load_model(job.base_folder, torch.float32)
+    if family.large and torch.cuda.is_available():
+        model = model.to("cuda")
     batches = family.batches(job.task, job.seed, job.schedule.batch_size)
-    train(model, batches, job.schedule, report, file_name=family.backbone.file_name)
+    state = job.folder.with_name(f"{job.folder.name}.state")
+    saved = Saved(state) if family.large else None
+    train(
+        model,
+        batches,
+        job.schedule,
+        report,
+        file_name=family.backbone.file_name,
+        mixed_precision=family.large,
+        saved=saved,
+    )
     # Under a temporary name first, so that a folder of its name is a whole model.
     unfinished = partial_name(job.folder)
     if unfinished.exists():
@@ -196,3 +212,4 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
     import_transformers()  # which turns its progress bars off
     family.save(model, unfinished)
     unfinished.rename(job.folder)
+    state.unlink(missing_ok=True)
