@@ -26,8 +26,8 @@ def listed(text: str) -> tuple[str, ...]:
 
 PEOPLE = listed(
     """Ada, Ahmed, Alice, Amara, Anna, Ben, Bilal, Carla, Chen, Clara, Daniel, David, Elena, Emma, Fatima, Felix,
-    George, Grace, Hannah, Hugo, Ida, Ivan, Jack, Julia, Karim, Kofi, Laura, Leo, Lucy, Maria, Mateo, Maya, Nina, Noah, Omar,
-    Olga, Paul, Priya, Rosa, Ruth, Sam, Sofia, Tariq, Tom, Uma, Vera, Victor, Wendy, Yusuf, Zoe"""
+    George, Grace, Hannah, Hugo, Ida, Ivan, Jack, Julia, Karim, Kofi, Laura, Leo, Lucy, Maria, Mateo, Maya, Nina,
+    Noah, Omar, Olga, Paul, Priya, Rosa, Ruth, Sam, Sofia, Tariq, Tom, Uma, Vera, Victor, Wendy, Yusuf, Zoe"""
 )
 CITIES = listed(
     """Athens, Berlin, Boston, Cairo, Chicago, Delhi, Denver, Dublin, Geneva, Hamburg, Helsinki, Istanbul, Jakarta,
