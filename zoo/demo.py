@@ -102,7 +102,7 @@ class _Merging:
         decisive = [config.read_bytes(), (self.zoo / "zoo.json").read_bytes(), " ".join(more).encode()]
         name = f"zoo-{self.family.name}-seed{self.seed}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:6]}"
         script = ROOT / self.family.backbone.name / "model_merging.py"
-        arguments = ["--method", method, "--cache_dir", str(self.zoo), "--data_dir", str(self.zoo / "dataset")]
+        arguments = ["--method", method, *self.family.places(self.zoo), "--data_dir", str(self.zoo / "dataset")]
         arguments += ["--config", str(config), "--seed", str(self.seed), *more]
         if self.results != RESULTS:
             arguments += ["--output_path", str(self.results)]

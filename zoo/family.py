@@ -77,6 +77,15 @@ class Family:
     write_data: Callable[[Path, int], None]
     large: bool = False
 
+    def places(self, zoo: Path) -> list[str]:
+        """Arguments that tell the merge command where the models of a zoo are."""
+        published: Backbone = importlib.import_module(f"{self.backbone.name}.backbone").BACKBONE
+        if self.backbone.expert_folders == published.expert_folders:
+            return ["--cache_dir", str(zoo)]
+        experts = [f"{task}={zoo / folder}" for task, folder in self.backbone.expert_folders.items()]
+        named = [word for expert in experts for word in ("--expert", expert)]
+        return ["--base_model_path", str(zoo / self.backbone.base_folder), *named]
+
 
 def default_folder(family_name: str, seed: int) -> Path:
     """Where a zoo is built unless the user names another folder."""

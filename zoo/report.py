@@ -28,14 +28,15 @@ def read_description(zoo: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build mistral --output {zoo}")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    missing = [name for name in _model_names(description).values() if not (zoo / name).is_dir()]
+    missing = [name for name in model_names(description).values() if not (zoo / name).is_dir()]
     if missing:
         command = f"python -m zoo build {description['family']} --seed {description['seed']} --output {zoo}"
         raise InputError(f"the zoo in {zoo} is not complete ({', '.join(missing)} missing); go on with: {command}")
     return description
 
 
-def _model_names(description: Mapping[str, Any]) -> dict[str, str]:
+def model_names(description: Mapping[str, Any]) -> dict[str, str]:
+    """Folder name of base and experts by the label of their row."""
     experts = {f"{task} expert": name for task, name in description["experts"].items()}
     return {"base": description["base"], **experts}
 
@@ -67,8 +68,13 @@ def run_labels(places: Sequence[Path]) -> list[str]:
     return [str(place) if repeated[label] > 1 else label for label, place in zip(labels, places, strict=True)]
 
 
-def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
+def evaluate(zoo: Path, runs: Sequence[Path], *, questions: int | None = None) -> dict[str, Scores]:
     """Exact match in percent for the base, the experts and ``runs``: ``{label: {task: percentage, "mean": ...}}``.
+
+    Args:
+        zoo: folder of the zoo.
+        runs: folders of runs or models.
+        questions: how many are asked of each task, all by default.
 
     Raises:
         InputError: The zoo or the model of a run is missing.
@@ -76,9 +82,12 @@ def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
     description = read_description(zoo)
     backbone = load_family(description["family"]).backbone
     folders = [model_folder(run) for run in runs]
-    scores = {label: cached_exact_match(backbone, zoo / name, zoo) for label, name in _model_names(description).items()}
+    scores = {
+        label: cached_exact_match(backbone, zoo / name, zoo, questions=questions)
+        for label, name in model_names(description).items()
+    }
     for label, folder in zip(run_labels(runs), folders, strict=True):
-        scores[label] = exact_match(backbone, folder, zoo / "test")
+        scores[label] = exact_match(backbone, folder, zoo / "test", questions=questions)
     tasks = list(description["experts"])
     return {label: with_mean({task: found[task] for task in tasks}) for label, found in scores.items()}
 

@@ -7,8 +7,10 @@ is the base. Any causal language model fits the Mistral family's command, so the
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +57,8 @@ def read_gguf(file: Path) -> Any:
     import torch
 
     automatic = import_transformers().AutoModelForCausalLM
-    quantized = automatic.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        quantized = automatic.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # What is read from such a file refuses to be converted and saved, so its weights go into a new model.
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
@@ -121,7 +124,9 @@ def write_data(folder: Path, seed: int) -> None:
 
 def expert_schedule(steps: int) -> Schedule:
     """How an expert is fine-tuned: gently, and without what the merge command excludes."""
-    return Schedule(steps, 1e-4, warmup_steps=10, decay_steps=steps // 2, batch_size=8, frozen=BACKBONE.exclude_params)
+    return Schedule(
+        steps, 1.5e-4, warmup_steps=10, decay_steps=steps // 2, batch_size=8, frozen=BACKBONE.exclude_params
+    )
 
 
 def new_family(source: Callable[[], Path]) -> Family:
@@ -134,8 +139,8 @@ def new_family(source: Callable[[], Path]) -> Family:
         name="smollm2",
         backbone=BACKBONE,
         base_schedule=Schedule(steps=0, learning_rate=0, warmup_steps=0, decay_steps=0),
-        expert_schedules={"Words": expert_schedule(150), "Math": expert_schedule(200)}
-        | {"Code": expert_schedule(200), "JSON": expert_schedule(60)},
+        expert_schedules={"Words": expert_schedule(80), "Math": expert_schedule(100)}
+        | {"Code": expert_schedule(120), "JSON": expert_schedule(30)},
         new_model=partial(new_model, source),
         save=partial(save, source),
         batches=partial(batches, source),

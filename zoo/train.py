@@ -53,7 +53,7 @@ class Saved:
     """
 
     file: Path
-    every: int = 20
+    every: int = 10
 
     def save(self, step: int, *parts: Any) -> None:
         """Keep the number of steps done and the states of all that changes with them, instead of the former ones."""
@@ -78,7 +78,7 @@ def train(
     report: Callable[[int], object],
     *,
     file_name: Callable[[str], str] = same_name,
-    mixed_precision: bool = False,
+    large: bool = False,
     saved: Saved | None = None,
 ) -> None:
     """Train ``model`` in place.
@@ -87,22 +87,22 @@ def train(
         model: Any model that returns a loss for a batch with ``labels``.
         batches: At least ``schedule.steps`` batches.
         schedule: How long and how fast.
-        report: Called with 1 after every step.
+        report: Called with the steps that are done already, then with 1 after every step.
         file_name: Name in the files of a parameter's name in memory.
-        mixed_precision: Multiply matrices in bfloat16; weights stay as they are.
+        large: Multiply matrices in bfloat16, weights staying as they are, and update weights in one go.
         saved: Where to go on, and to keep the state on the way.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(re.match(pattern, file_name(name)) for pattern in schedule.frozen))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=0.01, fused=large)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step))
     changing = (torch.nn.ParameterList(trained), optimizer, scheduler)
     done = saved.load(*changing) if saved else 0
     report(done)
     model.train()
     for step, batch in enumerate(islice(batches, done, schedule.steps), done + 1):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=large):
             loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)

@@ -114,7 +114,7 @@ def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
         shown.append("done")
 
     build(brief_family(), own_zoo, workers=2, progress=recorded)
-    assert shown == [("training the Code expert", 3, "step"), 1, 1, 1, "done"]
+    assert shown == [("training the Code expert", 3, "step"), 0, 1, 1, 1, "done"]
     assert contents(own_zoo) == contents(built_zoo)
 
 
