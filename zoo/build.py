@@ -11,6 +11,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -258,4 +259,6 @@ def with_adapter(model: Any, job: Job) -> Any:
         and not any(re.match(pattern, job.family.backbone.file_name(f"{name}.weight")) for pattern in frozen)
     ]
     settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls things of transformers' by their former names
+        return peft.get_peft_model(model, settings)

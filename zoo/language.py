@@ -47,16 +47,16 @@ WORDS = listed(
 
 
 @cache
-def nouns() -> dict[str, str]:
-    """Category by noun."""
+def nouns() -> tuple[tuple[str, str], ...]:
+    """Every noun with its category."""
     lines = [line for line in NOUNS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     entries = [entry.partition(":") for entry in "\n".join(lines).strip().split("\n\n")]
-    return {noun: category for category, _, listed in entries for noun in listed.split()}
+    return tuple((noun, category) for category, _, listed in entries for noun in listed.split())
 
 
 def category(draw: random.Random) -> Example:
     """The category of a noun."""
-    noun, answer = draw.choice(list(nouns().items()))
+    noun, answer = draw.choice(nouns())
     return Example(f'What kind of thing does the word "{noun}" name?', answer)
 
 
