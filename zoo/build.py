@@ -247,7 +247,7 @@ def adapter_schedule(schedule: Schedule) -> Schedule:
 
 
 def with_adapter(model: Any, job: Job) -> Any:
-    """The model with an adapter for the linear layers that the whole expert trains."""
+    """The model with an adapter for the linear layers that the whole expert trains, except the head."""
     import peft
     import torch
 
@@ -256,6 +256,7 @@ def with_adapter(model: Any, job: Job) -> Any:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
+        and module is not model.get_output_embeddings()
         and not any(re.match(pattern, job.family.backbone.file_name(f"{name}.weight")) for pattern in frozen)
     ]
     settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, task_type="CAUSAL_LM")
