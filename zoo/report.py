@@ -28,15 +28,14 @@ def read_description(zoo: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build mistral --output {zoo}")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    missing = [name for name in model_names(description).values() if not (zoo / name).is_dir()]
+    missing = [name for name in _model_names(description).values() if not (zoo / name).is_dir()]
     if missing:
         command = f"python -m zoo build {description['family']} --seed {description['seed']} --output {zoo}"
         raise InputError(f"the zoo in {zoo} is not complete ({', '.join(missing)} missing); go on with: {command}")
     return description
 
 
-def model_names(description: Mapping[str, Any]) -> dict[str, str]:
-    """Folder name of base and experts by the label of their row."""
+def _model_names(description: Mapping[str, Any]) -> dict[str, str]:
     experts = {f"{task} expert": name for task, name in description["experts"].items()}
     return {"base": description["base"], **experts}
 
@@ -84,7 +83,7 @@ def evaluate(zoo: Path, runs: Sequence[Path], *, questions: int | None = None) -
     folders = [model_folder(run) for run in runs]
     scores = {
         label: cached_exact_match(backbone, zoo / name, zoo, questions=questions)
-        for label, name in model_names(description).items()
+        for label, name in _model_names(description).items()
     }
     for label, folder in zip(run_labels(runs), folders, strict=True):
         scores[label] = exact_match(backbone, folder, zoo / "test", questions=questions)

