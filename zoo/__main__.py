@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.command == "build":
-            build_command(options.family, options.output, options.seed)
+            build_command(options.family, options.output, options.seed, adapters=options.adapters)
         elif options.command == "demo":
             demo_command(options.family, options.seed, options.methods, options.json)
         else:
-            evaluate_command(options.runs, options.zoo, options.json)
+            evaluate_command(options.runs, options.zoo, options.questions, options.json)
     except InputError as error:
         tell(error)
         return 1
@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("family", metavar="FAMILY", help=f"model family: {', '.join(FAMILY_MODULES)}")
     build.add_argument("--seed", type=int, default=0, help="decides the questions and the training (default: 0)")
     build.add_argument("--output", type=Path, metavar="DIR", help="folder (default: zoo/models/FAMILY-seedN)")
+    build.add_argument(
+        "--adapters", action="store_true", help="train a LoRA adapter for every task as well, in DIR/adapters"
+    )
     demo = commands.add_parser("demo", help="build a zoo, merge its experts and compare the methods")
     demo.add_argument("family", metavar="FAMILY", help=f"model family: {', '.join(FAMILY_MODULES)}")
     demo.add_argument("--seed", type=int, default=0, help="decides the zoo and the merging (default: 0)")
@@ -57,11 +60,12 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--zoo", type=Path, metavar="DIR", help="folder of the zoo (default: the one whose experts were merged)"
     )
+    evaluate.add_argument("--questions", type=int, metavar="N", help="ask the first N of each task (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
     return result
 
 
-def build_command(family_name: str, output: Path | None, seed: int) -> None:
+def build_command(family_name: str, output: Path | None, seed: int, *, adapters: bool) -> None:
     """Build a zoo and say where it is."""
     from zoo.build import build
     from zoo.progress import progress
@@ -70,7 +74,7 @@ def build_command(family_name: str, output: Path | None, seed: int) -> None:
     zoo = output or default_folder(family_name, seed)
     console = Console(soft_wrap=True)
     with progress(console) as shown:
-        build(family, zoo, seed=seed, progress=shown)
+        build(family, zoo, seed=seed, adapters=adapters, progress=shown)
     console.print(f"The zoo is in {zoo}", highlight=False)
 
 
@@ -83,12 +87,12 @@ def demo_command(family_name: str, seed: int, methods: Sequence[str], json_file:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
-def evaluate_command(runs: Sequence[Path], zoo: Path | None, json_file: Path | None) -> None:
+def evaluate_command(runs: Sequence[Path], zoo: Path | None, questions: int | None, json_file: Path | None) -> None:
     """Print the table and write the numbers."""
     from zoo.belonging import zoo_of
     from zoo.report import evaluate, table
 
-    scores = evaluate(zoo or zoo_of(runs), runs)
+    scores = evaluate(zoo or zoo_of(runs), runs, questions=questions)
     Console().print(table(scores))
     if json_file is not None:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -8,31 +8,42 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
-from expert_merging.backbone import import_transformers
+from expert_merging.backbone import import_transformers, same_name
 from expert_merging.errors import InputError
+from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.writing import partial_name, write_atomically
 from zoo.family import Family, Schedule
 
 DESCRIPTION = "zoo.json"
+WORKERS = 2
+# Adapters lie in a folder of their own, where the merge command does not look for experts unasked.
+ADAPTERS = "adapters"
+RANK = 16
+# An adapter has fewer weights, and they start at zero.
+ADAPTER_RATE = 10
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train: the base (``task`` is ``None``) or the expert for a task."""
+    """One model to train: the base (``task`` is ``None``), or the expert for a task, whole or as an adapter."""
 
     family: Family
     zoo: Path
     seed: int
     task: str | None
+    adapter: bool = False
 
     @property
     def base_folder(self) -> Path:
@@ -42,31 +53,46 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the model is when it is complete."""
-        return self.base_folder if self.task is None else self.zoo / self.family.backbone.expert_folders[self.task]
+        if self.task is None:
+            return self.base_folder
+        return (self.zoo / ADAPTERS if self.adapter else self.zoo) / self.family.backbone.expert_folders[self.task]
 
     @property
     def schedule(self) -> Schedule:
         """How it is trained."""
-        return self.family.base_schedule if self.task is None else self.family.expert_schedules[self.task]
+        if self.task is None:
+            return self.family.base_schedule
+        schedule = self.family.expert_schedules[self.task]
+        return adapter_schedule(schedule) if self.adapter else schedule
 
     @property
     def label(self) -> str:
         """What the user is told."""
-        return "base" if self.task is None else f"{self.task} expert"
+        return "base" if self.task is None else f"{self.task} {'adapter' if self.adapter else 'expert'}"
 
     def shown_by(self, progress: Progress) -> AbstractContextManager[Advance]:
         """Show how far its training is."""
-        return progress(f"training the {self.label}", self.schedule.steps, "step")
+        work = "training" if self.schedule.steps else "making"
+        return progress(f"{work} the {self.label}", self.schedule.steps, "step")
 
 
-def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, progress: Progress = no_progress) -> None:
+def build(
+    family: Family,
+    zoo: Path,
+    *,
+    seed: int = 0,
+    adapters: bool = False,
+    workers: int = WORKERS,
+    progress: Progress = no_progress,
+) -> None:
     """Make what is missing of the zoo in folder ``zoo``.
 
     Args:
         family: What to build.
         zoo: Folder of the zoo, made if needed.
         seed: Decides the questions, the initial weights and the order of training.
-        workers: Processes that train at once, one thread each; 0 trains in this process.
+        adapters: Train an adapter for every task as well.
+        workers: Processes that train at once, one thread each unless models are large; 0 trains in this process.
         progress: Shows how far every model is.
 
     Raises:
@@ -75,8 +101,8 @@ def build(family: Family, zoo: Path, *, seed: int = 0, workers: int = 2, progres
     zoo.mkdir(parents=True, exist_ok=True)
     describe(family, zoo, seed)
     family.write_data(zoo, seed)
-    for tasks in ([None], list(family.backbone.expert_folders)):
-        jobs = [Job(family, zoo, seed, task) for task in tasks]
+    experts = [Job(family, zoo, seed, task) for task in family.backbone.expert_folders]
+    for jobs in ([Job(family, zoo, seed, None)], experts, [replace(job, adapter=True) for job in experts if adapters]):
         train_all([job for job in jobs if not job.folder.is_dir()], workers, progress)
 
 
@@ -173,7 +199,7 @@ def work(job: Job, reports: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, cores() // WORKERS) if job.family.large else 1)
     with suppress(BrokenPipeError):
         train_model(job, reports.send)
 
@@ -182,17 +208,58 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
     """Train the model of ``job`` and save it under its name."""
     import torch
 
-    from zoo.train import train
+    from zoo.train import Saved, train
 
     torch.manual_seed(job.seed)
     family = job.family
     model = family.new_model() if job.task is None else family.backbone.load_model(job.base_folder, torch.float32)
-    batches = family.batches(job.task, job.seed, job.schedule.batch_size)
-    train(model, batches, job.schedule, report, file_name=family.backbone.file_name)
+    if job.adapter:
+        model = with_adapter(model, job)
+    if family.large and torch.cuda.is_available():
+        model = model.to("cuda")
+    state = job.folder.with_name(f"{job.folder.name}.state")
+    job.folder.parent.mkdir(exist_ok=True)
+    train(
+        model,
+        family.batches(job.task, job.seed, job.schedule.batch_size),
+        job.schedule,
+        report,
+        file_name=same_name if job.adapter else family.backbone.file_name,
+        large=family.large,
+        saved=Saved(state) if family.large else None,
+    )
     # Under a temporary name first, so that a folder of its name is a whole model.
     unfinished = partial_name(job.folder)
     if unfinished.exists():
         shutil.rmtree(unfinished)
     import_transformers()  # which turns its progress bars off
-    family.save(model, unfinished)
+    if job.adapter:
+        model.save_pretrained(unfinished)
+    else:
+        family.save(model, unfinished)
     unfinished.rename(job.folder)
+    state.unlink(missing_ok=True)
+
+
+def adapter_schedule(schedule: Schedule) -> Schedule:
+    """How an adapter is trained for which the whole expert has ``schedule``: faster, and nothing but the adapter."""
+    return replace(schedule, learning_rate=ADAPTER_RATE * schedule.learning_rate, frozen=("(?!.*lora_)",))
+
+
+def with_adapter(model: Any, job: Job) -> Any:
+    """The model with an adapter for the linear layers that the whole expert trains, except the head."""
+    import peft
+    import torch
+
+    frozen = job.family.expert_schedules[str(job.task)].frozen
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not model.get_output_embeddings()
+        and not any(re.match(pattern, job.family.backbone.file_name(f"{name}.weight")) for pattern in frozen)
+    ]
+    settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls things of transformers' by their former names
+        return peft.get_peft_model(model, settings)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -55,7 +56,7 @@ def demo(
     zoo = default_folder(family_name, seed)
     with progress(console) as shown:
         build(family, zoo, seed=seed, progress=shown)
-    merge = _Merging(family, zoo, seed, results)
+    merge = Merging(family, zoo, seed, results)
     runs = [merge.run(name, console=console) for name in names]
     console.print("answering the held-out questions ...")
     scores = evaluate(zoo, [run.folder for run in runs])
@@ -71,13 +72,26 @@ def demo(
 
 
 @dataclass(frozen=True)
-class _Merging:
+class Merging:
     """Runs the merge command on one zoo."""
 
     family: Family
     zoo: Path
     seed: int
     results: Path
+
+    @property
+    def config(self) -> Path:
+        """The zoo's configuration of the merge command."""
+        return ROOT / "zoo" / f"{self.family.name}.yaml"
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What it says."""
+        import yaml
+
+        content: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        return content
 
     def run(self, method: str, *more: str, console: Console | None = None) -> Run:
         """Merge in a process of its own, as a user would."""
@@ -98,12 +112,11 @@ class _Merging:
 
         The run is named after all that decides it: the same demo finds its runs again, a changed one gets new ones.
         """
-        config = ROOT / "zoo" / f"{self.family.name}.yaml"
-        decisive = [config.read_bytes(), (self.zoo / "zoo.json").read_bytes(), " ".join(more).encode()]
+        decisive = [self.config.read_bytes(), (self.zoo / "zoo.json").read_bytes(), " ".join(more).encode()]
         name = f"zoo-{self.family.name}-seed{self.seed}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:6]}"
         script = ROOT / self.family.backbone.name / "model_merging.py"
-        arguments = ["--method", method, "--cache_dir", str(self.zoo), "--data_dir", str(self.zoo / "dataset")]
-        arguments += ["--config", str(config), "--seed", str(self.seed), *more]
+        arguments = ["--method", method, *self.family.places(self.zoo), "--data_dir", str(self.zoo / "dataset")]
+        arguments += ["--config", str(self.config), "--seed", str(self.seed), *more]
         if self.results != RESULTS:
             arguments += ["--output_path", str(self.results)]
         return [sys.executable, str(script), *arguments, "--run_name", name], Run.named(self.results, method, name)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
+from expert_merging.checkpoint import read_header
 from expert_merging.errors import InputError
-from expert_merging.workers import fitting_threads
+from expert_merging.processes import choose_device
+from expert_merging.workers import SMALL_MODEL, fitting_threads
 from expert_merging.writing import write_atomically
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WEIGHTS = "*.safetensors"
@@ -25,13 +28,16 @@ BATCH_SIZE = 250
 Scores = dict[str, float]
 
 
-def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path) -> Scores:
+def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path, *, questions: int | None = None) -> Scores:
     """Percentage of questions that a model answers exactly, for each task.
+
+    The model answers in the precision that its files have, on a GPU if there is one and it is not small.
 
     Args:
         backbone: The family of the model.
         model_folder: A saved model with its tokenizer or processor.
         test_folder: ``<task>.json`` files with ``question`` and ``response``, as a zoo has in ``test/``.
+        questions: How many are asked of each task, all by default.
 
     Returns:
         ``{task: percentage in [0, 100]}``, in the order of the file names.
@@ -39,19 +45,25 @@ def exact_match(backbone: Backbone, model_folder: Path, test_folder: Path) -> Sc
     Raises:
         InputError: A folder holds no model or no questions.
     """
-    import torch
-
     from expert_merging.running.scores import score_by_task
 
     require_model(model_folder)
-    samples = [sample for path in sorted(test_folder.glob("*.json")) for sample in _read_test(path)]
+    samples = [sample for path in sorted(test_folder.glob("*.json")) for sample in _read_test(path)[:questions]]
     if not samples:
         raise InputError(f"{test_folder} holds no test questions (no <task>.json there)")
-    model = backbone.load_model(model_folder, torch.float32)
+    model = backbone.load_model(model_folder, _precision(model_folder))
+    if model.num_parameters() >= SMALL_MODEL:
+        model = model.to(choose_device("auto"))
     with fitting_threads(model.num_parameters()):
         score = ExactMatch(backbone, backbone.load_processor(model_folder))
         found = score_by_task(score, model, samples)
     return {task: numbers["accuracy"] for task, numbers in found.items()}
+
+
+def _precision(model_folder: Path) -> torch.dtype:
+    """Type of the weights in the files."""
+    _, entries = read_header(min(model_folder.glob(WEIGHTS)))
+    return next(entry.torch_dtype for entry in entries if entry.is_float)
 
 
 def _read_test(path: Path) -> list[Sample]:
@@ -107,11 +119,12 @@ def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sam
     from expert_merging.running.prompts import tokenizer_of
 
     tokenizer = tokenizer_of(processor)
-    longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in samples)
     answers: list[str] = []
     for start in range(0, len(samples), BATCH_SIZE):
-        prompts = [backbone.encode_prompt(processor, sample, None) for sample in samples[start : start + BATCH_SIZE]]
-        batch = together(prompts, tokenizer.pad_token_id)
+        asked = samples[start : start + BATCH_SIZE]
+        longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in asked)
+        prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
+        batch = {name: value.to(model.device) for name, value in together(prompts, tokenizer.pad_token_id).items()}
         # One token more than the longest answer, so that an answer that goes on is not mistaken for a right one.
         tokens = model.generate(
             **batch, max_new_tokens=longest + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -137,14 +150,16 @@ def together(prompts: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str,
     return batch
 
 
-def cached_exact_match(backbone: Backbone, model_folder: Path, zoo: Path) -> Scores:
+def cached_exact_match(backbone: Backbone, model_folder: Path, zoo: Path, *, questions: int | None = None) -> Scores:
     """``exact_match`` of a model of the zoo itself, kept in its folder while weights and questions stay the same."""
     require_model(model_folder)
     path = zoo / CACHED_SCORES
     known: dict[str, Scores] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = f"{model_folder.name} {_fingerprint([*model_folder.glob(WEIGHTS), *(zoo / 'test').glob('*.json')])}"
+    if questions is not None:
+        key += f", {questions} questions"
     if key not in known:
-        known[key] = exact_match(backbone, model_folder, zoo / "test")
+        known[key] = exact_match(backbone, model_folder, zoo / "test", questions=questions)
         write_atomically(path, (json.dumps(known, indent=2) + "\n").encode())
     return known[key]
 

@@ -18,7 +18,12 @@ from expert_merging.errors import InputError, near_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY_MODULES = {"mistral": "zoo.mistral", "internvl": "zoo.internvl", "qwen2vl": "zoo.qwen2vl"}
+FAMILY_MODULES = {
+    "mistral": "zoo.mistral",
+    "internvl": "zoo.internvl",
+    "qwen2vl": "zoo.qwen2vl",
+    "smollm2": "zoo.smollm2",
+}
 ZOO_ROOT = Path(__file__).parent / "models"
 
 Batch = dict[str, "Tensor"]
@@ -59,6 +64,7 @@ class Family:
         batches: Endless batches with ``labels`` for a task (``None``: the mixture that the base learns), seed and
             batch size.
         write_data: Writes ``dataset/`` and ``test/`` below a folder, for a seed.
+        large: Trained in bfloat16, on all processors or a GPU, going on within a model after an interruption.
     """
 
     name: str
@@ -69,6 +75,16 @@ class Family:
     save: Callable[[Any, Path], None]
     batches: Callable[[str | None, int, int], Iterator[Batch]]
     write_data: Callable[[Path, int], None]
+    large: bool = False
+
+    def places(self, zoo: Path) -> list[str]:
+        """Arguments that tell the merge command where the models of a zoo are."""
+        published: Backbone = importlib.import_module(f"{self.backbone.name}.backbone").BACKBONE
+        if self.backbone.expert_folders == published.expert_folders:
+            return ["--cache_dir", str(zoo)]
+        experts = [f"{task}={zoo / folder}" for task, folder in self.backbone.expert_folders.items()]
+        named = [word for expert in experts for word in ("--expert", expert)]
+        return ["--base_model_path", str(zoo / self.backbone.base_folder), *named]
 
 
 def default_folder(family_name: str, seed: int) -> Path:

@@ -68,8 +68,13 @@ def run_labels(places: Sequence[Path]) -> list[str]:
     return [str(place) if repeated[label] > 1 else label for label, place in zip(labels, places, strict=True)]
 
 
-def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
+def evaluate(zoo: Path, runs: Sequence[Path], *, questions: int | None = None) -> dict[str, Scores]:
     """Exact match in percent for the base, the experts and ``runs``: ``{label: {task: percentage, "mean": ...}}``.
+
+    Args:
+        zoo: folder of the zoo.
+        runs: folders of runs or models.
+        questions: how many are asked of each task, all by default.
 
     Raises:
         InputError: The zoo or the model of a run is missing, or they are of different families.
@@ -78,9 +83,12 @@ def evaluate(zoo: Path, runs: Sequence[Path]) -> dict[str, Scores]:
     backbone = load_family(description["family"]).backbone
     refuse_others(runs, zoo, backbone.name)
     folders = [model_folder(run) for run in runs]
-    scores = {label: cached_exact_match(backbone, zoo / name, zoo) for label, name in _model_names(description).items()}
+    scores = {
+        label: cached_exact_match(backbone, zoo / name, zoo, questions=questions)
+        for label, name in _model_names(description).items()
+    }
     for label, folder in zip(run_labels(runs), folders, strict=True):
-        scores[label] = exact_match(backbone, folder, zoo / "test")
+        scores[label] = exact_match(backbone, folder, zoo / "test", questions=questions)
     tasks = list(description["experts"])
     return {label: with_mean({task: found[task] for task in tasks}) for label, found in scores.items()}
 

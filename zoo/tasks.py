@@ -47,18 +47,20 @@ class Task:
         easy: Draws an example of the version that the base learns.
         hard: Draws an example of the version that the expert learns and that is tested.
         weight: How often the mixture draws the task, relative to the others, before held-out questions are skipped.
+        test_questions: How many questions are tested, `TEST_QUESTIONS` by default.
     """
 
     easy: Callable[[random.Random], Example]
     hard: Callable[[random.Random], Example]
     weight: int = 1
+    test_questions: int | None = None
 
 
 def held_out(task: Task, name: str, seed: int) -> dict[str, list[Example]]:
     """Hard examples that no model is trained on, all different, as ``{"dataset": [...], "test": [...]}``."""
     draw = random.Random(f"held out, {name}, {seed}")
     examples: dict[tuple[str, bytes], Example] = {}
-    while len(examples) < CALIBRATION_QUESTIONS + TEST_QUESTIONS:
+    while len(examples) < CALIBRATION_QUESTIONS + (task.test_questions or TEST_QUESTIONS):
         example = task.hard(draw)
         examples[example.key] = example
     ordered = list(examples.values())

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from expert_merging.calibration import load_samples
 from expert_merging.errors import InputError
@@ -20,7 +22,7 @@ from tests.command import contents, snapshot
 from tests.zoo.conftest import BRIEF, brief_family
 from zoo import build as build_module
 from zoo.build import Job, build, train_model, work
-from zoo.family import Schedule
+from zoo.family import Family, Schedule
 from zoo.progress import progress
 from zoo.train import learning_rate_factor
 
@@ -95,6 +97,63 @@ def test_interrupted_build_continues_with_what_is_missing(
     assert contents(zoo) == contents(built_zoo)
 
 
+def large_family(steps: int) -> Family:
+    """Trained as large models are, and long enough to keep a state on the way."""
+    schedule = replace(BRIEF, steps=steps, decay_steps=10)
+    family = brief_family()
+    return replace(family, large=True, expert_schedules=dict.fromkeys(family.expert_schedules, schedule))
+
+
+@pytest.mark.slow
+def test_interrupted_training_of_a_large_model_goes_on_within_it(tmp_path: Path) -> None:
+    family = large_family(steps=14)
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    build(family, whole, workers=0)
+    shown: list[int] = []
+
+    @contextmanager
+    def stopped(title: str, *_: object) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            shown.append(count)
+            if "Math" in title and sum(shown) == 12:
+                raise KeyboardInterrupt
+
+        shown.clear()
+        yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        build(family, halved, workers=0, progress=stopped)
+    assert (halved / f"{BACKBONE.expert_folders['Math']}.state").is_file()
+
+    @contextmanager
+    def recorded(title: str, *_: object) -> Iterator[Callable[[int], None]]:
+        shown.clear()
+        yield shown.append
+        if "Math" in title:
+            assert shown == [10, 1, 1, 1, 1]
+
+    build(family, halved, workers=0, progress=recorded)
+    assert contents(halved) == contents(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # when peft loads an adapter
+def test_adapters_are_trained_for_what_whole_experts_change(own_zoo: Path) -> None:
+    before = contents(own_zoo)
+    build(brief_family(), own_zoo, adapters=True, workers=0)
+    base = load_file(own_zoo / BACKBONE.base_folder / "model.safetensors")
+    for folder in BACKBONE.expert_folders.values():
+        adapter = own_zoo / "adapters" / folder
+        assert {path.name for path in adapter.iterdir()} == {
+            *("adapter_config.json", "adapter_model.safetensors", "README.md")
+        }
+        model = AutoModelForCausalLM.from_pretrained(own_zoo / BACKBONE.base_folder)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+        changed = {name for name in base if not merged[name].equal(base[name])}
+        assert changed == {name for name in base if "_proj" in name}
+    assert {name: kept for name, kept in contents(own_zoo).items() if "adapters" not in str(name)} == before
+
+
 def test_folder_of_another_zoo_is_refused(own_zoo: Path) -> None:
     for family, seed in ((brief_family(), 1), (replace(brief_family(), base_schedule=replace(BRIEF, steps=4)), 0)):
         with pytest.raises(InputError, match=r"holds a zoo of another family, seed or recipe .*; remove it, or choose"):
@@ -114,7 +173,7 @@ def test_workers_train_the_same_models(built_zoo: Path, own_zoo: Path) -> None:
         shown.append("done")
 
     build(brief_family(), own_zoo, workers=2, progress=recorded)
-    assert shown == [("training the Code expert", 3, "step"), 1, 1, 1, "done"]
+    assert shown == [("training the Code expert", 3, "step"), 0, 1, 1, 1, "done"]
     assert contents(own_zoo) == contents(built_zoo)
 
 

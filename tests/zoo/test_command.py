@@ -36,19 +36,24 @@ def test_help_needs_no_torch() -> None:
 
 def test_typing_mistake_is_answered_with_the_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of(capsys, "build", "mistrall") == "there is no zoo family 'mistrall'. Did you mean 'mistral'?"
-    assert error_of(capsys, "build", "llama") == "there is no zoo family 'llama'. Known: internvl, mistral, qwen2vl."
+    assert (
+        error_of(capsys, "build", "llama")
+        == "there is no zoo family 'llama'. Known: internvl, mistral, qwen2vl, smollm2."
+    )
 
 
 def test_build_puts_the_zoo_where_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[str, Path, int]] = []
+    asked: list[tuple[str, Path, int, bool]] = []
     monkeypatch.setattr(
-        build_module, "build", lambda family, zoo, seed, progress: asked.append((family.name, zoo, seed))
+        build_module,
+        "build",
+        lambda family, zoo, seed, adapters, progress: asked.append((family.name, zoo, seed, adapters)),
     )
     assert main(["build", "mistral", "--seed", "3"]) == 0
-    assert main(["build", "mistral", "--output", str(tmp_path)]) == 0
-    assert asked == [("mistral", default_folder("mistral", 3), 3), ("mistral", tmp_path, 0)]
+    assert main(["build", "mistral", "--output", str(tmp_path), "--adapters"]) == 0
+    assert asked == [("mistral", default_folder("mistral", 3), 3, False), ("mistral", tmp_path, 0, True)]
     assert capsys.readouterr().out == f"The zoo is in {default_folder('mistral', 3)}\nThe zoo is in {tmp_path}\n"
 
 

@@ -66,7 +66,7 @@ def test_the_table_has_base_experts_methods_and_the_best_task_arithmetic(run_dem
 
 
 def test_runs_are_found_again_unless_their_options_change(own_zoo, tmp_path):
-    merging = module._Merging(brief_family(), own_zoo, 0, tmp_path)
+    merging = module.Merging(brief_family(), own_zoo, 0, tmp_path)
     first, again, other = (
         merging.command("weight_average", *more)[1].folder for more in ((), (), ("--exclude_params", "none"))
     )
@@ -90,8 +90,8 @@ def test_all_means_every_method_that_makes_one_model_of_its_own(own_zoo, monkeyp
     asked = []
     monkeypatch.setattr(module, "load_family", lambda name: brief_family())
     monkeypatch.setattr(module, "default_folder", lambda name, seed: own_zoo)
-    monkeypatch.setattr(module._Merging, "run", lambda self, method, **_: asked.append(method) or Run(own_zoo))
-    monkeypatch.setattr(module._Merging, "best_coefficient", lambda self, console: (0.3, {"mean": 1.0}))
+    monkeypatch.setattr(module.Merging, "run", lambda self, method, **_: asked.append(method) or Run(own_zoo))
+    monkeypatch.setattr(module.Merging, "best_coefficient", lambda self, console: (0.3, {"mean": 1.0}))
     monkeypatch.setattr(module, "evaluate", lambda zoo, runs: {"base": {"mean": 0.0}})
     demo("mistral", seed=0, methods=["all"], console=Console(file=io.StringIO()))
     assert {"weight_average", "ties", "svd", "wudi", "expert_merging"} <= set(asked)

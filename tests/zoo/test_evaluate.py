@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
@@ -73,6 +74,37 @@ def test_models_of_the_zoo_are_asked_once(own_zoo: Path, monkeypatch: pytest.Mon
     (base / "model.safetensors").write_bytes((expert / "model.safetensors").read_bytes())
     cached_exact_match(BACKBONE, base, own_zoo)
     assert asked == [base.name, expert.name, base.name]
+
+
+def test_the_first_questions_alone_are_asked(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[str]:
+        asked.append(len(samples))
+        return [str(sample.response) if sample.number == 0 else "wrong" for sample in samples]
+
+    monkeypatch.setattr(evaluate, "answer", answers)
+    base = own_zoo / BACKBONE.base_folder
+    assert cached_exact_match(BACKBONE, base, own_zoo, questions=4) == dict.fromkeys(("Chat", "Code", "Math"), 25)
+    assert cached_exact_match(BACKBONE, base, own_zoo) == dict.fromkeys(("Chat", "Code", "Math"), 5)
+    assert cached_exact_match(BACKBONE, base, own_zoo, questions=4)["Chat"] == 25
+    assert asked == [12, 60]
+
+
+def test_a_model_answers_in_the_precision_of_its_files(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.dtype] = []
+
+    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[str]:
+        used.append(model.dtype)
+        return ["" for _ in samples]
+
+    monkeypatch.setattr(evaluate, "answer", answers)
+    base = own_zoo / BACKBONE.base_folder
+    exact_match(BACKBONE, base, own_zoo / "test")
+    weights = {name: weight.to(torch.bfloat16) for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors")
+    exact_match(BACKBONE, base, own_zoo / "test")
+    assert used == [torch.float32, torch.bfloat16]
 
 
 def test_folders_without_a_model_or_questions_are_refused(built_zoo: Path, tmp_path: Path) -> None:
