@@ -113,25 +113,31 @@ class Checkpoint:
         InputError: the folder cannot be used; every problem found is listed.
     """
 
+    config_name = "config.json"
+
     def __init__(self, folder: Path) -> None:
+        self.config = _read_config(folder)
+        self._open(folder, weight_files(folder))
+        _check_index(folder, self.entries)
+
+    def _open(self, folder: Path, files: list[Path]) -> None:
         self._descriptors: dict[Path, int] = {}
         self._pages: dict[Path, Tensor] = {}
         self.folder = folder
-        self.config = _read_config(folder)
-        self.files = weight_files(folder)
+        self.files = files
         self.headers: dict[str, bytes] = {}
         self.entries: dict[str, Entry] = {}
         problems = Problems()
-        for file in self.files:
+        for file in files:
             with problems.collecting():
                 header, entries = read_header(file)
                 self.headers[file.name] = header
                 self._add(entries)
         problems.check()
-        _check_index(folder, self.entries)
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_descriptors"):  # the constructor may have refused the folder
+            self.close()
 
     def _add(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -167,7 +173,9 @@ class Checkpoint:
 
     def read_into(self, block: Tensor, name: str, start: int) -> None:
         """Fill a block ``(entries,)`` of the file's type with entries of the flattened tensor, from ``start`` on."""
-        entry = self.entries[name]
+        self._read_entry(block, self.entries[name], start)
+
+    def _read_entry(self, block: Tensor, entry: Entry, start: int) -> None:
         position = entry.offset + start * block.element_size()
         read_exactly(self.descriptor(entry.file), as_bytes(block), position, entry.file)
 
@@ -202,10 +210,10 @@ class Checkpoint:
         """A digest that changes when weights do: of headers, sizes, times of change and samples of the data.
 
         Args:
-            whole: it also changes with any other file (tokenizer, processor, ...), not only with ``config.json``.
+            whole: it also changes with any other file (tokenizer, processor, ...), not only with its settings.
         """
         digest = hashlib.sha256()
-        for relative in other_files(self.folder) if whole else [Path("config.json")]:
+        for relative in other_files(self.folder) if whole else [Path(self.config_name)]:
             digest.update(str(relative).encode() + (self.folder / relative).read_bytes())
         for file in self.files:
             header = self.headers[file.name]
@@ -274,8 +282,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint folder {folder} does not exist")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds a LoRA adapter (adapter_config.json), not a full model; merge it into its base first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+            f"{folder} holds an adapter (adapter_config.json), and a full model is needed here; adapters can be "
+            "experts (--expert), and the base is the model that they were trained on"
         )
     file = folder / "config.json"
     if not file.is_file():
