@@ -57,7 +57,8 @@ class Adapter(Checkpoint):
 
     Attributes:
         settings: what ``adapter_config.json`` says.
-        changed: names of the tensors that are not the base's.
+        whole: names of the tensors that the adapter has itself.
+        changed: names of all tensors that are not the base's.
 
     Args:
         folder: the folder as peft has saved it.
@@ -77,7 +78,8 @@ class Adapter(Checkpoint):
         self._open(folder, [weights_file(folder)])
         parts = _Parts(self, sort_contents(folder, self.entries), file_name)
         self._adapted = parts.adapted
-        self.changed = frozenset([*parts.adapted, *parts.whole])
+        self.whole = frozenset(parts.whole)
+        self.changed = self.whole | parts.adapted.keys()
         computed = {name: _in_float32(name, tensor, self.files[0]) for name, tensor in parts.adapted.items()}
         self.entries = {**base.entries, **parts.whole, **computed}
 
