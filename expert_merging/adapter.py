@@ -70,6 +70,7 @@ class Adapter(Checkpoint):
     """
 
     config_name = CONFIG
+    kind = " (LoRA adapter)"
 
     def __init__(self, folder: Path, base: Checkpoint, file_name: Callable[[str], str] = str) -> None:
         self.base = base

@@ -80,6 +80,23 @@ class Settings:
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}")), ())
 
 
+def other_base(settings: Settings, folder: Path) -> str | None:
+    """The name of the model that an adapter was trained on, where that is another one than this folder holds.
+
+    Paths and names differ from machine to machine, so only two names that both say a model's size are compared.
+    """
+    place = folder.resolve()
+    place = place.parents[1] if place.parent.name == "snapshots" else place  # of a download cache
+    said, given = (_usual_name(Path(path).name) for path in (settings.base, place))
+    names_a_model = all(re.search(r"\d[bm]\b", name) for name in (said, given))
+    return Path(settings.base).name if names_a_model and said != given else None
+
+
+def _usual_name(name: str) -> str:
+    """A model's name in small letters, without what says how it was packed."""
+    return re.sub(r"(-unsloth)?(-bnb-\dbit)?$", "", name.lower().rsplit("--", 1)[-1])
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter."""
     return (folder / CONFIG).is_file()

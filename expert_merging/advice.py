@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expert_merging import machine
+from expert_merging.adapter import Adapter
+from expert_merging.adapter_files import other_base
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan, differing_settings
@@ -33,6 +35,7 @@ def warnings_before(
         *_large_factors(resolved),
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
+        *_adapters_of_others(plan),
         *_idle_patterns(plan, backbone, resolved.general["exclude_params"]),
         *differing_settings(plan),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
@@ -77,6 +80,17 @@ def _foreign_base(plan: Plan, backbone: Backbone) -> list[str]:
         f"{' and '.join(kinds)}: its patterns may leave out other parameters than they should (a vision tower may "
         "be merged); look at the names and give --exclude_params, or use the command of the base's own family"
     ]
+
+
+def _adapters_of_others(plan: Plan) -> list[str]:
+    """Adapters that say that they were trained on another model than the base."""
+    adapters = {name: expert for name, expert in plan.experts.items() if isinstance(expert, Adapter)}
+    said = {name: other_base(expert.settings, plan.base.folder) for name, expert in adapters.items()}
+    foreign = [f"{name} ({model})" for name, model in said.items() if model]
+    return [
+        f"adapters say that they were trained on another model than the base {plan.base.folder.name}: "
+        f"{', '.join(foreign)}; an adapter makes sense on its own base alone"
+    ] * bool(foreign)
 
 
 def _idle_patterns(plan: Plan, backbone: Backbone, patterns: Sequence[str]) -> list[str]:

@@ -114,6 +114,7 @@ class Checkpoint:
     """
 
     config_name = "config.json"
+    kind = ""  # what is said beside the folder of one that is no full model
 
     def __init__(self, folder: Path) -> None:
         self.config = _read_config(folder)
