@@ -16,10 +16,9 @@ from typing import Any
 
 from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError, Problems
-from expert_merging.folders import INDEX, SINGLE
+from expert_merging.folders import ADAPTER, INDEX, SINGLE, is_pointer, pointer
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
 # Variants of LoRA that compute something else than ``weight + scale * B A``.
@@ -80,23 +79,6 @@ class Settings:
         return next((rows for key, rows in self.tokens.items() if f".{module}".endswith(f".{key}")), ())
 
 
-def other_base(settings: Settings, folder: Path) -> str | None:
-    """The name of the model that an adapter was trained on, where that is another one than this folder holds.
-
-    Paths and names differ from machine to machine, so only two names that both say a model's size are compared.
-    """
-    place = folder.resolve()
-    place = place.parents[1] if place.parent.name == "snapshots" else place  # of a download cache
-    said, given = (_usual_name(Path(path).name) for path in (settings.base, place))
-    names_a_model = all(re.search(r"\d[bm]\b", name) for name in (said, given))
-    return Path(settings.base).name if names_a_model and said != given else None
-
-
-def _usual_name(name: str) -> str:
-    """A model's name in small letters, without what says how it was packed."""
-    return re.sub(r"(-unsloth)?(-bnb-\dbit)?$", "", name.lower().rsplit("--", 1)[-1])
-
-
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter."""
     return (folder / CONFIG).is_file()
@@ -109,6 +91,8 @@ def read_settings(folder: Path) -> Settings:
         InputError: the file cannot be read, or the adapter is of a kind that is not known here.
     """
     file = folder / CONFIG
+    if is_pointer(file):
+        raise InputError(pointer(file))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -172,14 +156,14 @@ def weights_file(folder: Path) -> Path:
             f"{folder} holds both an adapter ({CONFIG}) and a full model ({full}); which one is the expert? Move the "
             "other's files to a folder of their own"
         )
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
+    if (folder / ADAPTER).is_file():
+        return folder / ADAPTER
     if (folder / _PICKLE).is_file():
         raise InputError(
             f"{folder} has its weights in a pickle file ({_PICKLE}), which can run code when it is opened; if you "
             f"trust it, convert it: python -m expert_merging convert {folder} OUT"
         )
-    raise InputError(f"{folder} has {CONFIG} and no {WEIGHTS}; download it")
+    raise InputError(f"{folder} has {CONFIG} and no {ADAPTER}; download it")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from expert_merging.adapter import Adapter, open_checkpoint
-from expert_merging.adapter_files import other_base, read_settings
+from expert_merging.advice import other_base
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.running.sharding import load_on
@@ -563,10 +563,19 @@ def test_fingerprints_change_with_the_adapter_and_with_its_base(saved, tmp_path)
         ("meta-llama/Llama-2-7b-hf", "base", None),
         ("", "Mistral-7B-v0.1", None),
         ("mistralai/Mistral-7B-v0.1", "models--mistralai--Mistral-7B-v0.1/snapshots/ab12cd7b", None),
-        ("meta-llama/Llama-2-7b-hf", "models--mistralai--Mistral-7B-v0.1/snapshots/ab12cd7b", "Llama-2-7b-hf"),
+        (
+            "meta-llama/Llama-2-7b-hf",
+            "models--mistralai--Mistral-7B-v0.1/snapshots/ab12cd7b",
+            "Llama-2-7b-hf",
+        ),
     ],
 )
-def test_another_base_is_seen_by_its_name(said, base, expected, saved, tmp_path):
-    change_config(saved, base_model_name_or_path=said)
+def test_another_base_is_seen_by_its_name(said, base, expected, tmp_path):
     (tmp_path / base).mkdir(parents=True)
-    assert other_base(read_settings(saved), tmp_path / base) == expected
+    assert other_base(said, tmp_path / base) == expected
+
+
+def test_a_pointer_to_settings_is_named(mistral, saved):
+    """As Git without its extension for large files leaves it."""
+    (saved / "adapter_config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert problem(mistral, saved).startswith(f"{saved}/adapter_config.json is ")
