@@ -7,6 +7,7 @@ rounded: peft would round to the base's type.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,7 +160,9 @@ class _Parts:
         tokens = roles.get(TOKENS)
         rows = self.settings.tokens_of(module) if tokens else ()
         if tokens and (len(rows), *start.shape[1:]) != tokens.shape:
-            raise self._refusal(f"has {tokens.shape[0]} rows of {module}, and {CONFIG} says which for {len(rows)}")
+            raise self._refusal(f"has rows {list(tokens.shape)} of {module}, and {CONFIG} says which for {len(rows)}")
+        if tokens and not set(rows) <= set(range(start.shape[0])):
+            raise self._refusal(f"has rows of {module} that the base lacks; is it an adapter of this base?")
         self.adapted[weight] = Adapted(start, self.adapter.numbers, change, rows, tokens)
         if change is not None and "lora_B.bias" in roles:
             bias, start = self._start(f"{module}.bias")
@@ -194,10 +197,15 @@ class _Parts:
         by_columns = is_embedding or (straight[0].shape[0], straight[1].shape[1]) != shape
         by_columns |= shape[0] == shape[1] and self.settings.fan_in_fan_out
         left, right = turned if by_columns else straight
-        if left.shape[1] != right.shape[0]:
+        if left.shape[1] != right.shape[0] or left.shape[1] == 0:
             raise self._refusal(f"has matrices of ranks {left.shape[1]} and {right.shape[0]} for {module}; download it")
+        if left.shape[0] < shape[0] and right.shape[1] == shape[1] and shape[0] % left.shape[0] == 0:
+            raise self._refusal(f"adapts {module}, which is a part of a tensor in the base's files; leave it out")
         self._check_fits(module, (left.shape[0], right.shape[1]), shape)
         magnitude = roles.get("lora_magnitude_vector")
+        if (magnitude is not None) != self.settings.dora:
+            said = json.dumps(self.settings.dora)
+            raise self._refusal(f"has {', '.join(sorted(roles))} of {module}, and {CONFIG} says use_dora {said}")
         if magnitude is not None:
             self._check_fits(module, (magnitude.elements,), (shape[by_columns],))
         return Change(left, right, self.settings.scale(module, left.shape[1]), magnitude, by_columns)

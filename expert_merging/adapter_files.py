@@ -16,7 +16,7 @@ from typing import Any
 
 from expert_merging.checkpoint import Entry
 from expert_merging.errors import InputError, Problems
-from expert_merging.folders import ADAPTER, INDEX, SINGLE, is_pointer, pointer
+from expert_merging.folders import ADAPTER, INDEX, SINGLE, is_pointer, pickled, pointer
 
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"
@@ -52,8 +52,9 @@ class Settings:
 
     Args:
         alpha: numerator of the scale.
-        alphas: the same for modules whose name ends like one of these patterns.
+        alphas: the same for modules whose name ends like one of these patterns (`re.match`).
         rslora: the scale is ``alpha / sqrt(rank)`` and not ``alpha / rank``.
+        dora: every changed tensor has norms of its own.
         fan_in_fan_out: files have weights as ``(inputs, outputs)``.
         tokens: rows of embeddings that were trained: for all of them, or by module.
         base: name or path of the model that the adapter was trained on, empty where it is not said.
@@ -62,6 +63,7 @@ class Settings:
     alpha: float
     alphas: Mapping[str, float]
     rslora: bool
+    dora: bool
     fan_in_fan_out: bool
     tokens: Sequence[int] | Mapping[str, Sequence[int]]
     base: str
@@ -103,15 +105,22 @@ def read_settings(folder: Path) -> Settings:
     try:
         return Settings(
             alpha=float(config["lora_alpha"]),
-            alphas={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
+            alphas={_checked(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
             rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             tokens=_tokens(config.get("trainable_token_indices") or ()),
             base=str(config.get("base_model_name_or_path") or ""),
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise InputError(f"{file} {reason}; download it again") from None
+
+
+def _checked(pattern: str) -> str:
+    """The regular expression itself."""
+    re.compile(pattern)
+    return pattern
 
 
 def _tokens(given: Any) -> Sequence[int] | Mapping[str, Sequence[int]]:
@@ -159,10 +168,7 @@ def weights_file(folder: Path) -> Path:
     if (folder / ADAPTER).is_file():
         return folder / ADAPTER
     if (folder / _PICKLE).is_file():
-        raise InputError(
-            f"{folder} has its weights in a pickle file ({_PICKLE}), which can run code when it is opened; if you "
-            f"trust it, convert it: python -m expert_merging convert {folder} OUT"
-        )
+        raise InputError(pickled(str(folder), _PICKLE))
     raise InputError(f"{folder} has {CONFIG} and no {ADAPTER}; download it")
 
 

@@ -87,10 +87,12 @@ def _adapters_of_others(plan: Plan) -> list[str]:
     adapters = {name: expert for name, expert in plan.experts.items() if isinstance(expert, Adapter)}
     said = {name: other_base(expert.settings.base, plan.base.folder) for name, expert in adapters.items()}
     foreign = [f"{name} ({model})" for name, model in said.items() if model]
+    if not foreign:
+        return []
     return [
         f"adapters say that they were trained on another model than the base {plan.base.folder.name}: "
         f"{', '.join(foreign)}; an adapter makes sense on its own base alone"
-    ] * bool(foreign)
+    ]
 
 
 def other_base(said: str, folder: Path) -> str | None:

@@ -40,12 +40,16 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        rows, columns = self.entry.shape[0], prod(self.entry.shape[1:])
+        rows, columns = self._stored
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def _stored(self) -> tuple[int, int]:
+        return prod(self.entry.shape[:1]), prod(self.entry.shape[1:])
 
     def whole(self, read: Read) -> Tensor:
         """All of it, ``(rows, columns)`` float32."""
-        stored = read(self.entry, 0, self.entry.elements).view(self.entry.shape[0], -1)
+        stored = read(self.entry, 0, self.entry.elements).view(self._stored)
         return stored.T if self.transposed else stored
 
     def rows(self, first: int, last: int, read: Read) -> Tensor:

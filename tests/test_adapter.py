@@ -168,6 +168,14 @@ def test_weights_that_files_have_transposed(settings, tmp_path):
     check_tensors(opened(load, tmp_path / "a"), expected, changed=6)
 
 
+def test_rows_that_the_base_lacks_are_refused(mistral, tmp_path):
+    save_adapter(mistral, tmp_path, trainable_token_indices=[1, 79])
+    change_config(tmp_path, trainable_token_indices=[1, 80])
+    assert problem(mistral, tmp_path) == (
+        f"{tmp_path} has rows of model.embed_tokens that the base lacks; is it an adapter of this base?"
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_is_rounded_on_a_narrower_base(dtype, mistral, tmp_path):
     """peft rounds what is added and the sum."""
@@ -393,6 +401,10 @@ def test_a_converted_adapter_of_a_changed_base_is_what_peft_merges(mistral, tmp_
         ("[]", "holds list, not a JSON object"),
         ('{"peft_type": "LORA"}', "lacks 'lora_alpha'"),
         ('{"peft_type": "LORA", "lora_alpha": "x"}', "cannot be understood (could not convert string to float: 'x')"),
+        (
+            '{"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": {"(": 1}}',
+            "cannot be understood (missing ), unterm",
+        ),
         ('{"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": [1]}', "cannot be understood ('list' object has no"),
     ],
 )
@@ -405,8 +417,8 @@ def test_settings_that_cannot_be_read(text, said, mistral, saved):
 def test_pickled_adapters_are_refused(mistral, saved):
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     assert problem(mistral, saved) == (
-        f"{saved} has its weights in a pickle file (adapter_model.bin), which can run code when it is opened; if you "
-        f"trust it, convert it: python -m expert_merging convert {saved} OUT"
+        f"{saved} has its weights in pickle files (adapter_model.bin), which can run code when they are opened; this "
+        f"converts them without running any: python -m expert_merging convert {saved} NEW_FOLDER"
     )
 
 
@@ -463,7 +475,19 @@ MODULE = "model.layers.0.self_attn.q_proj"
         ),
         (
             {"base_model__model__lm_head__token_adapter__trainable_tokens_delta": torch.ones(2, 32)},
-            "has 2 rows of lm_head, and adapter_config.json says which for 0",
+            "has rows [2, 32] of lm_head, and adapter_config.json says which for 0",
+        ),
+        (
+            {f"{QUERY}__lora_magnitude_vector": None},
+            f"has lora_A, lora_B of {MODULE}, and adapter_config.json says use_dora true",
+        ),
+        (
+            {f"{QUERY}__lora_A__weight": torch.ones(0, 32), f"{QUERY}__lora_B__weight": torch.ones(32, 0)},
+            f"has matrices of ranks 0 and 0 for {MODULE}; download it",
+        ),
+        (
+            {f"{QUERY}__lora_A__weight": torch.tensor(1.0)},
+            f"has matrices of ranks 1 and 4 for {MODULE}; download it",
         ),
     ],
 )
@@ -478,8 +502,8 @@ def test_parts_of_a_tensor_are_refused(tmp_path):
     load = partial(load_published, tmp_path / "base", torch.float32, internvl.TOKENS["<IMG_CONTEXT>"])
     folder = save_adapter(load, tmp_path / "a", target_modules=r".*vision.*layer\.0\..*q_proj")
     assert problem(load, folder, published_name) == (
-        f"{folder} has numbers of the shape [16, 16] for model.vision_tower.encoder.layer.0.attention.q_proj, where "
-        "the base has [48, 16]; is it an adapter of this base?"
+        f"{folder} adapts model.vision_tower.encoder.layer.0.attention.q_proj, which is a part of a tensor in the "
+        "base's files; leave it out"
     )
 
 
