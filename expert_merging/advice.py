@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import machine
+from expert_merging.adapter import Adapter
 from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.hub import origin
 from expert_merging.idle import idle_flags
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan, differing_settings
@@ -35,6 +37,7 @@ def warnings_before(
         *_large_factors(resolved),
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
+        *_adapters_of_others(plan),
         *_idle_patterns(plan, backbone, resolved.general["exclude_params"]),
         *differing_settings(plan),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
@@ -91,6 +94,33 @@ def _foreign_base(plan: Plan, backbone: Backbone) -> list[str]:
         f"{' and '.join(kinds)}: its patterns may leave out other parameters than they should (a vision tower may "
         "be merged); look at the names and give --exclude_params, or use the command of the base's own family"
     ]
+
+
+def _adapters_of_others(plan: Plan) -> list[str]:
+    """Adapters that say that they were trained on another model than the base."""
+    adapters = {name: expert for name, expert in plan.experts.items() if isinstance(expert, Adapter)}
+    said = {name: other_base(expert.settings.base, plan.base.folder) for name, expert in adapters.items()}
+    foreign = [f"{name} ({model})" for name, model in said.items() if model]
+    if not foreign:
+        return []
+    return [
+        f"adapters say that they were trained on another model than the base {plan.base.folder.name}: "
+        f"{', '.join(foreign)}; an adapter makes sense on its own base alone"
+    ]
+
+
+def other_base(said: str, folder: Path) -> str | None:
+    """The name of the model that an adapter says it was trained on, where this folder holds another one.
+
+    Paths and names differ from machine to machine, so only two names that both say a model's size are compared.
+    """
+    place = folder.resolve()
+    repository = origin(place)
+    names = Path(said).name, Path(repository[0] if repository else place).name
+    sized = all(re.search(r"\d[bm]\b", name.lower()) for name in names)
+    # What is at the end of these names says how a model was packed.
+    usual = {re.sub(r"(-unsloth)?(-bnb-\dbit)?$", "", name.lower()) for name in names}
+    return names[0] if sized and len(usual) == 2 else None
 
 
 def _idle_patterns(plan: Plan, backbone: Backbone, patterns: Sequence[str]) -> list[str]:

@@ -86,6 +86,7 @@ def model_card(
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
+    adapters = description.get("adapters", ())
     model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
     return _CARD.format(
         sources="\n".join(f"- {json.dumps(_name(path), ensure_ascii=False)}" for path in names.values()),
@@ -94,7 +95,9 @@ def model_card(
         count=len(experts),
         method=description["method"],
         about=f"\n\n{about}" if about else "",
-        table="\n".join(f"| {role} | `{_name(path)}`{_details(path)} |" for role, path in names.items()),
+        table="\n".join(
+            f"| {role} | `{_name(path)}`{_details(path, is_adapter=role in adapters)} |" for role, path in names.items()
+        ),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),
         layout=_LAYOUTS[is_mirror],
@@ -126,10 +129,11 @@ def _name(path: str) -> str:
     return run.name if run is not None else path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _details(path: str) -> str:
-    """Revision and licence of a checkpoint, as far as they are known."""
+def _details(path: str, *, is_adapter: bool) -> str:
+    """Kind, revision and licence of a checkpoint, as far as they are known."""
     repository, licence = origin(path), _licence(Path(path) / "README.md")
-    known = [f"revision {repository[1]}"] if repository else []
+    known = ["LoRA adapter"] if is_adapter else []
+    known += [f"revision {repository[1]}"] if repository else []
     known += [f"licence {licence}"] if licence else []
     return f" ({', '.join(known)})" if known else ""
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -112,25 +112,33 @@ class Checkpoint:
         InputError: the folder cannot be used; every problem found is listed.
     """
 
+    config_name = "config.json"
+    kind = ""  # what is said beside the folder of one that is no full model
+
     def __init__(self, folder: Path) -> None:
+        self.config = _read_config(folder)
+        self._open(folder, weight_files(folder))
+        _check_index(folder, self.entries)
+
+    def _open(self, folder: Path, files: list[Path]) -> None:
         self._descriptors: dict[Path, int] = {}
         self._pages: dict[Path, Tensor] = {}
         self.folder = folder
-        self.config = _read_config(folder)
-        self.files = weight_files(folder)
+        self.files = files
         self.headers: dict[str, bytes] = {}
         self.entries: dict[str, Entry] = {}
         problems = Problems()
-        for file in self.files:
+        for file in files:
             with problems.collecting():
                 header, entries = read_header(file)
                 self.headers[file.name] = header
                 self._add(entries)
         problems.check()
-        _check_index(folder, self.entries)
+        self._stored = tuple(self.entries.values())  # whatever they are called or computed to be later
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_descriptors"):  # the constructor may have refused the folder
+            self.close()
 
     def _add(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -148,7 +156,7 @@ class Checkpoint:
 
     def in_file(self, file: Path) -> list[Entry]:
         """The tensors of one file in the order of their bytes."""
-        return sorted((entry for entry in self.entries.values() if entry.file == file), key=lambda entry: entry.offset)
+        return in_order(self.entries.values(), file)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries ``[start, stop)`` of the flattened tensor, in the file's type.
@@ -166,7 +174,9 @@ class Checkpoint:
 
     def read_into(self, block: Tensor, name: str, start: int) -> None:
         """Fill a block ``(entries,)`` of the file's type with entries of the flattened tensor, from ``start`` on."""
-        entry = self.entries[name]
+        self._read_entry(block, self.entries[name], start)
+
+    def _read_entry(self, block: Tensor, entry: Entry, start: int) -> None:
         position = entry.offset + start * block.element_size()
         read_exactly(self.descriptor(entry.file), as_bytes(block), position, entry.file)
 
@@ -204,7 +214,7 @@ class Checkpoint:
             whole: also of every other file (tokenizer, processor, ...).
         """
         digest = hashlib.sha256(self.content().encode())
-        for relative in other_files(self.folder) if whole else [Path("config.json")]:
+        for relative in other_files(self.folder) if whole else [Path(self.config_name)]:
             digest.update(str(relative).encode() + file_content(self.folder / relative))
         return shortened(digest.digest())
 
@@ -213,7 +223,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(self.headers[file.name])
-            for entry in self.in_file(file):
+            for entry in in_order(self._stored, file):
                 for block in blocks(self.descriptor(file), entry.offset, entry.size):
                     digest.update(block)
         return shortened(digest.digest())
@@ -236,6 +246,11 @@ def loadable(folder: Path) -> Iterator[Path]:
         index = {"metadata": {}, "weight_map": {name: entry.file.name for name, entry in checkpoint.entries.items()}}
         (Path(links) / INDEX).write_text(json.dumps(index), encoding="utf-8")
         yield Path(links)
+
+
+def in_order(entries: Iterable[Entry], file: Path) -> list[Entry]:
+    """The entries that lie in a file, in the order of their bytes."""
+    return sorted((entry for entry in entries if entry.file == file), key=lambda entry: entry.offset)
 
 
 def as_bytes(block: Tensor) -> memoryview:
@@ -267,8 +282,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint folder {folder} does not exist")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds a LoRA adapter (adapter_config.json), not a full model; merge it into its base first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+            f"{folder} holds an adapter (adapter_config.json), and a full model is needed here; adapters can be "
+            "experts (--expert), and the base is the model that they were trained on"
         )
     file = folder / "config.json"
     if not file.is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
+from expert_merging.adapter import Adapter
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.console import Terminal
@@ -143,12 +144,14 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
     }
     if decisive["post"] is None:
         del decisive["post"]
+    adapters = [name for name, expert in plan.experts.items() if isinstance(expert, Adapter)]
     saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
     return {
         "family": backbone.name,
         "method": resolved.method.name,
         "options": decisive | {name: value for name, value in options.items() if name not in _SAVING},
         "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in checkpoints.items()},
+        **({"adapters": adapters} if adapters else {}),
         "inputs": {"device": device.split(":")[0], "version": __version__},
         "written": {name: entry.written() for name, entry in checkpoints.items()},
         "seed": general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31),

@@ -345,9 +345,9 @@ class _Merger:
         if isinstance(slot.source, Made):
             tensor = self.made[slot.source.key]
         else:
-            checkpoint, entry = self._source(slot)
+            checkpoint, _ = self._source(slot)
             width = dtype.itemsize
-            tensor = checkpoint.read(entry.name, part.start // width, part.stop // width)
+            tensor = checkpoint.read(slot.source.name, part.start // width, part.stop // width)
             _check_fits(tensor, dtype, slot)
         writer.write(as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous()), place.offset + part.start)
 

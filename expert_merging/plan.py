@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from expert_merging.adapter import open_checkpoint
 from expert_merging.backbone import language_setting
 from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.errors import Problems
@@ -84,9 +85,11 @@ def make_plan(
     """
     problems = Problems()
     opened: dict[str, Checkpoint] = {}
-    for name, folder in {"": base_folder, **expert_folders}.items():
+    with problems.collecting():
+        opened[""] = Checkpoint(base_folder)
+    for name, folder in expert_folders.items():
         with problems.collecting():
-            opened[name] = Checkpoint(folder)
+            opened[name] = open_checkpoint(folder, opened.get(""), file_name)
     if not expert_folders:
         problems.add("there is nothing to merge: give at least one --expert NAME=PATH")
     if len(opened) > 1 and "" in opened:

@@ -34,7 +34,7 @@ def plan_lines(job: Job) -> list[str]:
     options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
     lines = [
         f"base {plan.base.folder}",
-        *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
+        *(f"expert {name} {expert.folder}{expert.kind}" for name, expert in plan.experts.items()),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),

@@ -17,6 +17,8 @@ LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
     ("flags", "roles", "processes", "writing", "folders", "fingerprints"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
+    ("adapter_files", "lora"),
+    ("adapter",),
     ("backbone", "plan"),
     ("streaming", "hub", "sources", "card", "pictures"),
     ("context",),

@@ -245,10 +245,12 @@ def test_an_empty_quantization_config_is_none(tmp_path):
     assert Checkpoint(write_checkpoint(tmp_path, BASE, config={"quantization_config": None})).entries
 
 
-def test_an_adapter_is_refused_with_what_to_do(tmp_path):
+def test_an_adapter_is_no_full_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert problem(tmp_path).startswith(f"{tmp_path} holds a LoRA adapter (adapter_config.json), not a full model;")
-    assert "merge_and_unload()" in problem(tmp_path)
+    assert problem(tmp_path) == (
+        f"{tmp_path} holds an adapter (adapter_config.json), and a full model is needed here; adapters can be experts "
+        "(--expert), and the base is the model that they were trained on"
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "x.pth"])

@@ -125,7 +125,7 @@ def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys)
     assert [re.sub(r"^\S+/|[;:(,].*", "", line).strip() for line in lines] == [
         "checkpoint folder " + str(tmp_path / "gone") + " does not exist",
         "pickled has its weights in pickle files",
-        "lora holds a LoRA adapter",
+        "adapter_config.json has the peft_type null",
         "config.json has a quantization_config",
         f"model.safetensors has {(cut / 'model.safetensors').stat().st_size} bytes but its header describes "
         f"{(cut / 'model.safetensors').stat().st_size + 1}",

@@ -11,13 +11,17 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from expert_merging.adapter import Adapter
+from expert_merging.adapter_files import is_adapter
 from expert_merging.backbone import layer_count
 from expert_merging.calibration import Sample
 from expert_merging.errors import Problems
 from expert_merging.plan import Plan
 from expert_merging.running.objectives import distance
 from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, require_distance, score_by_task
+from expert_merging.running.sharding import load_on
 from expert_merging.running.targets import TargetMaker
 
 BASE = "base"
@@ -72,10 +76,18 @@ def measure(maker: TargetMaker, samples: Sequence[Sample], models: Mapping[str, 
     found = {}
     with maker.progress("measuring models", len(folders) * len(targets), "sample") as advance:
         for name, folder in folders.items():
-            model = maker.backbone.load_model(folder, maker.dtype).to(maker.device)
+            model = _load(maker, folder)
             found[name] = score_by_task(score, model, targets)
             advance(len(targets), name)
     return found
+
+
+def _load(maker: TargetMaker, folder: Path) -> Any:
+    """The model of a folder, which may be an adapter of the base."""
+    if is_adapter(folder):
+        adapter = Adapter(folder, maker.plan.base, maker.backbone.file_name)
+        return load_on(maker.device, maker.backbone, adapter, maker.dtype, sharded=False)
+    return maker.backbone.load_model(folder, maker.dtype).to(maker.device)
 
 
 def relative(found: Mapping[str, ByTask]) -> dict[str, ByTask]:

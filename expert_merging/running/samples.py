@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from expert_merging import processes
+from expert_merging.adapter import Adapter
 from expert_merging.backbone import language_setting, refuse_lacking
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
+from expert_merging.plan import Plan
+from expert_merging.roles import is_word_table
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.targets import TargetMaker
@@ -156,6 +160,7 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+    _check_adapters(plan, {file_name(name) for name in plan.base.entries} - names, file_name)
     refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed and compares_logits:
@@ -163,6 +168,18 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
             f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "
             "not cover; closed-form methods do"
         )
+
+
+def _check_adapters(plan: Plan, unknown: Set[str], file_name: Callable[[str], str]) -> None:
+    """Check that what adapters change is in the model, but for a head that is its embedding."""
+    for expert, checkpoint in plan.experts.items():
+        changed = sorted(checkpoint.changed) if isinstance(checkpoint, Adapter) else ()
+        lost = [name for name in changed if file_name(name) in unknown and not is_word_table(name)]
+        if lost:
+            raise InputError(
+                f"expert {expert} changes {lost[0]}, which is no parameter of the model in memory, so it cannot be "
+                "run; methods that run no model can merge it"
+            )
 
 
 def _precision(asked: str, device: str) -> str:

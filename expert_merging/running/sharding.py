@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from expert_merging.adapter import Adapter
 from expert_merging.backbone import Backbone
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.running.adapted import changed_weights
 
 
 def load_on(
     device: torch.device, backbone: Backbone, checkpoint: Checkpoint, dtype: torch.dtype, *, sharded: bool
 ) -> Any:
     """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
+
+    An adapter's is the base's, whose changed weights are made one after the other on their way.
 
     Where that makes no difference to the model, it is loaded in the files' own type, so that its weights are the files'
     pages, which all processes of a machine share and which need not stay in memory; each is converted on its way to
@@ -40,14 +44,17 @@ def load_on(
     Raises:
         InputError: it cannot be split.
     """
-    model, own = _loaded(backbone, checkpoint, dtype)
+    adapter = checkpoint if isinstance(checkpoint, Adapter) else None
+    model, own = _loaded(backbone, adapter.base if adapter else checkpoint, dtype)
+    changed = changed_weights(model, adapter, backbone.file_name) if adapter else {}
 
     def bring(module: torch.nn.Module) -> None:
         """Bring weights to the device, in the wanted type but where the model keeps one of its own choice."""
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
-                there = parameter.data.to(device)  # before the conversion, which a GPU does faster
-                parameter.data = there.to(dtype) if parameter.dtype == own else there
+                values = changed[parameter]() if parameter in changed else parameter.data
+                there = values.to(device)  # before the conversion, which a GPU does faster
+                parameter.data = there.to(dtype if parameter.dtype == own else parameter.dtype)
 
     if sharded:
         gc.collect()  # an earlier model, which FSDP2 has tied into circles
