@@ -27,12 +27,31 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
 
 
+class _Lines(logging.Formatter):
+    """Lines that begin with ``warning:`` where they are one, as those of errors begin with ``error:``.
+
+    Args:
+        form: form of a line, with ``%(beginning)s`` in it.
+        usual: how other lines begin.
+    """
+
+    def __init__(self, form: str, usual: str = "") -> None:
+        super().__init__(form)
+        self.usual = usual
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        """The line of a record."""
+        record.beginning = "warning: " if record.levelno >= logging.WARNING else self.usual
+        return super().formatMessage(record)
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints log lines above the progress bars, unwrapped, so that paths and commands can be copied."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
+        self.setFormatter(_Lines("%(beginning)s%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -64,7 +83,7 @@ class Terminal:
     def log_to(self, file: Path) -> None:
         """Write log lines with times to a file as well, after what it has already."""
         handler = logging.FileHandler(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
 
     def close(self) -> None:

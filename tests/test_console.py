@@ -29,6 +29,12 @@ def test_lines_and_progress_are_plain_where_output_is_no_terminal(capsys):
     assert len(lines) == 2
 
 
+def test_warnings_begin_as_such(capsys):
+    with closing(Terminal()):
+        logger.warning("careful with [bold]%s[/bold]", "this")
+    assert capsys.readouterr().out == "warning: careful with [bold]this[/bold]\n"
+
+
 def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
@@ -62,7 +68,7 @@ def test_the_log_file_has_times_and_is_continued(tmp_path):
     earlier, hello, careful = (tmp_path / "merge.log").read_text(encoding="utf-8").splitlines()
     assert earlier == "earlier"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hellö", hello)
-    assert careful.endswith(" WARNING careful")
+    assert re.fullmatch(r"[\d, :-]{23} warning: careful", careful)
 
 
 @pytest.mark.parametrize(("level", "propagate"), [(logging.NOTSET, True), (logging.ERROR, False)])
