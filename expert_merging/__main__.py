@@ -28,10 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(error)
         return 1
     except OSError as error:
-        problem = file_problem(error, "begins again")
-        if problem is None:
-            raise
-        tell(problem)
+        tell(file_problem(error, "begins again"))
         return 1
     return 0
 
