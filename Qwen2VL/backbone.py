@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.calibration import Sample
+    from expert_merging.picture_sources import Picture
 
 _CLASS = "AutoModelForImageTextToText"
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.
@@ -158,7 +159,7 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     return inputs | ({name: torch.cat(values) for name, values in pixels.items()} if pictures else {})
 
 
-def _patches(processor: Processor, path: Path) -> Any:
+def _patches(processor: Processor, path: Picture) -> Any:
     """Pixels of one picture, resized by the processor's rule and cut into patches."""
     picture = read_picture(path, on_white=True)  # as only newer versions of the processor do
     try:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+# Characters of a value that a message shows.
+_SHOWN = 60
 
 
 class InputError(Exception):
@@ -47,6 +52,17 @@ def file_problem(error: OSError, again: str) -> InputError:
     if error.filename is not None:
         return InputError(f"{error.filename}: {reason}")
     return InputError(f"a file or a connection cannot be used ({reason}); the same command {again}")
+
+
+def excerpt(value: Any, *, quoted: bool = True) -> str:
+    """The beginning of a value that a message is about, however long it is.
+
+    Args:
+        value: a value of a JSON file.
+        quoted: as JSON; otherwise as it is.
+    """
+    text = json.dumps(value) if quoted else str(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def first_line(error: BaseException) -> str:

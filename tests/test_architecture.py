@@ -16,7 +16,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
     ("flags", "roles", "processes", "writing", "folders"),
-    ("machine", "workers", "calibration", "checkpoint", "run", "console"),
+    ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console"),
     ("backbone", "plan"),
     ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
     ("context",),

@@ -129,7 +129,7 @@ def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
     )
     with_image = next((sample for sample in samples if sample.images), None)
     if with_image is not None and not context.backbone.takes_images:
-        raise InputError(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
+        raise InputError(f"{with_image.place} has a picture, and {context.backbone.name} is a language model")
     return tuple(samples)
 
 

@@ -79,7 +79,9 @@ def test_pictures_are_refused_by_a_language_model(command, tmp_path, capsys):
     (tmp_path / "dataset" / "a.png").write_bytes(b"picture")
     (tmp_path / "dataset" / "Math.json").write_text(json.dumps([{"question": "?", "image_path": "a.png"}]))
     assert command("--data_dir", str(tmp_path / "dataset")) == 1
-    assert "Math.json has an image_path, and Mistral is a language model" in capsys.readouterr().err
+    assert (
+        "Math.json, entry 0 (counted from 0) has a picture, and Mistral is a language model" in capsys.readouterr().err
+    )
 
 
 def test_a_base_without_a_layer_count_needs_an_explicit_choice(tiny_zoo, tmp_path, capsys):
