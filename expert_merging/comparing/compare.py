@@ -212,6 +212,7 @@ def _measure(
     samples = _choose_samples(learned, plan, backbone, options)
     first = learned[0] if learned else {}
     backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})
+    backbone = backbone.beside(base)
     import_transformers()
     terminal = Terminal()
     try:

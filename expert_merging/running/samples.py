@@ -10,10 +10,14 @@ from pathlib import Path
 import torch
 
 from expert_merging import processes
-from expert_merging.backbone import language_setting, refuse_lacking
+from expert_merging.backbone import Backbone, language_setting, refuse_lacking
 from expert_merging.calibration import Sample, load_samples
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
+from expert_merging.plan import Plan
+from expert_merging.reading import MODEL_FILES, damaged_files
+from expert_merging.roles import is_word_table
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.targets import TargetMaker
@@ -152,6 +156,7 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
 def _check_model(context: Context, *, compares_logits: bool) -> None:
     """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     plan, file_name = context.plan, context.backbone.file_name
+    _check_loading(plan, context.backbone)
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
@@ -163,6 +168,36 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
             f"the model changes its logits after the output head ({changed[0]} in config.json), which learning does "
             "not cover; closed-form methods do"
         )
+
+
+def _check_loading(plan: Plan, backbone: Backbone) -> None:
+    """Check what loading any of the models needs beside its tensors, so that none stops the run when its turn comes.
+
+    Raises:
+        InputError: every problem found.
+    """
+    problems = Problems()
+    for checkpoint in (plan.base, *plan.experts.values()):
+        problems.found += damaged_files(checkpoint.folder, MODEL_FILES)
+        problems.found += _vocabulary_problems(checkpoint)
+    problems.check()
+    for checkpoint in plan.experts.values():
+        with problems.collecting():
+            names = set(map(backbone.file_name, backbone.parameter_names(checkpoint.folder)))
+            refuse_lacking(checkpoint.folder, names - set(map(backbone.file_name, checkpoint.entries)))
+    problems.check()
+
+
+def _vocabulary_problems(checkpoint: Checkpoint) -> list[str]:
+    """Tensors with a row for each word that have not as many as ``config.json`` says."""
+    words = language_setting(checkpoint.config, "vocab_size")
+    return [
+        f"{checkpoint.folder}: {name} has {entry.shape[0]} rows, and config.json has the vocab_size {words}; write the "
+        "number of rows there, or download both again"
+        for name, entry in checkpoint.entries.items()
+        if is_word_table(name) and len(entry.shape) == 2
+        if words is not None and entry.shape[0] != words
+    ]
 
 
 def _precision(asked: str, device: str) -> str:
