@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.shortage import shortage_of
 from InternVL.layout import read_config
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def running(folder: Path) -> Iterator[None]:
             f"{', '.join(missing) or 'none of its usual packages'}; install a version that fits torch"
         ) from error
     except Exception as error:  # what foreign code raises cannot be foreseen
+        if shortage_of(error) is not None:
+            raise
         version = import_transformers().__version__
         raise InputError(
             f"{folder}: its code does not run with transformers {version}: {_first_line(error)}"

@@ -14,6 +14,8 @@ from expert_merging.catalogue import all_methods, kind_of
 from expert_merging.errors import InputError, file_problem, lines_of, tell
 from expert_merging.options import Resolved, parse, resolve, show_default
 from expert_merging.processes import await_end, is_lost_process, is_main_process, tell_launcher
+from expert_merging.relief import advice, out_of_memory
+from expert_merging.shortage import shortage_of
 
 
 def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +85,13 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
         from expert_merging.job import perform
 
         return perform(job, terminal)
+    except (MemoryError, OSError, RuntimeError) as error:
+        shortage = shortage_of(error)
+        if shortage is None:
+            raise
+        on_gpu = shortage.on_gpu if job is None else job.context.device != "cpu"
+        relief = advice(shortage, resolved, backbone, on_gpu=on_gpu, doing=terminal.doing)
+        raise out_of_memory(shortage, terminal.doing, relief) from None
     finally:
         if job is not None:
             job.context.run.release()

@@ -64,11 +64,15 @@ class Terminal:
 
     Args:
         quiet: show nothing, as in the other processes of a parallel run.
+
+    Attributes:
+        doing: what is being done, in words.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.handlers: list[logging.Handler] = []
+        self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)
         self.before = self.package.level, self.package.propagate
         if not quiet:
@@ -99,6 +103,7 @@ class Terminal:
     def progress(self, title: str, total: float, unit: str) -> Iterator[Advance]:
         """A bar with throughput and time left; see `expert_merging.progress.Progress`."""
         start = time.monotonic()
+        self.doing = f"in the step {title!r}"
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]
         )
@@ -111,4 +116,5 @@ class Terminal:
         ) as bar:
             task = bar.add_task(title, total=total, note="")
             yield lambda count, note="": bar.update(task, advance=count, note=note)
+        self.doing = f"after the step {title!r}"
         logger.info("%s took %.1f s", title, time.monotonic() - start)

@@ -15,7 +15,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
-    ("flags", "roles", "processes", "reading", "writing", "folders"),
+    ("flags", "roles", "processes", "reading", "shortage", "writing", "folders"),
     ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console"),
     ("backbone", "plan"),
     ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("search",),
     ("catalogue",),
     ("options",),
-    ("advice",),
+    ("advice", "relief"),
     ("checks",),
     ("comparing", "convert", "extract", "summary"),
     ("job",),
