@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,8 @@ from expert_merging.progress import Advance
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
+# Lines that are kept for a file that is opened later: what the checks of a run have to say.
+_EARLY = 1000
 
 
 class _Lines(logging.Formatter):
@@ -75,8 +78,10 @@ class Terminal:
         self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)
         self.before = self.package.level, self.package.propagate
-        if not quiet:
-            self._add(_ConsoleHandler(self.console))
+        # Without any handler, logging itself would print warnings.
+        self._add(logging.NullHandler() if quiet else _ConsoleHandler(self.console))
+        self.early = MemoryHandler(_EARLY, flushLevel=logging.CRITICAL, flushOnClose=False)
+        self._add(self.early)
 
     def _add(self, handler: logging.Handler) -> None:
         self.package.setLevel(logging.INFO)
@@ -85,10 +90,13 @@ class Terminal:
         self.handlers.append(handler)
 
     def log_to(self, file: Path) -> None:
-        """Write log lines with times to a file as well, after what it has already."""
+        """Write log lines with times to a file as well, those from before too, after what it has already."""
         handler = logging.FileHandler(file, encoding="utf-8")
         handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
+        self.early.setTarget(handler)
+        self.early.flush()
+        self.package.removeHandler(self.early)
 
     def close(self) -> None:
         """Stop showing and writing log lines, and leave logging as it was found."""

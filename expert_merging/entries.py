@@ -148,7 +148,7 @@ def _given_pictures(entry: Mapping[str, Any]) -> tuple[Any, ...]:
             f"has {others[0]!r}, and pictures are named by 'image_path'; rename it, or take it out if the question is "
             "to be asked without a picture"
         )
-    if len(own) > 1:
+    if len(own) > 1 and own[0] != "image_path":
         raise InputError(f"has {own[0]!r} and {own[1]!r}; keep the one that names its pictures")
     if not own:
         if entry.get("image_path") in ("", []) and "image_path" in entry:

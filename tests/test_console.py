@@ -53,6 +53,7 @@ def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys):
 def test_other_processes_show_nothing(capsys):
     with closing(Terminal(quiet=True)) as terminal:
         logger.info("hello")
+        logger.warning("careful")
         work(terminal)
         terminal.console.print("plan")
     captured = capsys.readouterr()
@@ -69,6 +70,18 @@ def test_the_log_file_has_times_and_is_continued(tmp_path):
     assert earlier == "earlier"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hellö", hello)
     assert re.fullmatch(r"[\d, :-]{23} warning: careful", careful)
+
+
+def test_what_was_said_before_is_in_the_file_once(tmp_path, capsys):
+    with closing(Terminal()) as terminal:
+        logger.warning("found while checking")
+        terminal.log_to(tmp_path / "merge.log")
+        logger.info("hello")
+    assert [line[24:] for line in (tmp_path / "merge.log").read_text().splitlines()] == [
+        "warning: found while checking",
+        "INFO hello",
+    ]
+    assert capsys.readouterr().out == "warning: found while checking\nhello\n"
 
 
 @pytest.mark.parametrize(("level", "propagate"), [(logging.NOTSET, True), (logging.ERROR, False)])

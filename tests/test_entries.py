@@ -133,6 +133,7 @@ PART = {"type": "image"}
     [
         ({"question": "What?", "image_path": "a.png"}, "What?", ("a.png",)),
         ({"question": "What?", "image": "a.png", "image_path": None}, "What?", ("a.png",)),
+        ({"question": "What?", "image": "b.png", "image_path": "a.png", "Photo": 3}, "What?", ("a.png",)),
         ({"question": "What?", "images": ["a.png", "b.png"]}, "What?", ("a.png", "b.png")),
         ({"instruction": "What?", "images": ["a.png"]}, "What?", ("a.png",)),
         (

@@ -143,9 +143,7 @@ def test_learning_without_memory_is_one_line(when, tiny_zoo, tmp_path, capsys):
         "none",
     ]
     told = refusal(capsys, *LEARNING, *data, family=family)
-    assert told.startswith(
-        f"host memory ran out {when}, asking for 3725290.3 GiB more; give --"
-    )
+    assert told.startswith(f"host memory ran out {when}, asking for 3725290.3 GiB more; give --")
     assert len(loaded) == ("step '" in when)
 
 

@@ -156,12 +156,10 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
 def _check_model(context: Context, *, compares_logits: bool) -> None:
     """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     plan, file_name = context.plan, context.backbone.file_name
-    _check_loading(plan, context.backbone)
-    names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
+    names = _check_loading(plan, context.backbone)
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
-    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed and compares_logits:
         raise InputError(
@@ -170,22 +168,28 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
         )
 
 
-def _check_loading(plan: Plan, backbone: Backbone) -> None:
+def _check_loading(plan: Plan, backbone: Backbone) -> set[str]:
     """Check what loading any of the models needs beside its tensors, so that none stops the run when its turn comes.
+
+    Returns:
+        File names of the base's parameters.
 
     Raises:
         InputError: every problem found.
     """
     problems = Problems()
-    for checkpoint in (plan.base, *plan.experts.values()):
+    whole = [one for one in (*plan.experts.values(), plan.base) if (one.folder / "config.json").is_file()]
+    for checkpoint in whole:
         problems.found += damaged_files(checkpoint.folder, MODEL_FILES)
         problems.found += _vocabulary_problems(checkpoint)
     problems.check()
-    for checkpoint in plan.experts.values():
+    names: set[str] = set()
+    for checkpoint in whole:
         with problems.collecting():
             names = set(map(backbone.file_name, backbone.parameter_names(checkpoint.folder)))
             refuse_lacking(checkpoint.folder, names - set(map(backbone.file_name, checkpoint.entries)))
     problems.check()
+    return names
 
 
 def _vocabulary_problems(checkpoint: Checkpoint) -> list[str]:
