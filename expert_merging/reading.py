@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from expert_merging.errors import InputError, excerpt, first_line
@@ -39,10 +40,24 @@ def reading(folder: Path, what: str) -> Iterator[None]:
         # The tokenizers' library raises plain exceptions; others are this program's own mistakes.
         if not isinstance(error, _CONFUSED) and type(error) is not Exception:
             raise
-        problems = damaged_files(folder)
+        problems = damaged_files(folder) or _lacking_tokenizer(folder)
         said = first_line(error)
         reason = said if isinstance(error, (ImportError, OSError, ValueError)) else f"{type(error).__name__}: {said}"
         raise InputError(*problems or [f"{folder} has no {what} that transformers reads: {reason}"]) from None
+
+
+def _lacking_tokenizer(folder: Path) -> list[str]:
+    """What a folder without a tokenizer.json lacks, if it has no tokenizer or one that takes another library."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return []
+    if not (folder / "tokenizer.model").is_file():
+        return [f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json is there; download them"]
+    if find_spec("sentencepiece") is None:
+        return [
+            f"{folder} has its tokenizer as tokenizer.model alone; to read it, pip install sentencepiece, or put the "
+            "tokenizer.json of the same tokenizer beside it"
+        ]
+    return []
 
 
 def damaged_files(folder: Path, names: Sequence[str] = _FILES) -> list[str]:

@@ -59,20 +59,17 @@ def test_a_damaged_file_of_the_processor_is_named(family, file, content, folders
         assert problem.endswith("; download it again")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("family", "file", "content"),
     [
-        ("tokenizer_config.json", {"tokenizer_class": 3}),
-        ("tokenizer_config.json", {"added_tokens_decoder": 3}),
-        ("tokenizer.json", {}),
-        ("merges.txt", "x"),
+        *((family, "tokenizer_config.json", {"tokenizer_class": 3}) for family in FAMILIES),
+        *((family, "tokenizer_config.json", {"added_tokens_decoder": 3}) for family in FAMILIES),
+        *((family, "tokenizer.json", {}) for family in ("Mistral", "Qwen2VL")),
+        ("InternVL", "merges.txt", "x"),
     ],
 )
 def test_files_that_hold_something_else_are_told_by_what_transformers_says(family, file, content, folders, tmp_path):
     folder = shutil.copytree(folders / family, tmp_path / "base")
-    if not (folder / file).exists():
-        pytest.skip("the family has no such file")
     (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(InputError) as caught:
         FAMILIES[family][0].load_processor(folder)
@@ -110,9 +107,33 @@ def test_other_errors_pass(error, tmp_path):
     ids=repr,
 )
 def test_the_reason_is_the_first_line(error, reason, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError) as caught, reading(tmp_path, "tokenizer"):
         raise error
     assert caught.value.problems == (f"{tmp_path} has no tokenizer that transformers reads: {reason}",)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2VL"])
+def test_a_folder_without_a_tokenizer_is_told_what_it_lacks(family, folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders / family, tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    found = []
+    for content, there in ((None, None), (b"pieces", None), (b"pieces", "there")):
+        if content is not None:
+            (folder / "tokenizer.model").write_bytes(content)
+        monkeypatch.setattr("expert_merging.reading.find_spec", lambda _, there=there: there)
+        with pytest.raises(InputError) as caught:
+            FAMILIES[family][0].load_processor(folder)
+        found += caught.value.problems
+    none, one, odd = found
+    assert none == (
+        f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json is there; download them"
+    )
+    assert one == (
+        f"{folder} has its tokenizer as tokenizer.model alone; to read it, pip install sentencepiece, or put the "
+        "tokenizer.json of the same tokenizer beside it"
+    )
+    assert " that transformers reads: " in odd
 
 
 def test_all_damaged_files_are_found(tmp_path):

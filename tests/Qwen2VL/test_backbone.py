@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.picture_sources import HeldPicture
 from Qwen2VL.backbone import encode_prompt, file_name, load_model, load_processor, parameter_names
 from tests.checkpoints import tensors_of, write_index
 from tests.qwen2vl import (
@@ -378,15 +380,25 @@ def test_bounds_that_are_none_are_refused(settings, problem, base, tmp_path):
         assert found.endswith(problem)
 
 
-@pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer.json"])
-def test_missing_files_of_the_processor_are_named(missing, base, tmp_path):
+def test_missing_settings_of_the_processor_are_named(base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    (folder / missing).unlink()
+    (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputError) as caught:
         load_processor(folder)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{folder} has no processor that transformers reads: ")
+    assert "preprocessor_config.json" in problem
     assert "\n" not in problem
+
+
+def test_a_picture_in_an_entry_is_as_good_as_a_file(processor, tmp_path):
+    file = save_picture(tmp_path / "picture.png", 90, 40)
+    held = encode_prompt(processor, sample("What?", HeldPicture(file.read_bytes())), None)
+    for name, value in encode_prompt(processor, sample("What?", file), None).items():
+        assert torch.equal(held[name], value)
+    damaged = HeldPicture(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=rf"{re.escape(PLACE)}: {damaged.name} cannot be read as a picture \("):
+        encode_prompt(processor, sample("What?", damaged), None)
 
 
 def test_bounds_must_leave_something_between_them(base):
