@@ -154,12 +154,23 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
 
 
 def _check_model(context: Context, *, compares_logits: bool) -> None:
-    """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
-    plan, file_name = context.plan, context.backbone.file_name
-    names = _check_loading(plan, context.backbone)
-    unknown = [name for name in plan.merged if file_name(name) not in names]
+    """Check that every model can be loaded, that what is merged is among its parameters, and that its head is all.
+
+    Raises:
+        InputError: the first kind of problem found.
+    """
+    plan = context.plan
+    _check_settings(plan)
+    names = _parameters(context.backbone, plan.base)
+    unknown = [name for name in plan.merged if context.backbone.file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+    problems = Problems()
+    for checkpoint in _whole(plan):
+        with problems.collecting():
+            wanted = names if checkpoint is plan.base else _parameters(context.backbone, checkpoint)
+            refuse_lacking(checkpoint.folder, wanted - set(map(context.backbone.file_name, checkpoint.entries)))
+    problems.check()
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed and compares_logits:
         raise InputError(
@@ -168,28 +179,27 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
         )
 
 
-def _check_loading(plan: Plan, backbone: Backbone) -> set[str]:
-    """Check what loading any of the models needs beside its tensors, so that none stops the run when its turn comes.
+def _whole(plan: Plan) -> list[Checkpoint]:
+    """The checkpoints that are whole models."""
+    return [one for one in (plan.base, *plan.experts.values()) if (one.folder / "config.json").is_file()]
 
-    Returns:
-        File names of the base's parameters.
+
+def _parameters(backbone: Backbone, checkpoint: Checkpoint) -> set[str]:
+    """File names of the parameters of a checkpoint's model."""
+    return set(map(backbone.file_name, backbone.parameter_names(checkpoint.folder)))
+
+
+def _check_settings(plan: Plan) -> None:
+    """Check the settings that loading the models reads, so that none stops the run when its turn comes.
 
     Raises:
         InputError: every problem found.
     """
     problems = Problems()
-    whole = [one for one in (*plan.experts.values(), plan.base) if (one.folder / "config.json").is_file()]
-    for checkpoint in whole:
+    for checkpoint in _whole(plan):
         problems.found += damaged_files(checkpoint.folder, MODEL_FILES)
         problems.found += _vocabulary_problems(checkpoint)
     problems.check()
-    names: set[str] = set()
-    for checkpoint in whole:
-        with problems.collecting():
-            names = set(map(backbone.file_name, backbone.parameter_names(checkpoint.folder)))
-            refuse_lacking(checkpoint.folder, names - set(map(backbone.file_name, checkpoint.entries)))
-    problems.check()
-    return names
 
 
 def _vocabulary_problems(checkpoint: Checkpoint) -> list[str]:
