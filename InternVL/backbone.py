@@ -59,19 +59,20 @@ class Processor:
     template: str | None
 
 
-def load_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def load_model(folder: Path, dtype: torch.dtype, words: Path | None = None, *, trust_remote_code: bool = False) -> Any:
     """The model of the folder, in evaluation mode.
 
     Args:
         folder: the checkpoint.
         dtype: type of the weights in memory.
+        words: the folder of the tokenizer that prompts are made with; the checkpoint itself by default.
         trust_remote_code: run the Python files in the checkpoint folders, for variants that transformers' own InternVL
             classes do not cover.
 
     Raises:
         InputError: transformers does not cover the variant, or tensors are missing, left over or of another shape.
     """
-    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    tokenizer = _load_tokenizer(words or folder, trust_remote_code)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     model = (remote.load if trust_remote_code else load_published)(folder, dtype, image_token)
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)} - {None, tokenizer.unk_token_id}
@@ -90,6 +91,7 @@ def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[st
             classes do not cover.
     """
     if trust_remote_code:  # the original class calls parameters what the files call them
+        remote.check_code(folder)
         return [*Checkpoint(folder).entries]
     _, config, tied = open_published(folder)
     return names_in_memory(CLASS, native_config(config, tied=tied))

@@ -14,6 +14,7 @@ from typing import Any
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError, Problems
+from expert_merging.reading import reading
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # noqa: S105  (a token of text)
 
@@ -113,11 +114,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is not one of InternVL in its published layout.
     """
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("model_type") != "internvl_chat":
+    with reading(folder, "configuration"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    if kind != "internvl_chat":
         raise InputError(
-            f"{file} has the model_type {config.get('model_type')!r}; learning with the InternVL family takes the "
-            "published layout, 'internvl_chat'"
+            f"{file} has the model_type {kind!r}; learning with the InternVL family takes the published layout, "
+            "'internvl_chat'"
         )
     return {
         **_DEFAULTS,

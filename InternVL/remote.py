@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.shortage import shortage_of
+from InternVL.layout import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,21 @@ def _warn(folder: Path) -> None:
     """Say once which files of a folder will be executed."""
     scripts = sorted(file.name for file in folder.glob("*.py"))
     logger.warning("--trust_remote_code: executing %s of %s", ", ".join(scripts) or "no file", folder)
+
+
+def check_code(folder: Path) -> None:
+    """Check that a folder has the files of code that its ``config.json`` names; those in other repositories are not.
+
+    Raises:
+        InputError: one is missing.
+    """
+    named = read_config(folder).get("auto_map") or {}
+    files = {f"{name.split('.')[0]}.py" for name in named.values() if isinstance(name, str) and "--" not in name}
+    missing = sorted(file for file in files if not (folder / file).is_file())
+    if missing:
+        raise InputError(
+            f"{folder} lacks {', '.join(missing)}, which its config.json names as the model's code; download it again"
+        )
 
 
 @contextmanager
@@ -50,6 +67,8 @@ def running(folder: Path) -> Iterator[None]:
             f"{', '.join(missing) or 'none of its usual packages'}; install a version that fits torch"
         ) from error
     except Exception as error:  # what foreign code raises cannot be foreseen
+        if shortage_of(error) is not None:
+            raise
         version = import_transformers().__version__
         raise InputError(
             f"{folder}: its code does not run with transformers {version}: {_first_line(error)}"

@@ -18,7 +18,8 @@ from expert_merging.backbone import (
     names_in_memory,
 )
 from expert_merging.calibration import Sample
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_line
+from expert_merging.reading import reading
 
 if TYPE_CHECKING:
     import torch
@@ -41,14 +42,15 @@ def parameter_names(folder: Path) -> list[str]:
         InputError: transformers has no causal language model for it, or only with code from the folder.
     """
     automatic = import_transformers().AutoConfig
-    try:
-        config = automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return names_in_memory("AutoModelForCausalLM", config)
-    except ValueError as error:
-        raise InputError(
-            f"{folder} is no causal language model that transformers knows, and code of checkpoints is not executed: "
-            + str(error).split("\n")[0]
-        ) from None
+    with reading(folder, "configuration"):
+        try:
+            config = automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return names_in_memory("AutoModelForCausalLM", config)
+        except ValueError as error:
+            raise InputError(
+                f"{folder} is no causal language model that transformers knows, and code of checkpoints is not "
+                f"executed: {first_line(error)}"
+            ) from None
 
 
 def load_processor(folder: Path) -> Any:

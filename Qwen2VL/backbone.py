@@ -8,26 +8,31 @@ torchvision, so what it does with pictures and text is put together here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
 from expert_merging.folders import refuse_pointers
 from expert_merging.pictures import MARK, marked_question, read_picture
+from expert_merging.reading import reading
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from expert_merging.calibration import Sample
+    from expert_merging.picture_sources import Picture
 
 _CLASS = "AutoModelForImageTextToText"
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# What files call the bounds on pictures.
+_LOW, _HIGH = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
 # What texts may not contain, since the model would take it for a picture or a video.
 _RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
 
@@ -67,13 +72,14 @@ def parameter_names(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> Any:
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in EVALUATION:
-        raise InputError(
-            f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family takes "
-            f"{' and '.join(EVALUATION)}"
-        )
-    return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with reading(folder, "configuration"):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in EVALUATION:
+            raise InputError(
+                f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family "
+                f"takes {' and '.join(EVALUATION)}"
+            )
+        return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -106,23 +112,42 @@ def load_processor(folder: Path, *, min_pixels: Count | None = None, max_pixels:
     """
     refuse_pointers(folder.glob("*token*"))
     transformers = import_transformers()
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    limits = {name: value for name, value in limits.items() if value is not None}
-    try:
-        images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limits)
+    with reading(folder, "processor"):
+        images = _image_processor(folder, min_pixels, max_pixels)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         settings, _ = transformers.Qwen2VLProcessor.get_processor_dict(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the processor of {folder} cannot be loaded ({str(error).splitlines()[0]}); download its tokenizer and "
-            "preprocessor files again"
-        ) from None
-    low, high = images.size["shortest_edge"], images.size["longest_edge"]
-    if low > high:
-        raise InputError(f"--min_pixels {low} is above --max_pixels {high}; pictures get a size between the two")
     # As in transformers: a template beside the processor's settings counts before the tokenizer's own.
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
     return Processor(folder, tokenizer, images)
+
+
+def _image_processor(folder: Path, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """The folder's image processor with the bounds that are given, or else with its own.
+
+    Files have bounds as ``min_pixels`` and ``max_pixels``, or in ``size``, under the same names or as edges.
+    """
+    kind = import_transformers().Qwen2VLImageProcessorPil
+    settings, _ = kind.get_image_processor_dict(folder, local_files_only=True)
+    size = settings.get("size") or {}
+    if not isinstance(size, dict) or not set(size) <= {*_LOW, *_HIGH}:
+        raise InputError(
+            f"{folder} has a preprocessor_config.json with the size {excerpt(size)}; it must have min_pixels and "
+            "max_pixels, or shortest_edge and longest_edge"
+        )
+    defaults = kind().size
+    low = min_pixels or settings.get("min_pixels") or _first(size, _LOW) or defaults["shortest_edge"]
+    high = max_pixels or settings.get("max_pixels") or _first(size, _HIGH) or defaults["longest_edge"]
+    for bound in (low, high):
+        if not isinstance(bound, int) or bound < 1:
+            raise InputError(f"{folder} has a preprocessor_config.json that bounds pictures by {excerpt(bound)} pixels")
+    if low > high:
+        raise InputError(f"--min_pixels {low} is above --max_pixels {high}; pictures get a size between the two")
+    bounds = {"shortest_edge": low, "longest_edge": high}
+    return kind.from_pretrained(folder, local_files_only=True, size=bounds, min_pixels=low, max_pixels=high)
+
+
+def _first(size: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((size[name] for name in names if size.get(name)), None)
 
 
 def encode_prompt(processor: Processor, sample: Sample, template: str | None) -> dict[str, Tensor]:
@@ -158,7 +183,7 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     return inputs | ({name: torch.cat(values) for name, values in pixels.items()} if pictures else {})
 
 
-def _patches(processor: Processor, path: Path) -> Any:
+def _patches(processor: Processor, path: Picture) -> Any:
     """Pixels of one picture, resized by the processor's rule and cut into patches."""
     picture = read_picture(path, on_white=True)  # as only newer versions of the processor do
     try:

@@ -14,6 +14,8 @@ from expert_merging.comparing.compare import AlignOptions, compare
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.flags import read_options
 from expert_merging.options import add_flag, single_value
+from expert_merging.relief import out_of_memory
+from expert_merging.shortage import shortage_of
 
 ALIGN = read_options(AlignOptions)
 
@@ -27,11 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         tell(error)
         return 1
-    except OSError as error:
-        problem = file_problem(error, "begins again")
-        if problem is None:
+    except (MemoryError, OSError, RuntimeError) as error:
+        shortage = shortage_of(error)
+        if shortage is not None:
+            tell(out_of_memory(shortage, "", "give --device cpu" if shortage.on_gpu else "take a machine with more"))
+        elif isinstance(error, OSError):
+            tell(file_problem(error, "begins again"))
+        else:
             raise
-        tell(problem)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
 from expert_merging.folders import refuse_pointers
+from expert_merging.reading import reading
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ class Backbone:
         task_experts: expert by calibration task, for the family's usual tasks that are not called like their expert.
         exclude_params: patterns of parameters that keep the base's value (`re.match` on file names).
         defaults: option defaults that differ from the methods' own, by option or, for one method, ``method.option``.
-        load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU.
+        load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU; also takes ``words``, the folder whose
+            tokenizer prompts are made with, where the model has to know of tokens (`beside`).
         parameter_names: ``(folder) -> names`` of the model's parameters in memory, without loading weights.
         load_processor: ``(folder) -> tokenizer or processor``.
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
@@ -88,7 +90,7 @@ class Backbone:
     expert_folders: Mapping[str, str]
     exclude_params: tuple[str, ...]
     defaults: Mapping[str, Any]
-    load_model: Callable[[Path, torch.dtype], Any]
+    load_model: Callable[..., Any]
     parameter_names: Callable[[Path], list[str]]
     load_processor: Callable[[Path], Any]
     encode_prompt: Callable[[Any, Sample, str | None], dict[str, Tensor]]
@@ -106,6 +108,16 @@ class Backbone:
     def evaluation_of(self, model_type: str) -> Evaluation:
         """How merged models of the type are evaluated."""
         return self.evaluation.get(model_type, self.evaluation.get("", Evaluation()))
+
+    def beside(self, base: Path) -> Backbone:
+        """The family with a base whose tokenizer serves experts as well, which may have none or another one.
+
+        All prompts are made with the base's, so what a model is told of tokens must be the base's too.
+        """
+        if "words" not in inspect.signature(self.load_model).parameters:
+            return self  # its models are told nothing of tokens
+        load = self.load_model
+        return replace(self, load_model=lambda folder, dtype: load(folder, dtype, base))
 
     @property
     def options(self) -> dict[str, Option]:
@@ -182,7 +194,7 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
     Raises:
         InputError: the folder lacks a tensor of the model, or has one of another shape.
     """
-    with loadable(folder) as source:
+    with loadable(folder) as source, reading(folder, "model"):
         model, report = getattr(import_transformers(), kind).from_pretrained(
             source,
             dtype=dtype,
@@ -222,11 +234,8 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     """
     refuse_pointers(folder.glob("*token*"))
     options = {"local_files_only": True, "trust_remote_code": False, **options}
-    try:
+    with reading(folder, "tokenizer"):
         return import_transformers().AutoTokenizer.from_pretrained(folder, **options)
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(" :")
-        raise InputError(f"{folder} has no tokenizer that transformers reads: {reason}") from None
 
 
 def language_setting(config: Mapping[str, Any], name: str) -> Any:

@@ -1,25 +1,21 @@
-"""Calibration files ``DATA_DIR/<Task>.json`` and the samples in them."""
+"""Calibration files ``DATA_DIR/<Task>.json`` or ``.jsonl``, and the samples in them."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.entries import Exchange, read_entries, read_exchange
+from expert_merging.errors import InputError, Problems, excerpt, near_name
+from expert_merging.picture_sources import Picture, find_pictures
 
 logger = logging.getLogger(__name__)
 
-# Characters of a faulty value that a message shows.
-_SHOWN = 60
-# Names under which other formats have pictures.
-_PICTURES = {
-    *("image", "images", "image_paths", "image_file", "image_files", "image_url", "img", "imgs", "img_path"),
-    *("picture", "pictures", "photo", "photos"),
-}
+_SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Sample:
     question: str
     response: str | None
     identity: str
-    images: tuple[Path, ...] = ()
+    images: tuple[Picture, ...] = ()
     tokens: tuple[int, ...] | None = None
     file: Path | None = None
     number: int = 0
@@ -51,7 +47,7 @@ class Sample:
     @property
     def place(self) -> str:
         """Where it is, for messages."""
-        return f"the question {self.question!r}" if self.file is None else entry_place(self.file, [self.number])
+        return f"the question {excerpt(self.question)}" if self.file is None else entry_place(self.file, [self.number])
 
     @classmethod
     def test(cls, question: str, *images: Path) -> Sample:
@@ -64,6 +60,46 @@ def entry_place(file: Path, numbers: Sequence[int], shown: int = 5) -> str:
     first = ", ".join(map(str, numbers[:shown]))
     more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
     return f"{file}, {'entry' if len(numbers) == 1 else 'entries'} {first}{more} (counted from 0)"
+
+
+def find_tasks(data_dir: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The task files of a folder by task, ``TASK.json`` or ``TASK.jsonl``.
+
+    A file whose name differs from one of the known names in case alone, such as ``code.json`` for Code, is that one's.
+
+    Args:
+        data_dir: the folder.
+        names: known names of tasks and experts.
+
+    Raises:
+        InputError: a known name has several files.
+    """
+    files = [file for file in sorted(data_dir.iterdir()) if file.suffix.lower() in _SUFFIXES and file.is_file()]
+    known = [*dict.fromkeys(names)]
+    there = {file.stem for file in files}
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        missing = [name for name in known if name not in there]
+        task = file.stem if file.stem in known else _same_task(file.stem, missing)
+        found.setdefault(task, []).append(file)
+    problems = Problems()
+    for task, own in found.items():
+        if len(own) > 1 and task in known:
+            problems.add(f"{own[0]} and {own[1]} are both for the task {task}; keep one of them")
+    problems.check()
+    return {task: own[0] for task, own in found.items()}
+
+
+def _same_task(name: str, known: Iterable[str]) -> str:
+    """The one known name that differs from a name in case alone, or the name itself."""
+    known = [*known]
+    same = [other for other in known if other.lower() == name.lower()]
+    return same[0] if name not in known and len(same) == 1 else name
+
+
+def unknown_task(flag: str, task: str, data_dir: Path, tasks: Iterable[str]) -> str:
+    """The problem with a flag that names a task without a file."""
+    return f"--{flag} names the task {task!r}, which {data_dir} has no file for. {near_name(task, [*tasks])}"
 
 
 def load_samples(
@@ -81,7 +117,7 @@ def load_samples(
     one folder may serve several families.
 
     Args:
-        data_dir: folder with one JSON file per task.
+        data_dir: folder with one JSON or JSON Lines file per task.
         experts: names of the experts.
         default_count: samples taken from each file, from its beginning.
         counts: numbers that differ, by task.
@@ -98,25 +134,24 @@ def load_samples(
         raise InputError(
             f"calibration folder {data_dir} does not exist; give --data_dir a folder with one JSON file per task"
         )
-    tasks = {file.stem: file for file in sorted(data_dir.glob("*.json")) if file.is_file()}
     problems = Problems()
+    usual = family_tasks or {}
+    tasks = find_tasks(data_dir, (*experts, *usual, *task_expert))
     for flag, named in {"samples_per_task_dict": counts, "task_expert": task_expert}.items():
         for task in named:
             if task not in tasks:
-                problems.add(
-                    f"--{flag} names the task {task!r}, and {data_dir} has no {task}.json. {near_name(task, [*tasks])}"
-                )
+                problems.add(unknown_task(flag, task, data_dir, tasks))
     for task, expert in task_expert.items():
         if expert not in experts:
             problems.add(f"--task_expert {task}={expert}: there is no expert {expert!r}. {near_name(expert, experts)}")
     samples: list[Sample] = []
     own = {task: task for task in tasks if task in experts}
-    expert_of = {**dict.fromkeys(tasks, ""), **(family_tasks or {}), **own, **task_expert}
+    expert_of = {**dict.fromkeys(tasks, ""), **usual, **own, **task_expert}
     for task, file in tasks.items():
         expert = expert_of[task]
         if expert in experts:
             with problems.collecting():
-                samples += _read_task(file, expert, counts.get(task, default_count))
+                samples += _read_task(task, file, expert, counts.get(task, default_count))
     served = {expert_of[task] for task in tasks}
     for expert in experts:
         if expert not in served:
@@ -128,89 +163,50 @@ def load_samples(
     return samples
 
 
-def _read_task(file: Path, expert: str, count: int) -> list[Sample]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        found = "an empty list" if entries == [] else _shown(entries)
-        raise InputError(
-            f"{file} must hold a list of objects with a 'question' each, and has {found}; see dataset/README.md"
-        )
+def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
+    entries = read_entries(file)
     problems = Problems()
-    samples = []
+    samples: list[Sample] = []
+    left_out: dict[str, list[int]] = {}
     for number, entry in enumerate(entries[:count]):
-        with problems.collecting():
-            samples.append(_read_entry(file, number, entry, expert))
+        with problems.collecting(), _told_of(entry_place(file, [number])):
+            exchange = read_exchange(entry)
+            samples.append(_sample(task, file, number, entry, exchange, expert))
+            for words in exchange.left_out:
+                left_out.setdefault(words, []).append(number)
     problems.check()
+    for words, numbers in left_out.items():
+        are = "is" if words.startswith("a ") else "are"
+        logger.warning("%s: %s cannot be part of a prompt and %s left out", entry_place(file, numbers), words, are)
     if len(samples) < count:
         have = "1 entry" if len(samples) == 1 else f"{len(samples)} entries"
         logger.info("%s has %s; --samples_per_task asks for %d, all are used", file, have, count)
     return samples
 
 
-def _shown(value: Any) -> str:
-    """The beginning of a value of a JSON file, for messages."""
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Say in errors which entry they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from None
 
 
-def _read_entry(file: Path, number: int, entry: Any, expert: str) -> Sample:
-    where = entry_place(file, [number])
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}: must be an object with a 'question', got {_shown(entry)}")
-    _check_characters(where, entry)
-    question, response = entry.get("question"), entry.get("response")
+def _sample(task: str, file: Path, number: int, entry: Mapping[str, Any], exchange: Exchange, expert: str) -> Sample:
+    """The sample that an entry is, after the checks of its texts and pictures."""
+    question, response = exchange.question, exchange.response
     if not isinstance(question, str) or not question.strip():
-        fields = "" if "question" in entry else f" (its fields: {', '.join(map(str, entry)) or 'none'})"
-        raise InputError(f"{where}: 'question' must be a text that is not empty, got {json.dumps(question)}{fields}")
+        raise InputError(f"'question' must be a text that is not empty, got {excerpt(question)}")
     if response is not None and not isinstance(response, str):
-        raise InputError(f"{where}: 'response' must be a text (or left out), got {_shown(response)}")
-    others = [key for key, value in entry.items() if value and key.lower() in _PICTURES]
-    if others and not entry.get("image_path"):
-        raise InputError(
-            f"{where}: has {others[0]!r}, and pictures are named by 'image_path'; rename it, or take it out if the "
-            "question is to be asked without a picture"
-        )
+        raise InputError(f"'response' must be a text (or left out), got {excerpt(response)}")
     return Sample(
-        task=file.stem,
+        task=task,
         expert=expert,
         question=question,
         response=response or None,
         identity=str(entry.get("question_id", number)),
-        images=_find_images(file, where, entry.get("image_path")),
+        images=find_pictures(exchange.pictures, [file.parent, file.parent.parent, Path.cwd()]),
         file=file,
         number=number,
     )
-
-
-def _check_characters(where: str, entry: Any) -> None:
-    """Check that the entry's texts are texts: JSON can name halves of characters, which no tokenizer takes."""
-    try:
-        json.dumps(entry, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: has half a character ({error.object[error.start]!a}), which is no text; write the whole "
-            "character, or leave it out"
-        ) from None
-
-
-def _find_images(file: Path, where: str, given: Any) -> tuple[Path, ...]:
-    """The entry's pictures, from beside the file, the dataset folder's parent or the current folder."""
-    if given is None:
-        return ()
-    paths = given if isinstance(given, list) else [given]
-    found = []
-    for path in paths:
-        if not isinstance(path, str):
-            raise InputError(f"{where}: 'image_path' must be a text or a list of texts, got {json.dumps(path)}")
-        if not path.strip():
-            raise InputError(f"{where}: 'image_path' is empty; leave it out where there is no picture")
-        places = [file.parent, file.parent.parent, Path.cwd()]
-        hits = [place / path for place in places if (place / path).is_file()]
-        if not hits:
-            looked = ", ".join(str(place) for place in places)
-            raise InputError(f"{where}: image_path {path} does not exist (looked in {looked})")
-        found.append(hits[0])
-    return tuple(found)

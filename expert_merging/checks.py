@@ -80,6 +80,7 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     """
     backbone = backbone.configured(resolved.family)
     plan, device = _open_checkpoints(resolved, backbone)
+    backbone = backbone.beside(plan.base.folder)
     limit_threads()
     processes = join(device, runs_models=resolved.reads_samples)
     _check_one_per_expert(resolved, tuple(plan.experts))

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, kind_of
-from expert_merging.errors import InputError, file_problem, tell
+from expert_merging.errors import InputError, file_problem, lines_of, tell
 from expert_merging.options import Resolved, parse, resolve, show_default
-from expert_merging.processes import is_lost_process, is_main_process
+from expert_merging.processes import await_end, is_lost_process, is_main_process, tell_launcher
+from expert_merging.relief import advice, out_of_memory
+from expert_merging.shortage import shortage_of
 
 
 def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
@@ -33,23 +35,38 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             return 0
         return _merge(resolve(given, os.environ, backbone), backbone)
     except InputError as error:
-        if is_main_process():
-            tell(error)
-        return 1
+        return _fail(error, at_once=is_main_process())
     except OSError as error:
-        problem = file_problem(error, "continues where it stopped")
-        if problem is None:
-            raise
-        tell(problem)
-        return 1
+        return _fail(file_problem(error, "continues where it stopped"), at_once=is_main_process())
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        tell(InputError("another process of this run has ended, so this one does too; what it said last tells why"))
-        return 1
+        lost = InputError("another process of this run has ended, so this one does too; what it said last tells why")
+        return _fail(lost, at_once=False)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        if is_main_process():
+            print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
+
+
+def _fail(error: InputError, *, at_once: bool) -> int:
+    """Tell an error, once for all processes of a run.
+
+    Most errors are every process's. The main one tells them, and its launcher then ends the others, which wait for
+    that: one that nobody ends has found something of its own.
+
+    Args:
+        error: what to tell.
+        at_once: do not wait for the launcher.
+
+    Returns:
+        Exit code.
+    """
+    if not at_once:
+        await_end()
+    if not tell_launcher(lines_of(error).rstrip()):
+        tell(error)
+    return 1
 
 
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
@@ -68,10 +85,13 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
         from expert_merging.job import perform
 
         return perform(job, terminal)
-    except InputError as error:
-        if job is not None and not is_main_process():
-            tell(error)  # found while working on this process's share
-        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        shortage = shortage_of(error)
+        if shortage is None:
+            raise
+        on_gpu = shortage.on_gpu if job is None else job.context.device != "cpu"
+        relief = advice(shortage, resolved, backbone, on_gpu=on_gpu, doing=terminal.doing)
+        raise out_of_memory(shortage, terminal.doing, relief) from None
     finally:
         if job is not None:
             job.context.run.release()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,26 @@ from expert_merging.progress import Advance
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
+# Lines that are kept for a file that is opened later: what the checks of a run have to say.
+_EARLY = 1000
+
+
+class _Lines(logging.Formatter):
+    """Lines that begin with ``warning:`` where they are one, as those of errors begin with ``error:``.
+
+    Args:
+        form: form of a line, with ``%(beginning)s`` in it.
+        usual: how other lines begin.
+    """
+
+    def __init__(self, form: str, usual: str = "") -> None:
+        super().__init__(form)
+        self.usual = usual
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        """The line of a record."""
+        record.beginning = "warning: " if record.levelno >= logging.WARNING else self.usual
+        return super().formatMessage(record)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -33,6 +54,7 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
+        self.setFormatter(_Lines("%(beginning)s%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -45,15 +67,21 @@ class Terminal:
 
     Args:
         quiet: show nothing, as in the other processes of a parallel run.
+
+    Attributes:
+        doing: what is being done, in words.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.handlers: list[logging.Handler] = []
+        self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)
         self.before = self.package.level, self.package.propagate
-        if not quiet:
-            self._add(_ConsoleHandler(self.console))
+        # Without any handler, logging itself would print warnings.
+        self._add(logging.NullHandler() if quiet else _ConsoleHandler(self.console))
+        self.early = MemoryHandler(_EARLY, flushLevel=logging.CRITICAL, flushOnClose=False)
+        self._add(self.early)
 
     def _add(self, handler: logging.Handler) -> None:
         self.package.setLevel(logging.INFO)
@@ -62,10 +90,13 @@ class Terminal:
         self.handlers.append(handler)
 
     def log_to(self, file: Path) -> None:
-        """Write log lines with times to a file as well, after what it has already."""
+        """Write log lines with times to a file as well, those from before too, after what it has already."""
         handler = logging.FileHandler(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
+        self.early.setTarget(handler)
+        self.early.flush()
+        self.package.removeHandler(self.early)
 
     def close(self) -> None:
         """Stop showing and writing log lines, and leave logging as it was found."""
@@ -80,6 +111,7 @@ class Terminal:
     def progress(self, title: str, total: float, unit: str) -> Iterator[Advance]:
         """A bar with throughput and time left; see `expert_merging.progress.Progress`."""
         start = time.monotonic()
+        self.doing = f"in the step {title!r}"
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]
         )
@@ -92,4 +124,5 @@ class Terminal:
         ) as bar:
             task = bar.add_task(title, total=total, note="")
             yield lambda count, note="": bar.update(task, advance=count, note=note)
+        self.doing = f"after the step {title!r}"
         logger.info("%s took %.1f s", title, time.monotonic() - start)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+# Characters of a value that a message shows.
+_SHOWN = 60
 
 
 class InputError(Exception):
@@ -24,23 +29,45 @@ class InputError(Exception):
         return type(self), self.problems
 
 
+def lines_of(error: InputError) -> str:
+    """Each problem as one line."""
+    return "".join(f"error: {problem}\n" for problem in error.problems)
+
+
 def tell(error: InputError) -> None:
     """Show each problem as one line of the error stream."""
-    sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
+    sys.stderr.write(lines_of(error))
 
 
-def file_problem(error: OSError, again: str) -> InputError | None:
-    """What a file or a disk that cannot be used means for the user; None where the error does not say which.
+def file_problem(error: OSError, again: str) -> InputError:
+    """What a file or a disk that cannot be used means for the user.
 
     Args:
-        error: the system's error.
+        error: the system's error, or a library's of that kind, which may say no file.
         again: what the same command does once there is room.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk is full; make room, then the same command {again}")
-    if error.filename is not None and error.strerror is not None:
-        return InputError(f"{error.filename}: {error.strerror}")
-    return None
+    reason = error.strerror or first_line(error)
+    if error.filename is not None:
+        return InputError(f"{error.filename}: {reason}")
+    return InputError(f"a file or a connection cannot be used ({reason}); the same command {again}")
+
+
+def excerpt(value: Any, *, quoted: bool = True) -> str:
+    """The beginning of a value that a message is about, however long it is.
+
+    Args:
+        value: a value of a JSON file.
+        quoted: as JSON; otherwise as it is.
+    """
+    text = json.dumps(value) if quoted else str(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says, which may go on for pages; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
 
 
 class Problems:

@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from expert_merging.backbone import Backbone
+from expert_merging.calibration import find_tasks, unknown_task
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, by_name, current_name, describe_type, is_one_per_expert, read_options
@@ -412,7 +413,8 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
     if reads_samples:
         options["data_dir"] = options["data_dir"] or str(ROOT / "dataset")
-        problems.found += _unknown_tasks(Path(options["data_dir"]), family, backbone)
+        with problems.collecting():
+            problems.found += _unknown_tasks(Path(options["data_dir"]), experts, family, backbone)
     problems.check()
     # A configuration file may serve several methods; what it has in vain is no mistake.
     ignored = tuple(name for name in given if name not in known and name not in _COMMANDS)
@@ -494,13 +496,13 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
     return method, tuple(modifiers)
 
 
-def _unknown_tasks(data_dir: Path, family: Mapping[str, Any], backbone: Backbone) -> list[str]:
+def _unknown_tasks(data_dir: Path, experts: Iterable[str], family: Mapping[str, Any], backbone: Backbone) -> list[str]:
     """Tasks that an option of the family names and that have neither a file nor a default of that option."""
     if not data_dir.is_dir():
         return []  # which is told when its files are read
-    files = sorted(file.stem for file in data_dir.glob("*.json"))
+    files = find_tasks(data_dir, (*experts, *backbone.task_experts))
     return [
-        f"--{name} names the task {task!r}, and {data_dir} has no {task}.json. {near_name(task, files)}"
+        unknown_task(name, task, data_dir, files)
         for name, option in backbone.options.items()
         if isinstance(family[name], dict)
         for task in family[name]

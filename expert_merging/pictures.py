@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_merging.calibration import Sample
+from expert_merging.entries import MARK as MARK
 from expert_merging.errors import InputError
+from expert_merging.picture_sources import Picture
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# Where a picture belongs in a question; without it, pictures come first.
-MARK = "<image>"
 
 # What Pillow raises for damaged files.
 _DAMAGED = (
@@ -31,7 +30,7 @@ _DAMAGED = (
 )
 
 
-def read_picture(file: Path, *, on_white: bool = False) -> Image.Image:
+def read_picture(file: Picture, *, on_white: bool = False) -> Image.Image:
     """The picture in RGB, turned upright where a camera marked it as rotated, as every viewer shows it.
 
     Args:
@@ -47,7 +46,7 @@ def read_picture(file: Path, *, on_white: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities, such as transparency, that do not matter in RGB
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(io.BytesIO(file.read_bytes())) as image:
                 upright = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                     upright = _eight_bits(upright)

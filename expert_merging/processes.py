@@ -5,10 +5,13 @@ The only module that reads what a launcher (torchrun, ``accelerate launch``) say
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.errors import InputError
@@ -16,6 +19,10 @@ from expert_merging.parts import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Seconds in which a launcher ends the processes beside one that has failed.
+PATIENCE = 10.0
 
 
 def rank() -> int:
@@ -36,6 +43,32 @@ def local_count() -> int:
 def is_main_process() -> bool:
     """Whether this process reports and writes what is written once."""
     return rank() == 0
+
+
+def await_end() -> None:
+    """Wait for the launcher to end this process, as it does where another one has failed; return if it does not."""
+    if count() > 1:
+        time.sleep(PATIENCE)
+
+
+def tell_launcher(message: str) -> bool:
+    """Give torchrun, which also runs below ``accelerate launch``, the words that its report on a failure ends with.
+
+    That report is the last thing on the terminal, whatever this process prints.
+
+    Returns:
+        Whether there is a launcher that takes them.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    # The launcher takes what was noted first for the cause.
+    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    try:
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
+    except OSError:  # its folder of logs is gone
+        return False
+    return True
 
 
 def launched_precision() -> str | None:

@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from expert_merging import processes
 from expert_merging.learned import reporting
 from tests.command import save_table
 
@@ -99,4 +100,5 @@ def _enter(
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     reporting.draw_all = save_table
+    processes.PATIENCE = 0.5  # no launcher is there to end it
     sys.exit(function(*arguments))

@@ -34,7 +34,7 @@ def test_an_expert_that_computes_otherwise_is_told(tmp_path):
     base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 9})
     expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"rope_theta": 1e6, "vocab_size": 10})
     run = merged(tmp_path / "out", "--method", "weight_average", *flags(base, A=expert))
-    warnings = [line for line in run.log.read_text().splitlines() if " WARNING " in line]
+    warnings = [line for line in run.log.read_text().splitlines() if " warning: " in line]
     assert len(warnings) == 1
     assert "expert A differs from the base in config.json: rope_theta 1000000.0, base 10000.0" in warnings[0]
 
@@ -69,7 +69,7 @@ def test_settings_are_compared_wherever_a_config_has_them(tmp_path, capsys, base
 
 def test_flags_of_other_methods_are_reported_and_not_fatal(command, tmp_path, capsys):
     run = merged(tmp_path / "out", *command, "--num_epochs", "none", "--loss_alphas", "Chat=much")
-    ignored = "WARNING ignored, since task_arithmetic has no such option: --num_epochs, --loss_alphas\n"
+    ignored = "warning: ignored, since task_arithmetic has no such option: --num_epochs, --loss_alphas\n"
     assert ignored in run.log.read_text()
     capsys.readouterr()
     assert merge(*command, "--num_epochs", "3", "--dry_run") == 0

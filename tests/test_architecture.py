@@ -15,8 +15,8 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
-    ("flags", "roles", "processes", "writing", "folders", "fingerprints"),
-    ("machine", "workers", "calibration", "checkpoint", "run", "console"),
+    ("flags", "roles", "processes", "reading", "shortage", "writing", "folders", "fingerprints"),
+    ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console"),
     ("adapter_files", "lora"),
     ("adapter",),
     ("backbone", "plan"),
@@ -31,7 +31,7 @@ LAYERS = (
     ("catalogue",),
     ("options",),
     ("idle",),
-    ("advice",),
+    ("advice", "relief"),
     ("checks",),
     ("comparing", "convert", "extract", "summary"),
     ("job",),

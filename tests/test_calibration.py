@@ -118,8 +118,8 @@ def test_a_missing_folder(tmp_path):
 def test_names_of_tasks_and_experts_that_do_not_exist(data):
     folder = data("Chat", QUESTIONS)
     assert problems(folder, counts={"Chatt": 3}, task_expert={"Mat": "Chat", "Chat": "Chaat"}) == [
-        f"--samples_per_task_dict names the task 'Chatt', and {folder} has no Chatt.json. Did you mean 'Chat'?",
-        f"--task_expert names the task 'Mat', and {folder} has no Mat.json. Known: Chat.",
+        f"--samples_per_task_dict names the task 'Chatt', which {folder} has no file for. Did you mean 'Chat'?",
+        f"--task_expert names the task 'Mat', which {folder} has no file for. Known: Chat.",
         "--task_expert Chat=Chaat: there is no expert 'Chaat'. Did you mean 'Chat'?",
         f"expert Chat has no calibration samples: {folder} has no Chat.json, and no --task_expert TASK=Chat assigns "
         "it another file",

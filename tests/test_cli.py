@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import re
+import time
 
 import pytest
 import torch
@@ -97,11 +100,63 @@ def test_help_tells_every_option(capsys, monkeypatch):
     assert "Default: 0.8." in shown
 
 
-def test_a_mistake_is_told_by_the_main_process_alone(command, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_is_told_by_the_main_process_and_by_others_that_nobody_ends(number, command, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     assert merge(*command, "--sede", "1") == 1
-    captured = capsys.readouterr()
-    assert captured.out == captured.err == ""
+    assert waited == ([(10, "")] if number else [])
+    assert capsys.readouterr().err == "error: no flag --sede. Did you mean '--seed'?\n"
+
+
+@pytest.mark.parametrize("place", ["there", "gone"])
+def test_a_launcher_with_a_report_of_its_own_is_told_instead(place, command, monkeypatch, capsys, tmp_path):
+    file = tmp_path / place / "error.json"
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    before = time.time()
+    assert merge(*command, "--sede", "1", "--seet", "2") == 1
+    lines = "error: no flag --sede. Did you mean '--seed'?\nerror: no flag --seet. Did you mean '--seed'?"
+    if place == "gone":
+        assert capsys.readouterr().err == lines + "\n"
+        return
+    message = json.loads(file.read_text())["message"]
+    assert message["message"] == lines
+    assert int(before) <= int(message["extraInfo"]["timestamp"]) <= time.time()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "a/b.json"), "a/b.json: Too many open files"),
+        (OSError(errno.EIO, "Input/output error"), "a file or a connection cannot be used (Input/output error); {}"),
+        (OSError("Cannot reach it:\nmore"), "a file or a connection cannot be used (Cannot reach it); {}"),
+        (OSError(), "a file or a connection cannot be used (OSError); {}"),
+        (ConnectionResetError(), "a file or a connection cannot be used (ConnectionResetError); {}"),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses_is_one_line(error, told, command, capsys, monkeypatch):
+    def fail(*_arguments, **_keywords):
+        raise error
+
+    monkeypatch.setattr("expert_merging.job.write_output", fail)
+    assert refusal(capsys, *command) == told.format("the same command continues where it stopped")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupted_run_says_so_once(number, command, capsys, monkeypatch):
+    def interrupt(*_arguments, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setattr("expert_merging.cli.resolve", interrupt)
+    assert merge(*command) == 130
+    told = "\ninterrupted; the same command continues where this one stopped\n"
+    assert capsys.readouterr().err == ("" if number else told)
 
 
 def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys):

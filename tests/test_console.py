@@ -29,6 +29,12 @@ def test_lines_and_progress_are_plain_where_output_is_no_terminal(capsys):
     assert len(lines) == 2
 
 
+def test_warnings_begin_as_such(capsys):
+    with closing(Terminal()):
+        logger.warning("careful with [bold]%s[/bold]", "this")
+    assert capsys.readouterr().out == "warning: careful with [bold]this[/bold]\n"
+
+
 def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
@@ -47,6 +53,7 @@ def test_a_bar_is_shown_on_a_terminal(monkeypatch, capsys):
 def test_other_processes_show_nothing(capsys):
     with closing(Terminal(quiet=True)) as terminal:
         logger.info("hello")
+        logger.warning("careful")
         work(terminal)
         terminal.console.print("plan")
     captured = capsys.readouterr()
@@ -62,7 +69,19 @@ def test_the_log_file_has_times_and_is_continued(tmp_path):
     earlier, hello, careful = (tmp_path / "merge.log").read_text(encoding="utf-8").splitlines()
     assert earlier == "earlier"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hellö", hello)
-    assert careful.endswith(" WARNING careful")
+    assert re.fullmatch(r"[\d, :-]{23} warning: careful", careful)
+
+
+def test_what_was_said_before_is_in_the_file_once(tmp_path, capsys):
+    with closing(Terminal()) as terminal:
+        logger.warning("found while checking")
+        terminal.log_to(tmp_path / "merge.log")
+        logger.info("hello")
+    assert [line[24:] for line in (tmp_path / "merge.log").read_text().splitlines()] == [
+        "warning: found while checking",
+        "INFO hello",
+    ]
+    assert capsys.readouterr().out == "warning: found while checking\nhello\n"
 
 
 @pytest.mark.parametrize(("level", "propagate"), [(logging.NOTSET, True), (logging.ERROR, False)])

@@ -534,8 +534,8 @@ def test_tasks_that_an_option_of_the_family_names_must_be_there(root):
     with pytest.raises(InputError) as caught:
         family_resolved("--words", "Chart=3", "--words", "chart=3", "--words", "Nope=3")
     assert list(caught.value.problems) == [
-        f"--words names the task 'chart', and {root / 'dataset'} has no chart.json. Did you mean 'Chart'?",
-        f"--words names the task 'Nope', and {root / 'dataset'} has no Nope.json. Known: Chart, OCR.",
+        f"--words names the task 'chart', which {root / 'dataset'} has no file for. Did you mean 'Chart'?",
+        f"--words names the task 'Nope', which {root / 'dataset'} has no file for. Known: Chart, OCR.",
     ]
     assert family_resolved("--words", "Chart=3").family["words"] == {"Chart": 3}
 

@@ -86,6 +86,37 @@ def test_launchers_of_parallel_runs_start_it(tiny_zoo, tmp_path, expected, launc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+        (
+            *("accelerate.commands.launch", "--main_process_port", 0, "--config_file"),
+            ROOT / "configs" / "accelerate" / "cpu_two_processes.yaml",
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_a_mistake_is_told_once_and_last_below_launchers_of_several_processes(launcher):
+    """At the end of the launcher's own report, which cannot be kept from the terminal."""
+    done = start("-m", *launcher, SCRIPT, "--method", "task-arithmetik", "--device", "none")
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert said.count("error: no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?") == 1
+    *_, last, border = said.splitlines()
+    assert last == "  traceback : error: no method named 'task-arithmetik'. Did you mean 'task_arithmetic'?"
+    assert set(border) == {"="}
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_last_below_a_quiet_launcher_of_a_single_process():
+    launcher = ("accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", 1, "--num_machines", 1)
+    done = start("-m", *launcher, SCRIPT, "--method", "task-arithmetik")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no method named 'task-arithmetik'")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [False, True], ids=["merging", "finding a NaN"])
 def test_two_processes_write_the_bytes_of_one(damage, tmp_path):
     """Blocks, thresholds and drawn numbers do not depend on who computes them; whoever finds a fault tells it."""

@@ -212,6 +212,7 @@ def _measure(
     samples = _choose_samples(learned, plan, backbone, options)
     first = learned[0] if learned else {}
     backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})
+    backbone = backbone.beside(base)
     import_transformers()
     terminal = Terminal()
     try:
@@ -237,7 +238,7 @@ def _choose_samples(
     learned: Sequence[Mapping[str, Any]], plan: Plan, backbone: Backbone, options: AlignOptions
 ) -> list[Sample]:
     """Questions of every task that no run has learned from."""
-    from expert_merging.calibration import load_samples
+    from expert_merging.calibration import find_tasks, load_samples
     from expert_merging.comparing.align import held_out
 
     folders = sorted({record["data_dir"] for record in learned})
@@ -246,11 +247,9 @@ def _choose_samples(
         raise InputError(f"which questions? {reason}; give --data_dir")
     data_dir = Path(options.data_dir or folders[0]).resolve()
     there = [record for record in learned if Path(record["data_dir"]) == data_dir]
-    used = {
-        file.stem: max((_samples_used(record, file.stem) for record in there), default=0)
-        for file in data_dir.glob("*.json")
-    }
     task_expert = options.task_expert or next((record["task_expert"] for record in there if record["task_expert"]), {})
+    tasks = find_tasks(data_dir, (*plan.experts, *backbone.task_experts, *task_expert)) if data_dir.is_dir() else {}
+    used = {task: max((_samples_used(record, task) for record in there), default=0) for task in tasks}
     samples = load_samples(
         data_dir,
         tuple(plan.experts),

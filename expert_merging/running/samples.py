@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,13 @@ import torch
 
 from expert_merging import processes
 from expert_merging.adapter import Adapter
-from expert_merging.backbone import language_setting, refuse_lacking
+from expert_merging.backbone import Backbone, language_setting, refuse_lacking
 from expert_merging.calibration import Sample, load_samples
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.plan import Plan
+from expert_merging.reading import MODEL_FILES, damaged_files
 from expert_merging.roles import is_word_table
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
@@ -133,7 +135,7 @@ def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
     )
     with_image = next((sample for sample in samples if sample.images), None)
     if with_image is not None and not context.backbone.takes_images:
-        raise InputError(f"{with_image.task}.json has an image_path, and {context.backbone.name} is a language model")
+        raise InputError(f"{with_image.place} has a picture, and {context.backbone.name} is a language model")
     return tuple(samples)
 
 
@@ -154,14 +156,24 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
 
 
 def _check_model(context: Context, *, compares_logits: bool) -> None:
-    """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
-    plan, file_name = context.plan, context.backbone.file_name
-    names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
-    unknown = [name for name in plan.merged if file_name(name) not in names]
+    """Check that every model can be loaded, that what is merged is among its parameters, and that its head is all.
+
+    Raises:
+        InputError: the first kind of problem found.
+    """
+    plan = context.plan
+    _check_settings(plan)
+    names = _parameters(context.backbone, plan.base)
+    unknown = [name for name in plan.merged if context.backbone.file_name(name) not in names]
     if unknown:
         raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
-    _check_adapters(plan, {file_name(name) for name in plan.base.entries} - names, file_name)
-    refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
+    _check_adapters(context, names)
+    problems = Problems()
+    for checkpoint in _whole(plan):
+        with problems.collecting():
+            wanted = names if checkpoint is plan.base else _parameters(context.backbone, checkpoint)
+            refuse_lacking(checkpoint.folder, wanted - set(map(context.backbone.file_name, checkpoint.entries)))
+    problems.check()
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed and compares_logits:
         raise InputError(
@@ -170,8 +182,10 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
         )
 
 
-def _check_adapters(plan: Plan, unknown: Set[str], file_name: Callable[[str], str]) -> None:
+def _check_adapters(context: Context, names: Set[str]) -> None:
     """Check that what adapters change is in the model, but for a head that is its embedding."""
+    plan, file_name = context.plan, context.backbone.file_name
+    unknown = {file_name(name) for name in plan.base.entries} - names
     for expert, checkpoint in plan.experts.items():
         changed = sorted(checkpoint.changed) if isinstance(checkpoint, Adapter) else ()
         lost = [name for name in changed if file_name(name) in unknown and not is_word_table(name)]
@@ -180,6 +194,41 @@ def _check_adapters(plan: Plan, unknown: Set[str], file_name: Callable[[str], st
                 f"expert {expert} changes {lost[0]}, which is no parameter of the model in memory, so it cannot be "
                 "run; methods that run no model can merge it"
             )
+
+
+def _whole(plan: Plan) -> list[Checkpoint]:
+    """The checkpoints that are whole models."""
+    return [one for one in (plan.base, *plan.experts.values()) if not isinstance(one, Adapter)]
+
+
+def _parameters(backbone: Backbone, checkpoint: Checkpoint) -> set[str]:
+    """File names of the parameters of a checkpoint's model."""
+    return set(map(backbone.file_name, backbone.parameter_names(checkpoint.folder)))
+
+
+def _check_settings(plan: Plan) -> None:
+    """Check the settings that loading the models reads, so that none stops the run when its turn comes.
+
+    Raises:
+        InputError: every problem found.
+    """
+    problems = Problems()
+    for checkpoint in _whole(plan):
+        problems.found += damaged_files(checkpoint.folder, MODEL_FILES)
+        problems.found += _vocabulary_problems(checkpoint)
+    problems.check()
+
+
+def _vocabulary_problems(checkpoint: Checkpoint) -> list[str]:
+    """Tensors with a row for each word that have not as many as ``config.json`` says."""
+    words = language_setting(checkpoint.config, "vocab_size")
+    return [
+        f"{checkpoint.folder}: {name} has {entry.shape[0]} rows, and config.json has the vocab_size {words}; write the "
+        "number of rows there, or download both again"
+        for name, entry in checkpoint.entries.items()
+        if is_word_table(name) and len(entry.shape) == 2
+        if words is not None and entry.shape[0] != words
+    ]
 
 
 def _precision(asked: str, device: str) -> str:

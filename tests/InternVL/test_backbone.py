@@ -213,7 +213,7 @@ def test_a_folder_without_vocabulary_is_refused(gone, tmp_path):
 def test_a_damaged_tokenizer_is_refused(tmp_path):
     folder = save_model(tmp_path / "model", 1)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match="has no tokenizer that transformers reads: "):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is not valid JSON \(Expecting property name"):
         load_processor(folder)
 
 

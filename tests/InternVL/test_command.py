@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -359,8 +360,8 @@ def test_flags_of_the_family_are_checked(internvl_zoo, capsys):
     line = refusal(capsys, *flags, "--max_tiles_dict", '{"Chart": 0}', family=BACKBONE)
     assert line == "--max_tiles_dict must be a whole number in [1, inf), got 0 for 'Chart'"
     line = refusal(capsys, *flags, "--max_tiles_dict", "chart=3", family=BACKBONE)
-    assert line.startswith("--max_tiles_dict names the task 'chart', and ")
-    assert line.endswith(" has no chart.json. Did you mean 'Chart'?")
+    assert line.startswith("--max_tiles_dict names the task 'chart', which ")
+    assert line.endswith(" has no file for. Did you mean 'Chart'?")
 
 
 def test_what_makes_samples_shorter_is_told(tmp_path, capsys):
@@ -389,6 +390,24 @@ def test_samples_are_checked_before_any_work(internvl_zoo, tmp_path, capsys):
         assert broken.startswith(f"{places[0]}: {dataset / 'broken.png'} cannot be read as a picture")
         assert mark == f"{places[1]}: 1 <image> marks for 0 pictures; add image_path or remove marks"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_experts_need_neither_tokenizer_nor_preprocessor_nor_code(internvl_zoo, tmp_path):
+    """As the published ones lack some of the base's files and have others; what tokens mean is the base's to say."""
+    bare = tmp_path / "bare"
+    for folder in (BASE, *EXPERTS.values()):
+        shutil.copytree(internvl_zoo / folder, bare / folder)
+    kept = ("config.json", "model.safetensors")
+    for folder in experts_of(bare):
+        for file in folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
+    (experts_of(bare)[0] / "tokenizer_config.json").write_text("{ damaged")
+    (experts_of(bare)[1] / "flash_attention.py").write_text("raise RuntimeError('executed')")
+    flags = [*LEARNING, "--samples_per_task", 1, "--data_dir", internvl_zoo / "dataset", "--cache_dir"]
+    whole = run_command(tmp_path / "whole", *flags, internvl_zoo)
+    assert_same_bytes(tensors_of(run_command(tmp_path / "out", *flags, bare).model), tensors_of(whole.model))
 
 
 @pytest.mark.slow

@@ -166,6 +166,20 @@ def test_what_is_executed_is_said_once(folder, caplog):
     assert line == f"--trust_remote_code: executing {names} of {folder}"
 
 
+def test_missing_code_is_told_before_anything_is_executed(folder):
+    (folder / "configuration_internvl_chat.py").unlink()
+    with pytest.raises(InputError) as caught:
+        parameter_names(folder, trust_remote_code=True)
+    assert caught.value.problems == (
+        f"{folder} lacks configuration_internvl_chat.py, which its config.json names as the model's code; download it "
+        "again",
+    )
+    config = json.loads((folder / "config.json").read_text())
+    elsewhere = {"AutoConfig": "OpenGVLab/InternVL2_5-1B--configuration_internvl_chat.InternVLChatConfig"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": elsewhere}))
+    assert parameter_names(folder, trust_remote_code=True)
+
+
 def test_without_the_flag_nothing_is_executed(folder):
     with pytest.raises(InputError, match="has ps_version 'v1'"):
         load_model(folder, torch.float32)

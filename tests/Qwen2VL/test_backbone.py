@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.picture_sources import HeldPicture
 from Qwen2VL.backbone import encode_prompt, file_name, load_model, load_processor, parameter_names
 from tests.checkpoints import tensors_of, write_index
-from tests.qwen2vl import BASE, CONFIG, CONFIG_2_5, TEMPLATE, newer_name, save_model, save_picture, with_newer_names
+from tests.qwen2vl import (
+    BASE,
+    CONFIG,
+    CONFIG_2_5,
+    PREPROCESSOR,
+    TEMPLATE,
+    newer_name,
+    save_model,
+    save_picture,
+    with_newer_names,
+)
 from tests.Qwen2VL.reference import chat, patches, picture_size, positions, tokens
 
 
@@ -314,16 +326,79 @@ def test_settings_of_newer_processors_are_read(base, tmp_path):
     assert [(size["shortest_edge"], size["longest_edge"]) for size in found] == [(784, 12845056), (784, 8000)]
 
 
-@pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer.json"])
-def test_missing_files_of_the_processor_are_named(missing, base, tmp_path):
+BOUNDS = {"min_pixels": 784, "max_pixels": 8000}
+EDGES = {"shortest_edge": 784, "longest_edge": 8000}
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high"),
+    [
+        (BOUNDS, 784, 8000),
+        ({"size": BOUNDS}, 784, 8000),
+        ({"size": EDGES}, 784, 8000),
+        ({"size": {"shortest_edge": 1, "longest_edge": 2}, **BOUNDS}, 784, 8000),
+        ({"size": {**EDGES, "min_pixels": None, "max_pixels": None}}, 784, 8000),
+        ({"size": {"max_pixels": 8000}}, 56 * 56, 8000),
+        ({"size": None}, 56 * 56, 28 * 28 * 1280),
+    ],
+)
+def test_bounds_on_pictures_are_read_in_every_form(settings, low, high, base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    (folder / missing).unlink()
+    others = {name: value for name, value in PREPROCESSOR.items() if name not in BOUNDS}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**others, **settings}))
+    for given in ({}, {"min_pixels": 4000}, {"max_pixels": 5000}):
+        images = load_processor(folder, **given).image_processor
+        wanted = (given.get("min_pixels", low), given.get("max_pixels", high))
+        assert (images.size["shortest_edge"], images.size["longest_edge"]) == wanted
+    assert encode_prompt(load_processor(folder), sample("?", save_picture(tmp_path / "a.png", 90, 40)), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"size": {"height": 3, "width": 3}},
+            'the size {"height": 3, "width": 3}; it must have min_pixels and max_pixels, or shortest_edge and '
+            "longest_edge",
+        ),
+        ({"size": 3}, "the size 3; it must have min_pixels and max_pixels, or shortest_edge and longest_edge"),
+        ({"min_pixels": "a"}, 'bounds pictures by "a" pixels'),
+        ({"size": {"longest_edge": -1}}, "bounds pictures by -1 pixels"),
+    ],
+)
+def test_bounds_that_are_none_are_refused(settings, problem, base, tmp_path):
+    folder = copied(base, tmp_path / "base")
+    others = {name: value for name, value in PREPROCESSOR.items() if name not in BOUNDS}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**others, **settings}))
+    for given in ({}, {"max_pixels": 5000}):
+        if given and "longest_edge" in str(settings):
+            continue  # which replaces what is wrong
+        with pytest.raises(InputError) as caught:
+            load_processor(folder, **given)
+        (found,) = caught.value.problems
+        assert found.startswith(f"{folder} has a preprocessor_config.json ")
+        assert found.endswith(problem)
+
+
+def test_missing_settings_of_the_processor_are_named(base, tmp_path):
+    folder = copied(base, tmp_path / "base")
+    (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputError) as caught:
         load_processor(folder)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"the processor of {folder} cannot be loaded (")
-    assert problem.endswith("; download its tokenizer and preprocessor files again")
+    assert problem.startswith(f"{folder} has no processor that transformers reads: ")
+    assert "preprocessor_config.json" in problem
     assert "\n" not in problem
+
+
+def test_a_picture_in_an_entry_is_as_good_as_a_file(processor, tmp_path):
+    file = save_picture(tmp_path / "picture.png", 90, 40)
+    held = encode_prompt(processor, sample("What?", HeldPicture(file.read_bytes())), None)
+    for name, value in encode_prompt(processor, sample("What?", file), None).items():
+        assert torch.equal(held[name], value)
+    damaged = HeldPicture(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=rf"{re.escape(PLACE)}: {damaged.name} cannot be read as a picture \("):
+        encode_prompt(processor, sample("What?", damaged), None)
 
 
 def test_bounds_must_leave_something_between_them(base):

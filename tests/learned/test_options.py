@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from Mistral.backbone import BACKBONE, encode_prompt, load_processor
-from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
-from tests.command import merge
+from tests.checkpoints import BASE, CHARACTERS, EXPERTS, tensors_of, write_tasks
+from tests.command import assert_same_bytes, flags, merge, merged
 from tests.learned.test_coefficients import make_coefficients
 
 
@@ -69,6 +70,58 @@ def test_refused_before_any_work(arguments, message, command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_loading_any_model_needs_is_checked_before_an_expert_is_asked(command, tiny_zoo, tmp_path, capsys):
+    folders = {}
+    for name, published in EXPERTS.items():
+        folders[name] = shutil.copytree(tiny_zoo / published, tmp_path / name)
+    file = folders["Chat"] / "generation_config.json"
+    file.write_text("{")
+    config = json.loads((folders["Math"] / "config.json").read_text())
+    (folders["Math"] / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    for mode in ([], ["--dry_run"]):
+        assert command(*mode, *map(str, flags(tiny_zoo / BASE, **folders))) == 1
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: {file} is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1)); download it again",
+            *(
+                f"error: {folders['Math']}: {name} has {len(CHARACTERS)} rows, and config.json has the vocab_size 7; "
+                "write the number of rows there, or download both again"
+                for name in ("lm_head.weight", "model.embed_tokens.weight")
+            ),
+        ]
+
+
+def test_an_expert_that_lacks_a_tensor_is_told_before_any_is_asked(command, tiny_zoo, tmp_path, capsys):
+    folder = shutil.copytree(tiny_zoo / EXPERTS["Code"], tmp_path / "code")
+    tensors = tensors_of(folder)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert command(*map(str, flags(tiny_zoo / BASE, Chat=tiny_zoo / EXPERTS["Chat"], Code=folder))) == 1
+    assert capsys.readouterr().err == (
+        f"error: {folder} lacks model.norm.weight, which the model of its config.json has; download it again\n"
+    )
+
+
+@pytest.mark.slow
+def test_experts_need_no_tokenizer_of_their_own(tiny_zoo, tmp_path):
+    """As a published expert has one that only another library reads, and another a list of three added tokens."""
+    folders = {name: shutil.copytree(tiny_zoo / published, tmp_path / name) for name, published in EXPERTS.items()}
+    for folder in folders.values():
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    (folders["Math"] / "tokenizer.model").write_bytes(b"pieces")
+    (folders["Code"] / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 1, "<unk>": 0}))
+    found = []
+    for number, experts in enumerate([{name: tiny_zoo / published for name, published in EXPERTS.items()}, folders]):
+        run = merged(
+            tmp_path / str(number),
+            *("--data_dir", tiny_zoo / "dataset", "--samples_per_task", 1, "--max_new_tokens", 4, "--log_with", "none"),
+            *("--method", "expert_merging", *flags(tiny_zoo / BASE, **experts)),
+        )
+        found.append(tensors_of(run.model))
+    assert_same_bytes(*found)
+
+
 def test_all_problems_are_told_at_once(command, capsys):
     assert command("--scaling_coefficient", "2", "--hidden_states_layers", "7", "--coeffs_size_dict", '{"x": 1}') == 1
     assert len(capsys.readouterr().err.splitlines()) == 3
@@ -79,7 +132,9 @@ def test_pictures_are_refused_by_a_language_model(command, tmp_path, capsys):
     (tmp_path / "dataset" / "a.png").write_bytes(b"picture")
     (tmp_path / "dataset" / "Math.json").write_text(json.dumps([{"question": "?", "image_path": "a.png"}]))
     assert command("--data_dir", str(tmp_path / "dataset")) == 1
-    assert "Math.json has an image_path, and Mistral is a language model" in capsys.readouterr().err
+    assert (
+        "Math.json, entry 0 (counted from 0) has a picture, and Mistral is a language model" in capsys.readouterr().err
+    )
 
 
 def test_a_base_without_a_layer_count_needs_an_explicit_choice(tiny_zoo, tmp_path, capsys):

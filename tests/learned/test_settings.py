@@ -99,8 +99,9 @@ def test_what_the_model_lacks_is_found_before_any_work(tiny_zoo, tmp_path):
     write_tasks(tmp_path / "dataset")
     with pytest.raises(InputError) as caught:
         make_trainer(tmp_path, tmp_path / "run")
-    assert caught.value.problems == (
-        f"{tmp_path / BASE} lacks model.norm.weight, which the model of its config.json has; download it again",
+    assert caught.value.problems == tuple(
+        f"{tmp_path / folder} lacks model.norm.weight, which the model of its config.json has; download it again"
+        for folder in (BASE, *EXPERTS.values())
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.picture_sources import HeldPicture
 from expert_merging.running import targets
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
@@ -58,7 +59,14 @@ def test_the_digest_changes_with_questions_responses_and_pictures(tmp_path):
     for number, picture in enumerate(pictures):
         picture.write_bytes(bytes([number]))
     first = replace(SAMPLES[0], images=(pictures[0],))
-    changed = ({"question": "?"}, {"response": "43"}, {"expert": "Chat"}, {"images": (pictures[1],)}, {"images": ()})
+    changed = (
+        {"question": "?"},
+        {"response": "43"},
+        {"expert": "Chat"},
+        {"images": (pictures[1],)},
+        {"images": ()},
+        {"images": (HeldPicture(b"picture"),)},
+    )
     digests = {
         Samples((sample, *SAMPLES[1:]), 0, "no", SampleOptions()).digest
         for sample in (first, *(replace(first, **change) for change in changed))

@@ -1,0 +1,81 @@
+"""One boundary for what transformers and its libraries raise while they read a user's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from expert_merging.errors import InputError, excerpt, first_line
+
+# What loading a model reads beside its weights, and what loading tokenizer and processor reads beside that.
+MODEL_FILES = ("config.json", "generation_config.json")
+_FILES = (
+    *MODEL_FILES,
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
+)
+# What damaged files lead to in code that takes them to be whole.
+_CONFUSED = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Around everything that reads files of a folder with transformers.
+
+    Args:
+        folder: the folder.
+        what: what is read, such as ``tokenizer``.
+
+    Raises:
+        InputError: it cannot be read; names the folder, and the file where that is known.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # The tokenizers' library raises plain exceptions; others are this program's own mistakes.
+        if not isinstance(error, _CONFUSED) and type(error) is not Exception:
+            raise
+        problems = damaged_files(folder) or _lacking_tokenizer(folder)
+        said = first_line(error)
+        reason = said if isinstance(error, (ImportError, OSError, ValueError)) else f"{type(error).__name__}: {said}"
+        raise InputError(*problems or [f"{folder} has no {what} that transformers reads: {reason}"]) from None
+
+
+def _lacking_tokenizer(folder: Path) -> list[str]:
+    """What a folder without a tokenizer.json lacks, if it has no tokenizer or one that takes another library."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return []
+    if not (folder / "tokenizer.model").is_file():
+        return [f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json is there; download them"]
+    if find_spec("sentencepiece") is None:
+        return [
+            f"{folder} has its tokenizer as tokenizer.model alone; to read it, pip install sentencepiece, or put the "
+            "tokenizer.json of the same tokenizer beside it"
+        ]
+    return []
+
+
+def damaged_files(folder: Path, names: Sequence[str] = _FILES) -> list[str]:
+    """What is wrong with files that must hold a JSON object; a file that is not there is none.
+
+    Args:
+        folder: the folder.
+        names: the files.
+    """
+    problems = []
+    for file in (folder / name for name in names):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{file} is not valid JSON ({first_line(error)}); download it again")
+            continue
+        if not isinstance(content, dict):
+            problems.append(f"{file} must hold a JSON object and has {excerpt(content)}; download it again")
+    return problems
