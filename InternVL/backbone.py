@@ -185,6 +185,7 @@ BACKBONE = Backbone(
     name="InternVL",
     base_folder="InternVL2_5-1B",
     expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in EXPERTS},
+    vision_tower="vision_model.*",
     exclude_params=("vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={
         "scaling_coefficient": 0.1,

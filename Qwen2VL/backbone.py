@@ -217,6 +217,7 @@ BACKBONE = Backbone(
     name="Qwen2VL",
     base_folder="Qwen2-VL-7B",
     expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in EXPERTS},
+    vision_tower="visual.*",
     exclude_params=("visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={
         "scaling_coefficient": 0.3,

@@ -16,6 +16,7 @@ from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
 from expert_merging.folders import refuse_pointers
+from expert_merging.naming import DECODER
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,7 @@ class Backbone:
         picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
             names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
+        vision_tower: pattern of the vision tower's parameters, one of `exclude_params`; empty where there is none.
         test_questions: what ``--run_tests`` asks the merged model.
         evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
             an empty name for all others.
@@ -96,12 +98,18 @@ class Backbone:
     takes_images: bool = False
     picture_bounds: tuple[str, ...] = ()
     file_name: Callable[[str], str] = same_name
+    vision_tower: str = ""
     test_questions: tuple[Sample, ...] = ()
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
     loading: tuple[str, str] = (
         'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
         'AutoTokenizer.from_pretrained("{model}")',
     )
+
+    @property
+    def landmark(self) -> str:
+        """Pattern of names by which published checkpoints are known."""
+        return self.vision_tower or DECODER
 
     def evaluation_of(self, model_type: str) -> Evaluation:
         """How merged models of the type are evaluated."""

@@ -15,9 +15,10 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
-    ("flags", "roles", "processes", "writing", "folders"),
+    ("flags", "roles", "naming", "processes", "writing", "folders"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
-    ("backbone", "plan"),
+    ("leftovers", "backbone"),
+    ("tying", "plan"),
     ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
     ("context",),
     ("outputs",),

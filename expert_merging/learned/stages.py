@@ -132,6 +132,8 @@ def matching_coefficients(place: Path, plan: Plan) -> Coefficients:
         InputError: there are none, or they belong to others.
     """
     loaded = load_coefficients(place)
+    fixed = tuple(plan.by_own_names(dict.fromkeys(loaded.fixed)))
+    loaded = replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed)
     problems = []
     if loaded.experts != tuple(plan.experts):
         problems.append(

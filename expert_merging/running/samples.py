@@ -152,6 +152,7 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
 def _check_model(context: Context, *, compares_logits: bool) -> None:
     """Check that the model's parameters are there, what is merged among them, and that its head is all there is."""
     plan, file_name = context.plan, context.backbone.file_name
+    plan.refuse_contained(*plan.experts)
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
