@@ -39,8 +39,8 @@ class Container:
 
     def words(self, names: Iterable[str]) -> str:
         """How the names are read, for messages; empty where they are as they should be."""
-        found = {word: None for name in names for word in _WRAPPERS.findall(name)}
-        without = [*found, *filter(None, [self.extra])]
+        found = {word for name in names for word in _WRAPPERS.findall(name)}
+        without = [*sorted(found), *filter(None, [self.extra])]
         parts = [f"without {' and '.join(map(repr, without))}"] if without else []
         parts += [f"with {self.lacking!r} before them"] if self.lacking else []
         return " and ".join(parts)
@@ -56,9 +56,8 @@ def find_container(names: Collection[str], is_known: Callable[[str], bool], know
     """
     plain = [_WRAPPERS.sub("", name) for name in names]
     candidates = [
-        Container(extra, lacking)
-        for extra in ("", *_beginnings(plain))
-        for lacking in dict.fromkeys(("", *_HOLDERS, *_beginnings(known)))
+        *(Container(extra, lacking) for extra in ("", *_beginnings(plain)) for lacking in ("", *_HOLDERS)),
+        *(Container("", lacking) for lacking in _beginnings(known)),
     ]
     if all(map(is_known, plain)):
         return candidates[0]
