@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, names_in_memory
+from expert_merging import stored
+from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
@@ -92,7 +93,7 @@ def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[st
     if trust_remote_code:  # the original class calls parameters what the files call them
         return [*Checkpoint(folder).entries]
     _, config, tied = open_published(folder)
-    return names_in_memory(CLASS, native_config(config, tied=tied))
+    return stored.parameter_names(CLASS, native_config(config, tied=tied))
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
+from expert_merging import stored
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.folders import refuse_pointers
@@ -63,7 +64,7 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: the folder has a model of another kind.
     """
-    return names_in_memory(_CLASS, _config(folder))
+    return stored.parameter_names(_CLASS, _config(folder))
 
 
 def _config(folder: Path) -> Any:

@@ -70,7 +70,8 @@ class Backbone:
         exclude_params: patterns of parameters that keep the base's value (`re.match` on file names).
         defaults: option defaults that differ from the methods' own, by option or, for one method, ``method.option``.
         load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU.
-        parameter_names: ``(folder) -> names`` of the model's parameters in memory, without loading weights.
+        parameter_names: ``(folder) -> names`` of the model's parameters, without loading weights; of one in which
+            several tensors of the files are fused, those tensors' names.
         load_processor: ``(folder) -> tokenizer or processor``.
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
             response starts.
@@ -78,6 +79,7 @@ class Backbone:
         picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
             names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
+            What transformers itself does to names need not be in it.
         vision_tower: pattern of the vision tower's parameters, one of `exclude_params`; empty where there is none.
         test_questions: what ``--run_tests`` asks the merged model.
         evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
@@ -166,16 +168,6 @@ def empty_model(kind: str, config: Any) -> Any:
 
     with torch.device("meta"):
         return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
-
-
-def names_in_memory(kind: str, config: Any) -> list[str]:
-    """Names of a model's parameters in memory, from its configuration alone.
-
-    Args:
-        kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
-        config: a configuration of transformers'.
-    """
-    return [name for name, _ in empty_model(kind, config).named_parameters()]
 
 
 def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = same_name) -> Any:

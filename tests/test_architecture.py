@@ -18,7 +18,7 @@ LAYERS = (
     ("flags", "roles", "naming", "processes", "writing", "folders"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
     ("leftovers", "backbone"),
-    ("tying", "plan"),
+    ("tying", "plan", "stored"),
     ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
     ("context",),
     ("outputs",),

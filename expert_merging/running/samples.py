@@ -156,7 +156,10 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
     names = {file_name(name) for name in context.backbone.parameter_names(plan.base.folder)}
     unknown = [name for name in plan.merged if file_name(name) not in names]
     if unknown:
-        raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+        raise InputError(
+            f"{unknown[0]} is in the checkpoint, and is neither a parameter of the model nor some of one's entries; "
+            "exclude it, or use a method that runs no model"
+        )
     refuse_lacking(plan.base.folder, names - {file_name(name) for name in plan.base.entries})
     changed = [name for name in _CHANGES_LOGITS if language_setting(plan.base.config, name) not in (None, 1, 1.0)]
     if changed and compares_logits:
