@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
-from expert_merging.backbone import Backbone, Evaluation, names_in_memory
+from expert_merging import stored
+from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
@@ -94,7 +95,7 @@ def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[st
         remote.check_code(folder)
         return [*Checkpoint(folder).entries]
     _, config, tied = open_published(folder)
-    return names_in_memory(CLASS, native_config(config, tied=tied))
+    return stored.parameter_names(CLASS, native_config(config, tied=tied))
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processor:
@@ -187,6 +188,7 @@ BACKBONE = Backbone(
     name="InternVL",
     base_folder="InternVL2_5-1B",
     expert_folders={expert: f"InternVL2_5-1B_{expert}" for expert in EXPERTS},
+    vision_tower="vision_model.*",
     exclude_params=("vision_model.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={
         "scaling_coefficient": 0.1,

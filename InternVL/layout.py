@@ -33,6 +33,11 @@ _PREFIXES = {
     "model.multi_modal_projector.linear_1.": "mlp1.1.",
     "model.multi_modal_projector.linear_2.": "mlp1.3.",
     "model.vision_tower.": "vision_model.",
+    # In files that transformers' own class has written.
+    "multi_modal_projector.layer_norm.": "mlp1.0.",
+    "multi_modal_projector.linear_1.": "mlp1.1.",
+    "multi_modal_projector.linear_2.": "mlp1.3.",
+    "vision_tower.": "vision_model.",
 }
 _VISION_PARTS = {
     "embeddings.cls_token": "embeddings.class_embedding",

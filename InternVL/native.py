@@ -17,6 +17,7 @@ from expert_merging.errors import InputError
 from expert_merging.folders import SINGLE
 from expert_merging.plan import misfits
 from expert_merging.roles import is_rotary_table
+from expert_merging.tying import is_tied
 from expert_merging.writing import write_atomically
 from InternVL.layout import check_supported, native_config, published_config, published_name, read_config
 
@@ -45,7 +46,7 @@ def open_published(folder: Path) -> tuple[Checkpoint, dict[str, Any], bool]:
     checkpoint, config = Checkpoint(folder), read_config(folder)
     check_supported(folder, config)
     says_tied = bool(config["llm_config"].get("tie_word_embeddings", False))
-    return checkpoint, config, says_tied and _HEAD not in checkpoint.entries
+    return checkpoint, config, says_tied and (_HEAD not in checkpoint.entries or is_tied(checkpoint))
 
 
 def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
@@ -66,7 +67,12 @@ def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
     parameters, groups = dict(model.named_parameters()), file_parameters(model)
     rows = {name: [parameters[part].shape[0] for part in parts] for name, parts in groups.items()}
     shapes = {name: (sum(rows[name]), *parameters[parts[0]].shape[1:]) for name, parts in groups.items()}
-    found = misfits(checkpoint.entries, shapes, is_known=is_rotary_table, of="its configuration")
+    found = misfits(
+        checkpoint.entries,
+        shapes,
+        is_known=lambda name: is_rotary_table(name) or (tied and name == _HEAD),
+        of="its configuration",
+    )
     if found:
         raise InputError(*(f"{folder}: {problem}" for problem in found))
     state: dict[str, Tensor] = {}

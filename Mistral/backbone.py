@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging import stored
 from expert_merging.backbone import (
     Backbone,
     Evaluation,
     import_transformers,
     load_tokenizer,
     load_whole,
-    names_in_memory,
 )
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError, first_line
@@ -45,7 +45,7 @@ def parameter_names(folder: Path) -> list[str]:
     with reading(folder, "configuration"):
         try:
             config = automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            return names_in_memory("AutoModelForCausalLM", config)
+            return stored.parameter_names("AutoModelForCausalLM", config)
         except ValueError as error:
             raise InputError(
                 f"{folder} is no causal language model that transformers knows, and code of checkpoints is not "

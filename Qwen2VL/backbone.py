@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole, names_in_memory
+from expert_merging import stored
+from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
 from expert_merging.folders import refuse_pointers
@@ -68,7 +69,7 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: the folder has a model of another kind.
     """
-    return names_in_memory(_CLASS, _config(folder))
+    return stored.parameter_names(_CLASS, _config(folder))
 
 
 def _config(folder: Path) -> Any:
@@ -242,6 +243,7 @@ BACKBONE = Backbone(
     name="Qwen2VL",
     base_folder="Qwen2-VL-7B",
     expert_folders={expert: f"Qwen2-VL-7B-{expert}" for expert in EXPERTS},
+    vision_tower="visual.*",
     exclude_params=("visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"),
     defaults={
         "scaling_coefficient": 0.3,

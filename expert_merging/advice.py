@@ -38,7 +38,9 @@ def warnings_before(
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
         *_adapters_of_others(plan),
+        *_lost_tower(plan, backbone),
         *_idle_patterns(plan, backbone, resolved.general["exclude_params"]),
+        *_heads(plan),
         *differing_settings(plan),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
     ]
@@ -125,12 +127,45 @@ def other_base(said: str, folder: Path) -> str | None:
 
 def _idle_patterns(plan: Plan, backbone: Backbone, patterns: Sequence[str]) -> list[str]:
     """Patterns of the user's own that exclude nothing; the family's may be for tensors that not all bases have."""
-    names = {published for name in plan.base.entries for published in (name, backbone.file_name(name))}
+    names = _names(plan)
     return [
         f"--exclude_params {pattern!r} matches no parameter, from the start of its name (such as {min(names)})"
         for pattern in patterns
         if pattern not in backbone.exclude_params and not any(re.match(pattern, name) for name in names)
     ]
+
+
+def _names(plan: Plan) -> set[str]:
+    """Names of the base's tensors, as in its files and as published."""
+    return {*plan.base.entries, *plan.published.values()}
+
+
+def _lost_tower(plan: Plan, backbone: Backbone) -> list[str]:
+    """A vision tower that goes by a name which the family's pattern does not match."""
+    if plan.base.model_type not in backbone.evaluation or not backbone.vision_tower:
+        return []
+    if any(re.match(backbone.vision_tower, name) for name in _names(plan)):
+        return []
+    return [
+        f"the base has no tensor that {backbone.vision_tower!r} matches, the pattern of the vision tower: if it has "
+        f"one under another name (names are such as {min(plan.base.entries)}), that is merged; give --exclude_params"
+    ]
+
+
+def _heads(plan: Plan) -> list[str]:
+    """Output heads that the merged model will not have, or not everywhere."""
+    base, heads = plan.base.folder, plan.heads
+    lost = [
+        f"expert {name} has an output head apart from its embedding, and in the base the two are one: the merged model "
+        "gets the base's"
+        for name in heads.own
+    ]
+    if heads.contradicts:
+        lost.append(
+            f"{base / 'config.json'} says tie_word_embeddings, and head and embedding differ: recent versions of "
+            "transformers load both, older ones and other programs may take the embedding for both"
+        )
+    return lost
 
 
 def _misleading_path(models: Sequence[Path], evaluation: Evaluation, model_type: str) -> list[str]:

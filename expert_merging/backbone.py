@@ -16,6 +16,7 @@ from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
 from expert_merging.folders import refuse_pointers
+from expert_merging.naming import DECODER
 from expert_merging.reading import reading
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Backbone:
         defaults: option defaults that differ from the methods' own, by option or, for one method, ``method.option``.
         load_model: ``(folder, dtype) -> model`` in evaluation mode, on the CPU; also takes ``words``, the folder whose
             tokenizer prompts are made with, where the model has to know of tokens (`beside`).
-        parameter_names: ``(folder) -> names`` of the model's parameters in memory, without loading weights.
+        parameter_names: ``(folder) -> names`` of the model's parameters, without loading weights; of one in which
+            several tensors of the files are fused, those tensors' names.
         load_processor: ``(folder) -> tokenizer or processor``.
         encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
             response starts.
@@ -79,6 +81,8 @@ class Backbone:
         picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
             names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
+            What transformers itself does to names need not be in it.
+        vision_tower: pattern of the vision tower's parameters, one of `exclude_params`; empty where there is none.
         test_questions: what ``--run_tests`` asks the merged model.
         evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
             an empty name for all others.
@@ -98,12 +102,18 @@ class Backbone:
     takes_images: bool = False
     picture_bounds: tuple[str, ...] = ()
     file_name: Callable[[str], str] = same_name
+    vision_tower: str = ""
     test_questions: tuple[Sample, ...] = ()
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
     loading: tuple[str, str] = (
         'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
         'AutoTokenizer.from_pretrained("{model}")',
     )
+
+    @property
+    def landmark(self) -> str:
+        """Pattern of names by which published checkpoints are known."""
+        return self.vision_tower or DECODER
 
     def evaluation_of(self, model_type: str) -> Evaluation:
         """How merged models of the type are evaluated."""
@@ -170,16 +180,6 @@ def empty_model(kind: str, config: Any) -> Any:
 
     with torch.device("meta"):
         return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
-
-
-def names_in_memory(kind: str, config: Any) -> list[str]:
-    """Names of a model's parameters in memory, from its configuration alone.
-
-    Args:
-        kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
-        config: a configuration of transformers'.
-    """
-    return [name for name, _ in empty_model(kind, config).named_parameters()]
 
 
 def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = same_name) -> Any:

@@ -51,6 +51,8 @@ OTHERS = {
     "I64": 8,
     "U64": 8,
 }
+# Types of what is no parameter: counts, positions, masks.
+WHOLE = frozenset(name for name in OTHERS if not name.startswith("F"))
 # Torch's names of the types that are written, and bytes per entry of every type.
 TORCH_NAMES = {**{name: kind for name, (kind, _) in FLOATS.items()}, "U8": "uint8", "I64": "int64", "BOOL": "bool"}
 WIDTHS = {**{name: width for name, (_, width) in FLOATS.items()}, **OTHERS}

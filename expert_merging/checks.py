@@ -110,7 +110,7 @@ def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str
     with problems.collecting():
         base, experts = checkpoint_folders(resolved.general, backbone)
         base, experts = locate_all(base, experts, dry_run=resolved.general["dry_run"])
-        plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name)
+        plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name, backbone.landmark)
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
@@ -226,6 +226,7 @@ def _check_rest(job: Job) -> Job:
 def _check_questions(job: Job) -> None:
     """Check that the merged model can be loaded and asked, for which it needs what its base needs."""
     backbone, base = job.context.backbone, job.context.plan.base.folder
+    job.context.plan.refuse_contained()
     backbone.parameter_names(base)
     processor = backbone.load_processor(base)
     for sample in backbone.test_questions:

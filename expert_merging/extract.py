@@ -25,6 +25,7 @@ from expert_merging.parts import Part
 from expert_merging.plan import Plan, show_size
 from expert_merging.run import Run
 from expert_merging.sources import locate
+from expert_merging.tying import tie_heads
 from expert_merging.writing import check_free_disk, check_new_folder, partial_name, sync_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
     with problems.collecting():
         masks = Masks(run.model / tall.FOLDER, expert)
     problems.check()
-    others = [name for name in base.entries if name not in masks.entries]
+    heads = tie_heads(base, {})
+    follows = {heads.copy} if heads.kept in masks.entries else set()
+    others = [name for name in base.entries if name not in masks.entries and name not in follows]
     is_same = masks.base in (None, base.content()) and _agree(base, model, others)
     if list(base.headers.values()) != list(model.headers.values()) or not is_same:
         raise InputError(
@@ -107,7 +110,7 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
         )
     masks.check(base.entries)
     merged = [entry.name for file in base.files for entry in base.in_file(file) if entry.name in masks.entries]
-    return Plan(base, {expert: model}, tuple(merged)), masks
+    return Plan(base, {expert: model}, tuple(merged), heads), masks
 
 
 def _read_record(run: Run) -> Mapping[str, Any]:

@@ -358,13 +358,15 @@ class _Merger:
         squares = base_squares = 0.0
         blocks = _takes_blocks(part, self.unit)
         need = 0 if blocks else _whole_memory(self.plan.base.entries[part.name], self.held)
-        buffers = {place: self._buffer(part, place) for place in places}
+        slots = {
+            place.slot.source: place.slot for place in places
+        }  # of a head tied to embeddings, both have one source
+        buffers = {source: self._buffer(part, slot) for source, slot in slots.items()}
         with self.memory.taking(need), self.reader.streaming():
             for piece, base, task_vectors in self._pieces(part, blocks=blocks):
                 made = self.rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
                 results = made if isinstance(made, Mapping) else {"merged": made}
-                for place, buffer in buffers.items():
-                    source = place.slot.source
+                for source, buffer in buffers.items():
                     assert isinstance(source, Merged)  # noqa: S101  (others are copied)
                     found = results[source.result].reshape(-1)
                     run = buffer[_packed_run(part, piece, source, len(found))]
@@ -375,19 +377,20 @@ class _Merger:
                     squares, base_squares = squares + numbers[0], base_squares + numbers[1]
                     run.copy_(base.add_(found), non_blocking=True)
                     # Only float16 is so narrow that finite float32 numbers overflow in it.
-                    if place.slot.dtype == "F16" or not math.isfinite(numbers[0]):
-                        _check_fits(base, buffer.dtype, place.slot)
-        for place, buffer in buffers.items():
+                    if slots[source].dtype == "F16" or not math.isfinite(numbers[0]):
+                        _check_fits(base, buffer.dtype, slots[source])
+        for place in places:
             assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
+            buffer = buffers[place.slot.source]
             first = part.start // place.slot.source.packed
             writer.write(as_bytes(buffer), place.offset + first * buffer.element_size())
         return squares, base_squares
 
-    def _buffer(self, part: Part, place: _Place) -> Tensor:
+    def _buffer(self, part: Part, slot: Slot) -> Tensor:
         """Memory of the host for what a part becomes in a slot."""
-        assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
-        entries = -(-part.entries // place.slot.source.packed)
-        return self.reader.host_buffer(f"merged {place.slot.source.result}", entries, torch_dtype(place.slot.dtype))
+        assert isinstance(slot.source, Merged)  # noqa: S101  (others are copied)
+        entries = -(-part.entries // slot.source.packed)
+        return self.reader.host_buffer(f"merged {slot.source.result}", entries, torch_dtype(slot.dtype))
 
     def _pieces(self, part: Part, *, blocks: bool) -> Iterator[tuple[Part, Tensor, Tensor]]:
         """Base and task vectors: in steps, or of the whole tensor."""
@@ -416,8 +419,8 @@ def _places(slots: tuple[Slot, ...], start: int) -> tuple[dict[str, list[_Place]
         place = _Place(slot, start)
         if isinstance(slot.source, Merged):
             places = merged.setdefault(slot.source.name, [])
-            if any(other.slot.source == slot.source for other in places):
-                raise ValueError(f"{slot.name} is what another slot of the file is: {slot.source}")
+            if any(other.slot.source == slot.source and other.slot.dtype != slot.dtype for other in places):
+                raise ValueError(f"{slot.name} is what another slot of the file is in another type: {slot.source}")
             places.append(place)
         else:
             others[slot.name] = place

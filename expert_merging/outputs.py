@@ -148,10 +148,10 @@ def mirror_of(plan: Plan, *, folder: str = "", experts: Sequence[str] | None = N
         folder: its place in the run's ``model/``.
         experts: the experts that are merged; None for all.
     """
-    merged = set(plan.merged)
 
     def slot(entry: Entry) -> Slot:
-        source = Merged(entry.name) if entry.name in merged else Copied(entry.name)
+        merged = plan.merged_as(entry.name)
+        source = Copied(entry.name) if merged is None else Merged(merged)
         return Slot(entry.name, entry.dtype, entry.shape, entry.size, source)
 
     return Output(

@@ -14,7 +14,9 @@ STAGES = ("early", "middle", "late")
 OUTSIDE = "outside"
 
 # Each row of these matrices belongs to a word: they are no maps from one space into another.
-_WORD_TABLE = re.compile(r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)\.weight$")
+_WORD_TABLE = re.compile(
+    r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(.*\.)?language_model\.output|output)\.weight$"
+)
 _SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
 _DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
 _VISION = re.compile(r"\bvis(ion|ual)")
@@ -61,6 +63,13 @@ def is_in_decoder(name: str) -> bool:
 def is_output_head(name: str) -> bool:
     """Whether the tensor is the weight of an output head of its own."""
     return name.endswith("lm_head.weight")
+
+
+def word_tables(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """The language model's table of embeddings and its output head; None for what is not there."""
+    tables = [name for name in names if is_word_table(name)]
+    heads = [name for name in tables if re.search(r"\b(lm_head|output)\.weight$", name)]
+    return next((name for name in tables if name not in heads), None), next(iter(heads), None)
 
 
 def output_head(names: Iterable[str]) -> str | None:

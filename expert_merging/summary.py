@@ -35,6 +35,8 @@ def plan_lines(job: Job) -> list[str]:
     lines = [
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}{expert.kind}" for name, expert in plan.experts.items()),
+        *(f"{who}: names of tensors are read {words}" for who, words in plan.contained.items()),
+        *_tied(plan),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
@@ -45,6 +47,13 @@ def plan_lines(job: Job) -> list[str]:
     if unread:
         lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
     return lines
+
+
+def _tied(plan: Plan) -> list[str]:
+    """Where a copy of a tensor follows it, whatever the patterns say."""
+    heads = plan.heads
+    copied = heads.copy is not None and plan.merged_as(heads.copy) is not None
+    return [f"{heads.copy} becomes what {heads.kept} becomes, since the two are one"] if copied else []
 
 
 def _merging(job: Job) -> Plan:

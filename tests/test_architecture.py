@@ -15,11 +15,11 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "__init__"),
-    ("flags", "roles", "processes", "reading", "shortage", "writing", "folders", "fingerprints"),
+    ("flags", "roles", "naming", "processes", "reading", "shortage", "writing", "folders", "fingerprints"),
     ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console"),
     ("adapter_files", "lora"),
-    ("adapter",),
-    ("backbone", "plan"),
+    ("adapter", "leftovers", "backbone"),
+    ("tying", "plan", "stored"),
     ("streaming", "hub", "sources", "card", "pictures"),
     ("context",),
     ("outputs",),

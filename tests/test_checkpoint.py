@@ -499,7 +499,7 @@ def compare(tmp_path):
 
 
 def check_by_names(base, expert, excluded, file_name):
-    adopt_names(base, expert, file_name)
+    adopt_names({name: file_name(name) for name in base.entries}, expert, file_name)
     return check_experts(base, {"Math": expert}, excluded, file_name)
 
 

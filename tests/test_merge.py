@@ -251,7 +251,7 @@ def test_one_tensor_has_one_place_in_a_file(base, experts, tmp_path):
     (file,) = plan.base.files
     slot = Slot.of("first", "F32", (33,), Merged("layers.1.weight"))
     for others, problem in {
-        (replace(slot, name="second"),): "second is what another slot of the file is",
+        (replace(slot, name="second", dtype="BF16"),): "second is what another slot of the file is in another type",
         (replace(slot, name="layers.1.weight", source=Copied("one")),): "merged for one slot and the name of another",
     }.items():
         output = Output({file.name: (slot, *others)})

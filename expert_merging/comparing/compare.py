@@ -208,7 +208,8 @@ def _measure(
 
     device = torch.device(choose_device(options.device))
     limit_threads()
-    plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name)
+    plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name, backbone.landmark)
+    plan.refuse_contained(*plan.experts)
     samples = _choose_samples(learned, plan, backbone, options)
     first = learned[0] if learned else {}
     backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})

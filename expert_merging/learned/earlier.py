@@ -57,7 +57,7 @@ def earlier_coefficients(
         InputError: there are none, or they belong to other experts, parameters or weights.
     """
     plan, problems = context.plan, Problems()
-    loaded = _load(context, place)
+    loaded = _by_own_names(_load(context, place), plan)
     chosen = loaded
     with problems.collecting():
         chosen = _for_experts(loaded, place, tuple(plan.experts), factors)
@@ -84,6 +84,12 @@ def _load(context: Context, place: Path) -> Coefficients:
             return load_published(place, context.plan, context.backbone.file_name)
         place = values
     return load_coefficients(place)
+
+
+def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
+    """Coefficients by the names that the base's files have, whatever names of the published they were given by."""
+    fixed = tuple(plan.by_own_names(dict.fromkeys(loaded.fixed)))
+    return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed)
 
 
 def other_weights(loaded: Coefficients, plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ from expert_merging.learned.parametrisations import Parametrisation
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.parts import Part
 from expert_merging.running.sharding import beside_the_model, own_entries, own_part
+from expert_merging.stored import Run, stored_tensors
+
+
+class Held(NamedTuple):
+    """What a parameter holds of a merged tensor in this process.
+
+    Args:
+        part: which of the tensor's entries.
+        start: where in what this process has of the flattened parameter they begin.
+    """
+
+    part: Part
+    start: int
 
 
 class LiveModel:
@@ -48,17 +61,13 @@ class LiveModel:
         self.parametrisation = parametrisation
         self.gradient = torch.zeros_like(parametrisation.raw)
         self.accumulates = False
-        pieces: dict[str, list[Any]] = {}
-        for name, parameter in model.named_parameters():
-            pieces.setdefault(file_name(name), []).append(parameter)
+        stored = stored_tensors(model, file_name)
         places, constants = parametrisation.places, parametrisation.constants
-        missing = [name for name in (*places, *constants) if file_name(name) not in pieces]
+        missing = [name for name in (*places, *constants) if file_name(name) not in stored]
         if missing:
             raise InputError(f"{missing[0]} is in the checkpoint but is no parameter of the loaded model; exclude it")
-        # The entries of a merged tensor that each parameter holds here: all, or the rows that it is cut into in memory.
-        self.parts = {
-            parameter: part for name in places for parameter, part in self._own_parts(name, pieces[file_name(name)])
-        }
+        # What of merged tensors each parameter holds here: one, some rows of one, or several that are fused in memory.
+        self.parts = self._own_parts({name: stored[file_name(name)] for name in places})
         self._ignores = False
         self._sums: dict[Any, Tensor] = {}
         self._values = parametrisation().detach()
@@ -69,17 +78,26 @@ class LiveModel:
         for parameter in self.parts:
             parameter.requires_grad_(True)
             self.hooks.append(parameter.register_post_accumulate_grad_hook(self._receive))
-        fixed = dict(entry for name in constants for entry in self._own_parts(name, pieces[file_name(name)]))
-        task_vectors.hold([*self.parts.values(), *fixed.values()])
+        fixed = self._own_parts({name: stored[file_name(name)] for name in constants})
+        task_vectors.hold(held.part for parts in (self.parts, fixed) for own in parts.values() for held in own)
         self._write(fixed, constants)
 
-    def _own_parts(self, name: str, pieces: Sequence[Any]) -> Iterator[tuple[Any, Part]]:
-        """Each of the parameters that make up a merged tensor, one after the other, with what is here of it."""
-        whole, before = self.task_vectors.plan.part(name), 0
-        for parameter in pieces:
-            start, stop = own_entries(parameter)
-            yield parameter, whole.between(before + start, before + stop)
-            before += parameter.numel()
+    def _own_parts(self, tensors: Mapping[str, Sequence[Run]]) -> dict[Any, list[Held]]:
+        """What each parameter holds here of tensors, by the runs of parameters that make them up."""
+        parameters, found = dict(self.model.named_parameters()), dict[Any, list[Held]]()
+        for name, runs in tensors.items():
+            whole, before = self.task_vectors.plan.part(name), 0
+            for run in runs:
+                parameter = parameters[run.parameter]
+                start, stop = own_entries(parameter)
+                first = min(max(run.start, start), run.stop)
+                last = max(min(run.stop, stop), first)
+                offset = before - run.start
+                found.setdefault(parameter, []).append(
+                    Held(whole.between(offset + first, offset + last), max(0, first - start))
+                )
+                before += run.stop - run.start
+        return found
 
     def close(self) -> None:
         """Let go of the model; the hooks hold it in a circle that Python cannot see."""
@@ -126,33 +144,40 @@ class LiveModel:
         with beside_the_model(gradient):
             gradient = own_part(gradient)
             if not self.accumulates:
-                self._use(self.parts[parameter], gradient)
+                self._use(self._by_part(parameter, gradient))
             elif parameter in self._sums:
                 self._sums[parameter].add_(gradient)
             else:
                 self._sums[parameter] = gradient.float()
 
-    def _use(self, part: Part, gradient: Tensor) -> None:
-        """Pull a weight gradient back at once, while the task vectors of the next one are fetched.
+    def _by_part(self, parameter: Any, entries: Tensor) -> dict[Part, Tensor]:
+        """What a parameter holds, each with its own of these entries of the same places, flattened."""
+        flat = entries.reshape(-1)
+        return {held.part: flat[held.start : held.start + held.part.entries] for held in self.parts[parameter]}
+
+    def _use(self, gradients: Mapping[Part, Tensor]) -> None:
+        """Pull a parameter's gradient back at once, while the task vectors of the next one are fetched.
 
         Every backward pass comes by the parts in the same order, so the next one is known from the pass before.
         """
+        first, *_, last = (*gradients, *gradients)
         if self._previous is not None:
-            self._next[self._previous] = part
-        self._previous = part
-        self._pull_back({part: gradient}, self._next.get(part))
+            self._next[self._previous] = first
+        self._previous = last
+        self._pull_back(gradients, self._next.get(last))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Pull the weight gradients that were added up back, and free them."""
-        self._pull_back({self.parts[parameter]: gradient for parameter, gradient in self._sums.items()})
+        sums = (self._by_part(parameter, gradient) for parameter, gradient in self._sums.items())
+        self._pull_back({part: gradient for found in sums for part, gradient in found.items()})
         self._sums.clear()
 
     def _pull_back(self, gradients: Mapping[Part, Tensor], then: Part | None = None) -> None:
         """Add what weight gradients mean for the numbers that the weights were merged with."""
         view = self.parametrisation.view
         for own, part, _, task_vectors in self.task_vectors.blocks(list(gradients), then):
-            weight_gradient = gradients[own].reshape(-1)[part.start - own.start : part.stop - own.start].float()
+            weight_gradient = gradients[own][part.start - own.start : part.stop - own.start].float()
             total, values = view(self.gradient, part.name), view(self._values, part.name)
             self.parametrisation.add_gradient(total, values, task_vectors, part, weight_gradient)
 
@@ -166,8 +191,12 @@ class LiveModel:
         self._sums.clear()
 
     @torch.no_grad()
-    def _write(self, parts: Mapping[Any, Part], values: Mapping[str, Tensor]) -> None:
-        owners = {own: own_part(parameter.detach()).view(-1) for parameter, own in parts.items()}
+    def _write(self, parts: Mapping[Any, Sequence[Held]], values: Mapping[str, Tensor]) -> None:
+        owners = {
+            held.part: own_part(parameter.detach()).view(-1)[held.start : held.start + held.part.entries]
+            for parameter, own in parts.items()
+            for held in own
+        }
         for own, part, base, task_vectors in self.task_vectors.blocks(list(owners)):
             self.parametrisation.add_merged(base, values[part.name], task_vectors, part)
             owners[own][part.start - own.start : part.stop - own.start].copy_(base)

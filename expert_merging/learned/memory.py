@@ -20,6 +20,7 @@ from expert_merging.learned.live import LiveModel
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import DEVICE, DISK, HOST, TaskVectors
 from expert_merging.machine import free_host_memory, gib
+from expert_merging.running.sharding import own_part
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def arrange(
     _refuse_too_much(vectors, options.task_vectors, budgets)
     chosen = choose(
         vectors.sizes,
-        4 * sum(part.entries for part in live.parts.values()),
+        4 * sum(own_part(parameter).numel() for parameter in live.parts),
         budgets.device,
         budgets.host,
         task_vectors=options.task_vectors,

@@ -148,12 +148,12 @@ def slots_of(plan: Plan, members: Members) -> list[Slot]:
         plan: checkpoints that `check_base` has passed.
         members: the mixture's experts.
     """
-    shared = set(shared_of(plan))
 
     def become(entry: Entry) -> Iterator[Slot]:
         found = FeedForward.named(entry.name)
         if not found:
-            source = Merged(entry.name) if entry.name in shared else Copied(entry.name)
+            merged = plan.merged_as(entry.name)
+            source = Copied(entry.name) if merged is None else Merged(merged)
             yield Slot(entry.name, entry.dtype, entry.shape, entry.size, source)
             return
         if found.part == "gate":

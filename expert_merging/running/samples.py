@@ -162,11 +162,15 @@ def _check_model(context: Context, *, compares_logits: bool) -> None:
         InputError: the first kind of problem found.
     """
     plan = context.plan
+    plan.refuse_contained(*plan.experts)
     _check_settings(plan)
     names = _parameters(context.backbone, plan.base)
     unknown = [name for name in plan.merged if context.backbone.file_name(name) not in names]
     if unknown:
-        raise InputError(f"{unknown[0]} is in the checkpoint but is no parameter of the model; exclude it")
+        raise InputError(
+            f"{unknown[0]} is in the checkpoint, and is neither a parameter of the model nor some of one's entries; "
+            "exclude it, or use a method that runs no model"
+        )
     _check_adapters(context, names)
     problems = Problems()
     for checkpoint in _whole(plan):

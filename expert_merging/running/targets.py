@@ -23,12 +23,12 @@ from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
-from expert_merging.parts import Part
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
 from expert_merging.roles import output_head
 from expert_merging.running.prompts import Prompts, check_lengths, place, response_tokens, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
+from expert_merging.tying import same_tensor
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -190,9 +190,9 @@ class TargetMaker:
         name, own_name = _head_name(base), _head_name(own)
         head: torch.nn.Module = model.get_output_embeddings()
         if (
-            name not in self.plan.merged
+            self.plan.merged_as(name) is None
             and getattr(head, "bias", None) is None
-            and _same_tensor(base, name, own, own_name)
+            and same_tensor(base, name, own, own_name)
         ):
             return None
         return copy.deepcopy(head)
@@ -258,15 +258,3 @@ def _head_name(checkpoint: Checkpoint) -> str:
     if found is None:
         raise InputError(f"{checkpoint.folder} has neither an lm_head nor embed_tokens; learning needs an output head")
     return found
-
-
-def _same_tensor(first: Checkpoint, first_name: str, second: Checkpoint, second_name: str) -> bool:
-    """Whether two tensors of two checkpoints hold the same values, compared block by block."""
-    entry = first.entries[first_name]
-    if entry.elements != second.entries[second_name].elements:
-        return False
-    return all(
-        torch.equal(*(checkpoint.read(name, part.start, part.stop).float() for checkpoint, name in pairs))
-        for pairs in [((first, first_name), (second, second_name))]
-        for part in Part.whole(first_name, entry.shape).cut(1 << 22)
-    )

@@ -16,6 +16,7 @@ from expert_merging.roles import is_in_decoder, is_matrix
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
+from expert_merging.stored import stored_tensors
 
 
 def matrices(context: Context) -> list[str]:
@@ -107,25 +108,24 @@ class InputWatch:
 
     def __init__(self, model: Any, wanted: Mapping[str, str], file_name: Callable[[str], str]) -> None:
         self.model = model
-        self.tensors: dict[str, str] = {}
+        self.tensors: dict[str, list[str]] = {}
         self._sums: dict[tuple[str, ...], GramSum] = {}
         self._sharing: list[str] = []
         self._inputs: Tensor | None = None
         self._version = 0
         self._vectors: Tensor | None = None
         self._asked: Asked | None = None
-        pieces: dict[str, list[str]] = {}
-        for parameter, _ in model.named_parameters():
-            if file_name(parameter) in wanted:
-                pieces.setdefault(wanted[file_name(parameter)], []).append(parameter)
+        stored = stored_tensors(model, file_name)
+        pieces = {wanted[name]: [run.parameter for run in runs] for name, runs in stored.items() if name in wanted}
         layers = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
         self.hooks = []
         for tensor, parameters in pieces.items():
             if all(parameter in layers for parameter in parameters):
                 for parameter in parameters:
-                    self.tensors[parameter] = tensor
-                    hook = self._hook(parameter)
-                    self.hooks.append(layers[parameter].register_forward_pre_hook(hook, with_kwargs=True))
+                    self.tensors.setdefault(parameter, []).append(tensor)
+        for parameter in self.tensors:
+            hook = self._hook(parameter)
+            self.hooks.append(layers[parameter].register_forward_pre_hook(hook, with_kwargs=True))
         if not self.hooks:
             raise InputError(
                 f"{type(model).__name__} has no linear layer (torch.nn.Linear) among what is merged; use a method that "
@@ -145,11 +145,12 @@ class InputWatch:
             InputError: a tensor is cut into rows in memory that have different inputs.
         """
         pieces: dict[str, set[str]] = {}
-        for parameter, tensor in self.tensors.items():
-            pieces.setdefault(tensor, set()).add(parameter)
+        for parameter, tensors in self.tensors.items():
+            for tensor in tensors:
+                pieces.setdefault(tensor, set()).add(parameter)
         found = {}
         for sharing in list(self._sums):
-            names = tuple(dict.fromkeys(self.tensors[parameter] for parameter in sharing))
+            names = tuple(dict.fromkeys(tensor for parameter in sharing for tensor in self.tensors[parameter]))
             for name in names:
                 if not pieces[name] <= set(sharing):
                     raise InputError(f"the rows of {name} have different inputs in the model; exclude it")
@@ -181,7 +182,7 @@ class InputWatch:
     def _selected(self, parameter: str, inputs: Tensor) -> Tensor:
         """The inputs at the sample's tokens; all of them where they are no tokens, as in a vision tower."""
         assert self._asked is not None  # noqa: S101  (set by whoever runs the model)
-        if is_in_decoder(self.tensors[parameter]) and inputs.shape[:-1] == self._asked.inputs["input_ids"].shape:
+        if is_in_decoder(self.tensors[parameter][0]) and inputs.shape[:-1] == self._asked.inputs["input_ids"].shape:
             return inputs[:, self._asked.tokens]
         return inputs
 

@@ -155,6 +155,17 @@ def test_a_tied_head_is_one_parameter(tmp_path):
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
+def test_a_tied_head_that_is_stored_as_well_is_one_parameter(tmp_path):
+    folder = save_model(tmp_path / "model", 5)
+    tensors = tensors_of(folder)
+    tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    change(folder, {"llm_config.tie_word_embeddings": True})
+    model = load_published(folder, torch.float32, IMAGE)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
 def change(folder: Path, changes: dict[str, object]) -> Path:
     (folder / "config.json").write_text(json.dumps(make_config(changes)), encoding="utf-8")
     return folder

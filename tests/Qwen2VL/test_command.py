@@ -393,7 +393,8 @@ def test_the_second_generation_is_evaluated_as_such(second_zoo, tmp_path):
     ],
 )
 def test_a_path_that_vlmevalkit_misreads_is_told(config, name, wrong, tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base", {"model.layers.0.weight": torch.ones(3)}, config=config)
+    tensors = {"model.layers.0.weight": torch.ones(3), "visual.blocks.0.weight": torch.ones(3)}
+    base = write_checkpoint(tmp_path / "base", tensors, config=config)
     flags = ["--base_model_path", base, "--expert", f"A={base}", "--output_path", tmp_path, "--run_name", name]
     assert merge("--method", "weight_average", *flags, "--dry_run", family=BACKBONE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]

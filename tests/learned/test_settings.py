@@ -35,7 +35,7 @@ def test_what_is_merged_must_be_parameters_of_the_model(answered_zoo, tmp_path, 
         replace(BACKBONE, parameter_names=lambda folder: [name.replace("q_proj", "query") for name in names(folder)]),
     )
     with pytest.raises(
-        InputError, match=r"q_proj\.weight is in the checkpoint but is no parameter of the model; exclude"
+        InputError, match=r"q_proj\.weight is in the checkpoint, and is neither a parameter of the model nor"
     ):
         make_trainer(answered_zoo, tmp_path)
 
