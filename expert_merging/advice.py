@@ -8,8 +8,9 @@ from pathlib import Path
 
 from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.configurations import differing_settings
 from expert_merging.options import Resolved
-from expert_merging.plan import Plan, differing_settings
+from expert_merging.plan import Plan
 
 # Nobody scales task vectors by more.
 _LARGE_FACTOR = 10
@@ -34,7 +35,7 @@ def warnings_before(
         *_short_memory(memory, device),
         *_foreign_base(plan, backbone),
         *_idle_patterns(plan, backbone, resolved.general["exclude_params"]),
-        *differing_settings(plan),
+        *differing_settings(plan.base.config, {name: expert.config for name, expert in plan.experts.items()}),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
     ]
 

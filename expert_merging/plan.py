@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from expert_merging.backbone import language_setting
 from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.errors import Problems
 from expert_merging.folders import check_other_files
@@ -208,44 +207,3 @@ def _first(problems: list[str], shown: int = 4) -> list[str]:
     if len(problems) <= shown + 1:
         return problems
     return [*problems[:shown], f"... and {len(problems) - shown} more like the last"]
-
-
-# Settings of the language model that change what the same weights compute.
-_COMPUTING = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "sliding_window",
-    "tie_word_embeddings",
-)
-
-
-def differing_settings(plan: Plan) -> list[str]:
-    """Where an expert's ``config.json`` makes it compute otherwise than the base, whose file the merged model gets."""
-    of_base = _computing_settings(plan.base.config)
-    return [
-        f"expert {name} differs from the base in config.json: {key} {value}, base {of_base[key]}"
-        for name, expert in plan.experts.items()
-        for key, value in _computing_settings(expert.config).items()
-        if key in of_base and value != of_base[key]
-    ]
-
-
-def _computing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` says about the computation, whether it nests the language model's settings or not."""
-    rotary = {"rope_theta": language_setting(config, "rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):  # older and newer files
-        table = _table(config, key)
-        rotary |= {name if name.startswith("rope_") else f"rope_{name}": entry for name, entry in table.items()}
-    kind = rotary.pop("rope_type", "default")
-    settings = {name: language_setting(config, name) for name in _COMPUTING}
-    settings |= {**rotary, "model_type": config.get("model_type"), "rope_type": "default" if kind == "mrope" else kind}
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = language_setting(config, name)
-    return value if isinstance(value, Mapping) else {}

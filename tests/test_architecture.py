@@ -14,7 +14,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "__init__"),
+    ("errors", "parts", "progress", "arithmetic", "configurations", "__init__"),
     ("flags", "roles", "processes", "writing", "folders"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
     ("backbone", "plan"),
