@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from rich.console import Console
 from expert_merging.advice import warnings_before
 from expert_merging.checks import Job, method_options
 from expert_merging.folders import weights_in_other_formats
+from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
@@ -28,13 +30,19 @@ def heading(job: Job) -> str:
     return f"method {job.resolved.method.name}, run folder {job.context.run.folder}"
 
 
-def plan_lines(job: Job) -> list[str]:
-    """The plan in words: experts, parameters, memory and disk."""
+def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
+    """The plan in words: experts, parameters, memory and disk.
+
+    Args:
+        job: the run.
+        likeness: how near the experts are to the base.
+    """
     plan = job.context.plan
     options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
     lines = [
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
+        *changes_line(likeness),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
@@ -74,9 +82,15 @@ def merging_memory(job: Job) -> int:
     return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device), copies=job.copies)
 
 
-def warnings(job: Job) -> list[str]:
-    """One line for everything that may not be as the user thinks."""
-    return warnings_before(
+def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
+    """One line for everything that may not be as the user thinks.
+
+    Args:
+        job: the run.
+        likeness: how near the experts are to the base.
+    """
+    of_experts = likeness_warnings(job.context.plan, likeness)
+    return of_experts + warnings_before(
         job.resolved,
         job.context.backbone,
         job.context.plan,
@@ -88,10 +102,10 @@ def warnings(job: Job) -> list[str]:
 
 def print_plan(job: Job, console: Console) -> None:
     """Show the plan and what may be amiss with it."""
-    run = job.context.run
-    for line in (heading(job), *plan_lines(job)):
+    run, likeness = job.context.run, find_likeness(job.context.plan)
+    for line in (heading(job), *plan_lines(job, likeness)):
         console.print(line, markup=False)
-    for line in warnings(job):
+    for line in warnings(job, likeness):
         console.print(f"warning: {line}", markup=False)
     if run.is_complete:
         console.print(COMPLETE)
@@ -102,9 +116,10 @@ def print_plan(job: Job, console: Console) -> None:
 
 def log_start(job: Job) -> None:
     """Write the plan and its warnings to the log."""
-    for line in (heading(job), *plan_lines(job)):
+    likeness = find_likeness(job.context.plan)
+    for line in (heading(job), *plan_lines(job, likeness)):
         logger.info("%s", line)
-    for line in warnings(job):
+    for line in warnings(job, likeness):
         logger.warning("%s", line)
 
 

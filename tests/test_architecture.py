@@ -18,7 +18,7 @@ LAYERS = (
     ("flags", "roles", "processes", "writing", "folders"),
     ("machine", "workers", "calibration", "checkpoint", "run", "console"),
     ("backbone", "plan"),
-    ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
+    ("streaming", "likeness", "hub", "sources", "card", "pictures", "picture_experts"),
     ("context",),
     ("outputs",),
     ("method", "merge"),

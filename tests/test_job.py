@@ -166,20 +166,21 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
     texts = [line.split(" INFO ")[1] for line in lines]
     assert texts == capsys.readouterr().out.splitlines()
-    assert texts[:6] == [
+    assert texts[:7] == [
         f"method task_arithmetic, run folder {run.folder}",
         f"base {tmp_path / 'base'}",
         f"expert A {tmp_path / 'a'}",
         f"expert B {tmp_path / 'b'}",
+        "relative change by experts, from samples: A 9.1 %, B 36 %",
         "option scaling_coefficient 0.3",
         "2 of 4 tensors are merged (0.0M parameters), 2 keep the base's value",
     ]
-    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MiB of memory on \S+", texts[6])
-    assert re.fullmatch(r"merging took \d\.\d s", texts[7])
-    assert texts[8] == "largest relative change: 0.45 in layers.1.weight"
-    assert texts[10] == f"merged model: {run.model}"
-    assert f'from_pretrained("{run.model}"' in texts[11]
-    assert f"pretrained={run.model}" in texts[12]
+    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MiB of memory on \S+", texts[7])
+    assert re.fullmatch(r"merging took \d\.\d s", texts[8])
+    assert texts[9] == "largest relative change: 0.45 in layers.1.weight"
+    assert texts[11] == f"merged model: {run.model}"
+    assert f'from_pretrained("{run.model}"' in texts[12]
+    assert f"pretrained={run.model}" in texts[13]
     assert "\x1b" not in run.log.read_text()
 
 
