@@ -136,7 +136,7 @@ def write_output(
 
 def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     """Write what a model's folder has beside weights."""
-    copy_other_files(base, folder, index=bool(output.headers))
+    copy_other_files(base, folder, index=output.is_mirror)
     if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:

@@ -119,9 +119,14 @@ class Output:
         return len(self.header(file)) + sum(slot.size for slot in self.files[file])
 
     @property
+    def is_mirror(self) -> bool:
+        """Whether it has the base's files and tensors."""
+        return bool(self.headers)
+
+    @property
     def makes_index(self) -> bool:
         """Whether the folder gets an index of its own; a mirror has the base's."""
-        return self.is_model and not self.headers and len(self.files) > 1
+        return self.is_model and not self.is_mirror and len(self.files) > 1
 
     @property
     def merged(self) -> list[str]:

@@ -16,7 +16,7 @@ from expert_merging.likeness import Likeness, changes_line, find_likeness, liken
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
-from expert_merging.outputs import Copied, Made
+from expert_merging.outputs import Copied, Made, Output
 from expert_merging.plan import Plan, show_size
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
         summary: what the merge did; None where the run was complete already.
         seconds: what it took.
     """
-    backbone, run = job.context.backbone, job.context.run
+    run = job.context.run
     if summary is not None:
         if summary.kept_shards:
             logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
@@ -142,8 +142,18 @@ def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
         logger.info("done in %.1f s", seconds)
     if run.board.exists():
         logger.info("curves:       tensorboard --logdir %s", run.board)
-    for model in job.models:
-        logger.info("merged model: %s", model)
-        logger.info("load it:      %s", backbone.loading[0].format(model=model))
-        for command in backbone.evaluation_of(job.context.plan.base.model_type).commands:
+    for output in job.outputs:
+        if output.is_model:
+            _log_model(job, output)
+
+
+def _log_model(job: Job, output: Output) -> None:
+    """Write to the log where a model is, how to load it and how to evaluate it."""
+    plan, backbone = job.context.plan, job.context.backbone
+    model = job.context.run.model / output.folder
+    logger.info("merged model: %s", model)
+    logger.info("load it:      %s", backbone.loading[0].format(model=model))
+    if output.is_mirror:  # a mixture's routers are to be trained first
+        evaluation = backbone.evaluation_of(plan.base.model_type)
+        for command in evaluation.commands_for(output.experts or plan.experts):
             logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
