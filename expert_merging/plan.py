@@ -13,7 +13,7 @@ from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.errors import Problems
 from expert_merging.folders import check_other_files
 from expert_merging.parts import Part
-from expert_merging.roles import is_rotary_table
+from expert_merging.roles import has_row_per_word, is_rotary_table
 
 # ``(task_vectors, part, base) -> merged task vector``: task vectors ``(experts, entries)`` (whole tensors:
 # ``(experts, *shape)``) are working memory, which a rule may overwrite; the base's entries are not. A rule may return
@@ -149,6 +149,7 @@ def check_experts(
             is_known=lambda name: name in base.entries or is_excluded(name),
             of="the base",
             advice="; is it an expert of this base? (or exclude it)",
+            rows="; --embeddings mean, or base, matches rows by token",
         )
         for problem in found:
             problems.add(f"expert {expert} ({checkpoint.folder}): {problem}")
@@ -173,6 +174,7 @@ def misfits(
     is_known: Callable[[str], bool],
     of: str,
     advice: str = "",
+    rows: str = "",
 ) -> list[str]:
     """What keeps tensors from being the wanted ones, the first few of each kind with the number of the rest.
 
@@ -182,6 +184,7 @@ def misfits(
         is_known: whether a tensor may be there without being wanted.
         of: who wants them, for messages.
         advice: what to do about a tensor that is not known.
+        rows: what to do about embeddings and heads that have other rows alone.
     """
     there = {name: entries[name] for name in shapes if name in entries}
     missing = [f"lacks the tensor {name}" for name in shapes if name not in there]
@@ -192,6 +195,7 @@ def misfits(
     ]
     shaped = [
         f"{name} has shape {list(entry.shape)}, {of}'s has {list(shapes[name])}"
+        + (rows if has_row_per_word(name) and entry.shape[1:] == shapes[name][1:] else "")
         for name, entry in there.items()
         if entry.shape != shapes[name]
     ]

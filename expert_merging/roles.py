@@ -14,7 +14,11 @@ STAGES = ("early", "middle", "late")
 OUTSIDE = "outside"
 
 # Each row of these matrices belongs to a word: they are no maps from one space into another.
-_WORD_TABLE = re.compile(r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)\.weight$")
+_WORDS = r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(language_model\.)?output)"
+_WORD_TABLE = re.compile(rf"{_WORDS}\.weight$")
+# These tables and a head's bias, as a pattern of excluded parameters.
+ROW_PER_WORD = rf"{_WORDS}\.(weight|bias)$"
+_HEAD = re.compile(r"((.*\.)?lm_head|(language_model\.)?output)\.")
 _SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
 _DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
 _VISION = re.compile(r"\bvis(ion|ual)")
@@ -61,6 +65,16 @@ def is_in_decoder(name: str) -> bool:
 def is_output_head(name: str) -> bool:
     """Whether the tensor is the weight of an output head of its own."""
     return name.endswith("lm_head.weight")
+
+
+def has_row_per_word(name: str) -> bool:
+    """Whether the tensor has a row, or an entry, for every word of the vocabulary."""
+    return bool(re.match(ROW_PER_WORD, name))
+
+
+def is_head(name: str) -> bool:
+    """Whether the tensor belongs to an output head."""
+    return bool(_HEAD.match(name))
 
 
 def output_head(names: Iterable[str]) -> str | None:

@@ -16,8 +16,9 @@ from expert_merging.likeness import Likeness, changes_line, find_likeness, liken
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
-from expert_merging.outputs import Copied, Made, Output
+from expert_merging.outputs import Computed, Copied, Made, Output
 from expert_merging.plan import Plan, show_size
+from expert_merging.vocabulary import vocabulary_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
         *changes_line(likeness),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
+        *([job.word_tables.about] if job.word_tables else []),
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
@@ -67,7 +69,7 @@ def _sources(job: Job) -> str:
     sources = {slot.name: slot.source for output in models for slots in output.files.values() for slot in slots}
     copied = [source for source in sources.values() if isinstance(source, Copied)]
     of_experts = sum(source.expert is not None for source in copied)
-    made = sum(isinstance(source, Made) for source in sources.values())
+    made = sum(isinstance(source, Made | Computed) for source in sources.values())
     plan = _merging(job)
     return (
         f"{len(sources) - len(copied) - made} of {len(sources)} tensors are merged "
@@ -89,7 +91,9 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         job: the run.
         likeness: how near the experts are to the base.
     """
-    of_experts = likeness_warnings(job.context.plan, likeness)
+    plan = job.context.plan
+    merged = job.word_tables.vocabulary if job.word_tables else None
+    of_experts = [*likeness_warnings(plan, likeness), *vocabulary_warnings(plan.base, plan.experts, merged)]
     return of_experts + warnings_before(
         job.resolved,
         job.context.backbone,

@@ -31,7 +31,7 @@ def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_an_expert_that_computes_otherwise_is_told(tmp_path):
-    base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 9})
+    base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 6})
     expert = write_checkpoint(tmp_path / "expert", TUNED, config={"rope_theta": 1e6, "vocab_size": 10})
     run = merged(tmp_path / "out", "--method", "weight_average", *flags(base, A=expert))
     warnings = [line for line in run.log.read_text().splitlines() if " WARNING " in line]
