@@ -24,7 +24,7 @@ from expert_merging.tokenizer_files import (
     read_vocabularies,
     tokenizer_files,
 )
-from expert_merging.vocabulary import named_first, row_count, with_identifiers
+from expert_merging.vocabulary import count_of, named_first, row_count, with_identifiers
 from expert_merging.word_tables import BASE, WordTables, table_of
 
 if TYPE_CHECKING:
@@ -156,8 +156,9 @@ def _union(vocabularies: Mapping[str, Vocabulary]) -> Vocabulary:
         own = [token for _, token in lacking if token not in vocabulary.added]
         if own:
             problems.add(
-                f"expert {name} has another tokenizer than the base, with {len(own)} tokens of its vocabulary that the "
-                f"base lacks ({named_first(own)}); a union has added tokens alone, so choose --tokenizer base or {name}"
+                f"expert {name} has another tokenizer than the base, with {count_of(len(own), 'token')} of its "
+                f"vocabulary that the base lacks ({named_first(own)}); a union has added tokens alone, so choose "
+                f"--tokenizer base or {name}"
             )
             continue
         for _, token in lacking:
@@ -259,13 +260,13 @@ def _about_tokenizer(owner: str, tokenizer: str, new: Mapping[str, int]) -> str:
     if not new:
         return "The tokenizer is the base's, which no expert has added tokens to."
     shown = named_first([f"{token} {number}" for token, number in new.items()])
-    return f"The tokenizer is the base's with {len(new)} added tokens of the experts ({shown})."
+    return f"The tokenizer is the base's with {count_of(len(new), 'token')} that experts have added ({shown})."
 
 
 def _about_rows(embeddings: str) -> str:
     if embeddings == MEAN:
         return "the mean of all models that have the token."
-    others = "the mean of the experts that have the token"
+    others = "of tokens that it lacks the mean of the experts'"
     if embeddings == BASE:
-        return f"the base's, or {others} where it does not."
-    return f"expert {embeddings}'s, or the base's, or {others}."
+        return f"the base's, or {others}."
+    return f"expert {embeddings}'s, or else the base's, or {others}."

@@ -70,14 +70,14 @@ def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_bas
         does_not = f"the merged model does not know {'it' if len(lacking) == 1 else 'them'}"
         can_be_added = is_base and all(token in vocabulary.added for token in lacking)
         lines.append(
-            f"{name} has {_count(len(lacking), 'token')} that {whose} lacks ({named_first(lacking)}): {does_not}"
+            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({named_first(lacking)}): {does_not}"
             + ("; --tokenizer union adds them" if can_be_added else "")
         )
     moved = [token for token, number in vocabulary.tokens.items() if merged.tokens.get(token, number) != number]
     if moved:
         example = f"{moved[0]} is {vocabulary.tokens[moved[0]]} there and {merged.tokens[moved[0]]} here"
         lines.append(
-            f"{name} numbers {_count(len(moved), 'token')} otherwise than {whose} ({example}): the merged model goes "
+            f"{name} numbers {count_of(len(moved), 'token')} otherwise than {whose} ({example}): the merged model goes "
             f"by {whose}"
         )
     return lines
@@ -112,7 +112,8 @@ def vocabulary_warnings(
     return lines + ends
 
 
-def _count(number: int, word: str) -> str:
+def count_of(number: int, word: str) -> str:
+    """A number of things in words."""
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
@@ -132,7 +133,7 @@ def extra_rows(name: str, expert: Checkpoint, vocabulary: Vocabulary | None, bas
         return [f"{start}, and no tokenizer that says what they are: what it has learned of more tokens is lost"]
     used = sum(number >= min(rows, usual) for number in vocabulary.tokens.values())
     if used:
-        return [f"{start}: those of {_count(used, 'token')} are not the same"]
+        return [f"{start}: those of {count_of(used, 'token')} are not the same"]
     return [f"{start}, of which the others belong to no token (padding): nothing is lost"]
 
 
