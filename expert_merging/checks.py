@@ -109,23 +109,33 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
 
 
 def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str, WordTables | None]:
-    problems, general, word_tables = Problems(), resolved.general, None
-    by_token = is_wanted(general)
+    problems, general = Problems(), resolved.general
     with problems.collecting():
         base, experts = checkpoint_folders(general, backbone)
         base, experts = locate_all(base, experts, dry_run=general["dry_run"])
-        excluded = [*general["exclude_params"], *([ROW_PER_WORD] if by_token else [])]
-        plan = make_plan(base, experts, excluded, backbone.file_name)
-        check_size("the base", plan.base)
-        for name, expert in plan.experts.items() if resolved.reads_samples else ():
-            check_size(f"expert {name}", expert)
-        if by_token:
-            word_tables = choose_word_tables(plan, general["tokenizer"] or BASE, general["embeddings"] or BASE)
+        by_token = [ROW_PER_WORD] if is_wanted(general) else []
+        plan = make_plan(base, experts, [*general["exclude_params"], *by_token], backbone.file_name)
+        _check_sizes(plan, experts_too=resolved.reads_samples)
+        chosen = (general["tokenizer"] or BASE, general["embeddings"] or BASE)
+        word_tables = choose_word_tables(plan, *chosen) if by_token else None
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
     problems.check()
     return plan, device, word_tables
+
+
+def _check_sizes(plan: Plan, *, experts_too: bool) -> None:
+    """Check that models that will be loaded can be: the result, for which the base stands, and perhaps the experts.
+
+    Raises:
+        InputError: ``vocab_size`` does not fit the rows of one.
+    """
+    problems = Problems()
+    for name, model in {"the base": plan.base, **(plan.experts if experts_too else {})}.items():
+        with problems.collecting():
+            check_size(name if model is plan.base else f"expert {name}", model)
+    problems.check()
 
 
 def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:

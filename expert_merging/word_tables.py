@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import INDEX, Checkpoint
+from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.folders import INDEX
 from expert_merging.outputs import Computed, Copied, Output, Slot, make_header, metadata_of
 from expert_merging.plan import Plan
 from expert_merging.roles import has_row_per_word, is_head

@@ -219,12 +219,15 @@ def test_a_base_that_cannot_be_loaded_is_refused_before_work(tmp_path, capsys):
 
 
 def test_experts_are_loaded_by_methods_that_read_samples_alone(tmp_path, capsys):
-    checkpoint(tmp_path / "base")
+    checkpoint(tmp_path / "base", config={"vocab_size": 22})
     checkpoint(tmp_path / "a", config={"vocab_size": 8}, shift=0.1)
     command = flags(tmp_path / "base", A=tmp_path / "a")
     assert merge("--method", "weight_average", *command, "--dry_run") == 0
     lines = refused(capsys, "--method", "expert_merging", *command)
     assert lines[0].startswith("expert A: ")
+    checkpoint(tmp_path / "base", config={"vocab_size": 7})
+    lines = refused(capsys, "--method", "expert_merging", *command)
+    assert [line.split(": ")[0] for line in lines[:2]] == ["the base", "expert A"]
 
 
 def test_rows_are_those_of_embeddings_or_else_of_a_head(tmp_path):
