@@ -92,8 +92,7 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         likeness: how near the experts are to the base.
     """
     plan = job.context.plan
-    merged = job.word_tables.vocabulary if job.word_tables else None
-    of_experts = [*likeness_warnings(plan, likeness), *vocabulary_warnings(plan.base, plan.experts, merged)]
+    of_experts = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
     return of_experts + warnings_before(
         job.resolved,
         job.context.backbone,
@@ -102,6 +101,14 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         memory=merging_memory(job),
         device=job.context.device,
     )
+
+
+def _token_warnings(job: Job) -> list[str]:
+    """What the merged model does not know of its experts' tokens."""
+    plan, tables = job.context.plan, job.word_tables
+    if tables is None:
+        return vocabulary_warnings(plan.base, plan.experts)
+    return vocabulary_warnings(plan.base, plan.experts, tables.vocabulary, ends_as_base=tables.identifiers is None)
 
 
 def print_plan(job: Job, console: Console) -> None:

@@ -26,6 +26,8 @@ FILES = (
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
     "chat_template.jinja",
 )
 

@@ -6,7 +6,7 @@ expert has beyond them is lost without anybody noticing, so it is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from expert_merging.backbone import language_setting
@@ -19,8 +19,8 @@ from expert_merging.tokenizer_files import Vocabulary, read_object, read_vocabul
 _SHOWN = 3
 # A vocabulary that lacks a larger part of another one is none of the same tokenizer.
 _OTHER = 0.1
-# What config.json may call the number of rows beside `vocab_size`.
-_PADDED = ("embedding_size", "padded_vocab_size")
+# Endings of what config.json may call numbers of rows, as those with padding, or of another part's tables.
+_SIZES = ("vocab_size", "embedding_size")
 
 
 def row_count(checkpoint: Checkpoint) -> int | None:
@@ -37,13 +37,23 @@ def check_size(owner: str, checkpoint: Checkpoint) -> None:
         InputError: it has not.
     """
     said = language_setting(checkpoint.config, "vocab_size")
-    allowed = {said, *(language_setting(checkpoint.config, name) for name in _PADDED)}
+    others = {name: value for name, value in checkpoint.config.items() if name != "vocab_size"}
+    allowed = {said, *_sizes(others)}
     for name, entry in checkpoint.entries.items():
         if isinstance(said, int) and has_row_per_word(name) and entry.shape and entry.shape[0] not in allowed:
             raise InputError(
                 f"{owner}: {checkpoint.folder / 'config.json'} has vocab_size {said}, and {name} has "
                 f"{entry.shape[0]} rows; the model cannot be loaded before vocab_size says so too"
             )
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Every number of rows that a file names, at any depth."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _sizes(value)
+        elif name.endswith(_SIZES):
+            yield value
 
 
 def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_base: bool) -> list[str]:
@@ -84,7 +94,11 @@ def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_bas
 
 
 def vocabulary_warnings(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], merged: Vocabulary | None = None
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    merged: Vocabulary | None = None,
+    *,
+    ends_as_base: bool = True,
 ) -> list[str]:
     """A line for everything about tokens that an expert has and the merged model has not.
 
@@ -92,11 +106,12 @@ def vocabulary_warnings(
         base: the base model.
         experts: the experts by name.
         merged: the merged model's tokens where they are not simply the base's.
+        ends_as_base: the merged model's answers end with the base's tokens.
     """
     try:
         folders = {name: model.folder for name, model in {"base": base, **experts}.items()}
         vocabularies = read_vocabularies(folders)
-        ends = other_ends(experts, base, vocabularies) if merged is None else []
+        ends = other_ends(experts, base, vocabularies) if ends_as_base else []
     except InputError as error:
         return [f"vocabularies are not compared: {problem}" for problem in error.problems]
     known = merged or vocabularies["base"]
@@ -133,7 +148,7 @@ def extra_rows(name: str, expert: Checkpoint, vocabulary: Vocabulary | None, bas
         return [f"{start}, and no tokenizer that says what they are: what it has learned of more tokens is lost"]
     used = sum(number >= min(rows, usual) for number in vocabulary.tokens.values())
     if used:
-        return [f"{start}: those of {count_of(used, 'token')} are not the same"]
+        return [f"{start}: one of them has no rows for {count_of(used, 'token')}"]
     return [f"{start}, of which the others belong to no token (padding): nothing is lost"]
 
 

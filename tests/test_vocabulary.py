@@ -118,7 +118,7 @@ def test_rows_that_no_tokenizer_explains_are_told(base, tmp_path):
 
 def test_tokens_without_a_row_are_told(base, tmp_path):
     assert told(base, A=checkpoint(tmp_path / "a", rows=20)) == [
-        "expert A has 20 rows of embeddings and the base 22: those of 2 tokens are not the same"
+        "expert A has 20 rows of embeddings and the base 22: one of them has no rows for 2 tokens"
     ]
 
 
@@ -166,6 +166,13 @@ def test_the_merged_tokenizer_is_the_measure_where_there_is_one(base, tmp_path):
     ]
 
 
+def test_another_end_is_told_while_the_merged_model_ends_as_the_base_does(tmp_path):
+    base = checkpoint(tmp_path / "base", config={"eos_token_id": 1})
+    experts, merged = {"A": checkpoint(tmp_path / "a", end="b")}, Vocabulary(TOKENS, {}, None)
+    assert len(vocabulary_warnings(base, experts, merged)) == 1
+    assert vocabulary_warnings(base, experts, merged, ends_as_base=False) == []
+
+
 def test_plan_and_log_say_it(tmp_path, capsys):
     checkpoint(tmp_path / "base")
     checkpoint(tmp_path / "a", ["<x>"], shift=0.1)
@@ -190,7 +197,14 @@ def test_plan_and_log_say_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"vocab_size": 24}, {"llm_config": {"vocab_size": 24}}, {"vocab_size": 20, "embedding_size": 24}]
+    "config",
+    [
+        {},
+        {"vocab_size": 24},
+        {"llm_config": {"vocab_size": 24}},
+        {"vocab_size": 20, "embedding_size": 24},
+        {"vocab_size": 20, "decoder": {"vocab_size": 24}},
+    ],
 )
 def test_a_size_that_fits_its_rows(tmp_path, config):
     check_size("the base", checkpoint(tmp_path / "base", rows=24, config=config))
