@@ -59,8 +59,10 @@ def choose_word_tables(plan: Plan, tokenizer: str, embeddings: str) -> WordTable
     _check_names(plan, tokenizer, embeddings)
     models = {BASE: plan.base, **plan.experts}
     needed = set(models) if tokenizer == UNION or embeddings == MEAN else {BASE, tokenizer, embeddings}
+    if tokenizer == BASE:  # whose tokens all have rows in these
+        models = {name: model for name, model in models.items() if name in needed}
     vocabularies = _vocabularies(models, needed)
-    sizes = {name: _checked_rows(models[name], plan.base) for name in vocabularies}
+    sizes = _row_counts({name: models[name] for name in vocabularies}, plan.base)
     owner = BASE if tokenizer == UNION else tokenizer
     merged, count = vocabularies[owner], sizes[owner]
     if tokenizer == UNION:
@@ -111,6 +113,20 @@ def _vocabularies(models: Mapping[str, Checkpoint], needed: set[str]) -> dict[st
             )
     problems.check()
     return {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
+
+
+def _row_counts(models: Mapping[str, Checkpoint], base: Checkpoint) -> dict[str, int]:
+    """Rows of each model's embeddings and head.
+
+    Raises:
+        InputError: some do not fit the base's.
+    """
+    problems, counts = Problems(), {}
+    for name, model in models.items():
+        with problems.collecting():
+            counts[name] = _checked_rows(model, base)
+    problems.check()
+    return counts
 
 
 def _checked_rows(model: Checkpoint, base: Checkpoint) -> int:

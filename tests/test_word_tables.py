@@ -412,6 +412,9 @@ def test_tables_that_do_not_fit_are_refused(tmp_path, capsys):
     for place in places.values():
         (place / "vocab.json").write_text('{"a": 0, "b": 1, "c": 2}')
     base = places.pop("base")
+    lines = refused(capsys, *COMMAND, *flags(base, Wide=places["Wide"], Two=places["Two"]), "--embeddings", "mean")
+    assert len(lines) == 2, "of all models at once"
+    assert merge(*COMMAND, *flags(base, Wide=places["Wide"]), "--embeddings", "base", "--dry_run") == 0
     for name, problems in {
         "Wide": ["rows of embed_tokens.weight are [5] of F32, and the base's [4]; they cannot be put together"],
         "Whole": ["rows of embed_tokens.weight are [4] of I32, and the base's [4]; they cannot be put together"],
