@@ -98,12 +98,14 @@ BACKBONE = Backbone(
     ),
     evaluation={
         "": Evaluation(
-            (
-                "lm_eval --model hf --model_args pretrained={model} --tasks gsm8k --batch_size auto",
+            by_expert={
+                "Math": "lm_eval --model hf --model_args pretrained={model} --tasks gsm8k --batch_size auto",
                 # Runs what the model writes, which takes two permissions.
-                "HF_ALLOW_CODE_EVAL=1 lm_eval --model hf --model_args pretrained={model} --tasks humaneval,mbpp "
-                "--batch_size auto --confirm_run_unsafe_code",
-            )
+                "Code": "HF_ALLOW_CODE_EVAL=1 lm_eval --model hf --model_args pretrained={model} "
+                "--tasks humaneval,mbpp --batch_size auto --confirm_run_unsafe_code",
+            },
+            otherwise="lm_eval --model hf --model_args pretrained={model} --batch_size auto --tasks TASKS  "
+            "# what your experts do; lm_eval ls tasks lists all",
         )
     },
 )

@@ -10,10 +10,11 @@ from typing import Any
 from expert_merging import machine
 from expert_merging.adapter import Adapter
 from expert_merging.backbone import Backbone, Evaluation
+from expert_merging.configurations import differing_settings
 from expert_merging.hub import origin
 from expert_merging.idle import idle_flags
 from expert_merging.options import Resolved
-from expert_merging.plan import Plan, differing_settings
+from expert_merging.plan import Plan
 
 # Nobody scales task vectors by more.
 _LARGE_FACTOR = 10
@@ -41,7 +42,7 @@ def warnings_before(
         *_lost_tower(plan, backbone),
         *_idle_patterns(plan, backbone, resolved.general["exclude_params"]),
         *_heads(plan),
-        *differing_settings(plan),
+        *differing_settings(plan.base.config, {name: expert.config for name, expert in plan.experts.items()}),
         *_misleading_path(models, backbone.evaluation_of(plan.base.model_type), plan.base.model_type),
     ]
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ class Evaluation:
             take the model for what it is.
         benchmarks: VLMEvalKit's class of each benchmark that the configuration names.
         run_name: beginning of the names that runs get by default; the family's name if it is empty.
+        by_expert: further commands, each for experts of that name, in any case.
+        otherwise: the command where no expert has one.
     """
 
     commands: tuple[str, ...] = ()
@@ -54,6 +56,14 @@ class Evaluation:
     vlmeval_path: str = ""
     benchmarks: Mapping[str, str] = field(default_factory=dict)
     run_name: str = ""
+    by_expert: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str = ""
+
+    def commands_for(self, experts: Iterable[str]) -> list[str]:
+        """The commands that suit a model of these experts."""
+        names = {name.lower() for name in experts}
+        found = [*self.commands, *(command for name, command in self.by_expert.items() if name.lower() in names)]
+        return found or [self.otherwise] * bool(self.otherwise)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,14 @@ tags:
 ```
 """
 
+_MADE = "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it."
 _ORIGINS = {
-    True: "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's.",
-    False: "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it.",
+    (True, True): "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are "
+    "the base's.",
+    (True, False): "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are "
+    "the base's, but for embeddings, head and tokenizer.",
+    (False, True): _MADE,
+    (False, False): _MADE,
 }
 _LAYOUTS = {
     True: "This folder has the layout, tensor names and types of its base and loads the same way",
@@ -67,6 +72,7 @@ def model_card(
     merged: int,
     tensors: int,
     is_mirror: bool = True,
+    keeps_others: bool = True,
     about: str = "",
 ) -> str:
     """Text of the merged folder's ``README.md``.
@@ -78,6 +84,7 @@ def model_card(
         merged: number of tensors that were merged.
         tensors: number of all tensors.
         is_mirror: the model has the base's layout.
+        keeps_others: what is not merged is the base's.
         about: what else is to be said of the model.
     """
     options = dict(description["options"])
@@ -99,7 +106,7 @@ def model_card(
             f"| {role} | `{_name(path)}`{_details(path, is_adapter=role in adapters)} |" for role, path in names.items()
         ),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
-        origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),
+        origin=_ORIGINS[is_mirror, keeps_others].format(merged=merged, tensors=tensors),
         layout=_LAYOUTS[is_mirror],
         example=_EXAMPLE.format(
             classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor

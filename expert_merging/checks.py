@@ -18,13 +18,17 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.flags import is_one_per_expert
 from expert_merging.machine import limit_threads
+from expert_merging.merged_tokenizer import choose_word_tables, is_wanted
 from expert_merging.method import Preparation, Unit, coarsest
 from expert_merging.options import Resolved, checkpoint_folders, command_line
 from expert_merging.outputs import Output
 from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
+from expert_merging.roles import ROW_PER_WORD
 from expert_merging.run import Run, default_name, provenance
 from expert_merging.sources import locate_all
+from expert_merging.vocabulary import check_size
+from expert_merging.word_tables import BASE, WordTables
 from expert_merging.writing import can_name_file, check_free_disk
 
 # Options that decide where and how a run is done but not its result.
@@ -43,6 +47,7 @@ class Job:
         preparations: what the method, and each of its modifiers, does before merging.
         outputs: what is written.
         description: the run's ``config.json``.
+        word_tables: embeddings, head and tokenizer where they are not the base's and not merged.
     """
 
     resolved: Resolved
@@ -50,6 +55,7 @@ class Job:
     preparations: tuple[Preparation, ...]
     outputs: tuple[Output, ...]
     description: Mapping[str, Any]
+    word_tables: WordTables | None
 
     @property
     def unit(self) -> Unit:
@@ -79,7 +85,7 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         InputError: every problem found.
     """
     backbone = backbone.configured(resolved.family)
-    plan, device = _open_checkpoints(resolved, backbone)
+    plan, device, word_tables = _open_checkpoints(resolved, backbone)
     backbone = backbone.beside(plan.base.folder)
     limit_threads()
     processes = join(device, runs_models=resolved.reads_samples)
@@ -101,21 +107,40 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         find_method=find_method,
         dry_run=resolved.general["dry_run"],
     )
-    job = Job(resolved, context, (), (), description)
-    return _check_rest(job)
+    return _check_rest(Job(resolved, context, (), (), description, word_tables))
 
 
-def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str]:
-    problems = Problems()
+def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str, WordTables | None]:
+    problems, general = Problems(), resolved.general
     with problems.collecting():
-        base, experts = checkpoint_folders(resolved.general, backbone)
-        base, experts = locate_all(base, experts, dry_run=resolved.general["dry_run"])
-        plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name, backbone.landmark)
+        base, experts = checkpoint_folders(general, backbone)
+        base, experts = locate_all(base, experts, dry_run=general["dry_run"])
+        by_token = [ROW_PER_WORD] if is_wanted(general) else []
+        excluded = [*general["exclude_params"], *by_token]
+        plan = make_plan(base, experts, excluded, backbone.file_name, backbone.landmark)
+        _check_sizes(plan, experts_too=resolved.reads_samples)
+        chosen = (general["tokenizer"] or BASE, general["embeddings"] or BASE)
+        word_tables = choose_word_tables(plan, *chosen) if by_token else None
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
     problems.check()
-    return plan, device
+    return plan, device, word_tables
+
+
+def _check_sizes(plan: Plan, *, experts_too: bool) -> None:
+    """Check that models that will be loaded can be: the result, for which the base stands, and perhaps the experts.
+
+    Raises:
+        InputError: ``vocab_size`` does not fit the rows of one.
+    """
+    problems = Problems()
+    for name, model in {"the base": plan.base, **(plan.experts if experts_too else {})}.items():
+        if isinstance(model, Adapter):
+            continue  # which may resize what its base's config.json tells of
+        with problems.collecting():
+            check_size(name if model is plan.base else f"expert {name}", model)
+    problems.check()
 
 
 def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
@@ -143,8 +168,9 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
-    if decisive["post"] is None:
-        del decisive["post"]
+    for name in ("post", "tokenizer", "embeddings"):
+        if decisive[name] is None:
+            del decisive[name]
     adapters = [name for name, expert in plan.experts.items() if isinstance(expert, Adapter)]
     saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
     return {
@@ -203,6 +229,9 @@ def _check_rest(job: Job) -> Job:
     outputs: tuple[Output, ...] = ()
     with problems.collecting():
         outputs = resolved.method.outputs(context, **resolved.options_of(resolved.method))
+        if job.word_tables is not None:
+            outputs = _with_word_tables(job.word_tables, outputs, resolved.method.name)
+            description["inputs"]["vocabulary"] = job.word_tables.digest
         run.holds_several = all(output.folder for output in outputs)  # by which preparations see what is complete
     for step in resolved.steps:
         with problems.collecting():
@@ -221,6 +250,20 @@ def _check_rest(job: Job) -> Job:
             check_free_disk(run.folder, _missing_bytes(run, outputs))
     problems.check()
     return replace(job, preparations=tuple(preparations), outputs=outputs, description=description)
+
+
+def _with_word_tables(word_tables: WordTables, outputs: Sequence[Output], method: str) -> tuple[Output, ...]:
+    """The outputs with other embeddings, head and tokenizer than the base's.
+
+    Raises:
+        InputError: something beside the models goes by the base's.
+    """
+    if not all(output.is_model for output in outputs):
+        raise InputError(
+            f"--tokenizer and --embeddings cannot be used with {method}, whose files beside the model go by the base's "
+            "embeddings"
+        )
+    return tuple(map(word_tables.applied, outputs))
 
 
 def _check_questions(job: Job) -> None:

@@ -141,7 +141,8 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         loading=backbone.loading,
         merged=len(output.merged),
         tensors=sum(map(len, output.files.values())),
-        is_mirror=bool(output.headers),
+        is_mirror=output.is_mirror,
+        keeps_others=job.word_tables is None,
         about=output.about,
     )
     write_atomically(folder / "README.md", card.encode())

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from expert_merging.checkpoint import (
 from expert_merging.errors import InputError
 from expert_merging.folders import INDEX, SINGLE, other_files
 from expert_merging.machine import half_of_memory
-from expert_merging.outputs import Copied, Made, Merged, Output, Slot
+from expert_merging.outputs import Computed, Copied, Made, Merged, Output, Slot
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
 from expert_merging.processes import ALONE, Processes
@@ -136,22 +136,28 @@ def write_output(
 
 def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     """Write what a model's folder has beside weights."""
-    copy_other_files(base, folder, index=bool(output.headers))
+    copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
+    for name, content in output.beside.items():
+        if content is not None:
+            write_atomically(folder / name, content if isinstance(content, bytes) else content.read_bytes())
     if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:
         write_atomically(folder / "config.json", (json.dumps(output.edit(base.config), indent=2) + "\n").encode())
 
 
-def copy_other_files(base: Checkpoint, folder: Path, *, index: bool = True) -> None:
+def copy_other_files(base: Checkpoint, folder: Path, *, index: bool = True, but: Container[str] = ()) -> None:
     """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``.
 
     Args:
         base: the base.
         folder: where the copies go.
         index: the base's index too.
+        but: names of files that are left out.
     """
     for relative in other_files(base.folder):
+        if str(relative) in but:
+            continue
         if relative == Path(INDEX) and (not index or base.files[0].name == SINGLE):
             continue  # of other weights; `from_pretrained` reads a single file first
         target = folder / ("README.base.md" if relative == Path("README.md") else relative)
@@ -344,6 +350,9 @@ class _Merger:
         dtype = torch_dtype(slot.dtype)
         if isinstance(slot.source, Made):
             tensor = self.made[slot.source.key]
+        elif isinstance(slot.source, Computed):
+            tensor = slot.source.entries(part.start // dtype.itemsize, part.stop // dtype.itemsize)
+            _check_fits(tensor, dtype, slot)
         else:
             checkpoint, _ = self._source(slot)
             width = dtype.itemsize
@@ -442,6 +451,11 @@ def _check_fits(values: Tensor, dtype: torch.dtype, slot: Slot) -> None:
         raise InputError(
             f"{slot.source.name} of {owner} has values that {slot.dtype} (the base's type) cannot hold; convert the "
             "base to a wider type"
+        )
+    if isinstance(slot.source, Computed):
+        raise InputError(
+            f"{slot.name} would have values that {slot.dtype} (the base's type) cannot hold, or NaN; a checkpoint that "
+            "it is made of has them"
         )
     raise InputError(
         f"the merged {slot.name} does not fit into {slot.dtype} (the base's type); use a smaller coefficient"

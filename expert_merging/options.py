@@ -43,6 +43,10 @@ class GeneralOptions:
             replace the family's experts.
         exclude_params: regular expressions of parameters that keep the base's value, matched from the start of the
             name; none merges everything.
+        tokenizer: base, the name of the expert whose tokenizer the merged model gets, or union for the base's with the
+            experts' added tokens; embeddings and head are then matched by token.
+        embeddings: whose rows embeddings and head have, matched by token: base, an expert's name, or mean for the mean
+            of all models that have the token. Methods do not merge them then.
         output_path: folder for all runs.
         run_name: name of this run; by default derived from the options, so that the same command finds and continues
             its run.
@@ -59,6 +63,8 @@ class GeneralOptions:
     base_model_path: str | None = None
     expert: dict[str, str] | None = None
     exclude_params: Literal["none"] | list[str] | None = None
+    tokenizer: str | None = None
+    embeddings: str | None = None
     output_path: str | None = None
     run_name: str | None = None
     seed: int = 0
@@ -85,7 +91,10 @@ _COMMANDS = ("config", "list_methods")
 # Flags that take several values, and may be repeated.
 _LISTS = ("exclude_params", "post")
 _GROUPS = {
-    "what is merged": ("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
+    "what is merged": (
+        *("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
+        *("tokenizer", "embeddings"),
+    ),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
 }
 

@@ -10,12 +10,16 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from expert_merging.checkpoint import WIDTHS, Entry
 from expert_merging.context import Context
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Tensors begin at multiples of so many bytes where the header is made here.
 _ALIGNED = 8
@@ -56,7 +60,18 @@ class Made:
     key: str
 
 
-Source: TypeAlias = Merged | Copied | Made
+@dataclass(frozen=True)
+class Computed:
+    """A tensor whose entries a function gives, run by run.
+
+    Args:
+        entries: ``(start, stop) -> (stop - start,)``, entries of the flattened tensor; it may run in a forked process.
+    """
+
+    entries: Callable[[int, int], Tensor]
+
+
+Source: TypeAlias = Merged | Copied | Made | Computed
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,8 @@ class Output:
         experts: the experts that are merged; None for all.
         is_model: the folder can be loaded: it gets the base's other files, a card, and an index where it needs one.
         about: what else the card says of the model.
+        beside: files beside weights that are not the base's, by name: their content, the file that is copied, or None
+            where there is none.
     """
 
     files: Mapping[str, tuple[Slot, ...]]
@@ -104,6 +121,7 @@ class Output:
     experts: tuple[str, ...] | None = None
     is_model: bool = True
     about: str = ""
+    beside: Mapping[str, bytes | Path | None] = field(default_factory=dict)
 
     def header(self, file: str) -> bytes:
         """The header of a file, length field included."""
@@ -119,9 +137,14 @@ class Output:
         return len(self.header(file)) + sum(slot.size for slot in self.files[file])
 
     @property
+    def is_mirror(self) -> bool:
+        """Whether it has the base's files and tensors."""
+        return bool(self.headers)
+
+    @property
     def makes_index(self) -> bool:
         """Whether the folder gets an index of its own; a mirror has the base's."""
-        return self.is_model and not self.headers and len(self.files) > 1
+        return self.is_model and not self.is_mirror and len(self.files) > 1
 
     @property
     def merged(self) -> list[str]:
@@ -160,6 +183,12 @@ def mirror_of(plan: Plan, *, folder: str = "", experts: Sequence[str] | None = N
         plan.base.headers,
         experts=None if experts is None else tuple(experts),
     )
+
+
+def metadata_of(header: bytes) -> Mapping[str, str] | None:
+    """What a file's header says beside its tensors, None where that is nothing."""
+    found: Mapping[str, str] | None = json.loads(header[8:]).get("__metadata__")
+    return found
 
 
 def make_header(slots: Sequence[Slot], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from expert_merging.adapter import open_checkpoint
-from expert_merging.backbone import language_setting
 from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.errors import InputError, Problems
 from expert_merging.folders import check_other_files
 from expert_merging.leftovers import check_leftovers, foreign_types
 from expert_merging.naming import DECODER, cut_otherwise, names_of_base, published_names
 from expert_merging.parts import Part
-from expert_merging.roles import is_rotary_table
+from expert_merging.roles import has_row_per_word, is_rotary_table
 from expert_merging.tying import Heads, tie_heads
 
 T = TypeVar("T")
@@ -225,6 +224,7 @@ def _misfits_of(
         is_known=lambda name: name in base.entries or name in cut or is_excluded(name),
         of="the base",
         advice="; is it an expert of this base? (or exclude it)",
+        rows="; --embeddings mean, or base, matches rows by token",
     )
     return [*found, *_first(list(dict.fromkeys(cut[name] for name in merged if name in cut)))]
 
@@ -273,6 +273,7 @@ def misfits(
     is_known: Callable[[str], bool],
     of: str,
     advice: str = "",
+    rows: str = "",
 ) -> list[str]:
     """What keeps tensors from being the wanted ones, the first few of each kind with the number of the rest.
 
@@ -282,6 +283,7 @@ def misfits(
         is_known: whether a tensor may be there without being wanted.
         of: who wants them, for messages.
         advice: what to do about a tensor that is not known.
+        rows: what to do about embeddings and heads that have other rows alone.
     """
     there = {name: entries[name] for name in shapes if name in entries}
     missing = [f"lacks the tensor {name}" for name in shapes if name not in there]
@@ -292,6 +294,7 @@ def misfits(
     ]
     shaped = [
         f"{name} has shape {list(entry.shape)}, {of}'s has {list(shapes[name])}"
+        + (rows if has_row_per_word(name) and entry.shape[1:] == shapes[name][1:] else "")
         for name, entry in there.items()
         if entry.shape != shapes[name]
     ]
@@ -307,44 +310,3 @@ def _first(problems: list[str], shown: int = 4) -> list[str]:
     if len(problems) <= shown + 1:
         return problems
     return [*problems[:shown], f"... and {len(problems) - shown} more like the last"]
-
-
-# Settings of the language model that change what the same weights compute.
-_COMPUTING = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "sliding_window",
-    "tie_word_embeddings",
-)
-
-
-def differing_settings(plan: Plan) -> list[str]:
-    """Where an expert's ``config.json`` makes it compute otherwise than the base, whose file the merged model gets."""
-    of_base = _computing_settings(plan.base.config)
-    return [
-        f"expert {name} differs from the base in config.json: {key} {value}, base {of_base[key]}"
-        for name, expert in plan.experts.items()
-        for key, value in _computing_settings(expert.config).items()
-        if key in of_base and value != of_base[key]
-    ]
-
-
-def _computing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` says about the computation, whether it nests the language model's settings or not."""
-    rotary = {"rope_theta": language_setting(config, "rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):  # older and newer files
-        table = _table(config, key)
-        rotary |= {name if name.startswith("rope_") else f"rope_{name}": entry for name, entry in table.items()}
-    kind = rotary.pop("rope_type", "default")
-    settings = {name: language_setting(config, name) for name in _COMPUTING}
-    settings |= {**rotary, "model_type": config.get("model_type"), "rope_type": "default" if kind == "mrope" else kind}
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = language_setting(config, name)
-    return value if isinstance(value, Mapping) else {}

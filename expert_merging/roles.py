@@ -14,9 +14,11 @@ STAGES = ("early", "middle", "late")
 OUTSIDE = "outside"
 
 # Each row of these matrices belongs to a word: they are no maps from one space into another.
-_WORD_TABLE = re.compile(
-    r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(.*\.)?language_model\.output|output)\.weight$"
-)
+_WORDS = r"((.*\.)?(embed_tokens|tok_embeddings|wte|lm_head)|(.*\.)?language_model\.output|output)"
+_WORD_TABLE = re.compile(rf"{_WORDS}\.weight$")
+# These tables and a head's bias, as a pattern of excluded parameters.
+ROW_PER_WORD = rf"{_WORDS}\.(weight|bias)$"
+_HEAD = re.compile(r"((.*\.)?lm_head|(.*\.)?language_model\.output|output)\.")
 _SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
 _DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
 _VISION = re.compile(r"\bvis(ion|ual)")
@@ -68,8 +70,18 @@ def is_output_head(name: str) -> bool:
 def word_tables(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The language model's table of embeddings and its output head; None for what is not there."""
     tables = [name for name in names if is_word_table(name)]
-    heads = [name for name in tables if re.search(r"\b(lm_head|output)\.weight$", name)]
+    heads = [name for name in tables if is_head(name)]
     return next((name for name in tables if name not in heads), None), next(iter(heads), None)
+
+
+def has_row_per_word(name: str) -> bool:
+    """Whether the tensor has a row, or an entry, for every word of the vocabulary."""
+    return bool(re.match(ROW_PER_WORD, name))
+
+
+def is_head(name: str) -> bool:
+    """Whether the tensor belongs to an output head."""
+    return bool(_HEAD.match(name))
 
 
 def output_head(names: Iterable[str]) -> str | None:

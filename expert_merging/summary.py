@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,11 +12,13 @@ from rich.console import Console
 from expert_merging.advice import rewritten_weights, warnings_before
 from expert_merging.checks import Job, method_options
 from expert_merging.folders import weights_in_other_formats
+from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
 from expert_merging.machine import gib
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
-from expert_merging.outputs import Copied, Made
+from expert_merging.outputs import Computed, Copied, Made, Output
 from expert_merging.plan import Plan, show_size
+from expert_merging.vocabulary import vocabulary_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +31,23 @@ def heading(job: Job) -> str:
     return f"method {job.resolved.method.name}, run folder {job.context.run.folder}"
 
 
-def plan_lines(job: Job) -> list[str]:
-    """The plan in words: experts, parameters, memory and disk."""
+def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
+    """The plan in words: experts, parameters, memory and disk.
+
+    Args:
+        job: the run.
+        likeness: how near the experts are to the base.
+    """
     plan = job.context.plan
     options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
     lines = [
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}{expert.kind}" for name, expert in plan.experts.items()),
+        *changes_line(likeness),
         *(f"{who}: names of tensors are read {words}" for who, words in plan.contained.items()),
         *_tied(plan),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
+        *([job.word_tables.about] if job.word_tables else []),
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
@@ -68,7 +78,7 @@ def _sources(job: Job) -> str:
     sources = {slot.name: slot.source for output in models for slots in output.files.values() for slot in slots}
     copied = [source for source in sources.values() if isinstance(source, Copied)]
     of_experts = sum(source.expert is not None for source in copied)
-    made = sum(isinstance(source, Made) for source in sources.values())
+    made = sum(isinstance(source, Made | Computed) for source in sources.values())
     plan = _merging(job)
     return (
         f"{len(sources) - len(copied) - made} of {len(sources)} tensors are merged "
@@ -83,9 +93,16 @@ def merging_memory(job: Job) -> int:
     return working_memory(_merging(job), unit=job.unit, device=torch.device(job.context.device), copies=job.copies)
 
 
-def warnings(job: Job) -> list[str]:
-    """One line for everything that may not be as the user thinks."""
-    found = warnings_before(
+def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
+    """One line for everything that may not be as the user thinks.
+
+    Args:
+        job: the run.
+        likeness: how near the experts are to the base.
+    """
+    plan = job.context.plan
+    found = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
+    found += warnings_before(
         job.resolved,
         job.context.backbone,
         job.context.plan,
@@ -96,12 +113,20 @@ def warnings(job: Job) -> list[str]:
     return [*found, *rewritten_weights(job.context.plan, job.description)]
 
 
+def _token_warnings(job: Job) -> list[str]:
+    """What the merged model does not know of its experts' tokens."""
+    plan, tables = job.context.plan, job.word_tables
+    if tables is None:
+        return vocabulary_warnings(plan.base, plan.experts)
+    return vocabulary_warnings(plan.base, plan.experts, tables.vocabulary, ends_as_base=tables.identifiers is None)
+
+
 def print_plan(job: Job, console: Console) -> None:
     """Show the plan and what may be amiss with it."""
-    run = job.context.run
-    for line in (heading(job), *plan_lines(job)):
+    run, likeness = job.context.run, find_likeness(job.context.plan)
+    for line in (heading(job), *plan_lines(job, likeness)):
         console.print(line, markup=False)
-    for line in warnings(job):
+    for line in warnings(job, likeness):
         console.print(f"warning: {line}", markup=False)
     if run.is_complete:
         console.print(COMPLETE)
@@ -112,9 +137,10 @@ def print_plan(job: Job, console: Console) -> None:
 
 def log_start(job: Job) -> None:
     """Write the plan and its warnings to the log."""
-    for line in (heading(job), *plan_lines(job)):
+    likeness = find_likeness(job.context.plan)
+    for line in (heading(job), *plan_lines(job, likeness)):
         logger.info("%s", line)
-    for line in warnings(job):
+    for line in warnings(job, likeness):
         logger.warning("%s", line)
 
 
@@ -126,7 +152,7 @@ def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
         summary: what the merge did; None where the run was complete already.
         seconds: what it took.
     """
-    backbone, run = job.context.backbone, job.context.run
+    run = job.context.run
     if summary is not None:
         if summary.kept_shards:
             logger.info("kept %d finished shards of an earlier, interrupted run", summary.kept_shards)
@@ -137,8 +163,18 @@ def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
         logger.info("done in %.1f s", seconds)
     if run.board.exists():
         logger.info("curves:       tensorboard --logdir %s", run.board)
-    for model in job.models:
-        logger.info("merged model: %s", model)
-        logger.info("load it:      %s", backbone.loading[0].format(model=model))
-        for command in backbone.evaluation_of(job.context.plan.base.model_type).commands:
+    for output in job.outputs:
+        if output.is_model:
+            _log_model(job, output)
+
+
+def _log_model(job: Job, output: Output) -> None:
+    """Write to the log where a model is, how to load it and how to evaluate it."""
+    plan, backbone = job.context.plan, job.context.backbone
+    model = job.context.run.model / output.folder
+    logger.info("merged model: %s", model)
+    logger.info("load it:      %s", backbone.loading[0].format(model=model))
+    if output.is_mirror:  # a mixture's routers are to be trained first
+        evaluation = backbone.evaluation_of(plan.base.model_type)
+        for command in evaluation.commands_for(output.experts or plan.experts):
             logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))

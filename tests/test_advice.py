@@ -16,9 +16,12 @@ from tests.command import (
     merged,
 )
 
+TUNED = {name: tensor * 1.1 for name, tensor in TENSORS.items()}
+
 
 def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
-    folders = [write_checkpoint(tmp_path / name, {"w": torch.ones(300, 300)}) for name in ("base", "expert")]
+    weights = {"base": torch.ones(300, 300), "expert": torch.full((300, 300), 1.1)}
+    folders = [write_checkpoint(tmp_path / name, {"w": weight}) for name, weight in weights.items()]
     command = ("--method", "iso", *flags(folders[0], A=folders[1]), "--dry_run")
     assert merge(*command) == 0
     assert "warning" not in capsys.readouterr().out
@@ -31,8 +34,8 @@ def test_too_little_memory_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_an_expert_that_computes_otherwise_is_told(tmp_path):
-    base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 9})
-    expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"rope_theta": 1e6, "vocab_size": 10})
+    base = write_checkpoint(tmp_path / "base", TENSORS, config={"rope_theta": 1e4, "vocab_size": 6})
+    expert = write_checkpoint(tmp_path / "expert", TUNED, config={"rope_theta": 1e6, "vocab_size": 10})
     run = merged(tmp_path / "out", "--method", "weight_average", *flags(base, A=expert))
     warnings = [line for line in run.log.read_text().splitlines() if " warning: " in line]
     assert len(warnings) == 1
@@ -61,7 +64,7 @@ NEWER = {
 )
 def test_settings_are_compared_wherever_a_config_has_them(tmp_path, capsys, base, expert, told):
     base = write_checkpoint(tmp_path / "base", TENSORS, config={"model_type": "q", **base})
-    expert = write_checkpoint(tmp_path / "expert", TENSORS, config={"model_type": "q", **expert})
+    expert = write_checkpoint(tmp_path / "expert", TUNED, config={"model_type": "q", **expert})
     assert merge("--method", "weight_average", *flags(base, A=expert), "--dry_run") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ([f"warning: expert A differs from the base in config.json: {told}"] if told else [])

@@ -14,15 +14,17 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "__init__"),
+    ("errors", "parts", "progress", "arithmetic", "configurations", "__init__"),
     ("flags", "roles", "naming", "processes", "reading", "shortage", "writing", "folders", "fingerprints"),
     ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console"),
-    ("adapter_files", "lora"),
+    ("tokenizer_files", "adapter_files", "lora"),
     ("adapter", "leftovers", "backbone"),
     ("tying", "plan", "stored"),
-    ("streaming", "hub", "sources", "card", "pictures"),
+    ("streaming", "likeness", "vocabulary", "hub", "sources", "card", "pictures"),
     ("context",),
     ("outputs",),
+    ("word_tables",),
+    ("merged_tokenizer",),
     ("method", "merge"),
     ("methods",),
     ("running",),

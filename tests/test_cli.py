@@ -34,8 +34,8 @@ def test_a_dry_run_checks_and_tells_and_writes_nothing(command, tmp_path, capsys
         f"method task_arithmetic, run folder {tmp_path / 'out' / 'task_arithmetic' / 'Mistral-'}"
     )
     assert lines[1] == f"base {tmp_path / 'base'}"
-    assert "2 of 4 tensors are merged" in lines[5]
-    assert "writes" in lines[6]
+    assert "2 of 4 tensors are merged" in lines[6]
+    assert "writes" in lines[7]
     assert lines[-1] == "dry run: all checks passed, nothing was written"
 
 
@@ -199,7 +199,8 @@ def test_more_vocabulary_rows_are_fine_while_embeddings_keep_the_base_s(command,
     more = {**TENSORS, "embed_tokens.weight": torch.ones(8, 3)}
     write_checkpoint(tmp_path / "b", {name: tensor + 1 for name, tensor in more.items()})
     assert refusal(capsys, *command, "--exclude_params", "none") == (
-        f"expert B ({tmp_path / 'b'}): embed_tokens.weight has shape [8, 3], the base's has [6, 3]"
+        f"expert B ({tmp_path / 'b'}): embed_tokens.weight has shape [8, 3], the base's has [6, 3]; "
+        "--embeddings mean, or base, matches rows by token"
     )
     run = merged(tmp_path / "out", *command)
     assert tensors_of(run.model)["embed_tokens.weight"].equal(TENSORS["embed_tokens.weight"])

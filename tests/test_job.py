@@ -172,6 +172,7 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
         f"base {tmp_path / 'base'}",
         f"expert A {tmp_path / 'a'}",
         f"expert B {tmp_path / 'b'}",
+        "relative change by experts, from samples: A 9.1 %, B 36 %",
         "the base: names of tensors are read with 'model.' before them",
         "option scaling_coefficient 0.3",
         "2 of 4 tensors are merged (0.0M parameters), 2 keep the base's value",
@@ -183,6 +184,38 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
     assert f'from_pretrained("{run.model}"' in texts[12]
     assert f"pretrained={run.model}" in texts[13]
     assert "\x1b" not in run.log.read_text()
+
+
+MATH = "evaluate it:  lm_eval --model hf --model_args pretrained={model} --tasks gsm8k --batch_size auto"
+CODE = (
+    "evaluate it:  HF_ALLOW_CODE_EVAL=1 lm_eval --model hf --model_args pretrained={model} --tasks humaneval,mbpp "
+    "--batch_size auto --confirm_run_unsafe_code"
+)
+OTHER = (
+    "evaluate it:  lm_eval --model hf --model_args pretrained={model} --batch_size auto --tasks TASKS  "
+    "# what your experts do; lm_eval ls tasks lists all"
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "commands"),
+    [(("Math", "code"), [MATH, CODE]), (("CODE", "Law"), [CODE]), (("Law", "Mathematics"), [OTHER])],
+)
+def test_evaluations_are_those_of_the_experts(tiny, tmp_path, names, commands):
+    experts = dict(zip(names, (tmp_path / "a", tmp_path / "b"), strict=True))
+    run = merged(tmp_path / "out", *COMMAND, *flags(tmp_path / "base", **experts))
+    lines = [line.split(" INFO ")[1] for line in run.log.read_text().splitlines() if "evaluate it" in line]
+    assert lines == [command.format(model=run.model) for command in commands]
+
+
+def test_a_model_of_one_expert_is_evaluated_as_that(tiny_zoo, tmp_path):
+    run = merged(tmp_path, "--method", "svd_intermediate", "--cache_dir", tiny_zoo)
+    run.holds_several = True
+    lines = [line.split(" INFO ")[1] for line in run.log.read_text().splitlines() if "evaluate it" in line]
+    models = {name: run.model / name for name in EXPERTS}
+    assert lines == [
+        command.format(model=models[name]) for name, command in {"Chat": OTHER, "Math": MATH, "Code": CODE}.items()
+    ]
 
 
 def test_weights_in_other_formats_are_left_out_and_named(command, tmp_path):

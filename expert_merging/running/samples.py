@@ -219,20 +219,7 @@ def _check_settings(plan: Plan) -> None:
     problems = Problems()
     for checkpoint in _whole(plan):
         problems.found += damaged_files(checkpoint.folder, MODEL_FILES)
-        problems.found += _vocabulary_problems(checkpoint)
     problems.check()
-
-
-def _vocabulary_problems(checkpoint: Checkpoint) -> list[str]:
-    """Tensors with a row for each word that have not as many as ``config.json`` says."""
-    words = language_setting(checkpoint.config, "vocab_size")
-    return [
-        f"{checkpoint.folder}: {name} has {entry.shape[0]} rows, and config.json has the vocab_size {words}; write the "
-        "number of rows there, or download both again"
-        for name, entry in checkpoint.entries.items()
-        if is_word_table(name) and len(entry.shape) == 2
-        if words is not None and entry.shape[0] != words
-    ]
 
 
 def _precision(asked: str, device: str) -> str:

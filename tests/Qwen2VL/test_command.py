@@ -393,9 +393,15 @@ def test_the_second_generation_is_evaluated_as_such(second_zoo, tmp_path):
     ],
 )
 def test_a_path_that_vlmevalkit_misreads_is_told(config, name, wrong, tmp_path, capsys):
-    tensors = {"model.layers.0.weight": torch.ones(3), "visual.blocks.0.weight": torch.ones(3)}
-    base = write_checkpoint(tmp_path / "base", tensors, config=config)
-    flags = ["--base_model_path", base, "--expert", f"A={base}", "--output_path", tmp_path, "--run_name", name]
+    base, expert = (
+        write_checkpoint(
+            tmp_path / name,
+            {part: torch.full((3,), value) for part in ("model.layers.0.weight", "visual.blocks.0.weight")},
+            config=config,
+        )
+        for name, value in {"base": 1.0, "expert": 1.1}.items()
+    )
+    flags = ["--base_model_path", base, "--expert", f"A={expert}", "--output_path", tmp_path, "--run_name", name]
     assert merge("--method", "weight_average", *flags, "--dry_run", family=BACKBONE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     path = tmp_path / "weight_average" / name / "model"
@@ -409,12 +415,15 @@ def test_a_path_that_vlmevalkit_misreads_is_told(config, name, wrong, tmp_path, 
 
 
 def test_a_base_of_another_family_is_told(qwen_zoo, tmp_path, capsys):
-    base = write_checkpoint(
-        tmp_path / "base",
-        {"vision_tower.layers.0.weight": torch.ones(3), "language_model.lm_head.weight": torch.ones(3)},
-        config={"model_type": "internvl"},
+    base, expert = (
+        write_checkpoint(
+            tmp_path / name,
+            {"vision_tower.layers.0.weight": torch.full((3,), value), "language_model.lm_head.weight": torch.ones(3)},
+            config={"model_type": "internvl"},
+        )
+        for name, value in {"base": 1.0, "expert": 1.1}.items()
     )
-    flags = ["--method", "weight_average", "--expert", f"A={base}", "--base_model_path", base, "--dry_run"]
+    flags = ["--method", "weight_average", "--expert", f"A={expert}", "--base_model_path", base, "--dry_run"]
     assert merge(*flags, family=BACKBONE) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
     assert line == (

@@ -105,6 +105,12 @@ def test_with_nothing_excluded_it_is_the_expert(family, tmp_path):
     torch.testing.assert_close(logits(mixture.model), logits(family / "expert"), rtol=0, atol=1e-5)
 
 
+def test_a_mixture_is_to_be_trained_before_it_is_evaluated(tiny_zoo, tmp_path):
+    log = merged(tmp_path, *MOE, "--cache_dir", tiny_zoo).log.read_text()
+    assert "load it:" in log
+    assert "evaluate it:" not in log
+
+
 def test_feed_forward_tensors_are_the_experts_byte_for_byte(tiny_zoo, tmp_path):
     run = merged(tmp_path, *MOE, "--cache_dir", tiny_zoo, "--include_base")
     written = tensors_of(run.model)
