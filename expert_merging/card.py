@@ -42,7 +42,7 @@ tags:
 ```python
 {example}
 ```
-"""
+{asking}"""
 
 _ORIGINS = {
     True: "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's.",
@@ -68,6 +68,7 @@ def model_card(
     tensors: int,
     is_mirror: bool = True,
     about: str = "",
+    asking: str = "",
 ) -> str:
     """Text of the merged folder's ``README.md``.
 
@@ -79,6 +80,7 @@ def model_card(
         tensors: number of all tensors.
         is_mirror: the model has the base's layout.
         about: what else is to be said of the model.
+        asking: in which words it is to be asked.
     """
     options = dict(description["options"])
     for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
@@ -98,6 +100,7 @@ def model_card(
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         origin=_ORIGINS[is_mirror].format(merged=merged, tensors=tensors),
         layout=_LAYOUTS[is_mirror],
+        asking=f"\n{asking}\n" if asking else "",
         example=_EXAMPLE.format(
             classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor
         ),

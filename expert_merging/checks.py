@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
+from expert_merging.asking import Wording, choose_wording
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.console import Terminal
@@ -42,6 +43,7 @@ class Job:
         preparations: what the method, and each of its modifiers, does before merging.
         outputs: what is written.
         description: the run's ``config.json``.
+        wording: in whose words models are asked.
     """
 
     resolved: Resolved
@@ -49,6 +51,7 @@ class Job:
     preparations: tuple[Preparation, ...]
     outputs: tuple[Output, ...]
     description: Mapping[str, Any]
+    wording: Wording
 
     @property
     def unit(self) -> Unit:
@@ -78,11 +81,11 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         InputError: every problem found.
     """
     backbone = backbone.configured(resolved.family)
-    plan, device = _open_checkpoints(resolved, backbone)
+    plan, device, wording = _open_checkpoints(resolved, backbone)
     limit_threads()
     processes = join(device, runs_models=resolved.reads_samples)
     _check_one_per_expert(resolved, tuple(plan.experts))
-    description = _describe(resolved, backbone, plan, device)
+    description = {**_describe(resolved, backbone, plan, device), "asking": wording.record}
     run = _open_run(resolved, backbone, plan, description)
     seed = description["seed"]
     if resolved.general["seed"] < 0:
@@ -99,21 +102,22 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         find_method=find_method,
         dry_run=resolved.general["dry_run"],
     )
-    job = Job(resolved, context, (), (), description)
-    return _check_rest(job)
+    return _check_rest(Job(resolved, context, (), (), description, wording))
 
 
-def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str]:
+def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str, Wording]:
     problems = Problems()
     with problems.collecting():
         base, experts = checkpoint_folders(resolved.general, backbone)
         base, experts = locate_all(base, experts, dry_run=resolved.general["dry_run"])
         plan = make_plan(base, experts, resolved.general["exclude_params"], backbone.file_name)
+        given, source = resolved.options.get("prompt_template"), resolved.general["chat_template_from"]
+        wording = choose_wording(backbone, plan, given, source)
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
     problems.check()
-    return plan, device
+    return plan, device, wording
 
 
 def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
@@ -141,8 +145,9 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
-    if decisive["post"] is None:
-        del decisive["post"]
+    for name in ("post", "chat_template_from"):
+        if decisive[name] is None:
+            del decisive[name]
     saving = {name: value for name, value in resolved.options.items() if name in _SAVING}
     return {
         "family": backbone.name,
@@ -224,7 +229,7 @@ def _check_questions(job: Job) -> None:
     backbone.parameter_names(base)
     processor = backbone.load_processor(base)
     for sample in backbone.test_questions:
-        backbone.encode_prompt(processor, sample, job.resolved.options.get("prompt_template"))
+        backbone.encode_prompt(processor, sample, job.wording.of_merged.of(sample))
 
 
 def _missing_bytes(run: Run, outputs: Sequence[Output]) -> int:

@@ -36,6 +36,8 @@ def plan_lines(job: Job) -> list[str]:
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}" for name, expert in plan.experts.items()),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
+        *(job.wording.lines if job.resolved.reads_samples else ()),
+        *job.wording.gets,
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
@@ -76,7 +78,7 @@ def merging_memory(job: Job) -> int:
 
 def warnings(job: Job) -> list[str]:
     """One line for everything that may not be as the user thinks."""
-    return warnings_before(
+    before = warnings_before(
         job.resolved,
         job.context.backbone,
         job.context.plan,
@@ -84,6 +86,7 @@ def warnings(job: Job) -> list[str]:
         memory=merging_memory(job),
         device=job.context.device,
     )
+    return [*before, *job.wording.formats.warnings]
 
 
 def print_plan(job: Job, console: Console) -> None:

@@ -14,11 +14,12 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "__init__"),
+    ("errors", "parts", "progress", "arithmetic", "libraries", "__init__"),
     ("flags", "roles", "processes", "writing", "folders"),
-    ("machine", "workers", "calibration", "checkpoint", "run", "console"),
+    ("machine", "workers", "calibration", "checkpoint", "run", "console", "templates"),
+    ("formats",),
     ("backbone", "plan"),
-    ("streaming", "hub", "sources", "card", "pictures", "picture_experts"),
+    ("streaming", "hub", "sources", "card", "pictures", "picture_experts", "asking"),
     ("context",),
     ("outputs",),
     ("method", "merge"),

@@ -128,7 +128,7 @@ class PictureTwin(Twin):
         files, question = example.prompt
         most = 12 if example.task in ("Chart", "Grounding") else 6
         prompt, pixels = reference.encode(question, files, self.model.config, most)
-        response = [*reference.tokens_of(example.response), TOKENS["<|im_end|>"]]
+        response = [*reference.tokens_of(example.response), TOKENS["<|im_end|>"], *b"\n"]
         inputs = {"input_ids": torch.cat([prompt, torch.tensor([response])], dim=1)}
         return {**inputs, **({} if pixels is None else {"pixel_values": pixels})}, prompt.shape[1]
 

@@ -15,7 +15,18 @@ from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from Qwen2VL.backbone import encode_prompt, file_name, load_model, load_processor, parameter_names
 from tests.checkpoints import tensors_of, write_index
-from tests.qwen2vl import BASE, CONFIG, CONFIG_2_5, TEMPLATE, newer_name, save_model, save_picture, with_newer_names
+from tests.command import given
+from tests.qwen2vl import (
+    BASE,
+    CONFIG,
+    CONFIG_2_5,
+    SILENT_TEMPLATE,
+    TEMPLATE,
+    newer_name,
+    save_model,
+    save_picture,
+    with_newer_names,
+)
 from tests.Qwen2VL.reference import chat, patches, picture_size, positions, tokens
 
 
@@ -178,7 +189,7 @@ def test_a_prompt_template_takes_the_place_of_the_chat_template(processor, tmp_p
         ("Q: {question} A:", "Why <image>?", f"Q: Why {picture}? A:"),
         ("<image> Q: {question} A:", "Why?", f"{picture} Q: Why? A:"),
     ):
-        inputs = encode_prompt(processor, sample(question, file), template)
+        inputs = encode_prompt(processor, sample(question, file), given(template))
         assert inputs["input_ids"].tolist() == [tokens(expected)]
 
 
@@ -209,9 +220,9 @@ def test_a_turned_photograph_is_seen_upright(processor, tmp_path):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def refused(processor, given: Sample, template: str | None = None) -> str:
+def refused(processor, asked: Sample, template: str | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        encode_prompt(processor, given, template)
+        encode_prompt(processor, asked, template and given(template))
     (problem,) = caught.value.problems
     return problem
 
@@ -269,14 +280,17 @@ def test_marks_beyond_the_pictures_are_refused(processor, tmp_path):
     assert "2 <image> marks for 1 pictures" in refused(processor, sample("<image>?", file), "<image>{question}")
 
 
-def test_a_chat_template_that_has_no_place_for_pictures_is_refused(base, tmp_path):
+def test_a_chat_template_that_has_a_place_for_one_picture_alone_refuses_two(base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    template = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}<|image_pad|>"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     file = save_picture(tmp_path / "wide.png", 90, 40)
-    assert refused(load_processor(folder), sample("?", file)) == (
-        f"{PLACE}: the chat template of {folder} has 0 places for 1 pictures; give --prompt_template with "
-        "{question} in it"
+    assert refused(load_processor(folder), sample("?", file, file)) == (
+        f"{PLACE}: the chat template of base has 1 places for 2 pictures; give --prompt_template with {{question}} in "
+        "it"
     )
 
 
@@ -292,14 +306,20 @@ def test_chat_templates_are_found_wherever_they_are_kept(base, tmp_path):
     assert load_processor(folder).tokenizer.chat_template == "file"
 
 
-def test_without_any_chat_template_one_must_be_given(base, tmp_path):
+def test_without_a_chat_template_that_asks_the_published_conversation_is_taken(base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    (folder / "chat_template.json").unlink()
-    processor = load_processor(folder)
-    assert refused(processor, sample("?")) == (
-        f"{PLACE}: {folder} has no chat template; give --prompt_template with {{question}} in it"
-    )
-    assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [tokens("Why?")]
+    file = save_picture(tmp_path / "wide.png", 90, 40)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for template in (None, SILENT_TEMPLATE):
+        (folder / "chat_template.json").unlink()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        processor = load_processor(folder)
+        for question, expected in (
+            (sample("Why?"), chat("Why?")),
+            (sample("Why <image>?", file), chat("Why ", (3, 2), "?")),
+        ):
+            assert encode_prompt(processor, question, None)["input_ids"].tolist() == [tokens(system + expected)]
+    assert encode_prompt(processor, sample("Why?"), given("{question}"))["input_ids"].tolist() == [tokens("Why?")]
 
 
 def test_settings_of_newer_processors_are_read(base, tmp_path):

@@ -141,7 +141,7 @@ class PictureTwin(Twin):
         files, question = example.prompt
         cut = [patches(Image.open(file).convert("RGB")) for file in files]
         prompt = tokens(chat(*((columns // 2, rows // 2) for _, (_, rows, columns) in cut), question))
-        ids = [*prompt, *tokens(example.response), *tokens("<|im_end|>")]
+        ids = [*prompt, *tokens(example.response), *tokens("<|im_end|>\n")]
         inputs = {"input_ids": torch.tensor([ids])}
         if cut:
             pixels, grids = zip(*cut, strict=True)
