@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from expert_merging.backbone import Backbone, language_setting, load_tokenizer
@@ -23,6 +23,8 @@ from expert_merging.templates import ChatTemplate, read_template
 
 GIVEN = "--prompt_template"
 BASE, EXPERTS, FAMILY = "base", "experts", "family"
+# The base's is compared with one expert's after the other.
+_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Formats:
         return {**self.experts, **{f"task {name}": found for name, found in self.tasks.items()}}
 
     @property
+    def grouped(self) -> dict[str, Format]:
+        """The same by all names that share a format, such as ``Chat, Code``."""
+        groups: dict[str, list[str]] = {}
+        for name, found in self.named.items():
+            groups.setdefault(found.digest, []).append(name)
+        return {", ".join(names): self.named[names[0]] for names in groups.values()}
+
+    @property
     def record(self) -> dict[str, dict[str, str]]:
         """For files: where each format is from, and what it looks like."""
         return {name: {"from": one.origin, "example": one.example} for name, one in self.named.items()}
@@ -81,39 +91,40 @@ def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
         only = Format.of_text(GIVEN, given, asking.end)
         return Formats(only, dict.fromkeys(plan.experts, only))
     texts = {name: Format.of_text(GIVEN, text, asking.end) for name, text in (given or {}).items()}
-    default, warnings = _of_base(asking, plan.base.folder)
+    of_base = read_template(plan.base.folder) if asking.reads_templates else None
+    default, warnings = asking.format_of(of_base), []
+    if of_base is not None and (fault := asking.fault(of_base)):
+        warnings.append(f"{fault}; in its place stands {default.origin}")
     experts = {}
     for name, expert in plan.experts.items():
         found = texts.pop(name, None)
         if found is None:
-            found, of_expert = _of_expert(asking, plan.base.folder, name, expert, default)
-            warnings += of_expert
+            found, problem = _of_expert(asking, plan.base, of_base, expert)
+            found = found or default
+            if problem is not None:
+                warnings.append(f"{problem}; expert {name} is asked in other words: {found.origin}")
         experts[name] = found
     return Formats(default, experts, texts, tuple(warnings))
 
 
-def _of_base(asking: Asking, folder: Path) -> tuple[Format, list[str]]:
-    template = read_template(folder) if asking.reads_templates else None
-    found = asking.format_of(template)
-    fault = template and asking.fault(template)
-    return found, [f"{fault}; in its place stands {found.origin}"] if fault else []
-
-
-def _of_expert(asking: Asking, base: Path, name: str, expert: Checkpoint, default: Format) -> tuple[Format, list[str]]:
-    """The expert's own words, or the base's with the reason why not its own."""
-    template = read_template(expert.folder) if asking.reads_templates else None
+def _of_expert(
+    asking: Asking, base: Checkpoint, of_base: ChatTemplate | None, expert: Checkpoint
+) -> tuple[Format | None, str | None]:
+    """The expert's own words, None where they are the base's; and what keeps its chat template from being used."""
     known = asking.known_format(expert.folder, language_setting(expert.config, "vocab_size"))
-    instead = known or default
-    if template is None or _same(template, default.template):
-        return instead if template is None else default, []
-    fault = asking.fault(template)
-    if fault is None:
+    template = read_template(expert.folder) if asking.reads_templates else None
+    if template is None:
+        return known, None
+    problem = asking.fault(template)
+    if _same(template, of_base):
+        return (known if problem else None), None
+    if problem is None:
         own = Format.of_template(template, asking.end)
-        other = other_tokens(base, expert.folder, own.example)
+        other = other_tokens(base.folder, expert.folder, own.example)
         if other is None:
-            return own, []
-        fault = f"the base's tokenizer makes other tokens of the chat template of {expert.folder} ({other})"
-    return instead, [f"{fault}; expert {name} is asked in other words: {instead.origin}"]
+            return own, None
+        problem = f"the base's tokenizer makes other tokens of the chat template of {expert.folder} ({other})"
+    return known, problem
 
 
 def _same(one: ChatTemplate, other: ChatTemplate | None) -> bool:
@@ -130,7 +141,7 @@ def other_tokens(base: Path, own: Path, text: str) -> str | None:
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return None
     try:
-        tokenizers = [load_tokenizer(folder) for folder in (base, own)]
+        tokenizers = [_tokenizer(folder) for folder in (base, own)]
     except InputError:
         return None
     theirs, ours = (
@@ -194,7 +205,7 @@ class Wording:
     @property
     def lines(self) -> list[str]:
         """Lines for the plan: the words of each expert."""
-        return [f"{name} is asked with {found.described}" for name, found in self.formats.named.items()]
+        return [f"{names}: asked with {found.described}" for names, found in self.formats.grouped.items()]
 
     @property
     def gets(self) -> list[str]:
@@ -214,14 +225,11 @@ class Wording:
         """
         has = "has no chat template" if self.merged.template is None else f"has {self.merged.origin}"
         former = f" The base's is kept in {' and '.join(f'`{name}`' for name in kept)}." if kept else ""
-        others = {one.digest for one in self.formats.named.values()} - {self.merged.digest}
-        words = "\n\n".join(
-            f"{name}, {one.origin}:\n\n    {json.dumps(one.example, ensure_ascii=False)}"
-            for name, one in self.formats.named.items()
-        )
-        if not others:
-            return f"It {has}.{former} Ask it like this:\n\n    {json.dumps(self.merged.example, ensure_ascii=False)}"
-        return f"It {has}.{former} Ask it for each task as the task's expert is asked:\n\n{words}"
+        words = [f"{names}: {one.described}" for names, one in self.formats.grouped.items()]
+        if {one.digest for one in self.formats.named.values()} == {self.merged.digest}:
+            words = [f"All tasks: {self.merged.described}"]
+        listed = "\n".join(f"- {line}" for line in words)
+        return f"It {has}.{former} Ask it as the expert of the task is asked:\n\n{listed}"
 
 
 def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str] | None, asked: str | None) -> Wording:

@@ -81,7 +81,7 @@ class Format:
     @property
     def described(self) -> str:
         """Origin and example in one line."""
-        return f"{self.origin}: {json.dumps(self.example, ensure_ascii=False)}"
+        return f"{self.origin}, `{json.dumps(self.example, ensure_ascii=False)}`"
 
     @property
     def digest(self) -> str:
@@ -122,7 +122,7 @@ class Asking:
         """
         if self.reads_templates and template is not None and self.fault(template) is None:
             return Format.of_template(template, self.end)
-        return self.conversation or Format("the question as it is", end=self.end)
+        return self.conversation or Format("the bare question", end=self.end)
 
     def known_format(self, folder: Path, vocabulary: int | None) -> Format | None:
         """The format of a published expert, None for others.

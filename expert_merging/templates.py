@@ -154,7 +154,7 @@ def read_template(folder: Path) -> ChatTemplate | None:
     for file in _FILES:
         text = _text_in(folder / file)
         if text is not None:
-            return ChatTemplate(text, str(folder), special_tokens_of(folder))
+            return ChatTemplate(text, str(folder), _named_in(text, special_tokens_of(folder)))
     return None
 
 
@@ -171,7 +171,7 @@ def template_of(tokenizer: Any) -> ChatTemplate | None:
     """The chat template of a tokenizer in memory; None where it has none."""
     text = default_of(getattr(tokenizer, "chat_template", None))
     tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return None if text is None else ChatTemplate(text, str(tokenizer.name_or_path), tuple(sorted(tokens.items())))
+    return None if text is None else ChatTemplate(text, str(tokenizer.name_or_path), _named_in(text, tokens))
 
 
 def default_of(templates: Any) -> str | None:
@@ -184,15 +184,20 @@ def default_of(templates: Any) -> str | None:
     return templates if isinstance(templates, str) else None
 
 
-def special_tokens_of(folder: Path) -> tuple[tuple[str, str], ...]:
-    """The tokens that the tokenizer files of a folder name, such as ``("eos_token", "</s>")``."""
+def _named_in(text: str, tokens: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The special tokens that a template names; others do not change what it renders."""
+    return tuple(sorted((name, token) for name, token in tokens.items() if name in text))
+
+
+def special_tokens_of(folder: Path) -> dict[str, str]:
+    """The tokens that the tokenizer files of a folder name, such as ``eos_token``."""
     found: dict[str, str] = {}
     for file in (folder / _SPECIAL_TOKENS, folder / TOKENIZER):
         for name, token in _read_json(file).items() if file.is_file() else ():
             content = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(content, str):
                 found[name] = content
-    return tuple(sorted(found.items()))
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:

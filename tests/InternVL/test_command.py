@@ -251,6 +251,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
     counts = ["--samples_per_task", 1, "--samples_per_task_dict", "Chart=2"]
     run = run_command(tmp_path / "out", *LEARNING, *counts, "--cache_dir", internvl_zoo, "--data_dir", dataset)
     answers = json.loads(run.responses.read_text())
+    assert set(answers.pop("formats")) == set(EXPERTS)
     assert len(answers) == len(TASKS) + 1, "questions of the same words about two pictures are two questions"
     for task, expert in TASKS.items():
         model = Plain(internvl_zoo / EXPERTS[expert])

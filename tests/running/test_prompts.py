@@ -20,7 +20,7 @@ from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE
 from tests.learned.training import make_trainer
 
-AS_IT_IS = Format("the question as it is")
+AS_IT_IS = Format("the bare question")
 SAMPLES = [Sample("Math", "Math", f"question {number}", "42", str(number)) for number in range(3)]
 
 

@@ -18,7 +18,7 @@ def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
     first = trainer._make_targets(torch.device("cpu"))
     written = json.loads(trainer.context.run.responses.read_text())
     assert written.pop("formats") == {
-        expert: {"from": "the question as it is", "example": "{question}{response}"} for expert in EXPERTS
+        expert: {"from": "the bare question", "example": "{question}{response}"} for expert in EXPERTS
     }
     assert len(written) == 6
 
