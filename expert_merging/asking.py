@@ -189,12 +189,14 @@ class Wording:
         source: whose chat template the merged folder has: ``base``, ``family``, ``experts`` or an expert's name.
         template: the chat template that the merged folder gets; None where it keeps what the base has.
         merged: how the merged folder asks to be asked.
+        has: what it has of chat templates, in words.
     """
 
     formats: Formats
     source: str
     template: ChatTemplate | None
     merged: Format
+    has: str
 
     @property
     def of_merged(self) -> Formats:
@@ -210,7 +212,7 @@ class Wording:
     @property
     def gets(self) -> list[str]:
         """A line for the plan where the merged folder does not have the base's chat template."""
-        return [] if self.template is None else [f"the merged folder gets {self.merged.origin}"]
+        return [] if self.template is None else [f"the merged folder has {self.has}"]
 
     @property
     def record(self) -> dict[str, object]:
@@ -223,13 +225,12 @@ class Wording:
         Args:
             kept: names of the files that the base's chat template is in now.
         """
-        has = "has no chat template" if self.merged.template is None else f"has {self.merged.origin}"
         former = f" The base's is kept in {' and '.join(f'`{name}`' for name in kept)}." if kept else ""
         words = [f"{names}: {one.described}" for names, one in self.formats.grouped.items()]
         if {one.digest for one in self.formats.named.values()} == {self.merged.digest}:
             words = [f"All tasks: {self.merged.described}"]
         listed = "\n".join(f"- {line}" for line in words)
-        return f"It {has}.{former} Ask it as the expert of the task is asked:\n\n{listed}"
+        return f"It has {self.has}.{former} Ask it as the expert of the task is asked:\n\n{listed}"
 
 
 def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str] | None, asked: str | None) -> Wording:
@@ -245,8 +246,12 @@ def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
         InputError: there is no such template, or it cannot be used.
     """
     source, template = _choose_template(backbone, plan, asked)
-    own = read_template(plan.base.folder) if backbone.asking.reads_templates else None
-    return Wording(choose_formats(backbone, plan, given), source, template, backbone.asking.format_of(template or own))
+    held = template or read_template(plan.base.folder)
+    has = "no chat template" if held is None else f"the chat template of {Path(held.name).name}"
+    if held is not None and backbone.asking.reads_templates and backbone.asking.fault(held):
+        has += ", which asks nothing"
+    merged = backbone.asking.format_of(held)
+    return Wording(choose_formats(backbone, plan, given), source, template, merged, has)
 
 
 def _choose_template(backbone: Backbone, plan: Plan, asked: str | None) -> tuple[str, ChatTemplate | None]:

@@ -163,7 +163,10 @@ def _text_in(file: Path) -> str | None:
     if not file.is_file():
         return None
     if file.name == JINJA:
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is no text in UTF-8; download it again") from None
     return default_of(_read_json(file).get("chat_template"))
 
 

@@ -263,13 +263,18 @@ def test_a_template_that_cannot_be_taken_is_refused(plan):
 
 def test_a_family_may_be_asked_in_its_published_words_alone(plan):
     set_template(plan.base.folder, SILENT_TEMPLATE)
-    set_template(plan.experts["Chat"].folder, INSTRUCT)
+    set_template(plan.experts["Math"].folder, INSTRUCT)
     conversation = Format("the published conversation", "U: {question} A:", end="|")
     family = replace(BACKBONE, asking=Asking(conversation=conversation, reads_templates=False))
     formats = choose_formats(family, plan)
     assert {found.origin for found in (formats.default, *formats.named.values())} == {"the published conversation"}
     assert not formats.warnings
     assert chosen(plan, backbone=family) == ("base", None)
+    assert choose_wording(family, plan, None, None).card([]) == (
+        "It has the chat template of base. Ask it as the expert of the task is asked:\n\n"
+        '- All tasks: the published conversation, `"U: {question} A:{response}|"`'
+    )
+    assert choose_wording(family, plan, None, "Math").gets == ["the merged folder has the chat template of MAmmoTH2-7B"]
 
 
 def test_the_card_says_how_to_ask(plan):

@@ -74,6 +74,12 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
         read_template(tmp_path)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"chat_template\.jinja is no text in UTF-8; download it again"):
+        read_template(tmp_path)
+
+
 def test_templates_that_ask_have_no_fault():
     assert fault(template(INSTRUCT)) is None
     assert fault(template(TEMPLATE), PICTURE) is None

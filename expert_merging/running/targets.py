@@ -169,7 +169,7 @@ class TargetMaker:
     def _response(self, prompts: Prompts, prompt: Mapping[str, Tensor], sample: Sample) -> Sequence[int]:
         """Tokens of a response. What an expert has written is checked here: its length was not known before."""
         tokens = prompts.response_tokens(sample)
-        if not tokens or sample.tokens == ():
+        if not tokens:
             raise InputError(
                 f"{sample.place}: expert {sample.expert} answered with nothing; give the sample a response"
             )

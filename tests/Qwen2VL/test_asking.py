@@ -72,7 +72,7 @@ def test_the_experts_are_asked_in_their_own_words_with_pictures_and_without(qwen
     assert all(values.equal(expected[name]) for name, values in actual.items())
     log, origin = run.log.read_text(), "the chat template of Qwen2-VL-7B-OCR"
     assert f"the chat template of {silent_base / BASE} leaves out the question; in its place stands" in log
-    assert f"the merged folder gets {origin}" in log
+    assert f"the merged folder has {origin}" in log
     assert "OCR, VQA, Geometry, Chart, Grounding: asked with" in log
     processor = load_processor(run.model)
     assert encode_prompt(processor, sample("Why?"), None)["input_ids"].tolist() == [tokens(chat("Why?"))]
@@ -114,7 +114,8 @@ def test_closed_forms_give_the_merged_folder_a_template_too(silent_base, tmp_pat
     run = run_command(tmp_path / "base", *command, "--chat_template_from", "base")
     assert json.loads((run.model / "chat_template.json").read_text()) == {"chat_template": SILENT_TEMPLATE}
     assert not (run.model / "chat_template.base.json").exists()
-    assert "Ask it as the expert of the task is asked" in (run.model / "README.md").read_text()
+    card = (run.model / "README.md").read_text()
+    assert "It has the chat template of Qwen2-VL-7B, which asks nothing. Ask it as the expert of the task is" in card
 
 
 def test_a_silent_expert_s_template_is_not_taken(silent, capsys):
