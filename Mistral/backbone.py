@@ -92,7 +92,7 @@ ASKING = Asking(
         "Mistral-7B-codealpaca-lora": Format(
             "the format of Mistral-7B-codealpaca-lora (Alpaca)",
             "Below is an instruction that describes a task. Write a response that appropriately completes the "
-            "request.\n\n### Instruction:\n{question}\n\n### Response:\n",
+            "request.\n\n### Instruction:\n{question}\n\n### Response:",
         ),
     },
     vocabulary=32000,

@@ -24,7 +24,7 @@ VOCABULARY = 32000  # as the published ones have, by which they are known
 TEXTS = [*SPECIAL, *string.printable[:95], "\n", "\n\n", "\n\n\n"]
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{question}\n\n### Response:\n"
+    "### Instruction:\n{question}\n\n### Response:"
 )
 MAMMOTH = (
     "You are supposed to provide a solution to a given problem.\n\n\nProblem:\n{question}\n"
