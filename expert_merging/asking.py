@@ -17,6 +17,7 @@ from expert_merging.backbone import Backbone, language_setting, load_tokenizer
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError, near_name
+from expert_merging.folders import owner
 from expert_merging.formats import QUESTION, Asking, Format
 from expert_merging.plan import Plan
 from expert_merging.templates import ChatTemplate, read_template
@@ -247,7 +248,7 @@ def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
     """
     source, template = _choose_template(backbone, plan, asked)
     held = template or read_template(plan.base.folder)
-    has = "no chat template" if held is None else f"the chat template of {Path(held.name).name}"
+    has = "no chat template" if held is None else f"the chat template of {owner(held.name)}"
     if held is not None and backbone.asking.reads_templates and backbone.asking.fault(held):
         has += ", which asks nothing"
     merged = backbone.asking.format_of(held)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expert_merging.errors import InputError
+from expert_merging.folders import owner
 from expert_merging.templates import ChatTemplate, Content, fault, turn_end
 
 QUESTION, RESPONSE = "{question}", "{response}"
@@ -50,7 +51,7 @@ class Format:
     @classmethod
     def of_template(cls, template: ChatTemplate, end: str | None) -> Format:
         """A format from a chat template, which says itself how a turn ends; ``end`` counts where it does not."""
-        return cls(f"the chat template of {Path(template.name).name}", "", template, turn_end(template) or end)
+        return cls(f"the chat template of {owner(template.name)}", "", template, turn_end(template) or end)
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -128,10 +129,7 @@ class Asking:
         """The format of a published expert, None for others.
 
         Args:
-            folder: the checkpoint; in a download cache the name stands further up.
+            folder: the checkpoint.
             vocabulary: entries of its vocabulary.
         """
-        if vocabulary != self.vocabulary:
-            return None
-        parts = [part.rpartition("--")[2] for part in folder.resolve().parts if part.startswith("models--")]
-        return next((self.known[name] for name in (folder.name, *parts) if name in self.known), None)
+        return self.known.get(owner(folder).rpartition("/")[2]) if vocabulary == self.vocabulary else None

@@ -75,7 +75,9 @@ def test_a_format_is_known_of_the_published_checkpoint_alone(tmp_path):
     assert set(origins(formats).values()) == {PLAIN}
     place = tmp_path / "models--TIGER-Lab--MAmmoTH2-7B" / "snapshots" / "0123"
     assert BACKBONE.asking.known_format(place, 32000) is BACKBONE.asking.known["MAmmoTH2-7B"]
-    assert BACKBONE.asking.known_format(tmp_path / "models--a--b" / "c", 32000) is None
+    assert BACKBONE.asking.known_format(tmp_path / "models--a--b" / "snapshots" / "c", 32000) is None
+    template = ChatTemplate("{{ messages[0].content }}", str(place))
+    assert Format.of_template(template, None).origin == "the chat template of TIGER-Lab/MAmmoTH2-7B"
 
 
 def test_a_known_format_serves_where_a_folder_has_lost_its_template(plan):
