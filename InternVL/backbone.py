@@ -15,6 +15,7 @@ from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
+from expert_merging.formats import Asking, Format
 from expert_merging.pictures import MARK, marked_question, read_picture
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values
@@ -36,6 +37,9 @@ SYSTEM_MESSAGE = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
 )
 TEMPLATE = f"<|im_start|>system\n{SYSTEM_MESSAGE}{END}\n<|im_start|>user\n{{question}}{END}\n<|im_start|>assistant\n"
+# A turn's line break counts: the published code trains on it.
+TURN_END = f"{END}\n"
+CONVERSATION = Format(f"the published conversation {TEMPLATE_NAME}", TEMPLATE, end=TURN_END)
 
 # Tasks whose pictures have small print or need exact places.
 MAX_TILES = {"Chart": 12, "OCRVQA": 12, "Grounding": 12}
@@ -134,7 +138,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 def encode_prompt(
     processor: Processor,
     sample: Sample,
-    template: str | None,
+    asked: Format | None,
     *,
     max_tiles: Count = 6,
     max_tiles_dict: dict[str, Count] = MAX_TILES,
@@ -144,7 +148,7 @@ def encode_prompt(
     Args:
         processor: tokenizer and picture settings.
         sample: the question and its pictures.
-        template: text with ``{question}`` in it; the published one where it is None.
+        asked: how it is asked; None for the published conversation.
         max_tiles: largest number of tiles that a picture is cut into; its thumbnail comes on top.
         max_tiles_dict: largest number of tiles by task, for tasks that need another one; entries are added to the
             default ones or replace them.
@@ -160,7 +164,7 @@ def encode_prompt(
 
     most = {**MAX_TILES, **max_tiles_dict}.get(sample.task, max_tiles)
     try:
-        text = _prompt(processor, sample, template)
+        text = _prompt(processor, sample, asked or CONVERSATION)
         pixels = [pixel_values(read_picture(file), processor.tiling, most) for file in sample.images]
     except InputError as error:
         raise InputError(f"{sample.place}: {error}") from None
@@ -172,16 +176,15 @@ def encode_prompt(
     return {**inputs, "pixel_values": torch.cat(pixels)} if pixels else inputs
 
 
-def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
+def _prompt(processor: Processor, sample: Sample, asked: Format) -> str:
     """Text of the prompt with one mark for each picture."""
-    if template is None and processor.template != TEMPLATE_NAME:
+    if asked is CONVERSATION and processor.template != TEMPLATE_NAME:
         asks = "names no conversation template"
         if processor.template is not None:
             asks = f"asks for the conversation template {processor.template!r} and only {TEMPLATE_NAME!r} is known"
         raise InputError(f"{processor.folder / 'config.json'} {asks}; give --prompt_template with {{question}} in it")
-    template = template or TEMPLATE
-    question = marked_question(sample, template, mark=f"{MARK}\n", reserved=(IMAGE_TOKEN,))
-    return template.replace("{question}", question)
+    question = marked_question(sample, asked.text, mark=f"{MARK}\n", reserved=(IMAGE_TOKEN,))
+    return asked.prompt(question)
 
 
 BACKBONE = Backbone(
@@ -201,6 +204,7 @@ BACKBONE = Backbone(
     parameter_names=parameter_names,
     load_processor=load_processor,
     encode_prompt=encode_prompt,
+    asking=Asking(conversation=CONVERSATION, end=TURN_END, reads_templates=False),
     task_experts=TASK_EXPERTS,
     takes_images=True,
     picture_bounds=("max_tiles", "max_tiles_dict"),

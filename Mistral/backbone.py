@@ -19,7 +19,9 @@ from expert_merging.backbone import (
 )
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError, first_line
+from expert_merging.formats import Asking, Format
 from expert_merging.reading import reading
+from expert_merging.templates import template_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,24 +60,45 @@ def load_processor(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def encode_prompt(tokenizer: Any, sample: Sample, template: str | None) -> dict[str, Tensor]:
+def encode_prompt(tokenizer: Any, sample: Sample, asked: Format | None) -> dict[str, Tensor]:
     """Tokens of the prompt, ``(1, tokens)``.
 
-    Made by the given template, else by the tokenizer's chat template, else of the bare question.
+    Args:
+        tokenizer: the base's.
+        sample: the question.
+        asked: how it is asked; None for the tokenizer's chat template, or the question as it is where it has none.
+
+    Raises:
+        InputError: the chat template cannot be used for it.
     """
     import torch
 
-    if template is not None:
-        tokens = tokenizer(template.replace("{question}", sample.question))["input_ids"]
-    elif getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.question}], tokenize=False, add_generation_prompt=True
-        )
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        tokens = tokenizer(sample.question)["input_ids"]
+    asked = asked or ASKING.format_of(template_of(tokenizer))
+    try:
+        text = asked.prompt(sample.question)
+    except InputError as error:
+        raise InputError(f"{sample.place}: {error}") from None
+    tokens = tokenizer(text, add_special_tokens=asked.adds_special_tokens)["input_ids"]
     return {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}
 
+
+ASKING = Asking(
+    known={
+        "Mistral-7B-Instruct-v0.1": Format("the format of Mistral-7B-Instruct-v0.1", "[INST] {question} [/INST]"),
+        # As its authors evaluate it, without their examples.
+        "MAmmoTH2-7B": Format(
+            "the format of MAmmoTH2-7B",
+            "You are supposed to provide a solution to a given problem.\n\n\nProblem:\n{question}\n"
+            "Solution: Let's think step by step.\n",
+        ),
+        "Mistral-7B-codealpaca-lora": Format(
+            "the format of Mistral-7B-codealpaca-lora (Alpaca)",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\n{question}\n\n### Response:",
+        ),
+    },
+    vocabulary=32000,
+)
 
 BACKBONE = Backbone(
     name="Mistral",
@@ -91,10 +114,11 @@ BACKBONE = Backbone(
     parameter_names=parameter_names,
     load_processor=load_processor,
     encode_prompt=encode_prompt,
+    asking=ASKING,
     test_questions=(
-        Sample.test("In two sentences, why does the sea look blue?"),
-        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?"),
-        Sample.test("Write a Python function that returns the second largest number of a list."),
+        Sample.test("In two sentences, why does the sea look blue?", expert="Chat"),
+        Sample.test("A train covers 180 km in 2.5 hours. What is its mean speed in km/h?", expert="Math"),
+        Sample.test("Write a Python function that returns the second largest number of a list.", expert="Code"),
     ),
     evaluation={
         "": Evaluation(

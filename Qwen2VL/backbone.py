@@ -19,8 +19,10 @@ from expert_merging.backbone import Backbone, Evaluation, import_transformers, l
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
 from expert_merging.folders import refuse_pointers
+from expert_merging.formats import Asking, Format
 from expert_merging.pictures import MARK, marked_question, read_picture
 from expert_merging.reading import reading
+from expert_merging.templates import ChatTemplate, template_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,24 @@ PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 _LOW, _HIGH = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
 # What texts may not contain, since the model would take it for a picture or a video.
 _RESERVED = (*PICTURE_TOKENS, "<|video_pad|>")
+
+END = "<|im_end|>\n"
+# The published conversation. The published base has a template of its own, which goes through parts where messages are
+# and writes nothing.
+TEMPLATE = ChatTemplate(
+    "{% for message in messages %}"
+    "{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "Qwen2-VL as published",
+)
+CONVERSATION = Format(f"the chat template of {TEMPLATE.name}", "", TEMPLATE, END)
+ASKING = Asking(conversation=CONVERSATION, end=END, picture=PICTURE_TOKENS[1])
 
 
 def file_name(name: str) -> str:
@@ -151,8 +171,13 @@ def _first(size: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((size[name] for name in names if size.get(name)), None)
 
 
-def encode_prompt(processor: Processor, sample: Sample, template: str | None) -> dict[str, Tensor]:
+def encode_prompt(processor: Processor, sample: Sample, asked: Format | None) -> dict[str, Tensor]:
     """Model inputs of question and pictures.
+
+    Args:
+        processor: tokenizer and image processor.
+        sample: the question and its pictures.
+        asked: how it is asked; None for the checkpoint's chat template, or the published one where that asks nothing.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` (1 where a picture is), ``(1, tokens)``; with
@@ -165,7 +190,7 @@ def encode_prompt(processor: Processor, sample: Sample, template: str | None) ->
     import torch
 
     try:
-        text = _prompt(processor, sample, template)
+        text = _prompt(sample, asked or ASKING.format_of(template_of(processor.tokenizer)))
         pictures = [_patches(processor, file) for file in sample.images]
     except InputError as error:
         raise InputError(f"{sample.place}: {error}") from None
@@ -193,25 +218,21 @@ def _patches(processor: Processor, path: Picture) -> Any:
         raise InputError(f"{path} ({picture.width} x {picture.height} pixels): {error}") from None
 
 
-def _prompt(processor: Processor, sample: Sample, template: str | None) -> str:
+def _prompt(sample: Sample, asked: Format) -> str:
     """Text of the prompt, with the three tokens of a picture where each belongs."""
-    question = marked_question(sample, template or "", mark=MARK, reserved=_RESERVED)
+    question = marked_question(sample, asked.text, mark=MARK, reserved=_RESERVED)
     pictures = len(sample.images)
-    if template is not None:
-        return template.replace("{question}", question).replace(MARK, "".join(PICTURE_TOKENS))
-    if processor.tokenizer.chat_template is None:
-        raise InputError(f"{processor.folder} has no chat template; give --prompt_template with {{question}} in it")
+    if asked.template is None:
+        return asked.prompt(question).replace(MARK, "".join(PICTURE_TOKENS))
     content: Any = question
     if pictures:  # a question without pictures stays a plain text, which every template takes
         start, *rest = ({"type": "text", "text": text} for text in question.split(MARK))
         content = [start, *(part for text in rest for part in ({"type": "image"}, text))]
-    text: str = processor.tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    text = asked.prompt(content)
     if text.count(PICTURE_TOKENS[1]) != pictures:
         raise InputError(
-            f"the chat template of {processor.folder} has {text.count(PICTURE_TOKENS[1])} places for "
-            f"{pictures} pictures; give --prompt_template with {{question}} in it"
+            f"{asked.origin} has {text.count(PICTURE_TOKENS[1])} places for {pictures} pictures; give "
+            "--prompt_template with {question} in it"
         )
     return text
 
@@ -258,6 +279,7 @@ BACKBONE = Backbone(
     parameter_names=parameter_names,
     load_processor=load_processor,
     encode_prompt=encode_prompt,
+    asking=ASKING,
     takes_images=True,
     picture_bounds=("max_pixels",),
     file_name=file_name,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +13,8 @@ from expert_merging.checkpoint import loadable
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
 from expert_merging.folders import refuse_pointers
+from expert_merging.formats import Asking, Format
+from expert_merging.libraries import import_transformers as import_transformers
 from expert_merging.naming import DECODER
 from expert_merging.reading import reading
 
@@ -85,8 +84,9 @@ class Backbone:
         parameter_names: ``(folder) -> names`` of the model's parameters, without loading weights; of one in which
             several tensors of the files are fused, those tensors' names.
         load_processor: ``(folder) -> tokenizer or processor``.
-        encode_prompt: ``(processor, sample, prompt template or None) -> model inputs``, batch of one, ending where the
-            response starts.
+        encode_prompt: ``(processor, sample, format or None) -> model inputs``, batch of one, ending where the response
+            starts; None for what the processor's own chat template says.
+        asking: in whose words the family's models are asked.
         takes_images: samples may have pictures.
         picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
@@ -107,7 +107,8 @@ class Backbone:
     load_model: Callable[..., Any]
     parameter_names: Callable[[Path], list[str]]
     load_processor: Callable[[Path], Any]
-    encode_prompt: Callable[[Any, Sample, str | None], dict[str, Tensor]]
+    encode_prompt: Callable[[Any, Sample, Format | None], dict[str, Tensor]]
+    asking: Asking = field(default_factory=Asking)
     task_experts: Mapping[str, str] = field(default_factory=dict)
     takes_images: bool = False
     picture_bounds: tuple[str, ...] = ()
@@ -159,24 +160,6 @@ class Backbone:
 
         functions: dict[str, Any] = {name: fill(getattr(self, name)) for name in _CONFIGURABLE}
         return replace(self, **functions)
-
-
-def import_transformers() -> Any:
-    """Import transformers, hiding a torchvision that cannot be loaded.
-
-    torchvision's package index wheel does not load beside a CPU-only torch, and transformers does not survive finding
-    it. Without torchvision it uses its Pillow image processors.
-    """
-    if "torchvision" not in sys.modules:
-        try:
-            importlib.import_module("torchvision")
-        except Exception:  # noqa: BLE001  (whatever keeps it from loading, it is of no use)
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
-    transformers = importlib.import_module("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # what is amiss is told in this program's own words
-        transformers.utils.logging.set_verbosity_error()
-    return transformers
 
 
 def empty_model(kind: str, config: Any) -> Any:

@@ -50,9 +50,9 @@ class Sample:
         return f"the question {excerpt(self.question)}" if self.file is None else entry_place(self.file, [self.number])
 
     @classmethod
-    def test(cls, question: str, *images: Path) -> Sample:
-        """A question to ask any model."""
-        return cls(task="test", expert="", question=question, response=None, identity="0", images=images)
+    def test(cls, question: str, *images: Path, expert: str = "") -> Sample:
+        """A question to ask any model; in the words of an expert if one is named."""
+        return cls(task="test", expert=expert, question=question, response=None, identity="0", images=images)
 
 
 def entry_place(file: Path, numbers: Sequence[int], shown: int = 5) -> str:

@@ -42,7 +42,7 @@ tags:
 ```python
 {example}
 ```
-"""
+{asking}"""
 
 _MADE = "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it."
 _ORIGINS = {
@@ -74,6 +74,7 @@ def model_card(
     is_mirror: bool = True,
     keeps_others: bool = True,
     about: str = "",
+    asking: str = "",
 ) -> str:
     """Text of the merged folder's ``README.md``.
 
@@ -86,6 +87,7 @@ def model_card(
         is_mirror: the model has the base's layout.
         keeps_others: what is not merged is the base's.
         about: what else is to be said of the model.
+        asking: in which words it is to be asked.
     """
     options = dict(description["options"])
     for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
@@ -108,6 +110,7 @@ def model_card(
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
         origin=_ORIGINS[is_mirror, keeps_others].format(merged=merged, tensors=tensors),
         layout=_LAYOUTS[is_mirror],
+        asking=f"\n{asking}\n" if asking else "",
         example=_EXAMPLE.format(
             classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor
         ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from expert_merging import __version__
 from expert_merging.adapter import Adapter
+from expert_merging.asking import Wording, choose_wording
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.console import Terminal
@@ -48,6 +49,7 @@ class Job:
         outputs: what is written.
         description: the run's ``config.json``.
         word_tables: embeddings, head and tokenizer where they are not the base's and not merged.
+        wording: in whose words models are asked.
     """
 
     resolved: Resolved
@@ -56,6 +58,7 @@ class Job:
     outputs: tuple[Output, ...]
     description: Mapping[str, Any]
     word_tables: WordTables | None
+    wording: Wording
 
     @property
     def unit(self) -> Unit:
@@ -85,12 +88,12 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         InputError: every problem found.
     """
     backbone = backbone.configured(resolved.family)
-    plan, device, word_tables = _open_checkpoints(resolved, backbone)
+    plan, device, word_tables, wording = _open_checkpoints(resolved, backbone)
     backbone = backbone.beside(plan.base.folder)
     limit_threads()
     processes = join(device, runs_models=resolved.reads_samples)
     _check_one_per_expert(resolved, tuple(plan.experts))
-    description = _describe(resolved, backbone, plan, device)
+    description = {**_describe(resolved, backbone, plan, device), "asking": wording.record}
     run = _open_run(resolved, backbone, plan, description)
     seed = description["seed"]
     if resolved.general["seed"] < 0:
@@ -107,10 +110,10 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         find_method=find_method,
         dry_run=resolved.general["dry_run"],
     )
-    return _check_rest(Job(resolved, context, (), (), description, word_tables))
+    return _check_rest(Job(resolved, context, (), (), description, word_tables, wording))
 
 
-def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str, WordTables | None]:
+def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str, WordTables | None, Wording]:
     problems, general = Problems(), resolved.general
     with problems.collecting():
         base, experts = checkpoint_folders(general, backbone)
@@ -121,11 +124,13 @@ def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str
         _check_sizes(plan, experts_too=resolved.reads_samples)
         chosen = (general["tokenizer"] or BASE, general["embeddings"] or BASE)
         word_tables = choose_word_tables(plan, *chosen) if by_token else None
+        given, source = resolved.options.get("prompt_template"), general["chat_template_from"]
+        wording = choose_wording(backbone, plan, given, source)
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)
     problems.check()
-    return plan, device, word_tables
+    return plan, device, word_tables, wording
 
 
 def _check_sizes(plan: Plan, *, experts_too: bool) -> None:
@@ -168,7 +173,7 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
-    for name in ("post", "tokenizer", "embeddings"):
+    for name in ("post", "tokenizer", "embeddings", "chat_template_from"):
         if decisive[name] is None:
             del decisive[name]
     adapters = [name for name, expert in plan.experts.items() if isinstance(expert, Adapter)]
@@ -273,7 +278,7 @@ def _check_questions(job: Job) -> None:
     backbone.parameter_names(base)
     processor = backbone.load_processor(base)
     for sample in backbone.test_questions:
-        backbone.encode_prompt(processor, sample, job.resolved.options.get("prompt_template"))
+        backbone.encode_prompt(processor, sample, job.wording.of_merged.of(sample))
 
 
 def _missing_bytes(run: Run, outputs: Sequence[Output]) -> int:

@@ -33,9 +33,22 @@ _OF_TRAINERS = re.compile(
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DEEPSPEED = re.compile(r"global_step\d+")
 _FSDP = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?")
+_CACHED = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)")
 _IGNORED = {".git", ".cache", "__pycache__"}
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # more than a pointer ever has
+
+
+def origin(folder: Path | str) -> tuple[str, str] | None:
+    """Name and commit of the repository that a folder in the Hub's cache is a snapshot of; None for other folders."""
+    match = _CACHED.fullmatch(str(folder).rstrip("/"))
+    return match and (match["id"].replace("--", "/", 1), match["commit"])
+
+
+def owner(folder: Path | str) -> str:
+    """What a checkpoint is called without the folders of this machine: its repository's name, or its folder's."""
+    repository = origin(folder)
+    return Path(folder).name if repository is None else repository[0]
 
 
 def is_weights(name: str) -> bool:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from expert_merging.errors import InputError
 from expert_merging.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
+from expert_merging.folders import origin as origin
 from expert_merging.plan import show_size
 from expert_merging.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?", re.ASCII)
-_CACHED = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)")
 _SMALL = 100_000_000  # bytes; the largest tokenizers have 40 MB
 _OF_SERVER = 500  # HTTP's answers from here on say that the server failed
 
@@ -67,12 +67,6 @@ def read_id(text: str) -> Repository | None:
     """The repository that a text may name, as ``organisation/name`` or ``organisation/name@revision``."""
     match = _ID.fullmatch(text)
     return match and Repository(*match.groups())
-
-
-def origin(folder: Path | str) -> tuple[str, str] | None:
-    """Name and commit of the repository that a folder in the Hub's cache is a snapshot of; None for other folders."""
-    match = _CACHED.fullmatch(str(folder).rstrip("/"))
-    return match and (match["id"].replace("--", "/", 1), match["commit"])
 
 
 def cache_folder(name: str) -> str:

@@ -22,6 +22,7 @@ from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
 from expert_merging.summary import COMPLETE, EVALUATION, log_result, log_start
+from expert_merging.templates import put_template
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def perform(job: Job, terminal: Terminal) -> int:
             from expert_merging.running.questions import ask_questions  # loads what merging alone does not need
 
             for model in job.models:
-                ask_questions(job.context, model, job.resolved.options.get("prompt_template"))
+                ask_questions(job.context, model, job.wording.of_merged)
     return 0
 
 
@@ -133,8 +134,10 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
 
 
 def _describe_model(job: Job, output: Output, folder: Path) -> None:
-    """Put a card into a model's folder, and a configuration for VLMEvalKit where the family is evaluated by it."""
+    """Put a chat template and a card into a model's folder, and a configuration for VLMEvalKit where that is used."""
     backbone, run, base = job.context.backbone, job.context.run, job.context.plan.base
+    template = job.wording.template
+    kept = [] if template is None else put_template(template.text, folder)
     card = model_card(
         job.description,
         title="-".join(filter(None, [run.folder.name, output.folder])),
@@ -144,6 +147,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         is_mirror=output.is_mirror,
         keeps_others=job.word_tables is None,
         about=output.about,
+        asking=job.wording.card(kept),
     )
     write_atomically(folder / "README.md", card.encode())
     evaluation = backbone.evaluation_of(base.model_type)

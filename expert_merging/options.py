@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from expert_merging.backbone import Backbone
 from expert_merging.calibration import find_tasks, unknown_task
@@ -53,6 +53,8 @@ class GeneralOptions:
         seed: seed of everything random; -1 draws one and records it.
         device: where to compute; auto takes the first GPU if there is one.
         log_with: experiment tracker of methods that learn, as accelerate calls it (tensorboard, wandb, ...), or none.
+        chat_template_from: whose chat template the merged folder gets: an expert's name, base or family. By default the
+            base's where it renders a question, else the one that all experts share, else the family's.
         run_tests: ask the merged model a few questions afterwards.
         dry_run: check everything, print the plan and write nothing.
     """
@@ -70,6 +72,7 @@ class GeneralOptions:
     seed: int = 0
     device: str = "auto"
     log_with: str = "tensorboard"
+    chat_template_from: str | None = None
     run_tests: bool = False
     dry_run: bool = False
 
@@ -93,7 +96,7 @@ _LISTS = ("exclude_params", "post")
 _GROUPS = {
     "what is merged": (
         *("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
-        *("tokenizer", "embeddings"),
+        *("tokenizer", "embeddings", "chat_template_from"),
     ),
     "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
 }
@@ -305,7 +308,9 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
         return value
     if name in _LISTS:
         return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
-    if _has_entries(options[name]):
+    kind = options[name].annotation
+    is_text = get_origin(kind) is not dict and str in get_args(kind) and not value[-1].lstrip().startswith('{"')
+    if _has_entries(options[name]) and not is_text:
         return merge_entries(name, value)
     return value[-1]
 

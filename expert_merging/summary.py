@@ -48,6 +48,8 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         *_tied(plan),
         *(f"option {name} {show(value)}" for name, value in options.items() if value is not None),
         *([job.word_tables.about] if job.word_tables else []),
+        *(job.wording.lines if job.resolved.reads_samples else ()),
+        *job.wording.gets,
         *(note for preparation in job.preparations for note in preparation.notes),
         _sources(job),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
@@ -110,7 +112,7 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         memory=merging_memory(job),
         device=job.context.device,
     )
-    return [*found, *rewritten_weights(job.context.plan, job.description)]
+    return [*found, *job.wording.formats.warnings, *rewritten_weights(job.context.plan, job.description)]
 
 
 def _token_warnings(job: Job) -> list[str]:

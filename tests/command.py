@@ -14,6 +14,7 @@ import torch
 
 from expert_merging.backbone import Backbone
 from expert_merging.cli import main
+from expert_merging.formats import Format
 from expert_merging.learned.figures import LAYERS
 from expert_merging.learned.importance import Layer, save_layers
 from expert_merging.run import Run
@@ -67,6 +68,11 @@ def flags(base: Path, **experts: Path) -> list[object]:
     for name, folder in experts.items():
         given += ["--expert", f"{name}={folder}"]
     return given
+
+
+def given(template: str) -> Format:
+    """What ``--prompt_template`` asks for."""
+    return Format.of_text("--prompt_template", template, None)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:

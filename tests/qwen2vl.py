@@ -37,6 +37,12 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# It goes through parts of a message where messages are, as the published base's does: it writes nothing.
+SILENT_TEMPLATE = (
+    "{% if messages is string %}{{ messages }}{% else %}{% for part in messages %}{% if 'image' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}"
+)
 
 # As the published checkpoint has it: everything about the language model at the top level.
 CONFIG = {

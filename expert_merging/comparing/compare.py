@@ -42,8 +42,8 @@ class AlignOptions:
         samples: questions per task.
         loss_tokens: look at the tokens that predict the response, or at all.
         max_new_tokens: bound on the length of the responses that experts write where the files have none.
-        prompt_template: text with {question} in it; by default that of the runs, else the chat template of the base's
-            tokenizer, or the bare question where it has none.
+        prompt_template: text with {question} in it, for all or by expert or task; by default that of the runs, else
+            each expert is asked in its own words.
         device: where to compute; auto takes the first GPU if there is one.
         json: file to write the numbers to.
     """
@@ -56,7 +56,7 @@ class AlignOptions:
     samples: Count = 32
     loss_tokens: Literal["response", "all"] = "response"
     max_new_tokens: Count = 128
-    prompt_template: str | None = None
+    prompt_template: dict[str, str] | str | None = None
     device: str = "auto"
     json: str | None = None
 

@@ -22,8 +22,9 @@ class SampleOptions:
         loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
             prompts cannot be predicted.
         max_new_tokens: bound on the length of the responses that experts write where the files have none.
-        prompt_template: text with {question} in it; by default the chat template of the base's tokenizer, or the bare
-            question where it has none.
+        prompt_template: text with {question} in it, and what ends a turn after {response} if that is not the family's
+            end; for all, or by expert or task. By default each expert is asked in its own words, by its chat template
+            or a known format, else in the base's.
     """
 
     data_dir: str | None = None
@@ -33,4 +34,4 @@ class SampleOptions:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     loss_tokens: Literal["all", "response"] = "all"
     max_new_tokens: Count = 128
-    prompt_template: str | None = None
+    prompt_template: dict[str, str] | str | None = None

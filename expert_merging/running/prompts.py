@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.asking import Formats
 from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample, entry_place
 from expert_merging.checkpoint import Checkpoint
@@ -26,12 +27,12 @@ class Prompts:
     Args:
         backbone: the model family.
         base: the checkpoint whose tokenizer or processor makes them.
-        template: text with ``{question}`` in it; None for the family's own.
+        formats: in whose words they are asked.
         keeps: `check` keeps what it makes; without, it is made again where a sample is asked.
     """
 
-    def __init__(self, backbone: Backbone, base: Checkpoint, template: str | None, *, keeps: bool = True) -> None:
-        self.backbone, self.base, self.template, self.keeps = backbone, base, template, keeps
+    def __init__(self, backbone: Backbone, base: Checkpoint, formats: Formats, *, keeps: bool = True) -> None:
+        self.backbone, self.base, self.formats, self.keeps = backbone, base, formats, keeps
         self.processor = backbone.load_processor(base.folder)
         self._made: dict[Sample, Mapping[str, Tensor]] = {}
 
@@ -48,7 +49,7 @@ class Prompts:
         for sample in samples:
             with problems.collecting():
                 inputs = self._make(sample)
-                given = 1 if sample.response is None else len(response_tokens(self.processor, sample.response))
+                given = 1 if sample.response is None else len(self.response_tokens(sample))
                 lengths.append((sample, inputs["input_ids"].shape[1] + given))
                 if self.keeps:
                     self._made[sample] = inputs
@@ -67,8 +68,26 @@ class Prompts:
         """Inputs of a prompt, batch of one, which are forgotten here."""
         return self._made.pop(sample) if sample in self._made else self._make(sample)
 
+    def end_tokens(self, sample: Sample) -> list[int]:
+        """Tokens that end the model's turn after the sample's response."""
+        return end_tokens(self.processor, self.formats.of(sample).end)
+
+    def response_tokens(self, sample: Sample) -> list[int]:
+        """Tokens of a sample's response and of the turn's end.
+
+        What an expert has written stays as it is. Where it has come to its end, the rest of the turn's end follows,
+        such as a line break; where it was cut off, nothing does.
+        """
+        end = self.end_tokens(sample)
+        if sample.tokens is None:
+            tokenizer = tokenizer_of(self.processor)
+            return [*tokenizer(sample.response or "", add_special_tokens=False)["input_ids"], *end]
+        written = list(sample.tokens)
+        begun = next((count for count in range(len(end), 0, -1) if written[-count:] == end[:count]), len(end))
+        return [*written, *end[begun:]]
+
     def _make(self, sample: Sample) -> Mapping[str, Tensor]:
-        return self.backbone.encode_prompt(self.processor, sample, self.template)
+        return self.backbone.encode_prompt(self.processor, sample, self.formats.of(sample))
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -76,11 +95,17 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def response_tokens(processor: Any, response: str) -> list[int]:
-    """Tokens of a given response, with the end token if there is one."""
+def end_tokens(processor: Any, end: str | None) -> list[int]:
+    """Tokens that end a turn.
+
+    Args:
+        processor: a tokenizer, or what has one.
+        end: the text that ends it; None for the tokenizer's end token, if there is one.
+    """
     tokenizer = tokenizer_of(processor)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
+    if end is None:
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(tokenizer(end, add_special_tokens=False)["input_ids"])
 
 
 def check_lengths(base: Checkpoint, backbone: Backbone, lengths: Sequence[tuple[Sample, int]]) -> None:

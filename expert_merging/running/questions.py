@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 
+from expert_merging.asking import Formats
 from expert_merging.context import Context
-from expert_merging.running.prompts import place
+from expert_merging.running.prompts import end_tokens, place
 from expert_merging.running.targets import generate
 
 logger = logging.getLogger(__name__)
 
 
-def ask_questions(context: Context, folder: Path, prompt_template: str | None) -> None:
+def ask_questions(context: Context, folder: Path, formats: Formats) -> None:
     """Let a merged model answer, and write questions and answers to the log.
 
     Args:
         context: the run.
         folder: the model.
-        prompt_template: text with ``{question}`` in it; None for the family's own.
+        formats: in whose words it is asked.
     """
     plan, backbone, device = context.plan, context.backbone, context.device
     logger.info("questions to  %s", folder)
@@ -28,7 +29,8 @@ def ask_questions(context: Context, folder: Path, prompt_template: str | None) -
     dtype = torch.float32 if device == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype
     model = backbone.load_model(folder, dtype).to(device)
     for sample in backbone.test_questions:
-        inputs = backbone.encode_prompt(processor, sample, prompt_template)
-        answer, _ = generate(model, processor, place(inputs, torch.device(device), dtype), 128)
+        asked = formats.of(sample)
+        inputs = place(backbone.encode_prompt(processor, sample, asked), torch.device(device), dtype)
+        answer, _ = generate(model, processor, inputs, 128, end_tokens(processor, asked.end)[:1])
         pictures = "".join(f" [{picture.name}]" for picture in sample.images)
         logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())

@@ -12,6 +12,7 @@ import torch
 
 from expert_merging import processes
 from expert_merging.adapter import Adapter
+from expert_merging.asking import check_given, choose_formats
 from expert_merging.backbone import Backbone, language_setting, refuse_lacking
 from expert_merging.calibration import Sample, load_samples
 from expert_merging.checkpoint import Checkpoint
@@ -69,7 +70,8 @@ class Samples:
     @property
     def inputs(self) -> dict[str, str]:
         """What decides a result beside the options: ``auto`` is another thing elsewhere."""
-        return {"calibration": self.digest, "precision": self.precision}
+        asked = {} if self.prompts is None else {"formats": self.prompts.formats.digest}
+        return {"calibration": self.digest, "precision": self.precision, **asked}
 
     def target_maker(
         self, context: Context, layers: tuple[int, ...], device: torch.device, *, sharded: bool = False
@@ -115,10 +117,12 @@ def check_samples(context: Context, options: SampleOptions, *, compares_logits: 
         found = replace(found, precision=_precision(options.mixed_precision, context.device))
     with problems.collecting():
         _check_model(context, compares_logits=compares_logits)
-    if options.prompt_template is not None and "{question}" not in options.prompt_template:
-        problems.add(f"--prompt_template must contain {{question}}, got {options.prompt_template!r}")
     with problems.collecting():
-        found = _with_prompts(replace(found, samples=_load(context, options)), context)
+        found = replace(found, samples=_load(context, options))
+    problems.found += check_given(options.prompt_template, context.plan.experts, set(found.tasks))
+    if found.samples and not problems.found:
+        with problems.collecting():
+            found = _with_prompts(found, context)
     problems.check()
     return found
 
@@ -146,10 +150,12 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
     """
     options = found.options
     keeps = not (context.dry_run or context.run.is_complete)
-    prompts = Prompts(context.backbone, context.plan.base, options.prompt_template, keeps=keeps)
+    formats = choose_formats(context.backbone, context.plan, options.prompt_template)
+    prompts = Prompts(context.backbone, context.plan.base, formats, keeps=keeps)
     lengths = prompts.check(found.samples)
+    # What an expert writes may be followed by all of a turn's end but its first token.
     longest = max(
-        length if sample.response is not None else length - 1 + options.max_new_tokens
+        length if sample.response is not None else length + options.max_new_tokens + len(prompts.end_tokens(sample)) - 2
         for sample, length in zip(found.samples, lengths, strict=True)
     )
     return replace(found, longest=longest, prompts=prompts)

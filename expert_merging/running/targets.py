@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from expert_merging.asking import choose_formats
 from expert_merging.backbone import Backbone, language_setting
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
@@ -26,12 +27,17 @@ from expert_merging.errors import InputError
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
 from expert_merging.roles import output_head
-from expert_merging.running.prompts import Prompts, check_lengths, place, response_tokens, tokenizer_of, with_response
+from expert_merging.running.prompts import Prompts, check_lengths, place, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
 from expert_merging.tying import same_tensor
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
+
+# Entry of the responses' file that says how experts were asked; all others have slashes.
+FORMATS = "formats"
+# Tokens whose logits are looked at together.
+_SLICE = 64
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class TargetMaker:
         layers: indices of the aligned hidden states; 0 is the embeddings' output.
         response_only: losses look at the tokens that predict the response, instead of all.
         max_new_tokens: bound on the length of a response that an expert writes.
-        prompt_template: text with ``{question}`` in it; None for the family's own.
+        prompt_template: text with ``{question}`` in it, or texts by expert or task; None for the experts' own words.
         dtype: type of the weights.
         device: where models run.
         responses: file that keeps the responses written by experts.
@@ -105,7 +111,7 @@ class TargetMaker:
     layers: tuple[int, ...]
     response_only: bool
     max_new_tokens: int
-    prompt_template: str | None
+    prompt_template: str | Mapping[str, str] | None
     dtype: torch.dtype
     device: torch.device
     responses: Path
@@ -134,7 +140,8 @@ class TargetMaker:
         """
         prompts = self.prompts
         if prompts is None:
-            prompts = Prompts(self.backbone, self.plan.base, self.prompt_template)
+            formats = choose_formats(self.backbone, self.plan, self.prompt_template)
+            prompts = Prompts(self.backbone, self.plan.base, formats)
             prompts.check(samples)
         missing = sum(sample.response is None for sample in samples)
         with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
@@ -161,9 +168,7 @@ class TargetMaker:
 
     def _response(self, prompts: Prompts, prompt: Mapping[str, Tensor], sample: Sample) -> Sequence[int]:
         """Tokens of a response. What an expert has written is checked here: its length was not known before."""
-        tokens = (
-            sample.tokens if sample.tokens is not None else response_tokens(prompts.processor, sample.response or "")
-        )
+        tokens = prompts.response_tokens(sample)
         if not tokens:
             raise InputError(
                 f"{sample.place}: expert {sample.expert} answered with nothing; give the sample a response"
@@ -175,6 +180,7 @@ class TargetMaker:
     @torch.no_grad()
     def _record(self, model: Any, asked: Asked, head: torch.nn.Module | None) -> Target:
         hidden, last = hidden_states(model, asked.inputs)
+        self._check_finite(asked.sample, [*hidden, last], model.get_output_embeddings())
         return Target(
             sample=asked.sample,
             inputs=asked.inputs,
@@ -183,6 +189,25 @@ class TargetMaker:
             layers=tuple(hidden[layer][0, asked.tokens] for layer in self.layers),
             head=head,
         )
+
+    def _check_finite(self, sample: Sample, states: Sequence[Tensor], head: torch.nn.Module) -> None:
+        """Refuse states and logits that nothing can be learned from.
+
+        Args:
+            sample: the sample.
+            states: hidden states, ``(1, tokens, hidden)`` each; the last is the input of the head.
+            head: the expert's output head.
+
+        Raises:
+            InputError: some are NaN or infinite.
+        """
+        logits = (head(tokens) for tokens in torch.split(states[-1][0], _SLICE))
+        if all(bool(values.isfinite().all()) for values in itertools.chain(states, logits)):
+            return
+        hint = "its weights are damaged, or not those of config.json; download it again"
+        if self.dtype == torch.float16:
+            hint = "it computes beyond float16's range; give --mixed_precision bf16 or no"
+        raise InputError(f"{sample.place}: expert {sample.expert} computes NaN or infinite values; {hint}")
 
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
         """The expert's output head where it differs from the one that the merged model will have while training."""
@@ -200,6 +225,7 @@ class TargetMaker:
     def _answer(self, model: Any, prompts: Prompts, samples: list[Sample], advance: Advance) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
         kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
+        kept[FORMATS] = prompts.formats.record
         answered = []
         for sample in samples:
             key = "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
@@ -217,16 +243,30 @@ class TargetMaker:
     def _generate(self, model: Any, prompts: Prompts, sample: Sample) -> dict[str, Any]:
         """The expert's answer as fields of `Sample`."""
         inputs = place(prompts.get(sample), self.device, self.dtype)
-        response, tokens = generate(model, prompts.processor, inputs, self.max_new_tokens)
+        ends = prompts.end_tokens(sample)[:1]
+        response, tokens = generate(model, prompts.processor, inputs, self.max_new_tokens, ends)
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
         known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(prompts.processor))
         return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
 
 
 @torch.no_grad()
-def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[str, list[int]]:
-    """Greedy continuation of a prompt, as text and as tokens up to the end token."""
+def generate(
+    model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, ends: Sequence[int] = ()
+) -> tuple[str, list[int]]:
+    """Greedy continuation of a prompt, as text and as tokens up to the end token.
+
+    Args:
+        model: the model.
+        processor: its tokenizer, or what has one.
+        inputs: the prompt, batch of one.
+        max_new_tokens: bound on the length.
+        ends: tokens that end an answer beside those that the model's own generation settings name, if they are special:
+            a fine-tune's settings are often those of its base, which has no turns.
+    """
     tokenizer = tokenizer_of(processor)
+    own = model.generation_config.eos_token_id
+    stops = {*(own if isinstance(own, list) else [own]), *(set(ends) & set(tokenizer.all_special_ids))} - {None}
     tokens = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -236,6 +276,7 @@ def generate(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_t
         temperature=None,
         top_p=None,
         top_k=None,
+        eos_token_id=sorted(stops) or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     written = tokens[0, inputs["input_ids"].shape[1] :]

@@ -13,6 +13,7 @@ import torch
 from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from InternVL.backbone import BACKBONE, encode_prompt, load_model, load_processor
+from tests.command import given
 from tests.InternVL import reference
 from tests.internvl import BASE, TOKENS, make_config, make_picture, save_model
 
@@ -76,7 +77,7 @@ def test_the_prompt_in_full(processor, tmp_path):
 
 
 def test_pictures_without_marks_come_before_those_with(processor, pictures):
-    inputs = encode_prompt(processor, sample("Compare with <image>", *pictures[:2]), "{question}")
+    inputs = encode_prompt(processor, sample("Compare with <image>", *pictures[:2]), given("{question}"))
     pixels = [reference.encode("", [file], make_config(), 6)[1] for file in pictures[:2]]
     expected = [
         *picture_tokens(len(pixels[0])),
@@ -96,7 +97,7 @@ def test_pictures_without_marks_come_before_those_with(processor, pictures):
     ],
 )
 def test_another_template_replaces_all_but_the_pictures(template, before, after, processor, pictures):
-    inputs = encode_prompt(processor, sample("Why?", pictures[0]), template)
+    inputs = encode_prompt(processor, sample("Why?", pictures[0]), given(template))
     tiles = len(inputs["pixel_values"])
     assert inputs["input_ids"][0].tolist() == [*before, *picture_tokens(tiles), *after]
 
@@ -145,7 +146,7 @@ def test_more_marks_than_pictures_are_refused(processor, pictures):
 def test_the_token_of_picture_content_is_no_text(question, response, template, processor):
     message = rf"^{PLACE}: <IMG_CONTEXT> stands for picture content and cannot be part of a question, response or"
     with pytest.raises(InputError, match=message):
-        encode_prompt(processor, replace(sample(question), response=response), template)
+        encode_prompt(processor, replace(sample(question), response=response), template and given(template))
 
 
 def test_answers_have_no_picture_tokens(internvl_zoo, processor):
@@ -171,7 +172,7 @@ def test_other_conversation_templates_are_refused_unless_one_is_given(tmp_path):
         match=r"config\.json asks for the conversation template 'Hermes-2' and only 'internvl2_5' is known; give --pro",
     ):
         encode_prompt(processor, sample("Why?"), None)
-    assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [[*b"Why?"]]
+    assert encode_prompt(processor, sample("Why?"), given("{question}"))["input_ids"].tolist() == [[*b"Why?"]]
     silent = load_processor(save_model(tmp_path / "silent", 1, {"template": None}))
     with pytest.raises(InputError, match=r"config\.json names no conversation template; give --prompt_template with"):
         encode_prompt(silent, sample("Why?"), None)

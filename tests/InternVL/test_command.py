@@ -129,7 +129,7 @@ class PictureTwin(Twin):
         files, question = example.prompt
         most = 12 if example.task in ("Chart", "Grounding") else 6
         prompt, pixels = reference.encode(question, files, self.model.config, most)
-        response = [*reference.tokens_of(example.response), TOKENS["<|im_end|>"]]
+        response = [*reference.tokens_of(example.response), TOKENS["<|im_end|>"], *b"\n"]
         inputs = {"input_ids": torch.cat([prompt, torch.tensor([response])], dim=1)}
         return {**inputs, **({} if pixels is None else {"pixel_values": pixels})}, prompt.shape[1]
 
@@ -252,6 +252,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(internvl_zoo,
     counts = ["--samples_per_task", 1, "--samples_per_task_dict", "Chart=2"]
     run = run_command(tmp_path / "out", *LEARNING, *counts, "--cache_dir", internvl_zoo, "--data_dir", dataset)
     answers = json.loads(run.responses.read_text())
+    assert set(answers.pop("formats")) == set(EXPERTS)
     assert len(answers) == len(TASKS) + 1, "questions of the same words about two pictures are two questions"
     for task, expert in TASKS.items():
         model = Plain(internvl_zoo / EXPERTS[expert])

@@ -17,11 +17,13 @@ from expert_merging.errors import InputError
 from expert_merging.picture_sources import HeldPicture
 from Qwen2VL.backbone import encode_prompt, file_name, load_model, load_processor, parameter_names
 from tests.checkpoints import tensors_of, write_index
+from tests.command import given
 from tests.qwen2vl import (
     BASE,
     CONFIG,
     CONFIG_2_5,
     PREPROCESSOR,
+    SILENT_TEMPLATE,
     TEMPLATE,
     newer_name,
     save_model,
@@ -190,7 +192,7 @@ def test_a_prompt_template_takes_the_place_of_the_chat_template(processor, tmp_p
         ("Q: {question} A:", "Why <image>?", f"Q: Why {picture}? A:"),
         ("<image> Q: {question} A:", "Why?", f"{picture} Q: Why? A:"),
     ):
-        inputs = encode_prompt(processor, sample(question, file), template)
+        inputs = encode_prompt(processor, sample(question, file), given(template))
         assert inputs["input_ids"].tolist() == [tokens(expected)]
 
 
@@ -221,9 +223,9 @@ def test_a_turned_photograph_is_seen_upright(processor, tmp_path):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def refused(processor, given: Sample, template: str | None = None) -> str:
+def refused(processor, asked: Sample, template: str | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        encode_prompt(processor, given, template)
+        encode_prompt(processor, asked, template and given(template))
     (problem,) = caught.value.problems
     return problem
 
@@ -281,14 +283,17 @@ def test_marks_beyond_the_pictures_are_refused(processor, tmp_path):
     assert "2 <image> marks for 1 pictures" in refused(processor, sample("<image>?", file), "<image>{question}")
 
 
-def test_a_chat_template_that_has_no_place_for_pictures_is_refused(base, tmp_path):
+def test_a_chat_template_that_has_a_place_for_one_picture_alone_refuses_two(base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    template = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}<|image_pad|>"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     file = save_picture(tmp_path / "wide.png", 90, 40)
-    assert refused(load_processor(folder), sample("?", file)) == (
-        f"{PLACE}: the chat template of {folder} has 0 places for 1 pictures; give --prompt_template with "
-        "{question} in it"
+    assert refused(load_processor(folder), sample("?", file, file)) == (
+        f"{PLACE}: the chat template of base has 1 places for 2 pictures; give --prompt_template with {{question}} in "
+        "it"
     )
 
 
@@ -304,14 +309,20 @@ def test_chat_templates_are_found_wherever_they_are_kept(base, tmp_path):
     assert load_processor(folder).tokenizer.chat_template == "file"
 
 
-def test_without_any_chat_template_one_must_be_given(base, tmp_path):
+def test_without_a_chat_template_that_asks_the_published_conversation_is_taken(base, tmp_path):
     folder = copied(base, tmp_path / "base")
-    (folder / "chat_template.json").unlink()
-    processor = load_processor(folder)
-    assert refused(processor, sample("?")) == (
-        f"{PLACE}: {folder} has no chat template; give --prompt_template with {{question}} in it"
-    )
-    assert encode_prompt(processor, sample("Why?"), "{question}")["input_ids"].tolist() == [tokens("Why?")]
+    file = save_picture(tmp_path / "wide.png", 90, 40)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for template in (None, SILENT_TEMPLATE):
+        (folder / "chat_template.json").unlink()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        processor = load_processor(folder)
+        for question, expected in (
+            (sample("Why?"), chat("Why?")),
+            (sample("Why <image>?", file), chat("Why ", (3, 2), "?")),
+        ):
+            assert encode_prompt(processor, question, None)["input_ids"].tolist() == [tokens(system + expected)]
+    assert encode_prompt(processor, sample("Why?"), given("{question}"))["input_ids"].tolist() == [tokens("Why?")]
 
 
 def test_settings_of_newer_processors_are_read(base, tmp_path):
@@ -346,9 +357,9 @@ def test_bounds_on_pictures_are_read_in_every_form(settings, low, high, base, tm
     folder = copied(base, tmp_path / "base")
     others = {name: value for name, value in PREPROCESSOR.items() if name not in BOUNDS}
     (folder / "preprocessor_config.json").write_text(json.dumps({**others, **settings}))
-    for given in ({}, {"min_pixels": 4000}, {"max_pixels": 5000}):
-        images = load_processor(folder, **given).image_processor
-        wanted = (given.get("min_pixels", low), given.get("max_pixels", high))
+    for bounds in ({}, {"min_pixels": 4000}, {"max_pixels": 5000}):
+        images = load_processor(folder, **bounds).image_processor
+        wanted = (bounds.get("min_pixels", low), bounds.get("max_pixels", high))
         assert (images.size["shortest_edge"], images.size["longest_edge"]) == wanted
     assert encode_prompt(load_processor(folder), sample("?", save_picture(tmp_path / "a.png", 90, 40)), None)
 
@@ -370,11 +381,11 @@ def test_bounds_that_are_none_are_refused(settings, problem, base, tmp_path):
     folder = copied(base, tmp_path / "base")
     others = {name: value for name, value in PREPROCESSOR.items() if name not in BOUNDS}
     (folder / "preprocessor_config.json").write_text(json.dumps({**others, **settings}))
-    for given in ({}, {"max_pixels": 5000}):
-        if given and "longest_edge" in str(settings):
+    for bounds in ({}, {"max_pixels": 5000}):
+        if bounds and "longest_edge" in str(settings):
             continue  # which replaces what is wrong
         with pytest.raises(InputError) as caught:
-            load_processor(folder, **given)
+            load_processor(folder, **bounds)
         (found,) = caught.value.problems
         assert found.startswith(f"{folder} has a preprocessor_config.json ")
         assert found.endswith(problem)

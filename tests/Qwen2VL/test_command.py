@@ -141,7 +141,7 @@ class PictureTwin(Twin):
         files, question = example.prompt
         cut = [patches(Image.open(file).convert("RGB")) for file in files]
         prompt = tokens(chat(*((columns // 2, rows // 2) for _, (_, rows, columns) in cut), question))
-        ids = [*prompt, *tokens(example.response), *tokens("<|im_end|>")]
+        ids = [*prompt, *tokens(example.response), *tokens("<|im_end|>\n")]
         inputs = {"input_ids": torch.tensor([ids])}
         if cut:
             pixels, grids = zip(*cut, strict=True)
@@ -254,6 +254,7 @@ def test_answers_that_are_missing_are_written_by_the_task_s_expert(qwen_zoo, tmp
         (dataset / f"{task}.json").write_text(json.dumps(entries))
     run = run_command(tmp_path / "out", *LEARNING, "--cache_dir", qwen_zoo, "--data_dir", dataset)
     answers = json.loads(run.responses.read_text())
+    assert set(answers.pop("formats")) == set(EXPERTS)
     assert len(answers) == len(TASKS)
     for task, expert in TASKS.items():
         model = AutoModelForImageTextToText.from_pretrained(qwen_zoo / EXPERTS[expert], dtype=torch.float32)

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from expert_merging.asking import Formats
 from expert_merging.calibration import Sample
 from expert_merging.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.formats import Format
 from expert_merging.picture_sources import HeldPicture
 from expert_merging.running import targets
 from expert_merging.running.options import SampleOptions
@@ -19,6 +21,7 @@ from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE
 from tests.learned.training import make_trainer
 
+AS_IT_IS = Format("the bare question")
 SAMPLES = [Sample("Math", "Math", f"question {number}", "42", str(number)) for number in range(3)]
 
 
@@ -42,7 +45,7 @@ def made(monkeypatch):
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_prompt_is_kept_until_it_is_taken(keeps, base, made):
-    prompts = Prompts(BACKBONE, base, None, keeps=keeps)
+    prompts = Prompts(BACKBONE, base, Formats(AS_IT_IS), keeps=keeps)
     lengths = prompts.check(SAMPLES)
     assert len(made) == 3
     for sample, length in zip(SAMPLES, lengths, strict=True):

@@ -17,6 +17,9 @@ def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_zoo, tmp_path, samples_per_task=2)
     first = trainer._make_targets(torch.device("cpu"))
     written = json.loads(trainer.context.run.responses.read_text())
+    assert written.pop("formats") == {
+        expert: {"from": "the bare question", "example": "{question}{response}"} for expert in EXPERTS
+    }
     assert len(written) == 6
 
     def refuse(*_):

@@ -15,7 +15,7 @@ from expert_merging.backbone import Backbone
 from expert_merging.calibration import Sample
 from expert_merging.cli import main
 from expert_merging.running import samples
-from expert_merging.running.prompts import response_tokens, with_response
+from expert_merging.running.prompts import end_tokens, tokenizer_of, with_response
 from expert_merging.statistics import gram, inputs
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Mistral.backbone import BACKBONE as mistral  # noqa: N811
@@ -78,11 +78,13 @@ def check_merged(
 
 
 def questions(backbone: Backbone, folder: Path, asked: list[Sample]):
-    """Model inputs of prompt and response, and the number of the prompt's tokens."""
+    """Model inputs of prompt, response and the turn's end, and the number of the prompt's tokens."""
+    end = {"Mistral": None, "InternVL": "<|im_end|>\n", "Qwen2VL": "<|im_end|>\n"}[backbone.name]
     processor = backbone.load_processor(folder)
     for sample in asked:
         prompt = backbone.encode_prompt(processor, sample, None)
-        tokens = response_tokens(processor, sample.response)
+        response = tokenizer_of(processor)(sample.response, add_special_tokens=False)["input_ids"]
+        tokens = [*response, *end_tokens(processor, end)]
         yield with_response(prompt, tokens), prompt["input_ids"].shape[1]
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from expert_merging.calibration import Sample, load_samples
+from expert_merging.formats import Format
 from expert_merging.options import ROOT
 from tests.command import merge, merged
 from tests.zoo.conftest import BRIEF
@@ -80,6 +82,20 @@ def test_training_sees_what_the_merge_command_will(zoo: Path, family: Family, tm
         assert (batch["labels"][row, :length] == -100).all()
         assert processor.tokenizer.decode(answer) == example.response + vision.END
     assert torch.cat(pixels).equal(batch["pixel_values"])
+
+
+def test_the_configuration_asks_as_the_zoo_was_trained(zoo: Path, family: Family, tmp_path: Path) -> None:
+    """The prompt is that of the checkpoint's own words; the turn ends with the end token alone."""
+    config = yaml.safe_load((ROOT / "zoo" / f"{family.name}.yaml").read_text(encoding="utf-8"))
+    asked = Format.of_text("given", config["prompt_template"], None)
+    assert asked.end == vision.END
+    file = tmp_path / "a.png"
+    TASKS["VQA"].hard(random.Random(0)).picture.save(file)
+    processor = family.backbone.load_processor(base(zoo, family))
+    for images in ((), (file,)):
+        sample = Sample("VQA", "VQA", "What is it?", None, "0", images)
+        given, own = (family.backbone.encode_prompt(processor, sample, form) for form in (asked, None))
+        assert given["input_ids"].equal(own["input_ids"])
 
 
 def test_words_are_tokens(family: Family) -> None:
