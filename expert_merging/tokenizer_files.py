@@ -6,6 +6,7 @@ Tokens that were added later are in other files too, and their numbers may follo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -66,9 +67,15 @@ def read_vocabularies(folders: Mapping[str, Path]) -> dict[str, Vocabulary | Non
     for name, folder in folders.items():
         key = _digest(folder)
         if key not in known:
-            known[key] = read_vocabulary(folder)
+            known[key] = _read_once(folder, key)
         found[name] = known[key]
     return found
+
+
+@functools.lru_cache(maxsize=32)
+def _read_once(folder: Path, _digest: str) -> Vocabulary | None:
+    """The vocabulary of files of that digest, which is read for checks and for warnings."""
+    return read_vocabulary(folder)
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -128,18 +128,18 @@ class WordTables:
             checkpoint = self.plan.base if model == BASE else self.plan.experts[model]
             table = table_of(checkpoint, name, self.plan.base)
             places, numbers = _used(rows[first:last])
-            if len(places):
+            if len(numbers):
                 total[places] += _read_rows(checkpoint, table, numbers, width).to(dtype)
                 counts[places] += 1
         return (total / counts).view(-1)[start - first * width : stop - first * width]
 
 
-def _used(rows: Rows) -> tuple[Tensor, Rows]:
-    """Where rows are taken, and which ones."""
+def _used(rows: Rows) -> tuple[Tensor | slice, Rows]:
+    """Where rows are taken, and which ones; everywhere is a slice, which is many times as fast."""
     import torch
 
     places = (rows >= 0).nonzero()[0]
-    return torch.from_numpy(places), rows[places]
+    return slice(None) if len(places) == len(rows) else torch.from_numpy(places), rows[places]
 
 
 def _read_rows(checkpoint: Checkpoint, table: str, numbers: Rows, width: int) -> Tensor:

@@ -481,7 +481,8 @@ def test_scattered_rows_are_the_plain_twin_s(tmp_path):
     torch.manual_seed(0)
     words = [f"w{number}" for number in range(40)]
     orders = {"base": torch.arange(40), "A": torch.randperm(40), "B": torch.randperm(40)}
-    tables = {name: torch.randn(40, 6).bfloat16() for name in orders}
+    types = {"base": torch.bfloat16, "A": torch.float64, "B": torch.float16}
+    tables = {name: torch.randn(40, 6).bfloat16().to(types[name]) for name in orders}
     tables["base"][0, 0] = -0.0
     for name, order in orders.items():
         folder = write_checkpoint(tmp_path / name, {"embed_tokens.weight": tables[name], "w": torch.ones(2, 2)})
@@ -491,7 +492,18 @@ def test_scattered_rows_are_the_plain_twin_s(tmp_path):
     by_word = torch.stack([tables[name].float()[orders[name].argsort()] for name in orders])
     found = choose_word_tables(plan, "base", "mean")
     assert found._entries("embed_tokens.weight", 5, 100).equal(by_word.mean(0).view(-1)[5:100])
+    for name, lost in {"A": 3, "B": 7}.items():  # rows that nobody asks for
+        file = tmp_path / name / "vocab.json"
+        file.write_text(file.read_text().replace(f'"{words[lost]}"', f'"only {name}"'))
+    counts = torch.full((40, 1), 3.0)
+    counts[[3, 7]] = 2.0
+    fewer = by_word.clone()
+    fewer[1, 3] = fewer[2, 7] = 0
+    some = choose_word_tables(plan, "base", "mean")
+    assert some._entries("embed_tokens.weight", 0, 240).equal((fewer.sum(0) / counts).view(-1))
     own = choose_word_tables(plan, "A", "base")
-    assert own._entries("embed_tokens.weight", 0, 240).equal(by_word[0][orders["A"]].view(-1))
+    expected = by_word[0][orders["A"]]
+    expected[orders["A"] == 3] = by_word[1][3]  # which the base calls otherwise
+    assert own._entries("embed_tokens.weight", 0, 240).equal(expected.view(-1))
     same = choose_word_tables(plan, "base", "base")._entries("embed_tokens.weight", 0, 1)
     assert same.signbit().all(), "-0 stays what it is"
