@@ -16,10 +16,11 @@ from expert_merging.calibration import find_tasks, unknown_task
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, by_name, current_name, describe_type, is_one_per_expert, read_options
-from expert_merging.hub import cache_folder, origin, read_id
+from expert_merging.hub import read_id
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
+from expert_merging.sources import below
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -409,9 +410,13 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     family = {name: option.default for name, option in backbone.options.items()}
     used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
     known = {**used_by_family, **of_steps, **GENERAL}
-    by_expert = {name: by_name(values.get(name)) for name in of_steps if is_one_per_expert(of_steps[name].annotation)}
+    by_expert = {
+        name: numbers
+        for name, option in of_steps.items()
+        if is_one_per_expert(option.annotation) and (numbers := by_name(values.get(name)))
+    }
     for name, value in values.items():
-        if name in known and not by_expert.get(name):
+        if name in known and name not in by_expert:
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
@@ -419,9 +424,8 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     general |= _below_cache(general, given, backbone)
     experts = list(general["expert"] or backbone.expert_folders)
     for name, numbers in by_expert.items():
-        if numbers:
-            with problems.collecting():
-                options[name] = known[name].for_experts(numbers, experts, options[name])
+        with problems.collecting():
+            options[name] = known[name].for_experts(numbers, experts, options[name])
     general |= {"method": method.name, "post": [step.name for step in modifiers] or None}
     general["exclude_params"] = _patterns(general["exclude_params"], backbone)
     general["output_path"] = general["output_path"] or str(ROOT / "results" / "logs")
@@ -453,26 +457,18 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
 
 
 def _below_cache(general: Mapping[str, Any], given: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
-    """Checkpoints of the configuration file, moved to the cache folder that a flag gives.
-
-    They lie there under the same folder names, or under those that the family has published.
-    """
+    """Checkpoints of the configuration file, below the cache folder that a flag gives."""
     if "cache_dir" not in given:
         return {}
 
-    def moved(path: str, published: str | None) -> str:
-        cached, repository = origin(path), read_id(path)
-        hub = cached[0] if cached else repository.name if repository else None
-        names = [Path(hub).name, cache_folder(hub)] if hub else [Path(path).name]
-        there = [Path(general["cache_dir"]) / folder for folder in (*names, published) if folder]
-        return str(next((folder for folder in there if folder.is_dir()), there[0]))
-
-    found: dict[str, Any] = {}
+    cache, found = Path(general["cache_dir"]), dict[str, Any]()
     if general["base_model_path"] and "base_model_path" not in given:
-        found["base_model_path"] = moved(general["base_model_path"], backbone.base_folder)
+        found["base_model_path"] = str(below(cache, general["base_model_path"], backbone.base_folder))
     if general["expert"] and "expert" not in given:
         published = backbone.expert_folders
-        found["expert"] = {name: moved(path, published.get(name)) for name, path in general["expert"].items()}
+        found["expert"] = {
+            name: str(below(cache, path, published.get(name))) for name, path in general["expert"].items()
+        }
     return found
 
 

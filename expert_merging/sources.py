@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from expert_merging.errors import InputError, Problems
-from expert_merging.hub import Snapshot, cache, cached_snapshot, download, look_up, origin, read_id
+from expert_merging.hub import Snapshot, cache, cache_folder, cached_snapshot, download, look_up, origin, read_id
 from expert_merging.plan import show_size
 from expert_merging.run import Run
 from expert_merging.writing import check_free_disk
@@ -46,6 +46,21 @@ def locate(place: Path, *, pickles: bool = False) -> Path:
         InputError: it is neither a folder nor a repository that can be read.
     """
     return _locate({"": place}, pickles=pickles)[""]
+
+
+def below(folder: Path, path: str, published: str | None) -> Path:
+    """Where a checkpoint lies below another folder: under its own name, or under the one that its family published.
+
+    Args:
+        folder: the other folder.
+        path: the checkpoint's old place, or a repository's id.
+        published: the family's name of its folder.
+    """
+    snapshot, repository = origin(path), read_id(path)
+    hub = snapshot[0] if snapshot else repository.name if repository else None
+    names = [Path(hub).name, cache_folder(hub)] if hub else [Path(path).name]
+    there = [folder / name for name in (*names, published) if name]
+    return next((place for place in there if place.is_dir()), there[0])
 
 
 def _locate(places: Mapping[str, Path], *, dry_run: bool = False, pickles: bool = False) -> dict[str, Path]:

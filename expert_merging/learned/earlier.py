@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,19 @@ def applied(context: Context, place: Path, factors: Mapping[str, float], *, forc
     Raises:
         InputError: there are none, or they belong to other experts, parameters, weights or directions.
     """
-    chosen = earlier_coefficients(context, place, factors, force=force)
+    chosen, notes = earlier_coefficients(context, place, factors, force=force)
     directions = find_directions(context, **chosen.directions)
 
     def prepare() -> dict[str, Any]:
         return {"coefficients": chosen, "directions": directions.prepare()}
 
-    notes = _notes(chosen, context.plan)
     return Preparation(prepare, {"coefficients": chosen.fingerprint()}, notes, directions.unit)
 
 
 def earlier_coefficients(
     context: Context, place: Path, factors: Mapping[str, float] | None = None, *, force: bool
-) -> Coefficients:
-    """Coefficients of an earlier run for what this one merges.
+) -> tuple[Coefficients, tuple[str, ...]]:
+    """Coefficients of an earlier run for what this one merges, and what the plan tells of them.
 
     Args:
         context: the run.
@@ -63,14 +62,15 @@ def earlier_coefficients(
         chosen = _for_experts(loaded, place, tuple(plan.experts), factors)
     with problems.collecting():
         _check_parameters(loaded, place, plan)
-    for name in [] if force else other_weights(loaded, plan):
+    others = _other_weights(loaded, plan)
+    for name in [] if force else others:
         folder = (plan.base if name == "base" else plan.experts[name]).folder
         problems.add(
             f"--coefficients {place} were learned with other weights of {name} than those in {folder}; give the "
             "checkpoint that they were learned with, or --force to use them with this one"
         )
     problems.check()
-    return chosen
+    return chosen, tuple(_notes(loaded, chosen, others))
 
 
 def _load(context: Context, place: Path) -> Coefficients:
@@ -92,7 +92,7 @@ def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
     return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed)
 
 
-def other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
+def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
     """Checkpoints whose weights are not those that coefficients were learned with, as far as that is recorded."""
     recorded = loaded.checkpoints
     return [
@@ -156,15 +156,14 @@ def _check_parameters(loaded: Coefficients, place: Path, plan: Plan) -> None:
         raise InputError(*problems)
 
 
-def _notes(chosen: Coefficients, plan: Plan) -> tuple[str, ...]:
+def _notes(loaded: Coefficients, chosen: Coefficients, others: list[str]) -> Iterator[str]:
     """What the plan tells of the coefficients."""
-    scales = ", ".join(
-        f"{name} {scale:g}" for name, scale in zip(chosen.experts, chosen.task_vector_scale, strict=True)
-    )
-    others = other_weights(chosen, plan)
-    notes = [f"factors on task vectors: {scales}"] if set(chosen.task_vector_scale) != {1.0} else []
+    scales = dict(zip(chosen.experts, chosen.task_vector_scale, strict=True))
+    if left_out := [name for name in loaded.experts if name not in chosen.experts]:
+        yield f"coefficients of {', '.join(left_out)} are left out, since these experts are not given"
+    if set(scales.values()) != {1.0}:
+        yield f"factors on task vectors: {', '.join(f'{name} {scale:g}' for name, scale in scales.items())}"
     if others:
-        notes.append(f"by --force, coefficients are used with other weights of {', '.join(others)}")
-    if not chosen.checkpoints:
-        notes.append("which weights the coefficients were learned with is not recorded, so they are not compared")
-    return tuple(notes)
+        yield f"by --force, coefficients are used with other weights of {', '.join(others)}"
+    if not loaded.checkpoints:
+        yield "which weights the coefficients were learned with is not recorded, so they are not compared"

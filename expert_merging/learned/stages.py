@@ -63,14 +63,15 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         InputError: all problems found.
     """
     plan, problems = context.plan, Problems()
-    given = None
+    given: Coefficients | None = None
+    told: tuple[str, ...] = ()
     with problems.collecting():
         settings = check(context, options)
     with problems.collecting():
         _check_budget(options, len(plan.merged))
     if options.coefficients is not None:
         with problems.collecting():
-            given = earlier_coefficients(context, Path(options.coefficients), force=options.force)
+            given, told = earlier_coefficients(context, Path(options.coefficients), force=options.force)
     problems.check()
     if given is not None:
         _check_first_stage(given, settings)
@@ -84,7 +85,11 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         return Trainer(context, second, material).train()
 
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
-    notes = (f"stage 1: {settings.layout.trained} coefficients {before}", f"stage 2: {_describe_chunks(options, plan)}")
+    notes = (
+        f"stage 1: {settings.layout.trained} coefficients {before}",
+        *told,
+        f"stage 2: {_describe_chunks(options, plan)}",
+    )
     inputs = {} if given is None else {"coefficients": given.fingerprint()}
     return _work(context, settings, learn, notes, inputs)
 

@@ -89,6 +89,11 @@ def test_a_factor_comes_on_top_of_what_was_learned(folders, file, tmp_path):
     assert "INFO factors on task vectors: A 0.25, B 4\n" in run.log.read_text()
 
 
+def test_experts_that_are_left_out_are_told(folders, file, capsys):
+    assert merge(*command(folders, file, experts="B"), "--dry_run") == 0
+    assert "coefficients of A are left out, since these experts are not given\n" in capsys.readouterr().out
+
+
 def test_an_expert_without_coefficients_needs_one(folders, file, capsys):
     assert refusal(capsys, *command(folders, file, experts="ABC")) == (
         f"--coefficients {file} belong to the experts A, B and have none for C; leave such an expert out, or give it a "

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from expert_merging.learned.coefficients import Coefficients
+from expert_merging.plan import make_plan
 from Mistral.backbone import BACKBONE, encode_prompt, load_processor
 from tests.checkpoints import BASE, CHARACTERS, EXPERTS, tensors_of, write_tasks
 from tests.command import assert_same_bytes, flags, given, merge, merged
@@ -192,6 +194,23 @@ def test_coefficients_of_other_experts_or_parameters_are_refused(command, tmp_pa
     )
     assert "has none for model.layers.0" in shown
     assert "has w, which is not merged (2 in all)" in shown
+
+
+def test_a_first_stage_of_other_weights_is_refused_unless_it_is_meant(command, tiny_zoo, tmp_path, capsys):
+    plan = make_plan(
+        tiny_zoo / BASE, {name: tiny_zoo / EXPERTS[name] for name in EXPERTS}, list(BACKBONE.exclude_params)
+    )
+    values = {name: torch.full((3, 1), 0.3) for name in plan.merged}
+    given = Coefficients(tuple(EXPERTS), values, (1.0,) * 3, checkpoints={**plan.contents, "base": "other"})
+    given.save(tmp_path / "coefficients.safetensors")
+    arguments = ["--method", "expert_merging++", "--coefficients", str(tmp_path), "--dry_run"]
+    assert command(*arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: --coefficients {tmp_path} were learned with other weights of base than those in {tiny_zoo / BASE}; "
+        "give the checkpoint that they were learned with, or --force to use them with this one\n"
+    )
+    assert command(*arguments, "--force") == 0
+    assert "by --force, coefficients are used with other weights of base\n" in capsys.readouterr().out
 
 
 def test_the_dry_run_tells_what_would_be_learned(command, tmp_path, capsys):
