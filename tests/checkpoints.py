@@ -18,6 +18,7 @@ CHARACTERS = [*SPECIAL, *string.ascii_letters, *string.digits, *" .,:;?!+-=()'\n
 EXPERTS = {"Chat": "Mistral-7B-Instruct-v0.1", "Math": "MAmmoTH2-7B", "Code": "Mistral-7B-codealpaca-lora"}
 BASE = "Mistral-7B-v0.1"
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SIZES = {
     "vocab_size": len(CHARACTERS),
     "hidden_size": 32,
