@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
 from expert_merging.backbone import Backbone, Evaluation
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
-from expert_merging.formats import Asking, Format
-from expert_merging.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.formats import Asking, Format
+from expert_merging.questions.pictures import MARK, marked_question, read_picture
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from expert_merging.calibration import Sample
+    from expert_merging.questions.calibration import Sample
 
 IMAGE_START, IMAGE_END = "<img>", "</img>"
 END = "<|im_end|>"

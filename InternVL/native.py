@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging import backbone
 from expert_merging.backbone import empty_model
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.folders import SINGLE
+from expert_merging.checkpoints.tying import is_tied
 from expert_merging.errors import InputError
-from expert_merging.folders import SINGLE
 from expert_merging.plan import misfits
 from expert_merging.roles import is_rotary_table
-from expert_merging.tying import is_tied
 from expert_merging.writing import write_atomically
 from InternVL.layout import check_supported, native_config, published_config, published_name, read_config
 

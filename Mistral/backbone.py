@@ -17,11 +17,11 @@ from expert_merging.backbone import (
     load_tokenizer,
     load_whole,
 )
-from expert_merging.calibration import Sample
+from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, first_line
-from expert_merging.formats import Asking, Format
-from expert_merging.reading import reading
-from expert_merging.templates import template_of
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.formats import Asking, Format
+from expert_merging.questions.templates import template_of
 
 if TYPE_CHECKING:
     import torch

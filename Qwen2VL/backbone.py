@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
 from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
+from expert_merging.checkpoints.folders import refuse_pointers
+from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
-from expert_merging.folders import refuse_pointers
-from expert_merging.formats import Asking, Format
-from expert_merging.pictures import MARK, marked_question, read_picture
-from expert_merging.reading import reading
-from expert_merging.templates import ChatTemplate, template_of
+from expert_merging.questions.formats import Asking, Format
+from expert_merging.questions.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.templates import ChatTemplate, template_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from expert_merging.calibration import Sample
-    from expert_merging.picture_sources import Picture
+    from expert_merging.questions.calibration import Sample
+    from expert_merging.questions.picture_sources import Picture
 
 _CLASS = "AutoModelForImageTextToText"
 # A picture in a prompt; the middle one is repeated for every token that the picture takes.

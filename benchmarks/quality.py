@@ -173,9 +173,9 @@ def held_out_questions(zoo: Path, count: int, responses: Path) -> tuple[Any, Any
     """What asks the zoo's experts, and its calibration questions after those that are used for learning."""
     import torch
 
-    from expert_merging.calibration import load_samples
     from expert_merging.comparing.align import held_out, middle_layer
     from expert_merging.plan import make_plan
+    from expert_merging.questions.calibration import load_samples
     from expert_merging.running.targets import TargetMaker
     from Mistral.backbone import BACKBONE
 

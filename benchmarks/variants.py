@@ -32,7 +32,7 @@ class Bench:
     def __init__(self, case: Case) -> None:
         import torch
 
-        from expert_merging.checkpoint import Checkpoint
+        from expert_merging.checkpoints.checkpoint import Checkpoint
         from expert_merging.plan import Plan
 
         self.case = case
@@ -137,7 +137,7 @@ class Bench:
         """What the experts say about their samples."""
         import torch
 
-        from expert_merging.calibration import Sample
+        from expert_merging.questions.calibration import Sample
         from expert_merging.running.targets import Target, hidden_states
 
         found: list[Target] = []

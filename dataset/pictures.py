@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expert_merging.calibration import Sample
+from expert_merging.questions.calibration import Sample
 
 EXPERTS = ("OCR", "VQA", "Geometry", "Chart", "Grounding")
 

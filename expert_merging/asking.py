@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
-from expert_merging.backbone import Backbone, language_setting, load_tokenizer
-from expert_merging.calibration import Sample
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.backbone import Backbone, load_tokenizer
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.folders import owner
 from expert_merging.errors import InputError, near_name
-from expert_merging.folders import owner
-from expert_merging.formats import QUESTION, Asking, Format
 from expert_merging.plan import Plan
-from expert_merging.templates import ChatTemplate, read_template
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.formats import QUESTION, Asking, Format
+from expert_merging.questions.templates import ChatTemplate, read_template
 
 GIVEN = "--prompt_template"
 BASE, EXPERTS, FAMILY = "base", "experts", "family"

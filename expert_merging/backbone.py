@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.checkpoint import loadable
+from expert_merging.checkpoints.checkpoint import loadable
+from expert_merging.checkpoints.folders import refuse_pointers
+from expert_merging.checkpoints.naming import DECODER
+from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
-from expert_merging.folders import refuse_pointers
-from expert_merging.formats import Asking, Format
 from expert_merging.libraries import import_transformers as import_transformers
-from expert_merging.naming import DECODER
-from expert_merging.reading import reading
+from expert_merging.questions.formats import Asking, Format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from expert_merging.calibration import Sample
+    from expert_merging.questions.calibration import Sample
 
 
 def same_name(name: str) -> str:
@@ -229,17 +229,3 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     with reading(folder, "tokenizer"):
         return import_transformers().AutoTokenizer.from_pretrained(folder, **options)
-
-
-def language_setting(config: Mapping[str, Any], name: str) -> Any:
-    """A setting of the language model from ``config.json``, where multimodal models nest it; None if it is not said."""
-    for part in (config.get("text_config"), config.get("llm_config"), config):
-        if isinstance(part, Mapping) and part.get(name) is not None:
-            return part[name]
-    return None
-
-
-def layer_count(config: Mapping[str, Any]) -> int | None:
-    """Number of decoder layers of the language model, from ``config.json``; None where it does not say."""
-    count = language_setting(config, "num_hidden_layers")
-    return count if isinstance(count, int) else None

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
-from expert_merging.adapter import Adapter
 from expert_merging.asking import Wording, choose_wording
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.sources import locate_all
+from expert_merging.checkpoints.vocabulary import check_size
 from expert_merging.console import Terminal
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
@@ -27,8 +29,6 @@ from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
 from expert_merging.roles import ROW_PER_WORD
 from expert_merging.run import Run, default_name, provenance
-from expert_merging.sources import locate_all
-from expert_merging.vocabulary import check_size
 from expert_merging.word_tables import BASE, WordTables
 from expert_merging.writing import can_name_file, check_free_disk
 

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from expert_merging.checkpoint import TORCH_NAMES, as_bytes
-from expert_merging.console import Terminal
-from expert_merging.errors import InputError, Problems
-from expert_merging.folders import (
+from expert_merging.checkpoints.checkpoint import TORCH_NAMES, as_bytes
+from expert_merging.checkpoints.folders import (
     ADAPTER,
     INDEX,
     SINGLE,
@@ -31,10 +29,12 @@ from expert_merging.folders import (
     parts_of_training,
     refuse_pointers,
 )
+from expert_merging.checkpoints.sources import locate
+from expert_merging.console import Terminal
+from expert_merging.errors import InputError, Problems
+from expert_merging.machine import show_size
 from expert_merging.outputs import Made, Slot, index_of, make_header
-from expert_merging.plan import show_size
 from expert_merging.progress import Advance
-from expert_merging.sources import locate
 from expert_merging.writing import (
     ShardWriter,
     check_free_disk,

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from expert_merging.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.sources import locate
+from expert_merging.checkpoints.tying import tie_heads
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.machine import limit_threads
+from expert_merging.machine import limit_threads, show_size
 from expert_merging.merge import write_output
 from expert_merging.methods import tall
 from expert_merging.outputs import mirror_of
 from expert_merging.parts import Part
-from expert_merging.plan import Plan, show_size
+from expert_merging.plan import Plan
 from expert_merging.run import Run
-from expert_merging.sources import locate
-from expert_merging.tying import tie_heads
 from expert_merging.writing import check_free_disk, check_new_folder, partial_name, sync_folder, write_atomically
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from expert_merging.method import modified
 from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
+from expert_merging.questions.templates import put_template
 from expert_merging.summary import COMPLETE, EVALUATION, log_result, log_start
-from expert_merging.templates import put_template
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)

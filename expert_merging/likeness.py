@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Runs of consecutive entries that are read of every tensor, and their length.
 _RUNS = 4
 _RUN = 512
-# Models of different origin have a cosine of about 0. Fine-tunes change weights by a hundredth to a fifth of their size,
-# which leaves 0.97 and more; even a change as large as the base, in any direction of its own, leaves 0.7.
+# Models of different origin have a cosine of about 0. Fine-tunes change weights by a hundredth to a fifth of their
+# size, which leaves 0.97 and more; even a change as large as the base, in any direction of its own, leaves 0.7.
 _UNRELATED = 0.5
 # Of fewer entries, a cosine says nothing.
 _ENOUGH = 1000

@@ -94,3 +94,8 @@ def free_host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> float:
         statistics = dict(line.split() for line in _of_own_group("memory.stat", proc, groups).splitlines())
         free = min(free, limit - used + int(statistics["inactive_file"]))
     return free / local_count()
+
+
+def show_size(count: float) -> str:
+    """Bytes of files in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

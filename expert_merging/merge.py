@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.checkpoint import (
+from expert_merging.checkpoints.checkpoint import (
     WIDTHS,
     Checkpoint,
     Entry,
@@ -27,8 +27,8 @@ from expert_merging.checkpoint import (
     read_exactly,
     torch_dtype,
 )
+from expert_merging.checkpoints.folders import INDEX, SINGLE, other_files
 from expert_merging.errors import InputError
-from expert_merging.folders import INDEX, SINGLE, other_files
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Computed, Copied, Made, Merged, Output, Slot
 from expert_merging.parts import Part

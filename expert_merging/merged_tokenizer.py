@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.checkpoint import Checkpoint
-from expert_merging.errors import InputError, Problems, near_name
-from expert_merging.plan import Plan
-from expert_merging.roles import has_row_per_word
-from expert_merging.tokenizer_files import (
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.tokenizer_files import (
     ADDED,
     FAST,
     SETTINGS,
@@ -24,7 +21,10 @@ from expert_merging.tokenizer_files import (
     read_vocabularies,
     tokenizer_files,
 )
-from expert_merging.vocabulary import count_of, named_first, row_count, with_identifiers
+from expert_merging.checkpoints.vocabulary import count_of, named_first, row_count, with_identifiers
+from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.plan import Plan
+from expert_merging.roles import has_row_per_word
 from expert_merging.word_tables import BASE, WordTables, table_of
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from expert_merging.backbone import Backbone
-from expert_merging.calibration import find_tasks, unknown_task
 from expert_merging.catalogue import all_methods, find_method
+from expert_merging.checkpoints.hub import read_id
+from expert_merging.checkpoints.sources import below
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Option, by_name, current_name, describe_type, is_one_per_expert, read_options
-from expert_merging.hub import read_id
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.processes import launched_with
-from expert_merging.sources import below
+from expert_merging.questions.calibration import find_tasks, unknown_task
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from expert_merging.checkpoint import WIDTHS, Entry
+from expert_merging.checkpoints.checkpoint import WIDTHS, Entry
 from expert_merging.context import Context
 from expert_merging.parts import Part
 from expert_merging.plan import Plan

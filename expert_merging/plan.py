@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from expert_merging.adapter import open_checkpoint
-from expert_merging.checkpoint import FLOATS, Checkpoint, Entry
+from expert_merging.checkpoints.adapter import open_checkpoint
+from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry
+from expert_merging.checkpoints.folders import check_other_files
+from expert_merging.checkpoints.leftovers import check_leftovers, foreign_types
+from expert_merging.checkpoints.naming import DECODER, cut_otherwise, names_of_base, published_names
+from expert_merging.checkpoints.tying import Heads, tie_heads
 from expert_merging.errors import InputError, Problems
-from expert_merging.folders import check_other_files
-from expert_merging.leftovers import check_leftovers, foreign_types
-from expert_merging.naming import DECODER, cut_otherwise, names_of_base, published_names
 from expert_merging.parts import Part
 from expert_merging.roles import has_row_per_word, is_rotary_table
-from expert_merging.tying import Heads, tie_heads
 
 T = TypeVar("T")
 BASE = "the base"
@@ -104,11 +104,6 @@ class Plan:
 
 def _expert(name: str) -> str:
     return f"expert {name}"
-
-
-def show_size(count: float) -> str:
-    """Bytes of files in words."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def make_plan(

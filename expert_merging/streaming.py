@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.parts import Part
 from expert_merging.plan import Plan

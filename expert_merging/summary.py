@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 
 from expert_merging.advice import rewritten_weights, warnings_before
+from expert_merging.checkpoints.folders import weights_in_other_formats
+from expert_merging.checkpoints.vocabulary import vocabulary_warnings
 from expert_merging.checks import Job, method_options
-from expert_merging.folders import weights_in_other_formats
 from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
-from expert_merging.machine import gib
+from expert_merging.machine import gib, show_size
 from expert_merging.merge import Summary, working_memory
 from expert_merging.options import show
 from expert_merging.outputs import Computed, Copied, Made, Output
-from expert_merging.plan import Plan, show_size
-from expert_merging.vocabulary import vocabulary_warnings
+from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)
 

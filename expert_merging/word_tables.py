@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.folders import INDEX
+from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object
+from expert_merging.checkpoints.vocabulary import row_count, with_identifiers, with_size
 from expert_merging.errors import InputError
-from expert_merging.folders import INDEX
 from expert_merging.outputs import Computed, Copied, Output, Slot, make_header, metadata_of
 from expert_merging.plan import Plan
 from expert_merging.roles import has_row_per_word, is_head
-from expert_merging.tokenizer_files import Vocabulary, read_object
-from expert_merging.vocabulary import row_count, with_identifiers, with_size
 
 if TYPE_CHECKING:
     import numpy

@@ -14,9 +14,9 @@ import torch
 
 from expert_merging.backbone import Backbone
 from expert_merging.cli import main
-from expert_merging.formats import Format
 from expert_merging.learned.figures import LAYERS
 from expert_merging.learned.importance import Layer, save_layers
+from expert_merging.questions.formats import Format
 from expert_merging.run import Run
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import tensors_of

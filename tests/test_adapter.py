@@ -23,9 +23,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from expert_merging.adapter import Adapter, open_checkpoint
 from expert_merging.advice import other_base
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.adapter import Adapter, open_checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.running.sharding import load_on
 from InternVL.backbone import BACKBONE as INTERNVL

@@ -14,13 +14,14 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "configurations", "libraries", "__init__"),
-    ("flags", "roles", "naming", "processes", "reading", "shortage", "writing", "folders", "fingerprints"),
-    ("machine", "workers", "entries", "picture_sources", "calibration", "checkpoint", "run", "console", "templates"),
-    ("tokenizer_files", "adapter_files", "lora", "formats"),
-    ("adapter", "leftovers", "backbone"),
-    ("tying", "plan", "stored"),
-    ("streaming", "likeness", "vocabulary", "hub", "sources", "card", "pictures", "asking"),
+    ("errors", "parts", "progress", "arithmetic", "libraries", "__init__"),
+    ("flags", "roles", "processes", "shortage", "writing"),
+    ("machine", "workers", "run", "console"),
+    ("checkpoints",),
+    ("questions",),
+    ("backbone",),
+    ("plan", "stored"),
+    ("streaming", "likeness", "card", "asking"),
     ("context",),
     ("outputs",),
     ("word_tables",),

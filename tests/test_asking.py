@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from expert_merging.asking import Formats, check_given, choose_formats, choose_wording
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.formats import Asking, Format
 from expert_merging.plan import Plan, make_plan
-from expert_merging.templates import ChatTemplate
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.formats import Asking, Format
+from expert_merging.questions.templates import ChatTemplate
 from Mistral.backbone import BACKBONE
 from Qwen2VL.backbone import BACKBONE as QWEN
 from tests.checkpoints import SPECIAL, save_tokenizer, write_checkpoint

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from expert_merging.calibration import Sample, load_samples
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample, load_samples
 
 QUESTIONS = [{"question": f"question {number}"} for number in range(6)]
 

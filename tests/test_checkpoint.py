@@ -16,9 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from expert_merging.checkpoint import Checkpoint, read_exactly
+from expert_merging.checkpoints.checkpoint import Checkpoint, read_exactly
+from expert_merging.checkpoints.folders import check_other_files, other_files, weights_in_other_formats
 from expert_merging.errors import InputError
-from expert_merging.folders import check_other_files, other_files, weights_in_other_formats
 from expert_merging.plan import adopt_names, check_experts
 from tests.checkpoints import tensors_of, write_checkpoint, write_index
 from tests.command import assert_same_bytes

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from dataset.draw.__main__ import TASKS, main
-from expert_merging.calibration import load_samples
 from expert_merging.options import ROOT
+from expert_merging.questions.calibration import load_samples
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL
 

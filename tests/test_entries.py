@@ -10,11 +10,11 @@ import logging
 import pytest
 from PIL import Image
 
-from expert_merging.calibration import find_tasks, load_samples
-from expert_merging.entries import Exchange, read_entries, read_exchange
 from expert_merging.errors import InputError, excerpt
-from expert_merging.picture_sources import HeldPicture
-from expert_merging.pictures import read_picture
+from expert_merging.questions.calibration import find_tasks, load_samples
+from expert_merging.questions.entries import Exchange, read_entries, read_exchange
+from expert_merging.questions.picture_sources import HeldPicture
+from expert_merging.questions.pictures import read_picture
 from tests.internvl import make_picture
 
 ENTRIES = [{"question": "a\u2028b"}, {"question": "c"}]

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expert_merging.backbone import load_tokenizer, load_whole
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.folders import other_files, weights_in_other_formats
 from expert_merging.errors import InputError
-from expert_merging.folders import other_files, weights_in_other_formats
 from Qwen2VL.backbone import load_processor
 from tests.checkpoints import BASE, EXPERTS, INDEX, make_zoo, save_model, tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal

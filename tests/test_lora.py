@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging import lora
-from expert_merging.checkpoint import Entry
-from expert_merging.lora import Adapted, Change, Matrix
+from expert_merging.checkpoints import lora
+from expert_merging.checkpoints.checkpoint import Entry
+from expert_merging.checkpoints.lora import Adapted, Change, Matrix
 
 ROWS, COLUMNS, RANK = 13, 7, 3
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expert_merging.checkpoints.naming import DECODER, Container, find_container, published_names
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
-from expert_merging.naming import DECODER, Container, find_container, published_names
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, tensors_of, write_checkpoint
 from tests.command import COMMAND, assert_same_bytes, flags, merge, merge_plainly, merged, refused
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from dataset.pictures import TEST_QUESTIONS
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.pictures import MARK, marked_question, read_picture
 from tests.internvl import make_picture
 
 

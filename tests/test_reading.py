@@ -11,8 +11,8 @@ import torch
 import InternVL.backbone
 import Mistral.backbone
 import Qwen2VL.backbone
+from expert_merging.checkpoints.reading import MODEL_FILES, damaged_files, reading
 from expert_merging.errors import InputError
-from expert_merging.reading import MODEL_FILES, damaged_files, reading
 from tests import checkpoints, internvl, qwen2vl
 
 FAMILIES = {
@@ -121,7 +121,7 @@ def test_a_folder_without_a_tokenizer_is_told_what_it_lacks(family, folders, tmp
     for content, there in ((None, None), (b"pieces", None), (b"pieces", "there")):
         if content is not None:
             (folder / "tokenizer.model").write_bytes(content)
-        monkeypatch.setattr("expert_merging.reading.find_spec", lambda _, there=there: there)
+        monkeypatch.setattr("expert_merging.checkpoints.reading.find_spec", lambda _, there=there: there)
         with pytest.raises(InputError) as caught:
             FAMILIES[family][0].load_processor(folder)
         found += caught.value.problems

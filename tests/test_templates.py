@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from expert_merging import templates
 from expert_merging.errors import InputError
-from expert_merging.templates import ChatTemplate, default_of, fault, put_template, read_template, turn_end
+from expert_merging.questions import templates
+from expert_merging.questions.templates import ChatTemplate, default_of, fault, put_template, read_template, turn_end
 from tests.qwen2vl import SILENT_TEMPLATE, TEMPLATE
 
 INSTRUCT = (

@@ -7,16 +7,16 @@ import json
 import pytest
 import torch
 
-from expert_merging.checkpoint import Checkpoint
-from expert_merging.errors import InputError
-from expert_merging.tokenizer_files import Vocabulary
-from expert_merging.vocabulary import (
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.tokenizer_files import Vocabulary
+from expert_merging.checkpoints.vocabulary import (
     check_size,
     row_count,
     vocabulary_warnings,
     with_identifiers,
     with_size,
 )
+from expert_merging.errors import InputError
 from tests.checkpoints import write_checkpoint
 from tests.command import flags, merge, refused
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from expert_merging.backbone import import_transformers
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.tokenizer_files import Vocabulary
 from expert_merging.merged_tokenizer import choose_rows, choose_word_tables
 from expert_merging.methods.linear import task_arithmetic
 from expert_merging.plan import make_plan
 from expert_merging.roles import ROW_PER_WORD
-from expert_merging.tokenizer_files import Vocabulary
 from tests import internvl
 from tests.checkpoints import CHARACTERS, perturb, save_model, tensors_of, write_checkpoint, write_tasks
 from tests.command import COMMAND, assert_same_bytes, contents, flags, merge, merge_plainly, merged, refused

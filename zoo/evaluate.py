@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.backbone import Backbone
-from expert_merging.calibration import Sample
-from expert_merging.checkpoint import read_header
+from expert_merging.checkpoints.checkpoint import read_header
 from expert_merging.errors import InputError
 from expert_merging.processes import choose_device
+from expert_merging.questions.calibration import Sample
 from expert_merging.workers import SMALL_MODEL, fitting_threads
 from expert_merging.writing import write_atomically
 

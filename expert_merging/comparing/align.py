@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expert_merging.adapter import Adapter
-from expert_merging.adapter_files import is_adapter
-from expert_merging.backbone import layer_count
-from expert_merging.calibration import Sample
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.adapter_files import is_adapter
+from expert_merging.checkpoints.configurations import layer_count
 from expert_merging.errors import Problems
 from expert_merging.plan import Plan
+from expert_merging.questions.calibration import Sample
 from expert_merging.running.objectives import distance
 from expert_merging.running.scores import ByTask, mean_over_tasks, relative_to_base, require_distance, score_by_task
 from expert_merging.running.sharding import load_on

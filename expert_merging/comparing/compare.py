@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.backbone import Backbone, import_transformers
 from expert_merging.catalogue import find_method
+from expert_merging.checkpoints.sources import locate, locate_all
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.options import ROOT
 from expert_merging.run import Run
-from expert_merging.sources import locate, locate_all
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from expert_merging.calibration import Sample
     from expert_merging.plan import Plan
+    from expert_merging.questions.calibration import Sample
     from expert_merging.running.scores import ByTask
 
 
@@ -239,8 +239,8 @@ def _choose_samples(
     learned: Sequence[Mapping[str, Any]], plan: Plan, backbone: Backbone, options: AlignOptions
 ) -> list[Sample]:
     """Questions of every task that no run has learned from."""
-    from expert_merging.calibration import find_tasks, load_samples
     from expert_merging.comparing.align import held_out
+    from expert_merging.questions.calibration import find_tasks, load_samples
 
     folders = sorted({record["data_dir"] for record in learned})
     if options.data_dir is None and len(folders) != 1:

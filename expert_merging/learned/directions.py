@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.checkpoint import WIDTHS, Checkpoint
+from expert_merging.checkpoints.checkpoint import WIDTHS, Checkpoint
+from expert_merging.checkpoints.folders import INDEX
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Fraction, NotNegative, Option
-from expert_merging.folders import INDEX
 from expert_merging.learned.options import TrimmingOptions
 from expert_merging.merge import write_output
 from expert_merging.method import TABLE, Method, Unit

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from expert_merging.backbone import language_setting, layer_count
+from expert_merging.checkpoints.configurations import language_setting, layer_count
 from expert_merging.learned.directions import PLAIN, Directions
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, HOST, STEP_ON_CPU

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expert_merging import processes
-from expert_merging.backbone import layer_count
+from expert_merging.checkpoints.configurations import layer_count
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.directions import Directions, find_directions

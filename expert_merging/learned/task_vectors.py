@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.learned.directions import as_they_are, kept_name
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from expert_merging.checkpoint import Checkpoint, Entry
+from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
 from expert_merging.errors import InputError, Problems
 from expert_merging.outputs import Copied, Made, Merged, Slot
 from expert_merging.plan import Plan

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_merging.adapter import Adapter
+from expert_merging.checkpoints.adapter import Adapter
 
 
 def changed_weights(

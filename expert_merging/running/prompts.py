@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from expert_merging.asking import Formats
-from expert_merging.backbone import Backbone, language_setting
-from expert_merging.calibration import Sample, entry_place
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.backbone import Backbone
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.errors import InputError, Problems
+from expert_merging.questions.calibration import Sample, entry_place
 
 
 class Prompts:

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from expert_merging import processes
-from expert_merging.adapter import Adapter
 from expert_merging.asking import check_given, choose_formats
-from expert_merging.backbone import Backbone, language_setting, refuse_lacking
-from expert_merging.calibration import Sample, load_samples
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.backbone import Backbone, refuse_lacking
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.reading import MODEL_FILES, damaged_files
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.plan import Plan
-from expert_merging.reading import MODEL_FILES, damaged_files
+from expert_merging.questions.calibration import Sample, load_samples
 from expert_merging.roles import is_word_table
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from expert_merging.adapter import Adapter
 from expert_merging.backbone import Backbone
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.running.adapted import changed_weights
 

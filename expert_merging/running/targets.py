@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from expert_merging.asking import choose_formats
-from expert_merging.backbone import Backbone, language_setting
-from expert_merging.calibration import Sample
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.backbone import Backbone
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.tying import same_tensor
 from expert_merging.errors import InputError
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
+from expert_merging.questions.calibration import Sample
 from expert_merging.roles import output_head
 from expert_merging.running.prompts import Prompts, check_lengths, place, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
-from expert_merging.tying import same_tensor
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)

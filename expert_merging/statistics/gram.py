@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from expert_merging.checkpoint import TORCH_NAMES, as_bytes
+from expert_merging.checkpoints.checkpoint import TORCH_NAMES, as_bytes
 from expert_merging.outputs import Made, Slot, make_header
 from expert_merging.writing import ShardWriter
 

@@ -11,10 +11,9 @@ from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.flags import Interval
-from expert_merging.machine import gib
+from expert_merging.machine import gib, show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
-from expert_merging.plan import show_size
 from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
 

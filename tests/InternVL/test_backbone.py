@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
 from InternVL.backbone import BACKBONE, encode_prompt, load_model, load_processor
 from tests.command import given
 from tests.InternVL import reference

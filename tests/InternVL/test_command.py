@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.trainer import Trainer
 from expert_merging.methods.linear import task_arithmetic
-from expert_merging.pictures import read_picture
+from expert_merging.questions.pictures import read_picture
 from expert_merging.running.prompts import Prompts
 from InternVL.backbone import BACKBONE, load_processor
 from tests.checkpoints import tensors_of

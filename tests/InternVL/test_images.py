@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from expert_merging.pictures import read_picture
+from expert_merging.questions.pictures import read_picture
 from InternVL.images import Tiling, grid, pixel_values, tiles
 from tests.InternVL import reference
 from tests.internvl import make_picture

@@ -113,7 +113,7 @@ def folder(tmp_path) -> Path:
 
 
 def inputs_of(folder: Path, *pictures: Path):
-    from expert_merging.calibration import Sample
+    from expert_merging.questions.calibration import Sample
 
     processor = load_processor(folder, trust_remote_code=True)
     return encode_prompt(processor, Sample("t", "VQA", "Why?", None, "0", images=pictures), None)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
-from expert_merging.picture_sources import HeldPicture
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.picture_sources import HeldPicture
 from Qwen2VL.backbone import encode_prompt, file_name, load_model, load_processor, parameter_names
 from tests.checkpoints import tensors_of, write_index
 from tests.command import given

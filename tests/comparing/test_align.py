@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from expert_merging.__main__ import main
-from expert_merging.calibration import Sample
 from expert_merging.comparing.align import held_out, relative
 from expert_merging.comparing.compare import _table, find_models
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.command import merge
 from tests.learned.twin import Example, Twin

@@ -11,7 +11,7 @@ from benchmarks import shapes, trainer, variants
 from benchmarks.checkpoints import make_checkpoints
 from benchmarks.shapes import SHAPES, Case, config_of, is_merged, parameter_shapes
 from benchmarks.trainer import compare, work
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from tests.checkpoints import SIZES, tensors_of
 
 TEXT = {**SIZES, "vocab_size": 80}

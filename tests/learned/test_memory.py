@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.learned import memory
 from expert_merging.learned.estimates import Demand, Machine, describe, estimate, this_machine
 from expert_merging.learned.memory import choose

@@ -255,7 +255,7 @@ def test_questions_are_answered_after_merging(command, capsys):
 
 
 def test_prompts_by_template_chat_template_or_bare_question(tiny_zoo):
-    from expert_merging.calibration import Sample
+    from expert_merging.questions.calibration import Sample
 
     tokenizer = load_processor(tiny_zoo / BASE)
     sample = Sample("t", "e", "ab", None, "0")

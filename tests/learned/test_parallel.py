@@ -19,7 +19,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import save_file
 
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.cli import main
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients

@@ -118,7 +118,7 @@ def test_the_command_goes_between_real_models(method, plain, names, tiny_zoo, tm
 
 @pytest.mark.parametrize("method", ["interpolate", "slerp"])
 def test_three_experts_are_refused_before_anything_is_read(method, tiny_zoo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("expert_merging.checkpoint.Checkpoint.read_into", None)
+    monkeypatch.setattr("expert_merging.checkpoints.checkpoint.Checkpoint.read_into", None)
     message = refusal(capsys, "--method", method, "--cache_dir", tiny_zoo, "--output_path", tmp_path / "out")
     assert message == (
         "interpolation is between two experts, or between the base and one, and there are 3 (Chat, Math, Code); "

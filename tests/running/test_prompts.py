@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from expert_merging.asking import Formats
-from expert_merging.calibration import Sample
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
-from expert_merging.formats import Format
-from expert_merging.picture_sources import HeldPicture
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.formats import Format
+from expert_merging.questions.picture_sources import HeldPicture
 from expert_merging.running import targets
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
 from expert_merging.running.objectives import alignment, alignment_losses, distance, prediction_entropy
 from expert_merging.running.scores import (
     ExpertDivergence,

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.backbone import Backbone
-from expert_merging.calibration import Sample
 from expert_merging.cli import main
+from expert_merging.questions.calibration import Sample
 from expert_merging.running import samples
 from expert_merging.running.prompts import end_tokens, tokenizer_of, with_response
 from expert_merging.statistics import gram, inputs

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.inputs import InputWatch
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from expert_merging.calibration import load_samples
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import load_samples
 from Mistral.backbone import BACKBONE
 from tests.command import contents, snapshot
 from tests.zoo.conftest import BRIEF, brief_family

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
 from Mistral.backbone import BACKBONE
 from zoo import evaluate
 from zoo.evaluate import answer, cached_exact_match, exact_match

@@ -11,7 +11,7 @@ import numpy
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from expert_merging.calibration import load_samples
+from expert_merging.questions.calibration import load_samples
 from zoo import tasks
 from zoo.pictures import CELL, COLOURS, DIGITS_IN_ROW, PAPER, PLACES, SIDE, TASKS
 

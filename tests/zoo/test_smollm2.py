@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expert_merging.calibration import Sample
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
+from expert_merging.questions.calibration import Sample
 from Mistral.backbone import BACKBONE as MISTRAL
 from tests.command import merge
 from tests.zoo.conftest import BRIEF

@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from expert_merging.calibration import Sample, load_samples
-from expert_merging.formats import Format
 from expert_merging.options import ROOT
+from expert_merging.questions.calibration import Sample, load_samples
+from expert_merging.questions.formats import Format
 from tests.command import merge, merged
 from tests.zoo.conftest import BRIEF
 from zoo import internvl, qwen2vl, tasks, vision

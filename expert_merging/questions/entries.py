@@ -1,6 +1,7 @@
 """Entries of task files in the forms that people have: a question, an instruction, or a chat.
 
-Nothing is known here of experts or of where pictures are; `expert_merging.calibration` makes samples of what is found.
+Nothing is known here of experts or of where pictures are; `expert_merging.questions.calibration` makes samples of what
+is found.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expert_merging.checkpoints.folders import owner
 from expert_merging.errors import InputError
-from expert_merging.folders import owner
-from expert_merging.templates import ChatTemplate, Content, fault, turn_end
+from expert_merging.questions.templates import ChatTemplate, Content, fault, turn_end
 
 QUESTION, RESPONSE = "{question}", "{response}"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.adapter_files import (
+from expert_merging.checkpoints.adapter_files import (
     CONFIG,
     TOKENS,
     Contents,
@@ -21,9 +21,9 @@ from expert_merging.adapter_files import (
     sort_contents,
     weights_file,
 )
-from expert_merging.checkpoint import Checkpoint, Entry
+from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
+from expert_merging.checkpoints.lora import Adapted, Change, Matrix
 from expert_merging.errors import InputError, Problems
-from expert_merging.lora import Adapted, Change, Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expert_merging.checkpoint import Entry
+from expert_merging.checkpoints.checkpoint import Entry
+from expert_merging.checkpoints.folders import ADAPTER, INDEX, SINGLE, is_pointer, pickled, pointer
 from expert_merging.errors import InputError, Problems
-from expert_merging.folders import ADAPTER, INDEX, SINGLE, is_pointer, pickled, pointer
 
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"

@@ -19,9 +19,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.errors import InputError, Problems
-from expert_merging.fingerprints import blocks, file_content, shortened, written
-from expert_merging.folders import (
+from expert_merging.checkpoints.fingerprints import blocks, file_content, shortened, written
+from expert_merging.checkpoints.folders import (
     INDEX,
     SINGLE,
     is_pointer,
@@ -31,6 +30,7 @@ from expert_merging.folders import (
     weight_files,
     weight_map,
 )
+from expert_merging.errors import InputError, Problems
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object, read_vocabularies
 from expert_merging.errors import InputError
 from expert_merging.roles import has_row_per_word, is_head
-from expert_merging.tokenizer_files import Vocabulary, read_object, read_vocabularies
 
 # So many tokens are named in a line.
 _SHOWN = 3

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
-from expert_merging.checkpoint import Entry
+from expert_merging.checkpoints.checkpoint import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from expert_merging.backbone import language_setting
-from expert_merging.checkpoint import Checkpoint
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.parts import Part
 from expert_merging.roles import word_tables
 

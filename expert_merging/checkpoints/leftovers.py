@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from expert_merging.checkpoint import FLOATS, WHOLE, Checkpoint, Entry
+from expert_merging.checkpoints.checkpoint import FLOATS, WHOLE, Checkpoint, Entry
 from expert_merging.errors import Problems
 
 # What PEFT puts beside weights, and around those that it adapts.

@@ -10,9 +10,18 @@ import glob
 from collections.abc import Mapping
 from pathlib import Path
 
+from expert_merging.checkpoints.hub import (
+    Snapshot,
+    cache,
+    cache_folder,
+    cached_snapshot,
+    download,
+    look_up,
+    origin,
+    read_id,
+)
 from expert_merging.errors import InputError, Problems
-from expert_merging.hub import Snapshot, cache, cache_folder, cached_snapshot, download, look_up, origin, read_id
-from expert_merging.plan import show_size
+from expert_merging.machine import show_size
 from expert_merging.run import Run
 from expert_merging.writing import check_free_disk
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
+from expert_merging.checkpoints.folders import origin as origin
 from expert_merging.errors import InputError
-from expert_merging.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
-from expert_merging.folders import origin as origin
-from expert_merging.plan import show_size
+from expert_merging.machine import show_size
 from expert_merging.processes import is_main_process
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expert_merging.calibration import Sample
-from expert_merging.entries import MARK as MARK
 from expert_merging.errors import InputError
-from expert_merging.picture_sources import Picture
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.entries import MARK as MARK
+from expert_merging.questions.picture_sources import Picture
 
 if TYPE_CHECKING:
     from PIL import Image

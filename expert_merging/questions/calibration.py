@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expert_merging.entries import Exchange, read_entries, read_exchange
 from expert_merging.errors import InputError, Problems, excerpt, near_name
-from expert_merging.picture_sources import Picture, find_pictures
+from expert_merging.questions.entries import Exchange, read_entries, read_exchange
+from expert_merging.questions.picture_sources import Picture, find_pictures
 
 logger = logging.getLogger(__name__)
 

@@ -230,3 +230,17 @@ def _window_settings(language: _Part, longest: int | None) -> dict[str, Any]:
     if not uses or window is None or (longest is not None and window >= longest):
         return {"sliding_window": None}
     return {"sliding_window": window, **language.known(("max_window_layers", "layer_types"))}
+
+
+def language_setting(config: Mapping[str, Any], name: str) -> Any:
+    """A setting of the language model from ``config.json``, where multimodal models nest it; None if it is not said."""
+    for part in (config.get("text_config"), config.get("llm_config"), config):
+        if isinstance(part, Mapping) and part.get(name) is not None:
+            return part[name]
+    return None
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder layers of the language model, from ``config.json``; None where it does not say."""
+    count = language_setting(config, "num_hidden_layers")
+    return count if isinstance(count, int) else None

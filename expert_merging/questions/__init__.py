@@ -1,0 +1,1 @@
+"""Calibration files, the pictures in them, and the words that models are asked in."""
