@@ -152,7 +152,7 @@ def test_adapters_of_another_base_are_warned_of_once(zoo, tmp_path, capsys):
     for folder in (base, other):
         perturb(zoo.base, folder, 0, change=0)
     load = partial(MistralForCausalLM.from_pretrained, other)
-    experts = {name: save_adapter(load, tmp_path / name) for name in ("A", "B")}
+    experts = {name: save_adapter(load, tmp_path / name, r=rank) for name, rank in {"A": 3, "B": 4}.items()}
     assert merge("--method", "ties", "--dry_run", *flags(base, **experts)) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == [
@@ -171,7 +171,8 @@ def test_resized_embeddings_are_compared_where_they_are_merged(zoo, tmp_path, ca
     capsys.readouterr()
     assert merge(*given, "--exclude_params", "lm_head.*") == 1
     assert capsys.readouterr().err == (
-        f"error: expert A ({adapter}): model.embed_tokens.weight has shape [90, 32], the base's has [80, 32]\n"
+        f"error: expert A ({adapter}): model.embed_tokens.weight has shape [90, 32], the base's has [80, 32]; "
+        "--embeddings mean, or base, matches rows by token\n"
     )
 
 

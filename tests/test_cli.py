@@ -34,8 +34,8 @@ def test_a_dry_run_checks_and_tells_and_writes_nothing(command, tmp_path, capsys
         f"method task_arithmetic, run folder {tmp_path / 'out' / 'task_arithmetic' / 'Mistral-'}"
     )
     assert lines[1] == f"base {tmp_path / 'base'}"
-    assert "2 of 4 tensors are merged" in lines[6]
-    assert "writes" in lines[7]
+    assert "2 of 4 tensors are merged" in lines[7]
+    assert "writes" in lines[8]
     assert lines[-1] == "dry run: all checks passed, nothing was written"
 
 

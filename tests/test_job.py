@@ -167,7 +167,7 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
     texts = [line.split(" INFO ")[1] for line in lines]
     assert texts == capsys.readouterr().out.splitlines()
-    assert texts[:7] == [
+    assert texts[:8] == [
         f"method task_arithmetic, run folder {run.folder}",
         f"base {tmp_path / 'base'}",
         f"expert A {tmp_path / 'a'}",
@@ -177,12 +177,12 @@ def test_the_log_tells_the_plan_and_the_result(command, tmp_path, capsys):
         "option scaling_coefficient 0.3",
         "2 of 4 tensors are merged (0.0M parameters), 2 keep the base's value",
     ]
-    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MiB of memory on \S+", texts[7])
-    assert re.fullmatch(r"merging took \d\.\d s", texts[8])
-    assert texts[9] == "largest relative change: 0.45 in layers.1.weight"
-    assert texts[11] == f"merged model: {run.model}"
-    assert f'from_pretrained("{run.model}"' in texts[12]
-    assert f"pretrained={run.model}" in texts[13]
+    assert re.fullmatch(r"writes 0.0 MB; merging needs about 0.0 MiB of memory on \S+", texts[8])
+    assert re.fullmatch(r"merging took \d\.\d s", texts[9])
+    assert texts[10] == "largest relative change: 0.45 in layers.1.weight"
+    assert texts[12] == f"merged model: {run.model}"
+    assert f'from_pretrained("{run.model}"' in texts[13]
+    assert f"pretrained={run.model}" in texts[14]
     assert "\x1b" not in run.log.read_text()
 
 
@@ -288,7 +288,7 @@ def test_weights_that_were_written_again_without_a_change_that_shows_are_told(co
         assert told in capsys.readouterr().out
     run.model.rename(run.partial_model)
     assert merge(*command) == 0
-    assert f"WARNING {told}\n" in run.log.read_text()
+    assert f"warning: {told}\n" in run.log.read_text()
     capsys.readouterr()
     again = merged(tmp_path / "again", *command)
     assert "written again" not in again.log.read_text(), "a new run begins with them"

@@ -159,7 +159,7 @@ def other_ends(
     usual = _ends(base, vocabularies.get("base"))
     lines = []
     for name, expert in experts.items():
-        vocabulary = vocabularies.get(name)
+        vocabulary = vocabularies.get(name) or vocabularies.get("base")  # who has no tokenizer is asked with the base's
         own = _ends(expert, vocabulary) | {vocabulary.end if vocabulary else None} - {None}
         others = sorted(map(str, own - usual))
         if usual and others:

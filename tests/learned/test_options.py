@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.plan import make_plan
 from Mistral.backbone import BACKBONE, encode_prompt, load_processor
-from tests.checkpoints import BASE, CHARACTERS, EXPERTS, tensors_of, write_tasks
+from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
 from tests.command import assert_same_bytes, flags, given, merge, merged
 from tests.learned.test_coefficients import make_coefficients
 
@@ -78,18 +78,11 @@ def test_what_loading_any_model_needs_is_checked_before_an_expert_is_asked(comma
         folders[name] = shutil.copytree(tiny_zoo / published, tmp_path / name)
     file = folders["Chat"] / "generation_config.json"
     file.write_text("{")
-    config = json.loads((folders["Math"] / "config.json").read_text())
-    (folders["Math"] / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
     for mode in ([], ["--dry_run"]):
         assert command(*mode, *map(str, flags(tiny_zoo / BASE, **folders))) == 1
         assert capsys.readouterr().err.splitlines() == [
             f"error: {file} is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
             "(char 1)); download it again",
-            *(
-                f"error: {folders['Math']}: {name} has {len(CHARACTERS)} rows, and config.json has the vocab_size 7; "
-                "write the number of rows there, or download both again"
-                for name in ("lm_head.weight", "model.embed_tokens.weight")
-            ),
         ]
 
 
