@@ -11,7 +11,7 @@ from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.configurations import differing_settings
-from expert_merging.checkpoints.hub import origin
+from expert_merging.checkpoints.folders import origin
 from expert_merging.idle import idle_flags
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan

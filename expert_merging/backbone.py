@@ -15,7 +15,7 @@ from expert_merging.checkpoints.naming import DECODER
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError
 from expert_merging.flags import Option, read_options
-from expert_merging.libraries import import_transformers as import_transformers
+from expert_merging.libraries import import_transformers
 from expert_merging.questions.formats import Asking, Format
 
 if TYPE_CHECKING:

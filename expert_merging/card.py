@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Evaluation
-from expert_merging.checkpoints.hub import origin
+from expert_merging.checkpoints.folders import origin
 from expert_merging.run import Run
 
 _CARD = """---

@@ -31,7 +31,7 @@ from expert_merging.checkpoints.folders import (
 )
 from expert_merging.checkpoints.sources import locate
 from expert_merging.console import Terminal
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, first_line
 from expert_merging.machine import show_size
 from expert_merging.outputs import Made, Slot, index_of, make_header
 from expert_merging.progress import Advance
@@ -199,7 +199,7 @@ def _load(file: Path) -> dict[str, Tensor]:
             "its maker for safetensors files"
         ) from None
     except _DAMAGES as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"{file} is no pickle file of tensors, or is damaged ({reason}); download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} holds {type(content).__name__}, not tensors by name as a model's file does")

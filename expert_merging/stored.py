@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expert_merging.backbone import empty_model, import_transformers, same_name
+from expert_merging.backbone import empty_model, same_name
+from expert_merging.libraries import import_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from expert_merging import writing
 from expert_merging.__main__ import main
 from expert_merging.checkpoints import hub as hubs
-from expert_merging.checkpoints.hub import Repository, origin, read_id
+from expert_merging.checkpoints.folders import origin
+from expert_merging.checkpoints.hub import Repository, read_id
 from expert_merging.checkpoints.sources import locate, locate_all
 from expert_merging.comparing.compare import find_models
 from expert_merging.errors import InputError

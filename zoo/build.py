@@ -19,8 +19,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers, same_name
+from expert_merging.backbone import same_name
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.writing import partial_name, write_atomically
