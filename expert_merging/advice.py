@@ -59,7 +59,7 @@ def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
     return [
         f"the weights of {name} ({checkpoint.folder}) were written again since this run began; samples of them are as "
         "they were, so it goes on. If you have changed weights, move the run's folder away"
-        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
+        for name, checkpoint in plan.checkpoints.items()
         if places.get(name) == str(checkpoint.folder.resolve())
         if written.get(name, checkpoint.written()) != checkpoint.written()
     ]

@@ -13,7 +13,7 @@ from expert_merging.checkpoints.checkpoint import loadable
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.checkpoints.naming import DECODER
 from expert_merging.checkpoints.reading import reading
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_of
 from expert_merging.flags import Option, read_options
 from expert_merging.libraries import import_transformers
 from expert_merging.questions.formats import Asking, Format
@@ -210,9 +210,9 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
 def refuse_lacking(folder: Path, names: Set[str]) -> None:
     """Refuse a checkpoint in whose files tensors of its model are not; nothing is said if there are no such names."""
     if names:
-        first, *others = sorted(names)
-        more = f" and {len(others)} more" if others else ""
-        raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+        raise InputError(
+            f"{folder} lacks {first_of(sorted(names), 1)}, which the model of its config.json has; download it again"
+        )
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:

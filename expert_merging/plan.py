@@ -87,9 +87,14 @@ class Plan:
         return frozenset(self.merged)
 
     @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The experts by name after the ``base``, which no expert is called."""
+        return {"base": self.base, **self.experts}
+
+    @property
     def contents(self) -> dict[str, str]:
         """Digests of the weights of ``base`` and experts, which copies share."""
-        return {name: checkpoint.content() for name, checkpoint in {"base": self.base, **self.experts}.items()}
+        return {name: checkpoint.content() for name, checkpoint in self.checkpoints.items()}
 
     @property
     def base_elements(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expert_merging.backbone import empty_model, same_name
@@ -89,7 +90,7 @@ class _Rows:
         self.names = list(shapes)
         self.shapes = [(*shape[:-1], 1) if len(shape) > 1 else shape for shape in shapes.values()]
         self.widths = [shape[-1] if len(shape) > 1 else 1 for shape in shapes.values()]
-        counts = [_product(shape) for shape in self.shapes]
+        counts = map(prod, self.shapes)
         self.firsts = [0, *accumulate(counts)]
 
     def numbers(self) -> dict[str, Tensor]:
@@ -116,10 +117,3 @@ class _Rows:
             found.append(Run(self.names[place], before * width, (before + count) * width))
             flat = flat[count:]
         return found
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
