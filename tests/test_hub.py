@@ -22,7 +22,8 @@ from expert_merging.checkpoints.hub import Repository, read_id
 from expert_merging.checkpoints.sources import locate, locate_all
 from expert_merging.comparing.compare import find_models
 from expert_merging.errors import InputError
-from expert_merging.options import parse, resolve
+from expert_merging.options import resolve
+from expert_merging.parser import parse
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, merge, merged, refusal, refused
