@@ -12,7 +12,7 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expert_merging.backbone import empty_model, same_name
+from expert_merging.backbone import empty_model
 from expert_merging.libraries import import_transformers
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Run(NamedTuple):
     stop: int
 
 
-def stored_tensors(model: Any, file_name: Callable[[str], str] = same_name) -> dict[str, list[Run]]:
+def stored_tensors(model: Any, file_name: Callable[[str], str] = str) -> dict[str, list[Run]]:
     """The runs that the tensors of the files are, by published names.
 
     A tensor is one run, all of a parameter or a part of it, or several one after the other. What is neither, such as a
