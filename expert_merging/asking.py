@@ -51,7 +51,7 @@ class Formats:
 
     @property
     def digest(self) -> str:
-        """Of all that decides tokens."""
+        """A digest of all that decides tokens."""
         named = {name: found.digest for name, found in (*self.experts.items(), *self.tasks.items())}
         return of_text(json.dumps([self.default.digest, named]))
 
@@ -191,7 +191,7 @@ class Wording:
         source: whose chat template the merged folder has: ``base``, ``family``, ``experts`` or an expert's name.
         template: the chat template that the merged folder gets; None where it keeps what the base has.
         merged: how the merged folder asks to be asked.
-        has: what it has of chat templates, in words.
+        has: which chat template it has, in words.
     """
 
     formats: Formats

@@ -77,7 +77,7 @@ class Plan:
         return Part.whole(name, self.base.entries[name].shape)
 
     def merged_as(self, name: str) -> str | None:
-        """The tensor whose merged value a tensor of the base gets: its own, for a copy that of what it is a copy of."""
+        """The tensor whose merged value a tensor gets: itself, or what it is a copy of; None if that is not merged."""
         source = self.heads.kept if name == self.heads.copy else name
         return source if source in self.merged_set else None
 

@@ -63,7 +63,7 @@ class WordTables:
 
     @property
     def digest(self) -> str:
-        """What a run is continued with alone."""
+        """A digest of rows and files: a run is continued only with the same."""
         digest = hashlib.sha256()
         for name, rows in self.rows.items():
             digest.update(name.encode() + rows.tobytes())

@@ -118,7 +118,7 @@ def _in_cache(repository: Repository, problem: str) -> Snapshot:
     """What an earlier download has left.
 
     Raises:
-        InputError: nothing; then the problem counts, for which the Hub has not given it.
+        InputError: it has left nothing; ``problem`` says why the Hub has not given it.
     """
     found = cached_snapshot(cache() / cache_folder(repository.name), repository.revision or "main")
     if found is None:
@@ -205,7 +205,7 @@ def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) 
     """
     names = [name for name in sizes if "/" not in name]
     of_pickles = [name for name in names if is_pickle(name)]
-    safetensors = [*chosen_weights(names), *filter(ADAPTER.__eq__, names)]
+    safetensors = [*chosen_weights(names), *({ADAPTER} & set(names))]
     if pickles and safetensors:
         raise InputError(f"{repository} has safetensors files already, which are read; there is nothing to convert")
     weights = of_pickles if pickles else safetensors

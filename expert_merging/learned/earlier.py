@@ -21,7 +21,7 @@ from expert_merging.run import Run
 
 
 def applied(context: Context, place: Path, factors: Mapping[str, float], *, force: bool) -> Preparation:
-    """The rule that coefficients of an earlier run are.
+    """What merges with the coefficients of an earlier run.
 
     Args:
         context: the run.

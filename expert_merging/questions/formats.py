@@ -86,7 +86,7 @@ class Format:
 
     @property
     def digest(self) -> str:
-        """Of all that decides tokens."""
+        """A digest of all that decides tokens."""
         template = None if self.template is None else [self.template.text, self.template.special_tokens]
         return of_text(json.dumps([self.text, template, self.end]))
 
