@@ -81,7 +81,7 @@ def cached_snapshot(folder: Path, revision: str = "main") -> Path | None:
     return found if found.is_dir() else None
 
 
-def look_up(repository: Repository, *, pickles: bool = False) -> Snapshot:
+def look_up(repository: Repository, *, pickles: bool) -> Snapshot:
     """Ask the Hub for a repository; where it cannot be reached, look into the cache.
 
     Args:

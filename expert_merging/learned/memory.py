@@ -77,7 +77,7 @@ def choose(
 
 
 def arrange(
-    live: LiveModel, options: TrainingOptions, warm_up: Callable[[], None], barrier: Callable[[], None] = lambda: None
+    live: LiveModel, options: TrainingOptions, warm_up: Callable[[], None], barrier: Callable[[], None]
 ) -> None:
     """Choose, bring the task vectors to their places, and say what was chosen.
 
