@@ -15,8 +15,9 @@ from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
+from expert_merging.questions.entries import MARK
 from expert_merging.questions.formats import Asking, Format
-from expert_merging.questions.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.pictures import marked_question, read_picture
 from InternVL import remote
 from InternVL.images import Tiling, pixel_values
 from InternVL.layout import IMAGE_TOKEN, native_config, published_name, read_config, tile_size, tile_tokens

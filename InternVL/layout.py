@@ -12,9 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, Problems
+from expert_merging.libraries import import_transformers
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # noqa: S105  (a token of text)
 

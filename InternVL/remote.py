@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from expert_merging.shortage import shortage_of
 from InternVL.layout import read_config
 

@@ -13,12 +13,12 @@ from expert_merging import stored
 from expert_merging.backbone import (
     Backbone,
     Evaluation,
-    import_transformers,
     load_tokenizer,
     load_whole,
 )
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, first_line
+from expert_merging.libraries import import_transformers
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.formats import Asking, Format
 from expert_merging.questions.templates import template_of

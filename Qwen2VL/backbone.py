@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
-from expert_merging.backbone import Backbone, Evaluation, import_transformers, load_whole
+from expert_merging.backbone import Backbone, Evaluation, load_whole
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
+from expert_merging.libraries import import_transformers
+from expert_merging.questions.entries import MARK
 from expert_merging.questions.formats import Asking, Format
-from expert_merging.questions.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.pictures import marked_question, read_picture
 from expert_merging.questions.templates import ChatTemplate, template_of
 
 if TYPE_CHECKING:

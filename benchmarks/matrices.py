@@ -136,12 +136,12 @@ def _side_by_side(rule: Rule, given: list[Tensor], workers: int) -> list[Tensor]
     return [merged[index] for index in range(len(given))]
 
 
-def _timed(work: Callable[[], list[Tensor]], repeats: int = 2) -> tuple[float, list[Tensor]]:
-    """Seconds of the fastest of a few repeats, and what the last one gave."""
+def _timed(work: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
+    """Seconds of the faster of two repeats, and what the last one gave."""
     import torch
 
     seconds, result = [], []
-    for _ in range(repeats):
+    for _ in range(2):
         start = time.perf_counter()
         result = work()
         if result[0].is_cuda:

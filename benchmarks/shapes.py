@@ -148,7 +148,7 @@ def make_model(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> An
     """A model with that ``config.json``, with arbitrary weights, in evaluation mode."""
     import torch
 
-    from expert_merging.backbone import import_transformers
+    from expert_merging.libraries import import_transformers
 
     transformers = import_transformers()
     settings = dict(config)

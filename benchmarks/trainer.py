@@ -27,7 +27,7 @@ def work(case: Case) -> dict[str, Any]:
     """Measure one case in this process."""
     import torch
 
-    from expert_merging.backbone import import_transformers
+    from expert_merging.libraries import import_transformers
 
     torch.manual_seed(0)
     import_transformers().AutoModelForCausalLM  # noqa: B018  (loads what belongs to the start of every variant)

@@ -158,7 +158,6 @@ class Bench:
         """The trainer."""
         import torch
 
-        from expert_merging.backbone import same_name
         from expert_merging.catalogue import find_method
         from expert_merging.context import Context
         from expert_merging.learned.directions import PLAIN
@@ -211,7 +210,7 @@ class Bench:
             regularisation=Regularisation(REGULARISATION),
         )
         with tempfile.TemporaryDirectory() as folder:
-            backbone: Any = SimpleNamespace(file_name=same_name)
+            backbone: Any = SimpleNamespace(file_name=str)
             context = Context(
                 self.plan, backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress, find_method
             )

@@ -13,7 +13,7 @@ from rich.console import Console
 from expert_merging.comparing.compare import AlignOptions, compare
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.flags import read_options
-from expert_merging.options import add_flag, single_value
+from expert_merging.parser import add_flag, single_value
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 

@@ -11,7 +11,7 @@ from expert_merging import machine
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.configurations import differing_settings
-from expert_merging.checkpoints.hub import origin
+from expert_merging.checkpoints.folders import origin
 from expert_merging.idle import idle_flags
 from expert_merging.options import Resolved
 from expert_merging.plan import Plan
@@ -59,7 +59,7 @@ def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
     return [
         f"the weights of {name} ({checkpoint.folder}) were written again since this run began; samples of them are as "
         "they were, so it goes on. If you have changed weights, move the run's folder away"
-        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
+        for name, checkpoint in plan.checkpoints.items()
         if places.get(name) == str(checkpoint.folder.resolve())
         if written.get(name, checkpoint.written()) != checkpoint.written()
     ]

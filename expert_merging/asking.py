@@ -6,7 +6,6 @@ where the base's tokenizer makes the same tokens of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from expert_merging.backbone import Backbone, load_tokenizer
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.folders import owner
 from expert_merging.errors import InputError, near_name
 from expert_merging.plan import Plan
@@ -51,9 +51,9 @@ class Formats:
 
     @property
     def digest(self) -> str:
-        """Of all that decides tokens."""
+        """A digest of all that decides tokens."""
         named = {name: found.digest for name, found in (*self.experts.items(), *self.tasks.items())}
-        return hashlib.sha256(json.dumps([self.default.digest, named]).encode()).hexdigest()[:16]
+        return of_text(json.dumps([self.default.digest, named]))
 
     @property
     def named(self) -> dict[str, Format]:
@@ -191,7 +191,7 @@ class Wording:
         source: whose chat template the merged folder has: ``base``, ``family``, ``experts`` or an expert's name.
         template: the chat template that the merged folder gets; None where it keeps what the base has.
         merged: how the merged folder asks to be asked.
-        has: what it has of chat templates, in words.
+        has: which chat template it has, in words.
     """
 
     formats: Formats

@@ -13,9 +13,9 @@ from expert_merging.checkpoints.checkpoint import loadable
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.checkpoints.naming import DECODER
 from expert_merging.checkpoints.reading import reading
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_of
 from expert_merging.flags import Option, read_options
-from expert_merging.libraries import import_transformers as import_transformers
+from expert_merging.libraries import import_transformers
 from expert_merging.questions.formats import Asking, Format
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.questions.calibration import Sample
-
-
-def same_name(name: str) -> str:
-    """The name itself, for families whose checkpoints and models call parameters the same."""
-    return name
 
 
 # Functions of a family whose keyword-only parameters are flags.
@@ -90,8 +85,8 @@ class Backbone:
         takes_images: samples may have pictures.
         picture_bounds: names of the flags that make pictures take fewer tokens.
         file_name: name in a published checkpoint of a parameter's name in memory, or in a checkpoint saved with newer
-            names; published names stay. Parameters in memory that share one are its consecutive rows, in their order.
-            What transformers itself does to names need not be in it.
+            names; published names stay, and by default all do. Parameters in memory that share one are its consecutive
+            rows, in their order. What transformers itself does to names need not be in it.
         vision_tower: pattern of the vision tower's parameters, one of `exclude_params`; empty where there is none.
         test_questions: what ``--run_tests`` asks the merged model.
         evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
@@ -112,7 +107,7 @@ class Backbone:
     task_experts: Mapping[str, str] = field(default_factory=dict)
     takes_images: bool = False
     picture_bounds: tuple[str, ...] = ()
-    file_name: Callable[[str], str] = same_name
+    file_name: Callable[[str], str] = str
     vision_tower: str = ""
     test_questions: tuple[Sample, ...] = ()
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
@@ -175,7 +170,7 @@ def empty_model(kind: str, config: Any) -> Any:
         return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
 
 
-def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = same_name) -> Any:
+def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = str) -> Any:
     """A model whose tensors are all there and as ``config.json`` says, in evaluation mode, without remote code.
 
     Args:
@@ -210,9 +205,9 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
 def refuse_lacking(folder: Path, names: Set[str]) -> None:
     """Refuse a checkpoint in whose files tensors of its model are not; nothing is said if there are no such names."""
     if names:
-        first, *others = sorted(names)
-        more = f" and {len(others)} more" if others else ""
-        raise InputError(f"{folder} lacks {first}{more}, which the model of its config.json has; download it again")
+        raise InputError(
+            f"{folder} lacks {first_of(sorted(names), 1)}, which the model of its config.json has; download it again"
+        )
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Evaluation
-from expert_merging.checkpoints.hub import origin
+from expert_merging.checkpoints.folders import origin, owner
 from expert_merging.run import Run
 
 _CARD = """---
@@ -45,14 +45,9 @@ tags:
 {asking}"""
 
 _MADE = "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it."
-_ORIGINS = {
-    (True, True): "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are "
-    "the base's.",
-    (True, False): "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are "
-    "the base's, but for embeddings, head and tokenizer.",
-    (False, True): _MADE,
-    (False, False): _MADE,
-}
+_KEPT = (
+    "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's{but}."
+)
 _LAYOUTS = {
     True: "This folder has the layout, tensor names and types of its base and loads the same way",
     False: "This folder is a model of its own kind, which its config.json names",
@@ -108,7 +103,9 @@ def model_card(
             f"| {role} | `{_name(path)}`{_details(path, is_adapter=role in adapters)} |" for role, path in names.items()
         ),
         options=json.dumps({**options, "seed": description["seed"]}, indent=2),
-        origin=_ORIGINS[is_mirror, keeps_others].format(merged=merged, tensors=tensors),
+        origin=(_KEPT if is_mirror else _MADE).format(
+            merged=merged, tensors=tensors, but="" if keeps_others else ", but for embeddings, head and tokenizer"
+        ),
         layout=_LAYOUTS[is_mirror],
         asking=f"\n{asking}\n" if asking else "",
         example=_EXAMPLE.format(
@@ -133,10 +130,8 @@ def vlmeval_config(evaluation: Evaluation, name: str, folder: Path) -> bytes:
 
 def _name(path: str) -> str:
     """A checkpoint's name without the folders of the machine where it was merged."""
-    repository, run = origin(path), Run.found_at(Path(path))
-    if repository is not None:
-        return repository[0]
-    return run.name if run is not None else path.rstrip("/").rsplit("/", 1)[-1]
+    run = Run.found_at(Path(path))
+    return owner(path) if run is None else run.name
 
 
 def _details(path: str, *, is_adapter: bool) -> str:

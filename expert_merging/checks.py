@@ -167,7 +167,6 @@ def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
 def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -> dict[str, Any]:
     """The run's ``config.json``, but for what its preparation reads."""
     general, options = resolved.general, method_options(resolved)
-    checkpoints = {"base": plan.base, **plan.experts}
     decisive = {name: value for name, value in general.items() if name not in _INDIFFERENT}
     decisive |= {
         "base_model_path": str(plan.base.folder.resolve()),
@@ -182,10 +181,10 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "family": backbone.name,
         "method": resolved.method.name,
         "options": decisive | {name: value for name, value in options.items() if name not in _SAVING},
-        "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in checkpoints.items()},
+        "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in plan.checkpoints.items()},
         **({"adapters": adapters} if adapters else {}),
         "inputs": {"device": device.split(":")[0], "version": __version__},
-        "written": {name: entry.written() for name, entry in checkpoints.items()},
+        "written": {name: entry.written() for name, entry in plan.checkpoints.items()},
         "seed": general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31),
         "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | saving | {"device": device},
         **provenance(),

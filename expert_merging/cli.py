@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, kind_of
 from expert_merging.errors import InputError, file_problem, lines_of, tell
-from expert_merging.options import Resolved, parse, resolve, show_default
+from expert_merging.options import Resolved, resolve
+from expert_merging.parser import parse, show_default
 from expert_merging.processes import await_end, is_lost_process, is_main_process, tell_launcher
 from expert_merging.relief import advice, out_of_memory
 from expert_merging.shortage import shortage_of

@@ -6,12 +6,12 @@ is that of the largest tensor that has to be copied. Tensors that share memory i
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from expert_merging.checkpoints.folders import (
 )
 from expert_merging.checkpoints.sources import locate
 from expert_merging.console import Terminal
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, first_line
 from expert_merging.machine import show_size
 from expert_merging.outputs import Made, Slot, index_of, make_header
 from expert_merging.progress import Advance
@@ -39,9 +39,8 @@ from expert_merging.writing import (
     ShardWriter,
     check_free_disk,
     check_new_folder,
-    partial_name,
+    making_folder,
     sync_files,
-    sync_folder,
     write_atomically,
 )
 
@@ -85,20 +84,12 @@ def convert(place: Path, target: Path, console: Console) -> None:
     layouts = _read_layouts(files)
     size = sum(slot.size for slots in layouts.values() for slot in slots)
     check_free_disk(target, size, "NEW_FOLDER")
-    terminal, partial = Terminal(), partial_name(target)
-    partial.mkdir(parents=True)
-    try:
+    with closing(Terminal()) as terminal, making_folder(target) as partial:
+        partial.mkdir(parents=True)
         with terminal.progress("converting", size, "B") as advance:
             for name, file in files.items():
                 _write(_load(file), layouts[name], partial / name, advance)
         _complete(partial, folder, layouts, size)
-        os.rename(partial, target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it takes a minute to write it again
-        raise
-    finally:
-        terminal.close()
     console.print(f"{target} ({show_size(size)})", markup=False)
 
 
@@ -199,7 +190,7 @@ def _load(file: Path) -> dict[str, Tensor]:
             "its maker for safetensors files"
         ) from None
     except _DAMAGES as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"{file} is no pickle file of tensors, or is damaged ({reason}); download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} holds {type(content).__name__}, not tensors by name as a model's file does")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,21 @@ def excerpt(value: Any, *, quoted: bool = True) -> str:
 def first_line(error: BaseException) -> str:
     """The beginning of what an error says, which may go on for pages; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :")
+
+
+def first_of(names: Sequence[object], shown: int) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say in errors that are raised inside what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(f"{what}: {problem}" for problem in error.problems)) from None
 
 
 class Problems:

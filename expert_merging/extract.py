@@ -5,10 +5,9 @@ Nothing but the run and the base is read. The driver that merges does it: the me
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from expert_merging.outputs import mirror_of
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
 from expert_merging.run import Run
-from expert_merging.writing import check_free_disk, check_new_folder, partial_name, sync_folder, write_atomically
+from expert_merging.writing import check_free_disk, check_new_folder, making_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,22 +69,14 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
     import torch
 
     limit_threads()
-    terminal, partial = Terminal(), partial_name(target)
 
     def rule(task_vectors: Tensor, part: Part, _base: Tensor) -> Tensor:
         return task_vectors[0].mul_(masks.read(part))
 
-    try:
+    with closing(Terminal()) as terminal, making_folder(target) as partial:
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
         write_atomically(partial / "README.md", _card(plan, masks).encode())
-        os.rename(partial, target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # it takes a minute to write it again
-        raise
-    finally:
-        terminal.close()
     console.print(f"expert {expert}: {target} ({show_size(output.size)})", markup=False)
 
 
@@ -115,16 +106,16 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
 
 def _read_record(run: Run) -> Mapping[str, Any]:
     """``config.json`` of a complete run of ``tall``."""
-    try:
-        record = json.loads(run.config.read_text(encoding="utf-8"))
-        method, _ = record["method"], Path(record["options"]["base_model_path"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one") from None
-    if method != tall.tall.__name__:
-        raise InputError(f"{run.folder} is a run of {method}; experts can be rebuilt from runs of --method tall")
+    record = run.record
+    if record is None or not isinstance(record["options"].get("base_model_path"), str):
+        raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one")
+    if record["method"] != tall.tall.__name__:
+        raise InputError(
+            f"{run.folder} is a run of {record['method']}; experts can be rebuilt from runs of --method tall"
+        )
     if not run.is_complete:
         raise InputError(f"{run.folder} is not complete; its own command continues it")
-    return dict(record)
+    return record
 
 
 def _agree(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> bool:

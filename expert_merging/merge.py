@@ -146,7 +146,7 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
         write_atomically(folder / "config.json", (json.dumps(output.edit(base.config), indent=2) + "\n").encode())
 
 
-def copy_other_files(base: Checkpoint, folder: Path, *, index: bool = True, but: Container[str] = ()) -> None:
+def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Container[str]) -> None:
     """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``.
 
     Args:

@@ -21,8 +21,8 @@ from expert_merging.checkpoints.tokenizer_files import (
     read_vocabularies,
     tokenizer_files,
 )
-from expert_merging.checkpoints.vocabulary import count_of, named_first, row_count, with_identifiers
-from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.checkpoints.vocabulary import SHOWN, count_of, row_count, with_identifiers
+from expert_merging.errors import InputError, Problems, first_of, near_name
 from expert_merging.plan import Plan
 from expert_merging.roles import has_row_per_word
 from expert_merging.word_tables import BASE, WordTables, table_of
@@ -57,7 +57,7 @@ def choose_word_tables(plan: Plan, tokenizer: str, embeddings: str) -> WordTable
         InputError: there is no such expert, or the vocabularies cannot be put together.
     """
     _check_names(plan, tokenizer, embeddings)
-    models = {BASE: plan.base, **plan.experts}
+    models = plan.checkpoints
     needed = set(models) if tokenizer == UNION or embeddings == MEAN else {BASE, tokenizer, embeddings}
     if tokenizer == BASE:  # whose tokens all have rows in these
         models = {name: model for name, model in models.items() if name in needed}
@@ -173,7 +173,7 @@ def _union(vocabularies: Mapping[str, Vocabulary]) -> Vocabulary:
         if own:
             problems.add(
                 f"expert {name} has another tokenizer than the base, with {count_of(len(own), 'token')} of its "
-                f"vocabulary that the base lacks ({named_first(own)}); a union has added tokens alone, so choose "
+                f"vocabulary that the base lacks ({first_of(own, SHOWN)}); a union has added tokens alone, so choose "
                 f"--tokenizer base or {name}"
             )
             continue
@@ -275,7 +275,7 @@ def _about_tokenizer(owner: str, tokenizer: str, new: Mapping[str, int]) -> str:
         return f"The tokenizer is {'the base' if owner == BASE else f'expert {owner}'}'s."
     if not new:
         return "The tokenizer is the base's, which no expert has added tokens to."
-    shown = named_first([f"{token} {number}" for token, number in new.items()])
+    shown = first_of([f"{token} {number}" for token, number in new.items()], SHOWN)
     return f"The tokenizer is the base's with {count_of(len(new), 'token')} that experts have added ({shown})."
 
 

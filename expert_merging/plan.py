@@ -77,7 +77,7 @@ class Plan:
         return Part.whole(name, self.base.entries[name].shape)
 
     def merged_as(self, name: str) -> str | None:
-        """The tensor whose merged value a tensor of the base gets: its own, for a copy that of what it is a copy of."""
+        """The tensor whose merged value a tensor gets: itself, or what it is a copy of; None if that is not merged."""
         source = self.heads.kept if name == self.heads.copy else name
         return source if source in self.merged_set else None
 
@@ -87,9 +87,14 @@ class Plan:
         return frozenset(self.merged)
 
     @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The experts by name after the ``base``, which no expert is called."""
+        return {"base": self.base, **self.experts}
+
+    @property
     def contents(self) -> dict[str, str]:
         """Digests of the weights of ``base`` and experts, which copies share."""
-        return {name: checkpoint.content() for name, checkpoint in {"base": self.base, **self.experts}.items()}
+        return {name: checkpoint.content() for name, checkpoint in self.checkpoints.items()}
 
     @property
     def base_elements(self) -> int:

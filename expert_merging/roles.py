@@ -62,11 +62,6 @@ def is_in_decoder(name: str) -> bool:
     return bool(_IN_DECODER.search(name))
 
 
-def is_output_head(name: str) -> bool:
-    """Whether the tensor is the weight of an output head of its own."""
-    return name.endswith("lm_head.weight")
-
-
 def word_tables(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The language model's table of embeddings and its output head; None for what is not there."""
     tables = [name for name in names if is_word_table(name)]
@@ -82,16 +77,6 @@ def has_row_per_word(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether the tensor belongs to an output head."""
     return bool(_HEAD.match(name))
-
-
-def output_head(names: Iterable[str]) -> str | None:
-    """The tensor that makes logits: an output head, or the embeddings where the two are tied; None without either."""
-    known = list(names)
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name in known:
-            if name.endswith(ending):
-                return name
-    return None
 
 
 def find_places(names: Sequence[str]) -> dict[str, Place]:

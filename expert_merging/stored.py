@@ -9,9 +9,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expert_merging.backbone import empty_model, import_transformers, same_name
+from expert_merging.backbone import empty_model
+from expert_merging.libraries import import_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,7 @@ class Run(NamedTuple):
     stop: int
 
 
-def stored_tensors(model: Any, file_name: Callable[[str], str] = same_name) -> dict[str, list[Run]]:
+def stored_tensors(model: Any, file_name: Callable[[str], str] = str) -> dict[str, list[Run]]:
     """The runs that the tensors of the files are, by published names.
 
     A tensor is one run, all of a parameter or a part of it, or several one after the other. What is neither, such as a
@@ -88,7 +90,7 @@ class _Rows:
         self.names = list(shapes)
         self.shapes = [(*shape[:-1], 1) if len(shape) > 1 else shape for shape in shapes.values()]
         self.widths = [shape[-1] if len(shape) > 1 else 1 for shape in shapes.values()]
-        counts = [_product(shape) for shape in self.shapes]
+        counts = map(prod, self.shapes)
         self.firsts = [0, *accumulate(counts)]
 
     def numbers(self) -> dict[str, Tensor]:
@@ -115,10 +117,3 @@ class _Rows:
             found.append(Run(self.names[place], before * width, (before + count) * width))
             flat = flat[count:]
         return found
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

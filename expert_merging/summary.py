@@ -16,8 +16,8 @@ from expert_merging.checks import Job, method_options
 from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
 from expert_merging.machine import gib, show_size
 from expert_merging.merge import Summary, working_memory
-from expert_merging.options import show
 from expert_merging.outputs import Computed, Copied, Made, Output
+from expert_merging.parser import show
 from expert_merging.plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,12 @@ from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.folders import INDEX
 from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object
+from expert_merging.checkpoints.tying import SETTING
 from expert_merging.checkpoints.vocabulary import row_count, with_identifiers, with_size
 from expert_merging.errors import InputError
 from expert_merging.outputs import Computed, Copied, Output, Slot, make_header, metadata_of
 from expert_merging.plan import Plan
-from expert_merging.roles import has_row_per_word, is_head
+from expert_merging.roles import has_row_per_word, is_head, word_tables
 
 if TYPE_CHECKING:
     import numpy
@@ -62,7 +63,7 @@ class WordTables:
 
     @property
     def digest(self) -> str:
-        """What a run is continued with alone."""
+        """A digest of rows and files: a run is continued only with the same."""
         digest = hashlib.sha256()
         for name, rows in self.rows.items():
             digest.update(name.encode() + rows.tobytes())
@@ -125,7 +126,7 @@ class WordTables:
         total = torch.full((last - first, width), -0.0, dtype=dtype)  # to which -0 may be added and stay what it is
         counts = torch.zeros(last - first, 1, dtype=dtype)
         for model, rows in self.rows.items():
-            checkpoint = self.plan.base if model == BASE else self.plan.experts[model]
+            checkpoint = self.plan.checkpoints[model]
             table = table_of(checkpoint, name, self.plan.base)
             places, numbers = _used(rows[first:last])
             if len(numbers):
@@ -160,12 +161,10 @@ def table_of(checkpoint: Checkpoint, name: str, base: Checkpoint) -> str:
     Raises:
         InputError: it has none.
     """
-    is_tied = is_head(name) and bool(language_setting(base.config, "tie_word_embeddings"))
-    if name in checkpoint.entries and not is_tied:
-        return name
-    for other, entry in checkpoint.entries.items():
-        if is_head(name) and has_row_per_word(other) and not is_head(other) and len(entry.shape) > 1:
-            return other
-    if name in checkpoint.entries:
-        return name
+    tables, (embedding, _) = [name], word_tables(checkpoint.entries)
+    if is_head(name) and embedding:
+        tables.insert(0 if language_setting(base.config, SETTING) else 1, embedding)
+    for table in tables:
+        if table in checkpoint.entries:
+            return table
     raise InputError(f"{checkpoint.folder} has neither {name} nor embeddings that it could be tied to")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from expert_merging.errors import InputError
@@ -67,6 +68,19 @@ def can_name_file(name: str) -> bool:
 def partial_name(target: Path) -> Path:
     """Where a file is written until it is complete."""
     return target.with_name(target.name + ".partial")
+
+
+@contextmanager
+def making_folder(target: Path) -> Iterator[Path]:
+    """Where a folder is filled until it is complete and gets its name; nothing is left of one that is not."""
+    partial = partial_name(target)
+    try:
+        yield partial
+        os.rename(partial, target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it takes a minute to write it again
+        raise
 
 
 class ShardWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ TENSORS = {
     "embed_tokens.weight": torch.ones(6, 3),
 }
 COMMAND = ("--method", "task_arithmetic")
+
+
+def forget_accelerate() -> None:
+    """accelerate keeps one state per process, once it is loaded."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def merge(*arguments: object, family: Backbone = BACKBONE) -> int:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from expert_merging.backbone import import_transformers
 from expert_merging.learned import figures, reporting
+from expert_merging.libraries import import_transformers
 from tests.checkpoints import make_zoo, write_checkpoint
-from tests.command import COMMAND, TENSORS, flags, save_table
+from tests.command import COMMAND, TENSORS, flags, forget_accelerate, save_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that ask a Hub bring their own
@@ -40,6 +40,14 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the developer's own settings reaches a test."""
     for name in ("CACHE_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Each test starts accelerate anew."""
+    forget_accelerate()
+    yield
+    forget_accelerate()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from expert_merging.backbone import import_transformers
+from expert_merging.libraries import import_transformers
 
 for module in ("torch.distributed.fsdp", "torch.distributed.tensor", "expert_merging.job", "tests.learned.watched"):
     importlib.import_module(module)

@@ -26,9 +26,6 @@ from tests.adapters import Load, merged_by_peft, save_adapter
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of, write_tasks
 from tests.command import contents, flags, merge, merge_plainly, merged, refusal
 from tests.launching import run_together
-from tests.learned.conftest import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]
 
 KEPT = {"modules_to_save": ["lm_head"]}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from expert_merging.idle import idle_flags
-from expert_merging.options import parse, resolve
+from expert_merging.options import resolve
+from expert_merging.parser import parse
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import write_checkpoint
 from tests.command import (

@@ -32,6 +32,7 @@ LAYERS = (
     ("statistics", "learned", "mixtures"),
     ("search",),
     ("catalogue",),
+    ("parser",),
     ("options",),
     ("idle",),
     ("advice", "relief"),

@@ -12,6 +12,7 @@ import torch
 
 from expert_merging import options
 from expert_merging.catalogue import all_methods
+from expert_merging.parser import GENERAL
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import (
     COMMAND,
@@ -94,7 +95,7 @@ def test_help_tells_every_option(capsys, monkeypatch):
         merge("--help")
     assert exit_.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    every = {*options.GENERAL, *(name for method in all_methods().values() for name in method.options)}
+    every = {*GENERAL, *(name for method in all_methods().values() for name in method.options)}
     for name in {*every, "config", "list_methods"}:
         assert f"--{name} " in shown
     assert "Default: 0.8." in shown

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from expert_merging.backbone import import_transformers
 from expert_merging.checkpoints.configurations import computing_settings, differing_settings
+from expert_merging.libraries import import_transformers
 from tests.internvl import make_config
 
 MISTRAL = {

@@ -14,7 +14,8 @@ import pytest
 from docs.tools.catalogue import documented_methods
 from docs.tools.chart import PICTURE, read_table
 from docs.tools.methods import FLAGS, KINDS, METHODS, TABLES, command_of, method_page, read_written, tables
-from expert_merging.options import parse, resolve
+from expert_merging.options import resolve
+from expert_merging.parser import parse
 from Mistral.backbone import BACKBONE
 from tests.launching import run_program, run_together
 

@@ -23,7 +23,7 @@ from expert_merging.flags import (
     is_one_per_expert,
     read_options,
 )
-from expert_merging.options import GENERAL
+from expert_merging.parser import GENERAL
 
 
 def option(annotation: object) -> Option:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expert_merging import __version__
-from expert_merging.backbone import import_transformers
 from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from expert_merging.method import Preparation, Prepare, enter_method
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.processes import choose_device

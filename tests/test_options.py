@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from expert_merging import options
 from expert_merging.errors import InputError
-from expert_merging.options import build_parser, checkpoint_folders, merge_entries, parse, read_config, resolve, show
+from expert_merging.options import checkpoint_folders, read_config, resolve
+from expert_merging.parser import build_parser, merge_entries, parse, show
 from Mistral.backbone import BACKBONE
 
 PUBLISHED = [

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from dataset.pictures import TEST_QUESTIONS
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
-from expert_merging.questions.pictures import MARK, marked_question, read_picture
+from expert_merging.questions.entries import MARK
+from expert_merging.questions.pictures import marked_question, read_picture
 from tests.internvl import make_picture
 
 

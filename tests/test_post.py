@@ -10,7 +10,8 @@ import torch
 
 from expert_merging import options
 from expert_merging.errors import InputError
-from expert_merging.options import parse, resolve
+from expert_merging.options import resolve
+from expert_merging.parser import parse
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import write_checkpoint
 from tests.command import flags, merge, merged, refusal

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from expert_merging.backbone import Backbone
@@ -43,12 +42,6 @@ def look_alikes(request, tmp_path_factory) -> tuple[Backbone, Path, Path]:
     backbone, make, base = FAMILIES[request.param]
     cache = make(tmp_path_factory.mktemp(request.param))
     return backbone, cache, cache / base
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def headers(folder: Path) -> dict[str, dict[str, tuple[str, list[int]]]]:

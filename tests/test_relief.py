@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from expert_merging.catalogue import all_methods
-from expert_merging.options import parse, resolve
+from expert_merging.options import resolve
+from expert_merging.parser import parse
 from expert_merging.relief import advice, out_of_memory
 from expert_merging.shortage import Shortage
 from InternVL.backbone import BACKBONE as INTERNVL

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from expert_merging.backbone import import_transformers
 from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_vocabularies, read_vocabulary, tokenizer_files
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from tests import checkpoints, internvl
 
 

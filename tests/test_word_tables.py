@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expert_merging.backbone import import_transformers
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.tokenizer_files import Vocabulary
+from expert_merging.libraries import import_transformers
 from expert_merging.merged_tokenizer import choose_rows, choose_word_tables
 from expert_merging.methods.linear import task_arithmetic
 from expert_merging.plan import make_plan

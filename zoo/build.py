@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers, same_name
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.writing import partial_name, write_atomically
@@ -224,7 +224,7 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
         family.batches(job.task, job.seed, job.schedule.batch_size),
         job.schedule,
         report,
-        file_name=same_name if job.adapter else family.backbone.file_name,
+        file_name=str if job.adapter else family.backbone.file_name,
         large=family.large,
         saved=Saved(state) if family.large else None,
     )

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers
-from expert_merging.questions.pictures import MARK
+from expert_merging.libraries import import_transformers
+from expert_merging.questions.entries import MARK
 from expert_merging.writing import write_atomically
 from InternVL.backbone import BACKBONE, IMAGE_END, IMAGE_START, TEMPLATE
 from InternVL.images import Tiling, pixel_values

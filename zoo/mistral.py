@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expert_merging.backbone import import_transformers
+from expert_merging.libraries import import_transformers
 from Mistral.backbone import BACKBONE
 from zoo import tasks, texts
 from zoo.family import Batch, Family, Schedule

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers
+from expert_merging.libraries import import_transformers
 from expert_merging.writing import write_atomically
 from Qwen2VL.backbone import BACKBONE, PICTURE_TOKENS
 from zoo import vision

@@ -16,8 +16,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import import_transformers
 from expert_merging.errors import InputError
+from expert_merging.libraries import import_transformers
 from expert_merging.writing import write_atomically
 from Mistral import backbone as mistral
 from zoo import tasks

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.backbone import import_transformers
+from expert_merging.libraries import import_transformers
 from expert_merging.writing import write_atomically
 
 if TYPE_CHECKING:

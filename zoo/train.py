@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from expert_merging.backbone import same_name
 from expert_merging.writing import partial_name
 from zoo.family import Batch, Schedule
 
@@ -77,7 +76,7 @@ def train(
     schedule: Schedule,
     report: Callable[[int], object],
     *,
-    file_name: Callable[[str], str] = same_name,
+    file_name: Callable[[str], str] = str,
     large: bool = False,
     saved: Saved | None = None,
 ) -> None:

@@ -14,7 +14,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.backbone import Backbone
+from expert_merging.libraries import import_transformers
 from zoo import tasks
 from zoo.family import Batch, Family, Schedule
 from zoo.pictures import TASKS

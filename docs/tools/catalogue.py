@@ -12,7 +12,7 @@ from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods
 from expert_merging.flags import describe_type
 from expert_merging.method import Method
-from expert_merging.options import show_default
+from expert_merging.parser import show_default
 from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL

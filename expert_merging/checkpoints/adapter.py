@@ -6,7 +6,6 @@ rounded: peft would round to the base's type.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from expert_merging.checkpoints.adapter_files import (
     weights_file,
 )
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
+from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.lora import Adapted, Change, Matrix
 from expert_merging.errors import InputError, Problems
 
@@ -107,15 +107,12 @@ class Adapter(Checkpoint):
 
     def fingerprint(self, *, whole: bool) -> str:
         """A digest that changes when the adapter or its base does."""
-        return _digest(super().fingerprint(whole=whole), self.base.fingerprint(whole=False))
+        return of_text(f"{super().fingerprint(whole=whole)}\n{self.base.fingerprint(whole=False)}")
 
     def content(self) -> str:
         """A digest that copies of the adapter and its base share."""
-        return _digest(super().content(), self.base.content(), (self.folder / CONFIG).read_text(encoding="utf-8"))
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+        settings = (self.folder / CONFIG).read_text(encoding="utf-8")
+        return of_text(f"{super().content()}\n{self.base.content()}\n{settings}")
 
 
 def _in_float32(name: str, tensor: Adapted, file: Path) -> Entry:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.checkpoints.checkpoint import Entry
-from expert_merging.checkpoints.folders import ADAPTER, INDEX, SINGLE, is_pointer, pickled, pointer
+from expert_merging.checkpoints.folders import ADAPTER, INDEX, SINGLE, pickled, required_object
 from expert_merging.errors import InputError, Problems
 
 CONFIG = "adapter_config.json"
@@ -93,14 +93,7 @@ def read_settings(folder: Path) -> Settings:
         InputError: the file cannot be read, or the adapter is of a kind that is not known here.
     """
     file = folder / CONFIG
-    if is_pointer(file):
-        raise InputError(pointer(file))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds {type(config).__name__}, not a JSON object; download it again")
+    config = required_object(file)
     _check_kind(file, config)
     try:
         return Settings(

@@ -27,6 +27,7 @@ from expert_merging.checkpoints.folders import (
     other_files,
     parts_of_training,
     pointer,
+    required_object,
     weight_files,
     weight_map,
 )
@@ -293,14 +294,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             parts_of_training(folder)
             or f"{folder} has no config.json; a checkpoint folder holds config.json and safetensors weights"
         )
-    if is_pointer(file):
-        raise InputError(pointer(file))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds {type(config).__name__}, not a JSON object; download it again")
+    config = required_object(file)
     if config.get("quantization_config"):
         raise InputError(
             f"{file} has a quantization_config: quantized weights cannot be merged exactly; use the unquantized ones"

@@ -46,7 +46,12 @@ def file_content(file: Path) -> bytes:
 def written(files: Iterable[Path]) -> str:
     """A digest of names, sizes and times of change, which differs once a file was written, with whatever content."""
     facts = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
-    return shortened(hashlib.sha256(repr(facts).encode()).digest())
+    return of_text(repr(facts))
+
+
+def of_text(text: str) -> str:
+    """A digest of a text."""
+    return shortened(hashlib.sha256(text.encode()).digest())
 
 
 def shortened(digest: bytes) -> str:

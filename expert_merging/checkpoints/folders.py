@@ -1,6 +1,6 @@
 """What lies in a checkpoint's folder: weights, what a trainer keeps, other files; and what a folder without weights is.
 
-Only names are looked at, and the first bytes of files that may stand for others.
+Names are looked at, the first bytes of files that may stand for others, and files that hold a JSON object.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from expert_merging.errors import InputError
 
@@ -259,6 +260,23 @@ def refuse_pointers(files: Iterable[Path]) -> None:
     found = [pointer(file) for file in sorted(files) if file.is_file() and is_pointer(file)]
     if found:
         raise InputError(*found)
+
+
+def required_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file that is there.
+
+    Raises:
+        InputError: it holds something else, or stands for another file.
+    """
+    if is_pointer(file):
+        raise InputError(pointer(file))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds {type(content).__name__}, not a JSON object; download it again")
+    return content
 
 
 def pointer(file: Path) -> str:

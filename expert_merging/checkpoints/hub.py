@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
-from expert_merging.checkpoints.folders import origin as origin
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_line
 from expert_merging.machine import show_size
 from expert_merging.processes import is_main_process
 
@@ -82,7 +81,7 @@ def cached_snapshot(folder: Path, revision: str = "main") -> Path | None:
     return found if found.is_dir() else None
 
 
-def look_up(repository: Repository, *, pickles: bool = False) -> Snapshot:
+def look_up(repository: Repository, *, pickles: bool) -> Snapshot:
     """Ask the Hub for a repository; where it cannot be reached, look into the cache.
 
     Args:
@@ -101,7 +100,7 @@ def look_up(repository: Repository, *, pickles: bool = False) -> Snapshot:
         if info.gated:  # everybody may read what it has, but not download it
             api.auth_check(repository.name)
     except HFValidationError as error:
-        raise InputError(f"{repository} is no folder here and no name of a repository: {_first_line(error)}") from None
+        raise InputError(f"{repository} is no folder here and no name of a repository: {first_line(error)}") from None
     except OfflineModeIsEnabled:
         return _in_cache(repository, _absence(repository, "HF_HUB_OFFLINE forbids to ask the Hub"))
     except HfHubHTTPError as error:
@@ -119,7 +118,7 @@ def _in_cache(repository: Repository, problem: str) -> Snapshot:
     """What an earlier download has left.
 
     Raises:
-        InputError: nothing; then the problem counts, for which the Hub has not given it.
+        InputError: it has left nothing; ``problem`` says why the Hub has not given it.
     """
     found = cached_snapshot(cache() / cache_folder(repository.name), repository.revision or "main")
     if found is None:
@@ -177,11 +176,7 @@ def _network_error() -> type[Exception]:
 
 
 def _unreachable(error: Exception) -> str:
-    return f"the Hub cannot be reached ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"the Hub cannot be reached ({first_line(error)})"
 
 
 def _refusal(repository: Repository, error: Exception) -> str:
@@ -199,7 +194,7 @@ def _refusal(repository: Repository, error: Exception) -> str:
             f"{repository.name} is neither a folder here nor a repository that can be read on the Hub ({page}); is the "
             "name right? A private one needs `hf auth login`"
         )
-    return f"the Hub refuses {repository}: {_first_line(error)}"
+    return f"the Hub refuses {repository}: {first_line(error)}"
 
 
 def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) -> dict[str, int]:
@@ -210,7 +205,7 @@ def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) 
     """
     names = [name for name in sizes if "/" not in name]
     of_pickles = [name for name in names if is_pickle(name)]
-    safetensors = [*chosen_weights(names), *filter(ADAPTER.__eq__, names)]
+    safetensors = [*chosen_weights(names), *({ADAPTER} & set(names))]
     if pickles and safetensors:
         raise InputError(f"{repository} has safetensors files already, which are read; there is nothing to convert")
     weights = of_pickles if pickles else safetensors

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from expert_merging.checkpoints.checkpoint import FLOATS, WHOLE, Checkpoint, Entry
-from expert_merging.errors import Problems
+from expert_merging.errors import Problems, first_of
 
 # What PEFT puts beside weights, and around those that it adapts.
 _ADAPTER = re.compile(r"(?:.*\.)?(?:base_layer|lora_\w+|ia3_l|modules_to_save|original_module)(?:\..*)?$")
@@ -28,12 +28,12 @@ def check_leftovers(checkpoint: Checkpoint) -> None:
         wrapped = any(checkpoint.config.get(name) for name in _INTERNVL)
         how = "tools/merge_lora.py of InternVL" if wrapped else "merge_and_unload() of peft, and save the model again"
         problems.add(
-            f"{checkpoint.folder} is a model with an adapter still inside (LoRA): {_count(adapter)}; its weights are "
-            f"not what it computes with until the two are merged: use {how}"
+            f"{checkpoint.folder} is a model with an adapter still inside (LoRA): {first_of(adapter, 1)}; its weights "
+            f"are not what it computes with until the two are merged: use {how}"
         )
     if empty:
         problems.add(
-            f"{checkpoint.folder} has empty tensors: {_count(empty)}; that is what is left of a model saved under "
+            f"{checkpoint.folder} has empty tensors: {first_of(empty, 1)}; that is what is left of a model saved under "
             "DeepSpeed ZeRO-3 without gathering its weights: rebuild them with zero_to_fp32.py, or save it again with "
             "save_16bit_model (stage3_gather_16bit_weights_on_model_save)"
         )
@@ -59,7 +59,3 @@ def foreign_types(base: Checkpoint, experts: Collection[Checkpoint], wanted: Ite
                 f"{', '.join(FLOATS)}; give a base in one of them (or exclude it)"
             )
     return found
-
-
-def _count(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

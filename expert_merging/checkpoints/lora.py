@@ -130,7 +130,7 @@ class Adapted:
             yield number, rows
 
     def _sums(self, first: int, last: int, right: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """The same, without DoRA's norms."""
+        """The tiles before DoRA's norms change them."""
         height, columns = self.start.shape
         tile = max(1, TILE // max(1, columns))
         for number in range(first // tile * tile, last, tile):

@@ -114,7 +114,7 @@ def names_of_base(
 
 
 def cut_otherwise(base: Mapping[str, str], expert: Mapping[str, str]) -> dict[str, str]:
-    """What is said of tensors that one of two checkpoints cuts into several; by their names.
+    """What is wrong, by name, with tensors that one of two checkpoints has whole and the other in parts.
 
     Args:
         base: published names of the base's tensors by name.

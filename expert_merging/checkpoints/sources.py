@@ -10,6 +10,7 @@ import glob
 from collections.abc import Mapping
 from pathlib import Path
 
+from expert_merging.checkpoints.folders import origin
 from expert_merging.checkpoints.hub import (
     Snapshot,
     cache,
@@ -17,7 +18,6 @@ from expert_merging.checkpoints.hub import (
     cached_snapshot,
     download,
     look_up,
-    origin,
     read_id,
 )
 from expert_merging.errors import InputError, Problems

@@ -6,17 +6,17 @@ expert has beyond them is lost without anybody noticing, so it is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object, read_vocabularies
-from expert_merging.errors import InputError
-from expert_merging.roles import has_row_per_word, is_head
+from expert_merging.errors import InputError, first_of
+from expert_merging.roles import has_row_per_word, word_tables
 
 # So many tokens are named in a line.
-_SHOWN = 3
+SHOWN = 3
 # A vocabulary that lacks a larger part of another one is none of the same tokenizer.
 _OTHER = 0.1
 # Endings of what config.json may call numbers of rows, as those with padding, or of another part's tables.
@@ -25,9 +25,9 @@ _SIZES = ("vocab_size", "embedding_size")
 
 def row_count(checkpoint: Checkpoint) -> int | None:
     """Rows of the checkpoint's embeddings, or of its head where it has no others; None where it has neither."""
-    tables = [entry for entry in checkpoint.entries.values() if has_row_per_word(entry.name) and entry.shape]
-    tables.sort(key=lambda entry: is_head(entry.name))
-    return tables[0].shape[0] if tables else None
+    embedding, head = word_tables(checkpoint.entries)
+    shape = checkpoint.entries[name].shape if (name := embedding or head) else ()
+    return shape[0] if shape else None
 
 
 def check_size(owner: str, checkpoint: Checkpoint) -> None:
@@ -80,7 +80,7 @@ def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_bas
         does_not = f"the merged model does not know {'it' if len(lacking) == 1 else 'them'}"
         can_be_added = is_base and all(token in vocabulary.added for token in lacking)
         lines.append(
-            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({named_first(lacking)}): {does_not}"
+            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({first_of(lacking, SHOWN)}): {does_not}"
             + ("; --tokenizer union adds them" if can_be_added else "")
         )
     moved = [token for token, number in vocabulary.tokens.items() if merged.tokens.get(token, number) != number]
@@ -130,12 +130,6 @@ def vocabulary_warnings(
 def count_of(number: int, word: str) -> str:
     """A number of things in words."""
     return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-def named_first(tokens: Sequence[str]) -> str:
-    """The first tokens, and the number of the others."""
-    more = f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else ""
-    return ", ".join(tokens[:_SHOWN]) + more
 
 
 def extra_rows(name: str, expert: Checkpoint, vocabulary: Vocabulary | None, base: Checkpoint) -> list[str]:

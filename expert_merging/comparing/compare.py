@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.backbone import Backbone, import_transformers
+from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
+from expert_merging.libraries import import_transformers
 from expert_merging.options import ROOT
 from expert_merging.run import Run
 

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from expert_merging.backbone import import_transformers
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.chunks import apply
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
+from expert_merging.libraries import import_transformers
 from expert_merging.parts import Part
 from expert_merging.run import Run
 from expert_merging.workers import fitting_threads

@@ -21,7 +21,7 @@ from expert_merging.run import Run
 
 
 def applied(context: Context, place: Path, factors: Mapping[str, float], *, force: bool) -> Preparation:
-    """The rule that coefficients of an earlier run are.
+    """What merges with the coefficients of an earlier run.
 
     Args:
         context: the run.
@@ -94,12 +94,7 @@ def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
 
 def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
     """Checkpoints whose weights are not those that coefficients were learned with, as far as that is recorded."""
-    recorded = loaded.checkpoints
-    return [
-        name
-        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
-        if name in recorded and recorded[name] != checkpoint.content()
-    ]
+    return [name for name, content in plan.contents.items() if loaded.checkpoints.get(name, content) != content]
 
 
 def _for_experts(

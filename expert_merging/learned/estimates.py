@@ -13,7 +13,7 @@ from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVI
 from expert_merging.machine import free_host_memory, free_memory, gib
 from expert_merging.plan import Plan
 from expert_merging.processes import count, local_count
-from expert_merging.roles import is_in_decoder, is_output_head
+from expert_merging.roles import is_in_decoder, word_tables
 
 # Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
 _CONTEXT, _LOGITS = 1 << 29, 1 << 28
@@ -186,8 +186,8 @@ def describe(demand: Demand, machine: Machine) -> tuple[str, ...]:
 
 def _own_heads(plan: Plan, width: int) -> str:
     """What experts take whose output heads are not the merged model's; whether they differ is seen while learning."""
-    heads = [entry.elements for name, entry in plan.base.entries.items() if is_output_head(name)]
-    size = len(plan.experts) * width * sum(heads)
+    _, head = word_tables(plan.base.entries)
+    size = len(plan.experts) * width * plan.base.entries[head].elements if head else 0
     return f", and up to {gib(size)} for experts' own output heads" if size >= 2**20 else ""
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_line
 from expert_merging.learned.parametrisations import Parametrisation
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.parts import Part
@@ -118,7 +118,7 @@ class LiveModel:
         try:
             enable({"use_reentrant": False})
         except ValueError as error:
-            raise InputError(f"--gradient_checkpointing: {str(error).splitlines()[0]}") from None
+            raise InputError(f"--gradient_checkpointing: {first_line(error)}") from None
         for module in self.model.modules():
             # Layers ask for training mode, which their parts, dropout among them, must not be in.
             module.training = bool(getattr(module, "gradient_checkpointing", False))

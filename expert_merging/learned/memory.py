@@ -12,6 +12,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,7 +77,7 @@ def choose(
 
 
 def arrange(
-    live: LiveModel, options: TrainingOptions, warm_up: Callable[[], None], barrier: Callable[[], None] = lambda: None
+    live: LiveModel, options: TrainingOptions, warm_up: Callable[[], None], barrier: Callable[[], None]
 ) -> None:
     """Choose, bring the task vectors to their places, and say what was chosen.
 
@@ -90,7 +91,7 @@ def arrange(
         InputError: what was asked for does not fit.
     """
     vectors = live.task_vectors
-    budgets = _measure(live, warm_up, barrier)
+    budgets = measure(vectors, barrier, partial(_activations, live, warm_up))
     _refuse_too_much(vectors, options.task_vectors, budgets)
     chosen = choose(
         vectors.sizes,
@@ -106,7 +107,7 @@ def arrange(
 
 
 @dataclass(frozen=True)
-class _Budgets:
+class Budgets:
     """Bytes of memory to give away.
 
     Args:
@@ -120,22 +121,30 @@ class _Budgets:
     most: float
 
 
-def _measure(live: LiveModel, warm_up: Callable[[], None], barrier: Callable[[], None]) -> _Budgets:
-    """What is free, and what task vectors of an earlier stage would leave."""
-    vectors, sizes = live.task_vectors, live.task_vectors.sizes
+def measure(vectors: TaskVectors, barrier: Callable[[], None], activations: Callable[[], int] = lambda: 0) -> Budgets:
+    """What is free, and what task vectors of an earlier stage would leave.
+
+    Args:
+        vectors: base and experts.
+        barrier: waits for the other processes of the run, so that all measure before one takes anything.
+        activations: bytes of a GPU that a model will take and has not taken yet.
+    """
+    sizes = vectors.sizes
     kept = {place: sum(sizes[name] for name in sizes if vectors.places[name] == place) for place in (DEVICE, HOST)}
     barrier()
     if vectors.device.type == "cuda":
-        free = free_host_memory() + kept[HOST]
-        budgets = _Budgets(_gpu_budget(live, warm_up) + kept[DEVICE], free / 2, free)
+        needed = activations() + vectors.working_bytes
+        free, total = torch.cuda.mem_get_info(vectors.device)
+        on_host = free_host_memory() + kept[HOST]
+        budgets = Budgets(free - needed - _MARGIN * total + kept[DEVICE], on_host / 2, on_host)
     else:
-        free = free_host_memory() + kept[DEVICE] + kept[HOST]
-        budgets = _Budgets(free / 2, 0, free)
+        on_host = free_host_memory() + kept[DEVICE] + kept[HOST]
+        budgets = Budgets(on_host / 2, 0, on_host)
     barrier()
     return budgets
 
 
-def _refuse_too_much(vectors: TaskVectors, wanted: str, budgets: _Budgets) -> None:
+def _refuse_too_much(vectors: TaskVectors, wanted: str, budgets: Budgets) -> None:
     """Check that task vectors fit where the user wants them."""
     size = sum(vectors.sizes.values())
     if wanted == DEVICE and size > budgets.device:
@@ -164,8 +173,8 @@ def _tell(vectors: TaskVectors, chosen: Arrangement) -> None:
     logger.info("weight gradients are used once per %s", "update" if chosen.accumulates else "sample")
 
 
-def _gpu_budget(live: LiveModel, warm_up: Callable[[], None]) -> float:
-    """Bytes that are left beside a sample's activations, which are measured, and blocks that are worked on."""
+def _activations(live: LiveModel, warm_up: Callable[[], None]) -> int:
+    """Bytes that a sample's activations take on the model's GPU."""
     device = live.task_vectors.device
     gc.collect()
     torch.cuda.empty_cache()
@@ -175,5 +184,4 @@ def _gpu_budget(live: LiveModel, warm_up: Callable[[], None]) -> float:
         warm_up()
     needed = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return free - needed - live.task_vectors.working_bytes - _MARGIN * total
+    return needed

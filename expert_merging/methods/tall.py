@@ -18,7 +18,7 @@ from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
 from expert_merging.flags import Factor, NotNegative
 from expert_merging.method import Preparation, Prepare, register
-from expert_merging.outputs import Merged, Output, Slot, make_header, mirror_of
+from expert_merging.outputs import Merged, Output, Slot, make_header, metadata_of, mirror_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def mask_name(expert: str, tensor: str) -> str:
 def base_of(header: bytes) -> str | None:
     """Digest of the base's weights that the header of a file of masks has, None where it has none."""
     try:
-        digest = json.loads(json.loads(header[8:])["__metadata__"]["base_content"])
+        digest = json.loads((metadata_of(header) or {})["base_content"])
     except (ValueError, KeyError, TypeError):
         return None
     return str(digest)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.context import Context
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, about
 from expert_merging.flags import Count
 from expert_merging.method import Method, Preparation, Prepare, enter_method
 from expert_merging.mixtures import mixtral
@@ -146,13 +146,11 @@ class _Shared:
             InputError: there is none, or it cannot merge these experts.
         """
         own = replace(context, plan=replace(context.plan, merged=mixtral.shared_of(context.plan)))
-        try:
+        with about(f"--shared {name}"):
             method: Method = context.find_method(name)
             _check_closed_form(method)
             options = method.defaults(context.backbone.defaults)
             return cls(method, options, own, method.prepared(own, options))
-        except InputError as error:
-            raise InputError(*(f"--shared {name}: {problem}" for problem in error.problems)) from None
 
     @property
     def described(self) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expert_merging.errors import InputError, Problems, excerpt, near_name
+from expert_merging.errors import InputError, Problems, about, excerpt, first_of, near_name
 from expert_merging.questions.entries import Exchange, read_entries, read_exchange
 from expert_merging.questions.picture_sources import Picture, find_pictures
 
@@ -55,11 +54,9 @@ class Sample:
         return cls(task="test", expert=expert, question=question, response=None, identity="0", images=images)
 
 
-def entry_place(file: Path, numbers: Sequence[int], shown: int = 5) -> str:
+def entry_place(file: Path, numbers: Sequence[int]) -> str:
     """The first entries of those numbers, for messages: all count from 0, as JSON's own positions do."""
-    first = ", ".join(map(str, numbers[:shown]))
-    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
-    return f"{file}, {'entry' if len(numbers) == 1 else 'entries'} {first}{more} (counted from 0)"
+    return f"{file}, {'entry' if len(numbers) == 1 else 'entries'} {first_of(numbers, 5)} (counted from 0)"
 
 
 def find_tasks(data_dir: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -169,7 +166,7 @@ def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
     samples: list[Sample] = []
     left_out: dict[str, list[int]] = {}
     for number, entry in enumerate(entries[:count]):
-        with problems.collecting(), _told_of(entry_place(file, [number])):
+        with problems.collecting(), about(entry_place(file, [number])):
             exchange = read_exchange(entry)
             samples.append(_sample(task, file, number, entry, exchange, expert))
             for words in exchange.left_out:
@@ -182,15 +179,6 @@ def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
         have = "1 entry" if len(samples) == 1 else f"{len(samples)} entries"
         logger.info("%s has %s; --samples_per_task asks for %d, all are used", file, have, count)
     return samples
-
-
-@contextmanager
-def _told_of(where: str) -> Iterator[None]:
-    """Say in errors which entry they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from None
 
 
 def _sample(task: str, file: Path, number: int, entry: Mapping[str, Any], exchange: Exchange, expert: str) -> Sample:

@@ -6,12 +6,12 @@ and neither does what is learned from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.folders import owner
 from expert_merging.errors import InputError
 from expert_merging.questions.templates import ChatTemplate, Content, fault, turn_end
@@ -86,9 +86,9 @@ class Format:
 
     @property
     def digest(self) -> str:
-        """Of all that decides tokens."""
+        """A digest of all that decides tokens."""
         template = None if self.template is None else [self.template.text, self.template.special_tokens]
-        return hashlib.sha256(json.dumps([self.text, template, self.end]).encode()).hexdigest()[:16]
+        return of_text(json.dumps([self.text, template, self.end]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
-from expert_merging.questions.entries import MARK as MARK
+from expert_merging.questions.entries import MARK
 from expert_merging.questions.picture_sources import Picture
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """Of all questions, responses and pictures."""
+        """A digest of all questions, responses and pictures."""
         contents = [(sample.task, sample.expert, sample.question, sample.response) for sample in self.samples]
         digest = hashlib.sha256(json.dumps(contents).encode())
         for sample in self.samples:

@@ -28,7 +28,7 @@ from expert_merging.errors import InputError
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
 from expert_merging.questions.calibration import Sample
-from expert_merging.roles import output_head
+from expert_merging.roles import word_tables
 from expert_merging.running.prompts import Prompts, check_lengths, place, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
@@ -296,7 +296,8 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tenso
 
 def _head_name(checkpoint: Checkpoint) -> str:
     """File name of the output head's weight."""
-    found = output_head(checkpoint.entries)
+    embedding, head = word_tables(checkpoint.entries)
+    found = head or embedding
     if found is None:
         raise InputError(f"{checkpoint.folder} has neither an lm_head nor embed_tokens; learning needs an output head")
     return found

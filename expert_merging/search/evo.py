@@ -7,15 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import Coefficients, kept_or_made
 from expert_merging.learned.directions import PLAIN
-from expert_merging.learned.memory import choose
+from expert_merging.learned.memory import choose, measure
 from expert_merging.learned.task_vectors import TaskVectors
-from expert_merging.machine import free_host_memory, free_memory
 from expert_merging.method import Preparation
 from expert_merging.processes import from_main_process
 from expert_merging.progress import Advance
@@ -28,9 +25,6 @@ from expert_merging.search.score import Scorer
 from expert_merging.search.settings import Settings, check, notes
 
 logger = logging.getLogger(__name__)
-
-# Share of a GPU's memory that is left for what its allocator cannot use.
-_MARGIN = 0.05
 
 
 def prepare(context: Context, options: SearchOptions) -> Preparation:
@@ -108,15 +102,8 @@ class Search:
 
     def _place(self, task_vectors: TaskVectors) -> None:
         """Keep task vectors as near as there is room; the model has run, so what that takes is taken."""
-        device = task_vectors.device
-        self.accelerator.wait_for_everyone()  # so that all measure before one takes anything
-        on_device, on_host = free_host_memory() / 2, 0.0
-        if device.type == "cuda":
-            on_host = on_device
-            spare = _MARGIN * torch.cuda.get_device_properties(device).total_memory
-            on_device = free_memory(str(device)) - task_vectors.working_bytes - spare
-        self.accelerator.wait_for_everyone()
-        chosen = choose(task_vectors.sizes, 0, on_device, on_host, task_vectors="auto", weight_gradients="sample")
+        free = measure(task_vectors, self.accelerator.wait_for_everyone)
+        chosen = choose(task_vectors.sizes, 0, free.device, free.host, task_vectors="auto", weight_gradients="sample")
         task_vectors.place(chosen.places)
 
     def _evaluate(self, scorer: Scorer, candidates: Sequence[Candidate], advance: Advance) -> list[float]:

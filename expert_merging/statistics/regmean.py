@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, first_of
 from expert_merging.flags import Interval
 from expert_merging.machine import gib, show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
@@ -84,8 +84,7 @@ def _tell_of_others(wanted: Sequence[str], grams: Grams) -> None:
     """Say which matrices are merged otherwise."""
     others = [name for name in wanted if name not in grams.names]
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        logger.info("no linear layer with %s%s ran on any sample: merged by the mean", others[0], more)
+        logger.info("no linear layer with %s ran on any sample: merged by the mean", first_of(others, 1))
 
 
 @register(

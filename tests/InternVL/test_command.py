@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from expert_merging.learned.coefficients import load_coefficients
@@ -43,12 +42,6 @@ MERGED = {
     ),
     *(f"mlp1.{part}.weight" for part in (0, 1, 3)),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def experts_of(cache: Path) -> list[Path]:

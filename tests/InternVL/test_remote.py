@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
@@ -99,12 +98,6 @@ def own_modules(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

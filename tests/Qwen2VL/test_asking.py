@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from expert_merging.learned.coefficients import load_coefficients
@@ -21,12 +20,6 @@ from tests.Qwen2VL.test_backbone import sample
 
 run_command = partial(merged, family=BACKBONE)
 LEARNING = ("--method", "expert_merging", "--log_with", "none", "--max_new_tokens", 6)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def silence(source: Path, target: Path) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, Qwen2VLForConditionalGeneration
@@ -21,7 +20,7 @@ from expert_merging.methods.linear import task_arithmetic
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Qwen2VL.backbone import BACKBONE, encode_prompt, load_processor
 from tests.checkpoints import perturb, tensors_of, write_checkpoint
-from tests.command import assert_same_bytes, merge, merge_plainly, merged, refusal, refused
+from tests.command import assert_same_bytes, forget_accelerate, merge, merge_plainly, merged, refusal, refused
 from tests.learned.twin import Example, Twin
 from tests.qwen2vl import BASE, CONFIG, CONFIG_2_5, EXPERTS, make_zoo, newer_name, save_picture, with_newer_names
 from tests.Qwen2VL.reference import chat, patches, positions, tokens
@@ -43,12 +42,6 @@ def newer_zoo(qwen_zoo: Path, tmp_path_factory) -> Path:
 def second_zoo(tmp_path_factory) -> Path:
     """Checkpoints of Qwen2.5-VL."""
     return make_zoo(tmp_path_factory.mktemp("second"), config=CONFIG_2_5)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; each test starts its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def mixed(target: Path, base: Path, experts: Path) -> Path:
@@ -347,7 +340,7 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(qwen_zoo, tmp_path
     flags = [*LEARNING, "--cache_dir", tmp_path / "cache", "--data_dir", qwen_zoo / "dataset"]
     learned = []
     for precision in ("no", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerate()
         run = run_command(tmp_path / precision, *flags, "--mixed_precision", precision)
         assert {tensor.dtype for tensor in tensors_of(run.model).values()} == {torch.bfloat16}
         learned.append(torch.cat([values.flatten() for values in load_coefficients(run.folder).values.values()]))

@@ -66,7 +66,7 @@ def learn_together(count: int, folder: Path, given: Sequence[str], **watching: s
 
 
 @pytest.fixture(scope="module")
-def alone(fresh_for_module, answered_zoo, tmp_path_factory):
+def alone(answered_zoo, tmp_path_factory):
     """Coefficients of one process."""
     output = tmp_path_factory.mktemp("alone")
     assert main(BACKBONE, arguments(answered_zoo, output)) == 0

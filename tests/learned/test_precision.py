@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.trainer import Trainer
+from tests.command import forget_accelerate
 from tests.learned.training import make_trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.slow
 def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     half = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1, mixed_precision="bf16").train()
     change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
     change_half = torch.cat([(half.values[name] - 0.3).flatten() for name in full.values])
@@ -32,7 +32,7 @@ def test_bfloat16_training_tracks_float32_training(answered_zoo, tmp_path):
 def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo, tmp_path):
     """Weights, activations and their gradients in float16, as on a V100; coefficients and theirs in float32."""
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     trainer = make_trainer(answered_zoo, tmp_path / "half", learning_rate=0.1)
     trainer.settings = replace(trainer.settings, asked=replace(trainer.settings.asked, precision="fp16"))
     scale_losses(trainer, 2.0**10)
@@ -49,7 +49,7 @@ def test_float16_training_with_loss_scaling_tracks_float32_training(answered_zoo
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_a_gpu_learns_what_the_processor_learns(place, weight_gradients, answered_zoo, tmp_path):
     usual = make_trainer(answered_zoo, tmp_path / "a", learning_rate=0.1).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     options = {"learning_rate": 0.1, "task_vectors": place, "weight_gradients": weight_gradients}
     trainer = make_trainer(answered_zoo, tmp_path / "b", device="cuda", **options)
     coefficients = trainer.train()
@@ -65,7 +65,7 @@ def test_a_gpu_learns_what_the_processor_learns(place, weight_gradients, answere
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_half_precision_on_a_gpu_tracks_float32_on_the_processor(precision, checkpointing, answered_zoo, tmp_path):
     full = make_trainer(answered_zoo, tmp_path / "full", learning_rate=0.1).train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     options = {"learning_rate": 0.1, "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     half = make_trainer(answered_zoo, tmp_path / "half", device="cuda", **options).train()
     change = torch.cat([(full.values[name] - 0.3).flatten() for name in full.values])
@@ -122,7 +122,7 @@ def test_half_precision_overflow_is_skipped_and_counted(answered_zoo, tmp_path):
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("skipped_updates")] == [(1, 1.0), (2, 1.0)]
     # The samples of the skipped attempt are not lost: they come again with the smaller scale.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     plain = make_trainer(answered_zoo, tmp_path / "plain", samples_per_task=1, num_epochs=2).train()
     for name, value in load_coefficients(tmp_path).values.items():
         torch.testing.assert_close(value, plain.values[name], rtol=1e-5, atol=1e-6)

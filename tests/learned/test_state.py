@@ -23,7 +23,7 @@ from tests.learned.watched import learn_and_be_killed
 
 
 @pytest.fixture(scope="module")
-def whole(fresh_for_module, answered_zoo, tmp_path_factory):
+def whole(answered_zoo, tmp_path_factory):
     """Coefficients of training that nothing disturbs."""
     return make_trainer(answered_zoo, tmp_path_factory.mktemp("whole"), num_epochs=2).train()
 

@@ -11,7 +11,7 @@ from tests.learned.training import make_trainer
 
 
 @pytest.fixture(scope="module")
-def usual(fresh_for_module, answered_zoo, tmp_path_factory):
+def usual(answered_zoo, tmp_path_factory):
     """Coefficients that are learned where there is memory enough."""
     return make_trainer(answered_zoo, tmp_path_factory.mktemp("usual")).train()
 

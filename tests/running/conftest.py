@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.learned.conftest import answered_zoo, fresh_accelerate
+from tests.learned.conftest import answered_zoo
 
-__all__ = ["answered_zoo", "fresh_accelerate"]
+__all__ = ["answered_zoo"]

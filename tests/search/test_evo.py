@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +32,6 @@ def command(tiny_zoo, answered):
 @pytest.fixture(scope="session")
 def whole(command, tmp_path_factory):
     """A search that nothing has interrupted."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     return merged(tmp_path_factory.mktemp("whole"), *command)
 
 
