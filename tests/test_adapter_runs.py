@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.__main__ import main as tools
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.cli import main
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
 from expert_merging.run import Run
+from expert_merging.running.sharding import load_on
 from Mistral.backbone import BACKBONE
 from Qwen2VL.backbone import BACKBONE as QWEN
 from tests import qwen2vl
 from tests.adapters import Load, merged_by_peft, save_adapter
-from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of, write_tasks
-from tests.command import contents, flags, merge, merge_plainly, merged, refusal
+from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_model, save_tokenizer, tensors_of, write_tasks
+from tests.command import contents, flags, merge, merge_plainly, merged, refusal, refused
 from tests.launching import run_together
 from tests.learned.conftest import fresh_accelerate
 
@@ -133,6 +137,66 @@ def test_a_run_does_not_go_on_with_another_adapter(zoo, tiny_zoo, tmp_path, caps
     assert merge(*command, *flags(zoo.base, A=tmp_path / "a")) == 0
     save_adapter(load, tmp_path / "a", seed=5)
     assert "holds a different run" in refusal(capsys, *command, *flags(zoo.base, A=tmp_path / "a"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "language_model."])
+def test_adapters_fit_a_base_whose_names_stand_in_a_container(prefix, zoo, tmp_path):
+    shutil.copytree(zoo.base, tmp_path / "base")
+    stored = {prefix + name: tensor for name, tensor in tensors_of(zoo.base).items()}
+    save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    command = ("--method", "task_arithmetic")
+    found = merged(tmp_path / "a", *command, *flags(tmp_path / "base", **zoo.adapters))
+    expected = merged(tmp_path / "b", *command, *flags(zoo.base, **zoo.full))
+    assert_close(
+        {name.removeprefix(prefix): one for name, one in tensors_of(found.model).items()}, tensors_of(expected.model)
+    )
+
+
+TIED_TABLES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+]
+TIED = ("--method", "task_arithmetic", "--scaling_coefficient", 1, "--exclude_params", "nothing.*")
+
+
+@pytest.fixture(params=[("embed_tokens",), ("embed_tokens", "lm_head"), ("lm_head",)], ids="+".join)
+def tied_base(request, tmp_path) -> Path:
+    """A base with one matrix for embedding and head, under one of their names or under both."""
+    base = tmp_path / "base"
+    save_model(base, 3, tie_word_embeddings=True)
+    tensors = tensors_of(base)
+    table = tensors.pop("model.embed_tokens.weight")
+    names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    tensors |= {names[name]: table.clone() for name in request.param}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.mark.parametrize("settings", TIED_TABLES, ids=str)
+def test_what_an_adapter_adds_to_a_tied_head_is_added_to_the_embedding(settings, tied_base, tmp_path):
+    load = partial(MistralForCausalLM.from_pretrained, tied_base)
+    adapter = save_adapter(load, tmp_path / "a", **settings)
+    run = merged(tmp_path / "out", *TIED, *flags(tied_base, A=adapter))
+    expected, tokens = merged_by_peft(load, adapter), torch.arange(10)[None]
+    with torch.no_grad():
+        found = MistralForCausalLM.from_pretrained(run.model)(tokens).logits
+        torch.testing.assert_close(found, expected(tokens).logits)
+    assert tensors_of(run.model).keys() == tensors_of(tied_base).keys()
+    model = load_on(
+        torch.device("cpu"), BACKBONE, Adapter(adapter, Checkpoint(tied_base)), torch.float32, sharded=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, found)
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens", "lm_head"])
+def test_an_adapter_with_one_of_two_tied_tables_has_a_head_of_its_own(trained, tied_base, tmp_path, capsys):
+    """As peft has it: the other stays as it was, for which the base's one matrix has no room."""
+    load = partial(MistralForCausalLM.from_pretrained, tied_base)
+    adapter = save_adapter(load, tmp_path / "a", modules_to_save=[trained])
+    lines = refused(capsys, *TIED, *flags(tied_base, A=adapter))
+    assert lines[0].startswith("expert A has an output head apart from its embedding, and in the base the two are one")
 
 
 def test_a_base_that_is_an_adapter_is_refused(zoo, capsys):
