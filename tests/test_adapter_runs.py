@@ -336,25 +336,62 @@ def test_an_adapter_that_has_seen_pictures_is_learned_from(qwen, tmp_path):
     assert_close(tensors_of(runs[0].model), tensors_of(runs[1].model), atol=1e-5)
 
 
-@pytest.mark.slow
-def test_weights_that_are_fused_in_memory_cannot_be_run(zoo, tmp_path, capsys):
-    """Mixtral's experts, whose file names an older adapter has."""
-    base = tmp_path / "base"
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    """A base whose experts are fused in memory: two parameters have what is six tensors of its files."""
+    base = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).save_pretrained(base)
     save_tokenizer(base)
+    return base
+
+
+def adapt(base: Path, folder: Path, modules: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Let an adapter change more modules, as older ones that have the files' names do; by name, what it adds."""
     load = partial(MixtralForCausalLM.from_pretrained, base)
-    folder = save_adapter(load, tmp_path / "a", target_modules=["q_proj"])
-    file = folder / "adapter_model.safetensors"
-    name = "model.layers.0.block_sparse_moe.experts.0.w1"
+    file = save_adapter(load, folder, target_modules=["q_proj"], r=4, lora_alpha=4) / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors |= {
-        f"base_model.model.{name}.lora_A.weight": torch.ones(4, SIZES["hidden_size"]),
-        f"base_model.model.{name}.lora_B.weight": torch.ones(SIZES["intermediate_size"], 4),
-    }
+    for name, (outputs, inputs) in modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = 0.3 * torch.randn(4, inputs)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.3 * torch.randn(outputs, 4)
     save_file(tensors, file)
-    experts = {"Chat": folder, "Math": folder, "Code": folder}
+    modules_of = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    pairs = {name: [tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "BA"] for name in modules_of}
+    return {f"{name}.weight": left @ right for name, (left, right) in pairs.items()}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_weights_that_are_fused_in_memory_are_changed_where_they_are(kind, mixtral, tmp_path):
+    wide, narrow = SIZES["intermediate_size"], SIZES["hidden_size"]
+    experts = "model.layers.1.block_sparse_moe.experts"
+    added = adapt(
+        mixtral,
+        tmp_path / "a",
+        {f"{experts}.0.w1": (wide, narrow), f"{experts}.1.w2": (narrow, wide), f"{experts}.1.w3": (wide, narrow)},
+    )
+    shutil.copytree(mixtral, tmp_path / "full")
+    tensors = {name: tensor + added.get(name, 0) for name, tensor in tensors_of(mixtral).items()}
+    save_file(tensors, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    adapter = Adapter(tmp_path / "a", Checkpoint(mixtral))
+    found, expected, base = (
+        load_on(torch.device("cpu"), BACKBONE, checkpoint, kind, sharded=False).state_dict()
+        for checkpoint in (adapter, Checkpoint(tmp_path / "full"), adapter.base)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+    fused = [name for name in found if "experts" in name and not found[name].equal(base[name])]
+    assert len(fused) == 2
+
+
+def test_changes_to_what_is_no_part_of_the_model_cannot_be_run(zoo, mixtral, tmp_path, capsys):
+    base, name = tmp_path / "base", "model.layers.0.extra"
+    shutil.copytree(mixtral, base)
+    tensors = {**tensors_of(mixtral), f"{name}.weight": torch.ones(8, 6)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapt(base, tmp_path / "a", {name: (8, 6)})
+    experts = dict.fromkeys(["Chat", "Math", "Code"], tmp_path / "a")
     assert merge("--method", "weight_average", "--dry_run", *flags(base, **experts)) == 0
-    given = ("--method", "regmean", "--dry_run", "--data_dir", zoo.data, "--exclude_params", ".*block_sparse_moe.*")
+    given = ("--method", "regmean", "--dry_run", "--data_dir", zoo.data, "--exclude_params", ".*extra.*")
     assert refusal(capsys, *given, *flags(base, **experts)) == (
         f"expert Chat changes {name}.weight, which is no parameter of the model in memory, so it cannot be run; "
         "methods that run no model can merge it"
