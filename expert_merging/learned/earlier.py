@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
@@ -95,11 +96,11 @@ def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
 def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
     """Checkpoints whose weights are not those that coefficients were learned with, as far as that is recorded."""
     recorded = loaded.checkpoints
-    return [
-        name
-        for name, checkpoint in {"base": plan.base, **plan.experts}.items()
-        if name in recorded and recorded[name] != checkpoint.content()
-    ]
+    models = {"base": plan.base, **plan.experts}
+    others = [name for name, model in models.items() if name in recorded and recorded[name] != model.content()]
+    if "base" in others:  # with which an adapter's weights are others too
+        return [name for name in others if not isinstance(models[name], Adapter)]
+    return others
 
 
 def _for_experts(
