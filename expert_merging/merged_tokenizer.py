@@ -63,7 +63,7 @@ def choose_word_tables(plan: Plan, tokenizer: str, embeddings: str) -> WordTable
         models = {name: model for name, model in models.items() if name in needed}
     vocabularies = _vocabularies(models, needed)
     sizes = _row_counts({name: models[name] for name in vocabularies}, plan.base)
-    owner = BASE if tokenizer == UNION else tokenizer
+    owner = BASE if tokenizer == UNION or not _has_tokenizer(models[tokenizer]) else tokenizer
     merged, count = vocabularies[owner], sizes[owner]
     if tokenizer == UNION:
         merged = _union(vocabularies)
@@ -93,6 +93,11 @@ def _check_names(plan: Plan, tokenizer: str, embeddings: str) -> None:
         if value not in known:
             problems.add(f"--{flag} takes {BASE}, {word} or an expert's name, got {value!r}. {near_name(value, known)}")
     problems.check()
+
+
+def _has_tokenizer(model: Checkpoint) -> bool:
+    """Whether the tokenizer is the model's own and not the base's, as that of most adapters is."""
+    return read_vocabularies({"": model.folder})[""] is not None
 
 
 def _vocabularies(models: Mapping[str, Checkpoint], needed: set[str]) -> dict[str, Vocabulary]:

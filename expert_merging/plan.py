@@ -132,13 +132,15 @@ def make_plan(
     """
     problems = Problems()
     opened: dict[str, Checkpoint] = {}
+    published: dict[str, str] = {}
     with problems.collecting():
         base = Checkpoint(base_folder)
         check_leftovers(base)
         opened[""] = base
+        container, published = published_names(base.entries, file_name, landmark)
     for name, folder in expert_folders.items():
         with problems.collecting():
-            expert = open_checkpoint(folder, opened.get(""), file_name)
+            expert = open_checkpoint(folder, opened.get(""), file_name, published)
             check_leftovers(expert)
             opened[name] = expert
     if not expert_folders:
@@ -147,7 +149,6 @@ def make_plan(
         base = opened.pop("")
         with problems.collecting():
             check_other_files(base.folder)
-        container, published = published_names(base.entries, file_name, landmark)
         contained = {BASE: container.words(base.entries)}
         # Experts may name parameters otherwise than the base, as different versions of transformers do.
         for name, expert in opened.items():

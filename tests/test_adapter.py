@@ -427,7 +427,7 @@ def test_an_adapter_without_weights_is_refused(mistral, saved):
     assert problem(mistral, saved) == f"{saved} has adapter_config.json and no adapter_model.safetensors; download it"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 def test_a_folder_with_an_adapter_and_a_full_model_is_refused(name, mistral, saved):
     (saved / name).touch()
     assert problem(mistral, saved) == (

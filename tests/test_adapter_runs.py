@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.__main__ import main as tools
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.cli import main
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
 from expert_merging.run import Run
+from expert_merging.running.sharding import load_on
 from Mistral.backbone import BACKBONE
 from Qwen2VL.backbone import BACKBONE as QWEN
 from tests import qwen2vl
 from tests.adapters import Load, merged_by_peft, save_adapter
-from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of, write_tasks
-from tests.command import contents, flags, merge, merge_plainly, merged, refusal
+from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_model, save_tokenizer, tensors_of, write_tasks
+from tests.command import contents, flags, merge, merge_plainly, merged, refusal, refused
 from tests.launching import run_together
 
 KEPT = {"modules_to_save": ["lm_head"]}
@@ -130,6 +134,66 @@ def test_a_run_does_not_go_on_with_another_adapter(zoo, tiny_zoo, tmp_path, caps
     assert merge(*command, *flags(zoo.base, A=tmp_path / "a")) == 0
     save_adapter(load, tmp_path / "a", seed=5)
     assert "holds a different run" in refusal(capsys, *command, *flags(zoo.base, A=tmp_path / "a"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "language_model."])
+def test_adapters_fit_a_base_whose_names_stand_in_a_container(prefix, zoo, tmp_path):
+    shutil.copytree(zoo.base, tmp_path / "base")
+    stored = {prefix + name: tensor for name, tensor in tensors_of(zoo.base).items()}
+    save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    command = ("--method", "task_arithmetic")
+    found = merged(tmp_path / "a", *command, *flags(tmp_path / "base", **zoo.adapters))
+    expected = merged(tmp_path / "b", *command, *flags(zoo.base, **zoo.full))
+    assert_close(
+        {name.removeprefix(prefix): one for name, one in tensors_of(found.model).items()}, tensors_of(expected.model)
+    )
+
+
+TIED_TABLES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+]
+TIED = ("--method", "task_arithmetic", "--scaling_coefficient", 1, "--exclude_params", "nothing.*")
+
+
+@pytest.fixture(params=[("embed_tokens",), ("embed_tokens", "lm_head"), ("lm_head",)], ids="+".join)
+def tied_base(request, tmp_path) -> Path:
+    """A base with one matrix for embedding and head, under one of their names or under both."""
+    base = tmp_path / "base"
+    save_model(base, 3, tie_word_embeddings=True)
+    tensors = tensors_of(base)
+    table = tensors.pop("model.embed_tokens.weight")
+    names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    tensors |= {names[name]: table.clone() for name in request.param}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.mark.parametrize("settings", TIED_TABLES, ids=str)
+def test_what_an_adapter_adds_to_a_tied_head_is_added_to_the_embedding(settings, tied_base, tmp_path):
+    load = partial(MistralForCausalLM.from_pretrained, tied_base)
+    adapter = save_adapter(load, tmp_path / "a", **settings)
+    run = merged(tmp_path / "out", *TIED, *flags(tied_base, A=adapter))
+    expected, tokens = merged_by_peft(load, adapter), torch.arange(10)[None]
+    with torch.no_grad():
+        found = MistralForCausalLM.from_pretrained(run.model)(tokens).logits
+        torch.testing.assert_close(found, expected(tokens).logits)
+    assert tensors_of(run.model).keys() == tensors_of(tied_base).keys()
+    model = load_on(
+        torch.device("cpu"), BACKBONE, Adapter(adapter, Checkpoint(tied_base)), torch.float32, sharded=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, found)
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens", "lm_head"])
+def test_an_adapter_with_one_of_two_tied_tables_has_a_head_of_its_own(trained, tied_base, tmp_path, capsys):
+    """As peft has it: the other stays as it was, for which the base's one matrix has no room."""
+    load = partial(MistralForCausalLM.from_pretrained, tied_base)
+    adapter = save_adapter(load, tmp_path / "a", modules_to_save=[trained])
+    lines = refused(capsys, *TIED, *flags(tied_base, A=adapter))
+    assert lines[0].startswith("expert A has an output head apart from its embedding, and in the base the two are one")
 
 
 def test_a_base_that_is_an_adapter_is_refused(zoo, capsys):
@@ -270,25 +334,62 @@ def test_an_adapter_that_has_seen_pictures_is_learned_from(qwen, tmp_path):
     assert_close(tensors_of(runs[0].model), tensors_of(runs[1].model), atol=1e-5)
 
 
-@pytest.mark.slow
-def test_weights_that_are_fused_in_memory_cannot_be_run(zoo, tmp_path, capsys):
-    """Mixtral's experts, whose file names an older adapter has."""
-    base = tmp_path / "base"
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    """A base whose experts are fused in memory: two parameters have what is six tensors of its files."""
+    base = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).save_pretrained(base)
     save_tokenizer(base)
+    return base
+
+
+def adapt(base: Path, folder: Path, modules: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Let an adapter change more modules, as older ones that have the files' names do; by name, what it adds."""
     load = partial(MixtralForCausalLM.from_pretrained, base)
-    folder = save_adapter(load, tmp_path / "a", target_modules=["q_proj"])
-    file = folder / "adapter_model.safetensors"
-    name = "model.layers.0.block_sparse_moe.experts.0.w1"
+    file = save_adapter(load, folder, target_modules=["q_proj"], r=4, lora_alpha=4) / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors |= {
-        f"base_model.model.{name}.lora_A.weight": torch.ones(4, SIZES["hidden_size"]),
-        f"base_model.model.{name}.lora_B.weight": torch.ones(SIZES["intermediate_size"], 4),
-    }
+    for name, (outputs, inputs) in modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = 0.3 * torch.randn(4, inputs)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.3 * torch.randn(outputs, 4)
     save_file(tensors, file)
-    experts = {"Chat": folder, "Math": folder, "Code": folder}
+    modules_of = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    pairs = {name: [tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "BA"] for name in modules_of}
+    return {f"{name}.weight": left @ right for name, (left, right) in pairs.items()}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_weights_that_are_fused_in_memory_are_changed_where_they_are(kind, mixtral, tmp_path):
+    wide, narrow = SIZES["intermediate_size"], SIZES["hidden_size"]
+    experts = "model.layers.1.block_sparse_moe.experts"
+    added = adapt(
+        mixtral,
+        tmp_path / "a",
+        {f"{experts}.0.w1": (wide, narrow), f"{experts}.1.w2": (narrow, wide), f"{experts}.1.w3": (wide, narrow)},
+    )
+    shutil.copytree(mixtral, tmp_path / "full")
+    tensors = {name: tensor + added.get(name, 0) for name, tensor in tensors_of(mixtral).items()}
+    save_file(tensors, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    adapter = Adapter(tmp_path / "a", Checkpoint(mixtral))
+    found, expected, base = (
+        load_on(torch.device("cpu"), BACKBONE, checkpoint, kind, sharded=False).state_dict()
+        for checkpoint in (adapter, Checkpoint(tmp_path / "full"), adapter.base)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+    fused = [name for name in found if "experts" in name and not found[name].equal(base[name])]
+    assert len(fused) == 2
+
+
+def test_changes_to_what_is_no_part_of_the_model_cannot_be_run(zoo, mixtral, tmp_path, capsys):
+    base, name = tmp_path / "base", "model.layers.0.extra"
+    shutil.copytree(mixtral, base)
+    tensors = {**tensors_of(mixtral), f"{name}.weight": torch.ones(8, 6)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapt(base, tmp_path / "a", {name: (8, 6)})
+    experts = dict.fromkeys(["Chat", "Math", "Code"], tmp_path / "a")
     assert merge("--method", "weight_average", "--dry_run", *flags(base, **experts)) == 0
-    given = ("--method", "regmean", "--dry_run", "--data_dir", zoo.data, "--exclude_params", ".*block_sparse_moe.*")
+    given = ("--method", "regmean", "--dry_run", "--data_dir", zoo.data, "--exclude_params", ".*extra.*")
     assert refusal(capsys, *given, *flags(base, **experts)) == (
         f"expert Chat changes {name}.weight, which is no parameter of the model in memory, so it cannot be run; "
         "methods that run no model can merge it"

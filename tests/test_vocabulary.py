@@ -144,6 +144,13 @@ def test_another_end_is_told(tmp_path, of_base, of_expert, line):
     assert told(base, A=expert) == ([f"expert A ends its answers with {line}{rest}"] if line else [])
 
 
+def test_an_expert_without_a_tokenizer_ends_with_the_bases_tokens(tmp_path):
+    base, expert = (checkpoint(tmp_path / name, config={"eos_token_id": 1}) for name in ("base", "a"))
+    for file in expert.folder.glob("tokenizer*"):
+        file.unlink()
+    assert told(base, A=Checkpoint(expert.folder)) == []
+
+
 def test_a_tokenizer_that_cannot_be_read_is_told(base, tmp_path):
     expert = checkpoint(tmp_path / "a")
     (tmp_path / "a" / "vocab.json").write_text("{")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from expert_merging.methods.linear import task_arithmetic
 from expert_merging.plan import make_plan
 from expert_merging.roles import ROW_PER_WORD
 from tests import internvl
+from tests.adapters import save_adapter
 from tests.checkpoints import CHARACTERS, perturb, save_model, tensors_of, write_checkpoint, write_tasks
 from tests.command import COMMAND, assert_same_bytes, contents, flags, merge, merge_plainly, merged, refused
 
@@ -507,3 +509,21 @@ def test_scattered_rows_are_the_plain_twin_s(tmp_path):
     assert own._entries("embed_tokens.weight", 0, 240).equal(expected.view(-1))
     same = choose_word_tables(plan, "base", "base")._entries("embed_tokens.weight", 0, 1)
     assert same.signbit().all(), "-0 stays what it is"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full model"])
+def test_an_expert_without_a_tokenizer_has_the_bases(kind, models, tmp_path):
+    """Neither the base's tokenizer nor what its generation_config.json says may get lost."""
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    shutil.copytree(models / "base", base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    if kind == "adapter":
+        save_adapter(partial(import_transformers().MistralForCausalLM.from_pretrained, base), expert)
+        (expert / "chat_template.jinja").write_text("{{ messages }}")
+    else:
+        shutil.copytree(models / "c", expert, ignore=shutil.ignore_patterns("tokenizer*"))
+    run = merged(tmp_path / "out", *COMMAND, *flags(base, A=expert), "--tokenizer", "A")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (run.model / name).read_bytes() == (base / name).read_bytes()
+    assert "The tokenizer is the base's." in (run.model / "README.md").read_text()
+    assert " WARNING " not in log_of(run)

@@ -23,7 +23,10 @@ from expert_merging.checkpoints.adapter_files import (
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
 from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.lora import Adapted, Change, Matrix
+from expert_merging.checkpoints.naming import find_container
+from expert_merging.checkpoints.tying import is_tied
 from expert_merging.errors import InputError, Problems
+from expert_merging.roles import is_word_table, word_tables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +36,19 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _PAIRS = (_LINEAR, _EMBEDDING)
 
 
-def open_checkpoint(folder: Path, base: Checkpoint | None, file_name: Callable[[str], str] = str) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    base: Checkpoint | None,
+    file_name: Callable[[str], str] = str,
+    published: Mapping[str, str] | None = None,
+) -> Checkpoint:
     """The checkpoint of an expert, be it a full model or an adapter.
 
     Args:
         folder: the expert.
         base: the base, which an adapter changes; None where it could not be opened, and then an adapter cannot either.
         file_name: published name of a parameter, whatever naming the expert was saved with.
+        published: published names of the base's tensors, where more than that stands between.
 
     Raises:
         InputError: every problem found in the folder.
@@ -50,7 +59,7 @@ def open_checkpoint(folder: Path, base: Checkpoint | None, file_name: Callable[[
         read_settings(folder)
         weights_file(folder)
         raise InputError()  # what is wrong with the base has been said
-    return Adapter(folder, base, file_name)
+    return Adapter(folder, base, file_name, published)
 
 
 class Adapter(Checkpoint):
@@ -60,11 +69,13 @@ class Adapter(Checkpoint):
         settings: what ``adapter_config.json`` says.
         whole: names of the tensors that the adapter has itself.
         changed: names of all tensors that are not the base's.
+        has_own_head: head and embedding, which in the base are one, are so no longer, as one of them was trained whole.
 
     Args:
         folder: the folder as peft has saved it.
         base: the base.
         file_name: published name of a parameter, whatever naming the adapter was saved with.
+        published: published names of the base's tensors, where more than that stands between.
 
     Raises:
         InputError: the folder cannot be used; every problem found is listed.
@@ -73,17 +84,27 @@ class Adapter(Checkpoint):
     config_name = CONFIG
     kind = " (LoRA adapter)"
 
-    def __init__(self, folder: Path, base: Checkpoint, file_name: Callable[[str], str] = str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base: Checkpoint,
+        file_name: Callable[[str], str] = str,
+        published: Mapping[str, str] | None = None,
+    ) -> None:
         self.base = base
         self.config = base.config
         self.settings = read_settings(folder)
         self._open(folder, [weights_file(folder)])
-        parts = _Parts(self, sort_contents(folder, self.entries), file_name)
+        published = published or {name: file_name(name) for name in base.entries}
+        parts = _Parts(self, sort_contents(folder, self.entries), file_name, published)
         self._adapted = parts.adapted
         self.whole = frozenset(parts.whole)
         self.changed = self.whole | parts.adapted.keys()
         computed = {name: _in_float32(name, tensor, self.files[0]) for name, tensor in parts.adapted.items()}
         self.entries = {**base.entries, **parts.whole, **computed}
+        self.has_own_head = parts.has_own_head
+        if parts.kept in parts.adapted:
+            self.entries |= dict.fromkeys(parts.tied, computed[parts.kept])
 
     def read_into(self, block: Tensor, name: str, start: int) -> None:
         """Fill a block ``(entries,)`` with entries of the flattened tensor, from ``start`` on."""
@@ -127,13 +148,21 @@ class _Parts:
     Attributes:
         adapted: those that are computed.
         whole: those that the adapter has itself.
+        tied: the base's tensors that are embedding and head at once; empty where the two are apart.
+        kept: the one of them that both are computed as.
     """
 
-    def __init__(self, adapter: Adapter, contents: Contents, file_name: Callable[[str], str]) -> None:
+    def __init__(
+        self, adapter: Adapter, contents: Contents, file_name: Callable[[str], str], published: Mapping[str, str]
+    ) -> None:
         self.adapter = adapter
         self.settings = adapter.settings
-        self.file_name = file_name
-        self.names = {file_name(name): name for name in adapter.base.entries}
+        self.names = {new: name for name, new in published.items()}
+        targets = [*contents.whole, *(f"{module}.weight" for module in contents.roles)]
+        container = find_container(targets, lambda name: file_name(name) in self.names, list(published))
+        self.file_name: Callable[[str], str] = lambda name: file_name(container.unwrapped(name))
+        self.tied = [name for name in word_tables(adapter.base.entries) if name] if is_tied(adapter.base) else []
+        self.kept = next(iter(self.tied), "")
         self.adapted: dict[str, Adapted] = {}
         self.whole: dict[str, Entry] = {}
         problems = Problems()
@@ -144,6 +173,12 @@ class _Parts:
             with problems.collecting():
                 self._put_adapted(module, roles)
         problems.check()
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether one of head and embedding, which in the base are one, was trained whole, and the other was not."""
+        shapes = [entry.shape for name, entry in self.whole.items() if is_word_table(name)]
+        return bool(self.tied) and shapes == [self.adapter.base.entries[self.kept].shape]
 
     def _put_whole(self, name: str, entry: Entry) -> None:
         found = self.names.get(self.file_name(name), self.file_name(name))
@@ -169,12 +204,14 @@ class _Parts:
 
     def _start(self, name: str) -> tuple[str, Entry]:
         """Name in the base's files of a tensor that is adapted, and what it is before."""
-        found = self.names.get(self.file_name(name))
+        plain = self.file_name(name)
+        found = self.kept if self.tied and is_word_table(plain) else self.names.get(plain)
         if found is None:
             raise self._refusal(f"adapts {name}, which the base lacks; is it an adapter of this base?")
         if found in self.adapted:
             raise self._refusal(f"adapts {name} as a part of {found}, which cannot be taken apart")
-        start = self.whole.pop(found, self.adapter.base.entries[found])
+        own = self.names.get(plain, plain)  # of a head that is the embedding, the base may have no tensor
+        start = self.whole.pop(own, self.adapter.base.entries[found])
         if not start.is_float:
             raise self._refusal(f"adapts {found}, which the base stores as {start.dtype}; use the unquantized base")
         return found, start

@@ -20,6 +20,8 @@ from expert_merging.errors import InputError, Problems
 
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"
+# What a full model has in its place.
+_FULL = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # Variants of LoRA that compute something else than ``weight + scale * B A``.
 _VARIANTS = (
@@ -152,7 +154,7 @@ def weights_file(folder: Path) -> Path:
     Raises:
         InputError: there is none, or there is a full model too.
     """
-    full = next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+    full = next((name for name in _FULL if (folder / name).is_file()), None)
     if full:
         raise InputError(
             f"{folder} holds both an adapter ({CONFIG}) and a full model ({full}); which one is the expert? Move the "

@@ -117,6 +117,7 @@ class Checkpoint:
 
     config_name = "config.json"
     kind = ""  # what is said beside the folder of one that is no full model
+    has_own_head = False  # the head is not the embedding, whatever names and settings say
 
     def __init__(self, folder: Path) -> None:
         self.config = _read_config(folder)

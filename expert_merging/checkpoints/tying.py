@@ -56,7 +56,7 @@ def tie_heads(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Heads:
     for name, expert in experts.items():
         if is_tied(expert):
             _share(expert, [table for table in (embedding, head) if table], drops=tied)
-        elif tied and word_tables(expert.entries)[1]:
+        elif tied and (expert.has_own_head or word_tables(expert.entries)[1]):
             own.append(name)
     if not tied:
         return Heads(contradicts=bool(embedding and head and language_setting(base.config, SETTING)))
@@ -78,6 +78,8 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
     Where ``config.json`` does not say so, files decide: a head that is not stored is the embedding.
     """
+    if checkpoint.has_own_head:
+        return False
     embedding, head = word_tables(checkpoint.entries)
     setting = language_setting(checkpoint.config, SETTING)
     if setting is False or not (embedding or head):

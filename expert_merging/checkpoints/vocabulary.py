@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object, read_vocabularies
@@ -153,8 +154,10 @@ def other_ends(
     usual = _ends(base, vocabularies.get("base"))
     lines = []
     for name, expert in experts.items():
-        vocabulary = vocabularies.get(name) or vocabularies.get("base")  # who has no tokenizer is asked with the base's
-        own = _ends(expert, vocabulary) | {vocabulary.end if vocabulary else None} - {None}
+        vocabulary = vocabularies.get(name)
+        own = {vocabulary.end if vocabulary else None} - {None}
+        if not isinstance(expert, Adapter):  # whose settings are the base's
+            own |= _ends(expert, vocabulary or vocabularies.get("base"))
         others = sorted(map(str, own - usual))
         if usual and others:
             lines.append(

@@ -85,7 +85,7 @@ def measure(maker: TargetMaker, samples: Sequence[Sample], models: Mapping[str, 
 def _load(maker: TargetMaker, folder: Path) -> Any:
     """The model of a folder, which may be an adapter of the base."""
     if is_adapter(folder):
-        adapter = Adapter(folder, maker.plan.base, maker.backbone.file_name)
+        adapter = Adapter(folder, maker.plan.base, maker.backbone.file_name, maker.plan.published)
         return load_on(maker.device, maker.backbone, adapter, maker.dtype, sharded=False)
     return maker.backbone.load_model(folder, maker.dtype).to(maker.device)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
@@ -94,7 +95,10 @@ def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
 
 def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
     """Checkpoints whose weights are not those that coefficients were learned with, as far as that is recorded."""
-    return [name for name, content in plan.contents.items() if loaded.checkpoints.get(name, content) != content]
+    others = [name for name, content in plan.contents.items() if loaded.checkpoints.get(name, content) != content]
+    if "base" in others:  # with which an adapter's weights are others too
+        return [name for name in others if not isinstance(plan.checkpoints[name], Adapter)]
+    return others
 
 
 def _for_experts(

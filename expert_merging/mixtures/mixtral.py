@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
 from expert_merging.errors import InputError, Problems
 from expert_merging.outputs import Copied, Made, Merged, Slot
-from expert_merging.plan import Plan
+from expert_merging.plan import BASE, Plan
 
 # A mixture's experts: the checkpoint whose feed-forward layers each one is, None for the base.
 Members = Mapping[str, str | None]
@@ -92,6 +92,12 @@ def check_base(plan: Plan) -> None:
             f"{base.folder} has the model_type {base.model_type!r}, and mixtures can be made of "
             f"{' and '.join(_IMPLIED)} models, which become a Mixtral"
         )
+    if BASE in plan.contained:
+        problems.add(
+            f"a Mixtral has fixed names, and those of {base.folder} are read {plan.contained[BASE]}; save it without "
+            "its container, or use another method"
+        )
+        problems.check()
     feed_forward = _feed_forward_of(base)
     layers = sorted({found.layer for found in feed_forward}) or [0]
     wanted = [FeedForward(layer, part).name for layer in layers for part in _PARTS]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.stored import Run, stored_tensors
 
 
 def changed_weights(
@@ -22,22 +24,45 @@ def changed_weights(
     Args:
         model: the base's model, whose parted weights get parameters of their own.
         adapter: the adapter.
-        file_name: published name of a parameter in memory, of which several may be consecutive rows of one tensor.
+        file_name: published name of a parameter in memory, of which several may be consecutive rows of one tensor, and
+            one may have several tensors in it.
     """
-    groups: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(file_name(name), []).append(name)
-    for stored in adapter.whole:
-        for name in groups.get(file_name(stored), ()):
+    whole = set(map(file_name, adapter.whole))
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        if file_name(name) in whole:
             _part(model, name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[torch.nn.Parameter, Callable[[], Tensor]] = {}
+    places, pieces = _places(model, file_name), dict[str, list[_Piece]]()
     for stored in adapter.changed:
-        names, row = groups.get(file_name(stored), []), 0
-        for name in names:
-            shape = adapter.entries[stored].shape if len(names) == 1 else tuple(parameters[name].shape)
-            found[parameters[name]] = _values(adapter, stored, row, shape)
-            row += shape[0]
+        start, runs = 0, places.get(file_name(stored), [])
+        for run in runs:
+            pieces.setdefault(run.parameter, []).append(_Piece(run, stored, start, is_all=len(runs) == 1))
+            start += run.stop - run.start
+    parameters = dict(model.named_parameters())
+    return {parameters[name]: partial(_values, adapter, parameters[name], found) for name, found in pieces.items()}
+
+
+class _Piece(NamedTuple):
+    """What a parameter has of a tensor of the files.
+
+    Args:
+        run: the entries of the parameter.
+        stored: the tensor.
+        start: its entry that is the run's first one.
+        is_all: the run is all of it.
+    """
+
+    run: Run
+    stored: str
+    start: int
+    is_all: bool
+
+
+def _places(model: Any, file_name: Callable[[str], str]) -> dict[str, list[Run]]:
+    """Where the model has the tensors of files, by all names of a parameter that it uses twice."""
+    found = stored_tensors(model, file_name)
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(file_name(name), [Run(first[parameter], 0, parameter.numel())])
     return found
 
 
@@ -48,7 +73,14 @@ def _part(model: Any, name: str) -> None:
     setattr(module, attribute, torch.nn.Parameter(getattr(module, attribute).data, requires_grad=False))
 
 
-def _values(adapter: Adapter, stored: str, row: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    entries = torch.Size(shape).numel()
-    start = row * (entries // max(1, shape[0]))
-    return lambda: adapter.read(stored, start, start + entries).view(shape)
+def _values(adapter: Adapter, parameter: torch.nn.Parameter, pieces: list[_Piece]) -> Tensor:
+    """A parameter's values; what is in none of the pieces stays as it is."""
+    (run, stored, start, is_all), *others = pieces
+    if not others and run.stop - run.start == parameter.numel():
+        if is_all:
+            return adapter.read(stored).view(adapter.entries[stored].shape)  # of more words perhaps
+        return adapter.read(stored, start, start + parameter.numel()).view(parameter.shape)
+    values = parameter.data.to(torch.float32, copy=True).flatten()
+    for run, stored, start, _ in pieces:
+        values[run.start : run.stop] = adapter.read(stored, start, start + run.stop - run.start)
+    return values.view(parameter.shape)

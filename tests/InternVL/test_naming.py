@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.methods.linear import task_arithmetic
 from InternVL.backbone import BACKBONE, load_model
 from tests.checkpoints import tensors_of, write_checkpoint
@@ -113,3 +117,27 @@ def test_an_expert_of_text_alone_goes_into_the_language_model(prefix, internvl_z
     found = refused(capsys, *learning, family=BACKBONE)
     assert any(line.startswith("expert Text cannot be loaded as a model: transformers knows") for line in found)
     assert not (tmp_path / "learned").exists()
+
+
+def test_an_adapter_of_text_alone_goes_into_the_language_model(internvl_zoo, tmp_path):
+    """It is the same as the adapter of the whole model whose names it lacks, and can be run as that can."""
+    base = Checkpoint(internvl_zoo / BASE)
+    name = "model.layers.0.self_attn.q_proj"
+    outputs, inputs = base.entries[f"language_model.{name}.weight"].shape
+    settings = {"peft_type": "LORA", "lora_alpha": 4, "r": 2}
+    change = {"lora_A": torch.ones(2, inputs) / 8, "lora_B": torch.ones(outputs, 2) / 4}
+    runs = []
+    for prefix in ("", "language_model."):
+        tensors = {f"base_model.model.{prefix}{name}.{role}.weight": matrix for role, matrix in change.items()}
+        folder = tmp_path / f"adapter {prefix}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        adapter = Adapter(folder, base, BACKBONE.file_name)
+        assert adapter.changed == {f"language_model.{name}.weight"}
+        runs.append(run_command(tmp_path / f"out {prefix}", *METHOD, *flags(base.folder, Text=folder)))
+    written, wanted, before = (tensors_of(folder) for folder in (runs[0].model, runs[1].model, base.folder))
+    assert_same_bytes(written, wanted)
+    assert [key for key, tensor in written.items() if not tensor.equal(before[key])] == [
+        f"language_model.{name}.weight"
+    ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from transformers import MistralForCausalLM
 
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.plan import make_plan
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import tensors_of, write_checkpoint
+from tests.adapters import save_adapter
+from tests.checkpoints import perturb, save_model, tensors_of, write_checkpoint
 from tests.command import TENSORS, assert_same_bytes, flags, merge, merged, refusal, refused
 
 VALUES = {
@@ -237,3 +240,21 @@ def test_published_names_that_two_parameters_share_are_refused(folders, publishe
         "--coefficients: layers.0.weight and layers.0_weight are both layers_0_weight in the published format, which "
         "cannot tell them apart; give coefficients.safetensors"
     )
+
+
+def test_adapters_of_another_base_are_themselves_no_others(tmp_path, capsys):
+    """An adapter's weights follow from its base's, which alone is another one."""
+    save_model(tmp_path / "base", 0)
+    adapter = save_adapter(partial(MistralForCausalLM.from_pretrained, tmp_path / "base"), tmp_path / "adapter")
+    perturb(tmp_path / "base", tmp_path / "full", 1)
+    perturb(tmp_path / "base", tmp_path / "other", 2)
+    experts = {"A": adapter, "B": tmp_path / "full"}
+    plan = make_plan(tmp_path / "base", experts, list(BACKBONE.exclude_params))
+    values = {name: torch.full((2, 1), 0.5) for name in plan.merged}
+    Coefficients(("A", "B"), values, (1.0, 1.0), checkpoints=plan.contents).save(tmp_path / "coefficients.safetensors")
+    given = ["--method", "coefficients", "--coefficients", tmp_path / "coefficients.safetensors"]
+    text = " were learned with other weights of {} than those in "
+    assert text.format("base") in refusal(capsys, *given, *flags(tmp_path / "other", **experts))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+    assert text.format("A") in refusal(capsys, *given, *flags(tmp_path / "base", **experts))

@@ -28,6 +28,7 @@ from tests.checkpoints import (
     write_checkpoint,
 )
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal, refused
+from tests.test_naming import renamed
 
 MOE = ("--method", "moe")
 W = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -452,3 +453,11 @@ def test_a_base_that_lacks_feed_forward_tensors_is_refused(capsys, tmp_path):
         base = write_checkpoint(tmp_path / "base", {**tensors, "model.layers.0.self_attn.q_proj.weight": torch.ones(2)})
         given = [*flags(base, A=base), "--experts_per_token", 1, "--output_path", tmp_path / "out"]
         assert refusal(capsys, *MOE, *given) == f"{base} lacks {message}; download it again"
+
+
+def test_a_base_in_a_container_is_refused_with_the_cause(tiny_zoo, tmp_path, capsys):
+    base = renamed(tiny_zoo / BASE, tmp_path / "base", lambda name: f"module.{name}")
+    assert refusal(capsys, *MOE, *flags(base, A=tiny_zoo / EXPERTS["Chat"], B=tiny_zoo / EXPERTS["Math"])) == (
+        f"a Mixtral has fixed names, and those of {base} are read without 'module.'; save it without its container, or "
+        "use another method"
+    )
