@@ -190,7 +190,7 @@ def test_plan_and_log_say_it(tmp_path, capsys):
     assert f"warning: {line}\n" in capsys.readouterr().out
     assert merge(*command) == 0
     (log,) = (tmp_path / "o").glob("*/*/merge.log")
-    assert f" WARNING {line}\n" in log.read_text()
+    assert f" warning: {line}\n" in log.read_text()
 
 
 # Sizes
