@@ -157,4 +157,4 @@ def test_plan_and_log_say_it(base, tmp_path, capsys):
     assert merge(*command) == 0
     (log,) = (tmp_path / "out").glob("*/*/merge.log")
     assert " INFO relative change by experts, from samples: A " in log.read_text()
-    assert " WARNING experts A and B have the same values" in log.read_text()
+    assert " warning: experts A and B have the same values" in log.read_text()

@@ -144,6 +144,24 @@ def test_another_end_is_told(tmp_path, of_base, of_expert, line):
     assert told(base, A=expert) == ([f"expert A ends its answers with {line}{rest}"] if line else [])
 
 
+@pytest.mark.parametrize("without", ["base", "a"])
+def test_ends_are_compared_where_one_has_no_tokenizer(tmp_path, without):
+    """As adapters have none."""
+    base, same, other = (
+        checkpoint(
+            tmp_path / name,
+            rows=len(TOKENS),
+            tokens=None if name[0] == without[0] else TOKENS,
+            config={"eos_token_id": end},
+        )
+        for name, end in (("base", 1), ("a", 1), ("another", 2))
+    )
+    assert told(base, A=same) == []
+    (line,) = told(base, A=other)
+    assert line.startswith("expert A ends its answers with ")
+    assert " and the base with </s> (" in line
+
+
 def test_a_tokenizer_that_cannot_be_read_is_told(base, tmp_path):
     expert = checkpoint(tmp_path / "a")
     (tmp_path / "a" / "vocab.json").write_text("{")
