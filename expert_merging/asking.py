@@ -94,10 +94,7 @@ def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
         return Formats(only, dict.fromkeys(plan.experts, only))
     texts = {name: Format.of_text(GIVEN, text, asking.end) for name, text in (given or {}).items()}
     of_base = read_template(plan.base.folder) if asking.reads_templates else None
-    default, warnings = asking.format_of(of_base), []
-    if of_base is not None and (fault := asking.fault(of_base)):
-        warnings.append(f"{fault}; in its place stands {default.origin}")
-    experts = {}
+    default, warnings, experts = asking.format_of(of_base), [], {}
     for name, expert in plan.experts.items():
         found = texts.pop(name, None)
         if found is None:
@@ -106,6 +103,10 @@ def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
             if problem is not None:
                 warnings.append(f"{problem}; expert {name} is asked in other words: {found.origin}")
         experts[name] = found
+    if of_base is not None and (fault := asking.fault(of_base)):
+        without = ", ".join(name for name, found in experts.items() if found is default)
+        instead = f"in its place stands {default.origin}, for {without}" if without else "no expert is asked with it"
+        warnings.insert(0, f"{fault}; {instead}")
     return Formats(default, experts, texts, tuple(warnings))
 
 

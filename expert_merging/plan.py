@@ -14,6 +14,7 @@ from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.checkpoints.folders import check_other_files
 from expert_merging.checkpoints.leftovers import check_leftovers, foreign_types
 from expert_merging.checkpoints.naming import DECODER, cut_otherwise, names_of_base, published_names
+from expert_merging.checkpoints.text_alone import complete
 from expert_merging.checkpoints.tying import Heads, tie_heads
 from expert_merging.errors import InputError, Problems
 from expert_merging.parts import Part
@@ -153,6 +154,7 @@ def make_plan(
         # Experts may name parameters otherwise than the base, as different versions of transformers do.
         for name, expert in opened.items():
             contained[_expert(name)] = adopt_names(published, expert, file_name)
+            complete(base, published, expert)
         heads = tie_heads(base, opened)
         with problems.collecting():
             merged = check_experts(base, opened, excluded, file_name, published, heads)

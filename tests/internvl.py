@@ -18,7 +18,13 @@ BASE = "InternVL2_5-1B"
 EXPERTS = {name: f"{BASE}_{name}" for name in ("OCR", "VQA", "Geometry", "Chart", "Grounding")}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 TOKENS = {token: 256 + number for number, token in enumerate(SPECIAL)}
-CODE = ("configuration_internvl_chat.py", "conversation.py", "modeling_intern_vit.py", "modeling_internvl_chat.py")
+CODE = (
+    "configuration_intern_vit.py",
+    "configuration_internvl_chat.py",
+    "conversation.py",
+    "modeling_intern_vit.py",
+    "modeling_internvl_chat.py",
+)
 
 # As the published config.json is, in a small size: a tile of 28 pixels has 16 patches and takes 4 tokens.
 CONFIG: dict[str, Any] = {

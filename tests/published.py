@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from tests import checkpoints, internvl, qwen2vl
 from tests.checkpoints import write_checkpoint
 
-TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+# As many as the published ones are, by which they are known; a text is made of bytes and letters alone.
+_PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+TOKENS = [*_PIECES, *(f"▁w{number}" for number in range(32000 - len(_PIECES)))]
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -34,6 +37,8 @@ WALKS_PARTS = (
     "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}"
 )
+# Settings of the vision tower that the base's file does not have, since they are the defaults.
+_LEFT_OUT = ("patch_size", "spatial_merge_size", "temporal_patch_size")
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# A model\n"
 
 _LLAMA_TOKENIZER = {
@@ -87,7 +92,7 @@ def make_mistral(cache: Path) -> Path:
     _write(cache / chat, _tuned(tensors, 1), _MISTRAL, 2, **both)
     _write_llama_tokenizer(cache / chat, chat_template=INSTRUCT)
     settings = {"use_cache": False, "attention_dropout": 0.0, "transformers_version": "4.39.3"}
-    _write(cache / math, _tuned(tensors, 2), _MISTRAL | settings, 3, {"training_args.bin": "not weights"})
+    _write(cache / math, _tuned(tensors, 2), _MISTRAL | settings, 3)
     _write_llama_tokenizer(cache / math, fast=False, pad_token="</s>")
     settings = {"pad_token_id": 0, "pretraining_tp": 1, "torch_dtype": "float16", "transformers_version": "4.35.0"}
     _write(cache / code, _tuned(tensors, 3, torch.float16), _MISTRAL | settings, 2, with_bin=True)
@@ -126,7 +131,8 @@ def make_qwen2vl(cache: Path) -> Path:
     for file in base.glob("model*"):
         file.unlink()
     config: dict[str, Any] = {**qwen2vl.CONFIG, "torch_dtype": "bfloat16"}
-    _write(base, tensors, config, 5, {"README.md": CARD})
+    vision = {name: value for name, value in config["vision_config"].items() if name not in _LEFT_OUT}
+    _write(base, tensors, {**config, "vision_config": vision}, 5, {"README.md": CARD})
     _save_json(base / "chat_template.json", {"chat_template": WALKS_PARTS})
     rotary = {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}
     newer = {**config, "rope_scaling": rotary, "transformers_version": "4.45.0.dev0"}
@@ -148,12 +154,14 @@ def _mistral_tensors() -> dict[str, torch.Tensor]:
 def _tuned(
     tensors: Mapping[str, torch.Tensor], seed: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """What a full fine-tune has made of them."""
+    """What a full fine-tune has made of them: a twentieth of its size is changed in every tensor."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (tensor.float() + 0.05 * torch.randn(tensor.shape, generator=generator)).to(dtype)
-        for name, tensor in tensors.items()
-    }
+    tuned = {}
+    for name, tensor in tensors.items():
+        start = tensor.float()
+        change = 0.05 * start.square().mean().sqrt() * torch.randn(start.shape, generator=generator)
+        tuned[name] = (start + change).to(dtype)
+    return tuned
 
 
 def _write(
@@ -196,6 +204,7 @@ def _write_llama_tokenizer(folder: Path, *, fast: bool = True, **settings: objec
         _llama_backend().save(str(folder / "tokenizer.json"))
 
 
+@cache
 def _sentencepiece() -> bytes:
     """The model of a sentencepiece tokenizer that falls back to bytes."""
     from transformers.utils import sentencepiece_model_pb2_new as protocol
@@ -211,6 +220,7 @@ def _sentencepiece() -> bytes:
     return bytes(model.SerializeToString())
 
 
+@cache
 def _llama_backend() -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 

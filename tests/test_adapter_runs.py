@@ -118,7 +118,7 @@ def test_runs_say_which_experts_are_adapters(zoo, tmp_path, capsys):
     log, card = run.log.read_text(), (run.model / "README.md").read_text()
     assert f"expert Chat {zoo.adapters['Chat']} (LoRA adapter)\n" in log
     assert f"expert Code {zoo.adapters['Code']}\n" in log
-    assert " WARNING " not in log
+    assert " warning: " not in log
     assert "| Chat | `chat` (LoRA adapter) |" in card
     assert f"| Code | `{EXPERTS['Code']}` |" in card
     full = merged(tmp_path / "full", "--method", "task_arithmetic", *flags(zoo.base, **zoo.full))

@@ -129,12 +129,20 @@ def test_a_template_that_asks_nothing_is_told_and_not_used(plan):
         "Code": PLAIN,
     }
     assert formats.warnings == (
-        f"the chat template of {plan.base.folder} leaves out the question; in its place stands {PLAIN}",
+        f"the chat template of {plan.base.folder} leaves out the question; in its place stands {PLAIN}, for Code",
         f"the chat template of {plan.experts['Chat'].folder} raises an error (no); expert Chat is asked in other "
         "words: the format of Mistral-7B-Instruct-v0.1",
         f"the chat template of {plan.experts['Code'].folder} leaves out the question; expert Code is asked in other "
         f"words: {PLAIN}",
     )
+
+
+def test_a_base_s_template_that_nobody_needs_is_told_as_that(plan):
+    set_template(plan.base.folder, SILENT_TEMPLATE)
+    for expert in plan.experts.values():
+        set_template(expert.folder, "[{{ messages[0].content }}]")
+    told = f"the chat template of {plan.base.folder} leaves out the question; no expert is asked with it"
+    assert choose_formats(BACKBONE, plan).warnings == (told,)
 
 
 def other_tokenizer(folder: Path, tokens: list[str]) -> None:

@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM
 from expert_merging.backbone import load_tokenizer, load_whole
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.folders import other_files, weights_in_other_formats
+from expert_merging.checkpoints.reading import damaged_files
+from expert_merging.checkpoints.tokenizer_files import read_vocabulary
 from expert_merging.errors import InputError
+from expert_merging.questions.templates import read_template
 from Qwen2VL.backbone import load_processor
 from tests.checkpoints import BASE, EXPERTS, INDEX, make_zoo, save_model, tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
@@ -242,6 +245,28 @@ def test_a_tokenizer_that_is_a_pointer(tmp_path, load):
     put(tmp_path, "tokenizer.model", content=POINTER)
     with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'tokenizer.model'} is a Git LFS pointer")):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer.model", "added_tokens.json"])
+def test_a_vocabulary_that_is_a_pointer(tmp_path, name):
+    put(tmp_path, name, content=POINTER)
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name} is a Git LFS pointer")):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_chat_template_that_is_a_pointer(tmp_path, name):
+    put(tmp_path, name, content=POINTER)
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name} is a Git LFS pointer")):
+        read_template(tmp_path)
+
+
+def test_files_of_a_processor_that_are_pointers(tmp_path):
+    put(tmp_path, "preprocessor_config.json", content=POINTER)
+    assert damaged_files(tmp_path) == [
+        f"{tmp_path / 'preprocessor_config.json'} is a Git LFS pointer, not the file itself; run `git lfs pull` in "
+        f"{tmp_path}"
+    ]
 
 
 def test_a_short_file_is_no_pointer(tmp_path):

@@ -151,6 +151,24 @@ def test_an_expert_without_a_tokenizer_ends_with_the_bases_tokens(tmp_path):
     assert told(base, A=Checkpoint(expert.folder)) == []
 
 
+@pytest.mark.parametrize("without", ["base", "a"])
+def test_ends_are_compared_where_one_has_no_tokenizer(tmp_path, without):
+    """As adapters have none."""
+    base, same, other = (
+        checkpoint(
+            tmp_path / name,
+            rows=len(TOKENS),
+            tokens=None if name[0] == without[0] else TOKENS,
+            config={"eos_token_id": end},
+        )
+        for name, end in (("base", 1), ("a", 1), ("another", 2))
+    )
+    assert told(base, A=same) == []
+    (line,) = told(base, A=other)
+    assert line.startswith("expert A ends its answers with ")
+    assert " and the base with </s> (" in line
+
+
 def test_a_tokenizer_that_cannot_be_read_is_told(base, tmp_path):
     expert = checkpoint(tmp_path / "a")
     (tmp_path / "a" / "vocab.json").write_text("{")

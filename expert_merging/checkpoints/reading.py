@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from expert_merging.checkpoints.folders import is_pointer, pointer
 from expert_merging.errors import InputError, excerpt, first_line
 
 # What loading a model reads beside its weights, and what loading tokenizer and processor reads beside that.
@@ -74,7 +75,8 @@ def damaged_files(folder: Path, names: Sequence[str] = _FILES) -> list[str]:
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError) as error:
-            problems.append(f"{file} is not valid JSON ({first_line(error)}); download it again")
+            damaged = f"{file} is not valid JSON ({first_line(error)}); download it again"
+            problems.append(pointer(file) if is_pointer(file) else damaged)
             continue
         if not isinstance(content, dict):
             problems.append(f"{file} must hold a JSON object and has {excerpt(content)}; download it again")

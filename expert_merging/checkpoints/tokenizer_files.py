@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.errors import InputError
 
 FAST, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
@@ -96,6 +97,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     Raises:
         InputError: a file is not what its name says.
     """
+    refuse_pointers(folder / name for name in FILES)
     fast = read_object(folder / FAST)
     own = _own_tokens(folder, fast)
     if own is None:

@@ -151,13 +151,14 @@ def other_ends(
     experts: Mapping[str, Checkpoint], base: Checkpoint, vocabularies: Mapping[str, Vocabulary | None]
 ) -> list[str]:
     """A line for every expert that ends its answers with a token that does not end the base's."""
-    usual = _ends(base, vocabularies.get("base"))
-    lines = []
+    of_base, lines = vocabularies.get("base"), []
     for name, expert in experts.items():
         vocabulary = vocabularies.get(name)
+        # Where only one of the two has a tokenizer, such as an adapter's base, it says what both numbers mean.
+        usual = _ends(base, of_base or vocabulary)
         own = {vocabulary.end if vocabulary else None} - {None}
         if not isinstance(expert, Adapter):  # whose settings are the base's
-            own |= _ends(expert, vocabulary or vocabularies.get("base"))
+            own |= _ends(expert, vocabulary or of_base)
         others = sorted(map(str, own - usual))
         if usual and others:
             lines.append(

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.errors import InputError
 from expert_merging.libraries import import_transformers
 from expert_merging.writing import write_atomically
@@ -163,6 +164,7 @@ def _text_in(file: Path) -> str | None:
     if not file.is_file():
         return None
     if file.name == JINJA:
+        refuse_pointers([file])  # which would render as a template that asks nothing
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -207,6 +209,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
+        refuse_pointers([file])
         raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
     return content if isinstance(content, dict) else {}
 

@@ -226,20 +226,26 @@ class TargetMaker:
     def _answer(self, model: Any, prompts: Prompts, samples: list[Sample], advance: Advance) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
         kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
-        kept[FORMATS] = prompts.formats.record
+        if kept.get(FORMATS) != prompts.formats.record:
+            kept[FORMATS] = prompts.formats.record
+            self._keep(kept)
         answered = []
         for sample in samples:
             key = "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
             if sample.response is None:
                 if key not in kept:
                     kept[key] = self._generate(model, prompts, sample)
-                    if not self.sharded or torch.distributed.get_rank() == 0:
-                        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-                        write_atomically(self.responses, text.encode())
+                    self._keep(kept)
                 sample = replace(sample, **kept[key])
                 advance(1, sample.expert)
             answered.append(sample)
         return answered
+
+    def _keep(self, responses: Mapping[str, Any]) -> None:
+        """Write how experts are asked, and what they have answered so far."""
+        if not self.sharded or torch.distributed.get_rank() == 0:
+            text = json.dumps(responses, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(self.responses, text.encode())
 
     def _generate(self, model: Any, prompts: Prompts, sample: Sample) -> dict[str, Any]:
         """The expert's answer as fields of `Sample`."""

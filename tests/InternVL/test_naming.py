@@ -105,12 +105,14 @@ def test_an_expert_of_text_alone_goes_into_the_language_model(prefix, internvl_z
         if name.startswith("language_model.")
     }
     expert = write_checkpoint(tmp_path / "text", text, config={"model_type": "qwen2"})
-    given = (*flags(internvl_zoo / BASE, Text=expert), "--exclude_params", "mlp1.*", *BACKBONE.exclude_params)
+    given = flags(internvl_zoo / BASE, Text=expert)
     run = run_command(tmp_path / "out", *METHOD, *given)
     words = (
         "without 'module.' and with 'language_model.' before them" if prefix else "with 'language_model.' before them"
     )
-    assert f"expert Text: names of tensors are read {words}" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert f"expert Text: names of tensors are read {words}" in plan
+    assert f"expert Text {expert} (a language model alone, with the base's mlp1 and vision_model)\n" in plan
     excluded = ["mlp1.*", *BACKBONE.exclude_params]
     assert_same_bytes(tensors_of(run.model), merge_plainly(internvl_zoo / BASE, [source], RULE, excluded))
     learning = (*LEARNING, *given, "--data_dir", internvl_zoo / "dataset", "--output_path", tmp_path / "learned")
@@ -141,3 +143,17 @@ def test_an_adapter_of_text_alone_goes_into_the_language_model(internvl_zoo, tmp
     assert [key for key, tensor in written.items() if not tensor.equal(before[key])] == [
         f"language_model.{name}.weight"
     ]
+
+
+def test_an_expert_of_text_alone_that_is_not_whole_is_refused(internvl_zoo, tmp_path, capsys):
+    """Neither a part of the language model that it lacks nor all of another model is made up for."""
+    language = {
+        name: tensor for name, tensor in tensors_of(internvl_zoo / EXPERTS["OCR"]).items() if name.startswith("lang")
+    }
+    lacking = "language_model.model.layers.1.mlp.up_proj.weight"
+    del language[lacking]
+    whole = {"h.0.weight": torch.ones(3)}
+    for tensors, problem in ((language, f"lacks the tensor {lacking}"), (whole, "lacks the tensor language_model")):
+        expert = write_checkpoint(tmp_path / problem, tensors, config={"model_type": "qwen2"})
+        found = refused(capsys, *METHOD, *flags(internvl_zoo / BASE, Text=expert), family=BACKBONE)
+        assert any(f"expert Text ({expert}): {problem}" in line for line in found)

@@ -17,6 +17,7 @@ from InternVL.backbone import BACKBONE, encode_prompt, load_model, load_processo
 from tests.checkpoints import tensors_of
 from tests.command import merged
 from tests.internvl import BASE, EXPERTS, TOKENS, make_picture, make_zoo, save_model
+from tests.internvl import CODE as PUBLISHED_CODE
 
 # The original class in its form, small: parameters under the files' names, `extract_feature`, `language_model`,
 # `generate` that gives the new tokens alone. The pictures' features differ from those of the native classes.
@@ -155,7 +156,7 @@ def test_what_is_executed_is_said_once(folder, caplog):
         load_model(folder, torch.float32, trust_remote_code=True)
         load_processor(folder, trust_remote_code=True)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "expert_merging.InternVL.remote"]
-    names = "configuration_internvl_chat.py, conversation.py, modeling_intern_vit.py, modeling_internvl_chat.py"
+    names = ", ".join(PUBLISHED_CODE)
     assert line == f"--trust_remote_code: executing {names} of {folder}"
 
 

@@ -30,6 +30,13 @@ def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
     assert [target.sample for target in first] == [target.sample for target in second]
 
 
+def test_how_experts_are_asked_is_kept_where_all_responses_are_given_too(tiny_zoo, tmp_path):
+    write_tasks(tmp_path / "dataset", responses=dict.fromkeys(EXPERTS, "42"))
+    trainer = make_trainer(tiny_zoo, tmp_path, data_dir=str(tmp_path / "dataset"))
+    trainer._make_targets(torch.device("cpu"))
+    assert set(json.loads(trainer.context.run.responses.read_text())) == {"formats"}
+
+
 def answering(monkeypatch, *tokens):
     """Let the experts answer with these tokens."""
     monkeypatch.setattr("expert_merging.running.targets.generate", lambda *_: ("text", list(tokens)))
