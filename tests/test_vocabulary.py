@@ -60,7 +60,7 @@ def test_the_same_vocabulary_is_nothing_to_tell(base, tmp_path):
 @pytest.mark.parametrize(
     ("added", "line"),
     [
-        (["<x>"], "1 token that the base lacks (<x>): the merged model does not know it; --tokenizer union adds them"),
+        (["<x>"], "1 token that the base lacks (<x>): the merged model does not know it; --tokenizer union adds it"),
         (
             ["<x>", "<a>"],
             "2 tokens that the base lacks (<x>, <a>): the merged model does not know them; --tokenizer union",
@@ -144,6 +144,14 @@ def test_another_end_is_told(tmp_path, of_base, of_expert, line):
     assert told(base, A=expert) == ([f"expert A ends its answers with {line}{rest}"] if line else [])
 
 
+def test_an_end_of_a_folder_without_a_tokenizer_is_the_base_s_token(tmp_path):
+    """Such as an adapter's, whose settings are the base's."""
+    base = checkpoint(tmp_path / "base", config={"eos_token_id": 1})
+    expert = checkpoint(tmp_path / "a", config={"eos_token_id": 1})
+    (tmp_path / "a" / "vocab.json").unlink()
+    assert told(base, A=expert) == []
+
+
 def test_a_tokenizer_that_cannot_be_read_is_told(base, tmp_path):
     expert = checkpoint(tmp_path / "a")
     (tmp_path / "a" / "vocab.json").write_text("{")
@@ -157,8 +165,6 @@ def test_the_merged_tokenizer_is_the_measure_where_there_is_one(base, tmp_path):
     expert = checkpoint(tmp_path / "a", ["<y>", "<x>"])
     assert vocabulary_warnings(base, {"A": expert}, merged) == [
         "expert A has 1 token that the merged tokenizer lacks (<y>): the merged model does not know it",
-        "expert A numbers 1 token otherwise than the merged tokenizer (<x> is 23 there and 22 here): the merged model "
-        "goes by the merged tokenizer",
     ]
     smaller = Vocabulary({token: number for token, number in TOKENS.items() if token != "t"}, {}, None)
     assert vocabulary_warnings(base, {}, smaller) == [
@@ -184,13 +190,13 @@ def test_plan_and_log_say_it(tmp_path, capsys):
         tmp_path / "o",
     )
     line = (
-        "expert A has 1 token that the base lacks (<x>): the merged model does not know it; --tokenizer union adds them"
+        "expert A has 1 token that the base lacks (<x>): the merged model does not know it; --tokenizer union adds it"
     )
     assert merge(*command, "--dry_run") == 0
     assert f"warning: {line}\n" in capsys.readouterr().out
     assert merge(*command) == 0
     (log,) = (tmp_path / "o").glob("*/*/merge.log")
-    assert f" WARNING {line}\n" in log.read_text()
+    assert f" warning: {line}\n" in log.read_text()
 
 
 # Sizes

@@ -77,18 +77,18 @@ def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_bas
         ]
     lines = []
     if lacking:
-        does_not = f"the merged model does not know {'it' if len(lacking) == 1 else 'them'}"
+        them = "it" if len(lacking) == 1 else "them"
         can_be_added = is_base and all(token in vocabulary.added for token in lacking)
         lines.append(
-            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({named_first(lacking)}): {does_not}"
-            + ("; --tokenizer union adds them" if can_be_added else "")
+            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({named_first(lacking)}): the merged "
+            f"model does not know {them}" + (f"; --tokenizer union adds {them}" if can_be_added else "")
         )
     moved = [token for token, number in vocabulary.tokens.items() if merged.tokens.get(token, number) != number]
-    if moved:
+    if moved and is_base:  # a tokenizer that is put together has its rows matched by token
         example = f"{moved[0]} is {vocabulary.tokens[moved[0]]} there and {merged.tokens[moved[0]]} here"
         lines.append(
-            f"{name} numbers {count_of(len(moved), 'token')} otherwise than {whose} ({example}): the merged model goes "
-            f"by {whose}"
+            f"{name} numbers {count_of(len(moved), 'token')} otherwise than the base ({example}): the merged model "
+            "goes by the base"
         )
     return lines
 
@@ -156,11 +156,13 @@ def other_ends(
     experts: Mapping[str, Checkpoint], base: Checkpoint, vocabularies: Mapping[str, Vocabulary | None]
 ) -> list[str]:
     """A line for every expert that ends its answers with a token that does not end the base's."""
-    usual = _ends(base, vocabularies.get("base"))
+    of_base = vocabularies.get("base")
+    usual = _ends(base, of_base)
     lines = []
     for name, expert in experts.items():
         vocabulary = vocabularies.get(name)
-        own = _ends(expert, vocabulary) | {vocabulary.end if vocabulary else None} - {None}
+        # A folder without a tokenizer, such as an adapter's, goes by the base's.
+        own = _ends(expert, vocabulary or of_base) | {vocabulary.end if vocabulary else None} - {None}
         others = sorted(map(str, own - usual))
         if usual and others:
             lines.append(
