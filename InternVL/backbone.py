@@ -214,7 +214,7 @@ BACKBONE = Backbone(
     evaluation={
         "internvl_chat": Evaluation(
             commands=(
-                "python run.py --config {eval} --verbose",
+                "python run.py --config {eval} --verbose  # in VLMEvalKit",
                 "accelerate launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={model} "
                 "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val "
                 "--output_path {model}/../lmms_eval",

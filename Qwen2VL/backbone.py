@@ -241,7 +241,7 @@ def _prompt(sample: Sample, asked: Format) -> str:
 
 def _commands(model_type: str) -> tuple[str, ...]:
     return (
-        "python run.py --config {eval} --verbose",
+        "python run.py --config {eval} --verbose  # in VLMEvalKit",
         f"accelerate launch -m lmms_eval --model {model_type} --model_args pretrained={{model}},max_pixels=2359296 "
         "--tasks refcoco_bbox_rec_val,refcoco+_bbox_rec_val,refcocog_bbox_rec_val --batch_size 1",
     )

@@ -74,7 +74,9 @@ class Formats:
         return {name: {"from": one.origin, "example": one.example} for name, one in self.named.items()}
 
 
-def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str] | None = None) -> Formats:
+def choose_formats(
+    backbone: Backbone, plan: Plan, given: str | Mapping[str, str] | None = None, tokenizer: str = BASE
+) -> Formats:
     """In whose words the models of a run are asked.
 
     An expert's are those that are given for it, else its own chat template's, else those that its family knows of the
@@ -84,6 +86,7 @@ def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
         backbone: the model family.
         plan: the checkpoints.
         given: a text with ``{question}`` in it for all, or texts by expert or task.
+        tokenizer: whose tokens questions are cut into: ``base``, an expert's name or ``union``.
 
     Raises:
         InputError: a file that may hold a chat template cannot be read.
@@ -95,25 +98,27 @@ def choose_formats(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
     texts = {name: Format.of_text(GIVEN, text, asking.end) for name, text in (given or {}).items()}
     of_base = read_template(plan.base.folder) if asking.reads_templates else None
     default, warnings, experts = asking.format_of(of_base), [], {}
+    cutting = _cutting(plan, tokenizer)
     for name, expert in plan.experts.items():
         found = texts.pop(name, None)
         if found is None:
-            found, problem = _of_expert(asking, plan.base, of_base, expert)
+            found, problem = _of_expert(asking, cutting, of_base, expert)
             found = found or default
             if problem is not None:
                 warnings.append(f"{problem}; expert {name} is asked in other words: {found.origin}")
         experts[name] = found
-    if of_base is not None and (fault := asking.fault(of_base)):
-        without = ", ".join(name for name, found in experts.items() if found is default)
-        instead = f"in its place stands {default.origin}, for {without}" if without else "no expert is asked with it"
-        warnings.insert(0, f"{fault}; {instead}")
+    if of_base is not None and (fault := asking.fault(of_base)) and default in experts.values():
+        warnings.insert(0, f"{fault}; in its place stands {default.origin}")
     return Formats(default, experts, texts, tuple(warnings))
 
 
 def _of_expert(
-    asking: Asking, base: Checkpoint, of_base: ChatTemplate | None, expert: Checkpoint
+    asking: Asking, cutting: Checkpoint | None, of_base: ChatTemplate | None, expert: Checkpoint
 ) -> tuple[Format | None, str | None]:
-    """The expert's own words, None where they are the base's; and what keeps its chat template from being used."""
+    """The expert's own words, None where they are the base's; and what keeps its chat template from being used.
+
+    ``cutting`` is the model whose tokenizer cuts questions, None for one that knows every expert's tokens.
+    """
     known = asking.known_format(expert.folder, language_setting(expert.config, "vocab_size"))
     template = read_template(expert.folder) if asking.reads_templates else None
     if template is None:
@@ -123,10 +128,11 @@ def _of_expert(
         return (known if problem else None), None
     if problem is None:
         own = Format.of_template(template, asking.end)
-        other = other_tokens(base.folder, expert.folder, own.example)
-        if other is None:
+        other = None if cutting is None else other_tokens(cutting.folder, expert.folder, own.example)
+        if cutting is None or other is None:
             return own, None
-        problem = f"the base's tokenizer makes other tokens of the chat template of {expert.folder} ({other})"
+        whose = f"the tokenizer of {cutting.folder}"
+        problem = f"{whose} makes other tokens of the chat template of {expert.folder} ({other})"
     return known, problem
 
 
@@ -188,24 +194,28 @@ class Wording:
     """How the models of a run are asked, and what the merged folder says of it.
 
     Args:
-        formats: the formats while models run.
+        formats: the formats while experts run, of the base's tokens.
+        asked: the formats of the merged model, of its own tokens.
         source: whose chat template the merged folder has: ``base``, ``family``, ``experts`` or an expert's name.
         template: the chat template that the merged folder gets; None where it keeps what the base has.
         merged: how the merged folder asks to be asked.
-        has: which chat template it has, in words.
+        has: what it has of chat templates, in words.
+        reason: why that is not the base's, where the base's is of no use.
     """
 
     formats: Formats
+    asked: Formats
     source: str
     template: ChatTemplate | None
     merged: Format
     has: str
+    reason: str
 
     @property
     def of_merged(self) -> Formats:
         """How the merged model is asked: questions of an expert's task in the expert's words."""
         given = self.formats.default.origin == GIVEN
-        return Formats(self.formats.default if given else self.merged, self.formats.experts, self.formats.tasks)
+        return Formats(self.asked.default if given else self.merged, self.asked.experts, self.asked.tasks)
 
     @property
     def lines(self) -> list[str]:
@@ -214,8 +224,8 @@ class Wording:
 
     @property
     def gets(self) -> list[str]:
-        """A line for the plan where the merged folder does not have the base's chat template."""
-        return [] if self.template is None else [f"the merged folder has {self.has}"]
+        """A line for the plan where the merged folder does not have the base's chat template, or that is of no use."""
+        return [f"the merged folder has {self.has}{self.reason}"] if self.template or self.reason else []
 
     @property
     def record(self) -> dict[str, object]:
@@ -229,14 +239,23 @@ class Wording:
             kept: names of the files that the base's chat template is in now.
         """
         former = f" The base's is kept in {' and '.join(f'`{name}`' for name in kept)}." if kept else ""
-        words = [f"{names}: {one.described}" for names, one in self.formats.grouped.items()]
-        if {one.digest for one in self.formats.named.values()} == {self.merged.digest}:
-            words = [f"All tasks: {self.merged.described}"]
-        listed = "\n".join(f"- {line}" for line in words)
-        return f"It has {self.has}.{former} Ask it as the expert of the task is asked:\n\n{listed}"
+        words = {names: f"`{one.shown}`, {one.origin}" for names, one in self.asked.grouped.items()}
+        if len(words) == 1:
+            words = {"All tasks": next(iter(words.values()))}
+        listed = "\n".join(f"- {names}: {text}" for names, text in words.items())
+        return (
+            f"It has {self.has}.{former} Ask it as the expert of the task is asked, with a line break for each `\\n`:"
+            f"\n\n{listed}"
+        )
 
 
-def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str] | None, asked: str | None) -> Wording:
+def choose_wording(
+    backbone: Backbone,
+    plan: Plan,
+    given: str | Mapping[str, str] | None,
+    asked: str | None,
+    tokenizer: str = BASE,
+) -> Wording:
     """How the models of a run are asked, and the chat template of the merged folder.
 
     Args:
@@ -244,20 +263,43 @@ def choose_wording(backbone: Backbone, plan: Plan, given: str | Mapping[str, str
         plan: the checkpoints.
         given: ``--prompt_template``.
         asked: ``--chat_template_from``.
+        tokenizer: whose tokenizer the merged model has: ``base``, an expert's name or ``union``.
 
     Raises:
         InputError: there is no such template, or it cannot be used.
     """
-    source, template = _choose_template(backbone, plan, asked)
+    source, template = _choose_template(backbone, plan, asked or _owner(backbone, plan, tokenizer), tokenizer)
+    if template is None and tokenizer in plan.experts:  # the base's may lie in a tokenizer file, which is replaced
+        template = read_template(plan.base.folder)
     held = template or read_template(plan.base.folder)
     has = "no chat template" if held is None else f"the chat template of {owner(held.name)}"
+    fault = _fault_of_base(backbone.asking, plan)
     if held is not None and backbone.asking.reads_templates and backbone.asking.fault(held):
-        has += ", which asks nothing"
+        has, reason = f"{has}, which asks nothing", "; --chat_template_from chooses another"
+    else:
+        reason = f", since {fault}" if fault else ""
     merged = backbone.asking.format_of(held)
-    return Wording(choose_formats(backbone, plan, given), source, template, merged, has)
+    formats = choose_formats(backbone, plan, given)
+    of_merged = formats if tokenizer == BASE else choose_formats(backbone, plan, given, tokenizer)
+    return Wording(formats, of_merged, source, template, merged, has, reason)
 
 
-def _choose_template(backbone: Backbone, plan: Plan, asked: str | None) -> tuple[str, ChatTemplate | None]:
+def _fault_of_base(asking: Asking, plan: Plan) -> str | None:
+    """Why the base's chat template cannot be used; None where it can or there is none."""
+    own = read_template(plan.base.folder) if asking.reads_templates else None
+    return None if own is None else asking.fault(own)
+
+
+def _owner(backbone: Backbone, plan: Plan, tokenizer: str) -> str | None:
+    """The expert whose tokenizer the merged model has, if it has a chat template that can be used too."""
+    expert = plan.experts.get(tokenizer)
+    template = read_template(expert.folder) if expert and backbone.asking.reads_templates else None
+    return None if template is None or backbone.asking.fault(template) else tokenizer
+
+
+def _choose_template(
+    backbone: Backbone, plan: Plan, asked: str | None, tokenizer: str
+) -> tuple[str, ChatTemplate | None]:
     """Whose template the merged folder gets, and the template where it is not the base's."""
     asking = backbone.asking
     if asked in plan.experts:
@@ -275,7 +317,7 @@ def _choose_template(backbone: Backbone, plan: Plan, asked: str | None) -> tuple
     own = read_template(plan.base.folder) if asking.reads_templates else None
     if asked == BASE or not asking.reads_templates or (own is not None and asking.fault(own) is None):
         return BASE, None
-    common = _common(asking, plan)
+    common = _common(asking, plan, tokenizer)
     if common is not None:
         return EXPERTS, common
     of_the_family = plan.base.model_type in backbone.evaluation
@@ -290,8 +332,8 @@ def _required(asking: Asking, name: str, folder: Path) -> ChatTemplate:
     return template
 
 
-def _common(asking: Asking, plan: Plan) -> ChatTemplate | None:
-    """The template that all experts have, if it is one and the same and the base's tokenizer knows its tokens."""
+def _common(asking: Asking, plan: Plan, tokenizer: str) -> ChatTemplate | None:
+    """The template that all experts have, if it is one and the same and the merged tokenizer knows its tokens."""
     found = [read_template(expert.folder) for expert in plan.experts.values()]
     first = found[0]
     if first is None or asking.fault(first) is not None:
@@ -299,6 +341,13 @@ def _common(asking: Asking, plan: Plan) -> ChatTemplate | None:
     if any(one is None or one.text != first.text for one in found):
         return None
     example = Format.of_template(first, asking.end).example
-    folders = [expert.folder for expert in plan.experts.values()]
-    same = all(other_tokens(plan.base.folder, folder, example) is None for folder in folders)
+    cutting = _cutting(plan, tokenizer)
+    if cutting is None:
+        return first
+    same = all(other_tokens(cutting.folder, expert.folder, example) is None for expert in plan.experts.values())
     return first if same else None
+
+
+def _cutting(plan: Plan, tokenizer: str) -> Checkpoint | None:
+    """The model whose tokenizer cuts texts; None for a union, which knows the tokens of all."""
+    return {BASE: plan.base, **plan.experts}.get(tokenizer)

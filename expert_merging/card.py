@@ -56,7 +56,7 @@ _LAYOUTS = {
 _EXAMPLE = """from transformers import {classes}
 
 model = {model}
-processor = {processor}"""
+{second} = {processor}"""
 
 
 def model_card(
@@ -102,14 +102,20 @@ def model_card(
         table="\n".join(
             f"| {role} | `{_name(path)}`{_details(path, is_adapter=role in adapters)} |" for role, path in names.items()
         ),
-        options=json.dumps({**options, "seed": description["seed"]}, indent=2),
+        options=json.dumps(
+            {name: value for name, value in {**options, "seed": description["seed"]}.items() if value is not None},
+            indent=2,
+        ),
         origin=(_KEPT if is_mirror else _MADE).format(
             merged=merged, tensors=tensors, but="" if keeps_others else ", but for embeddings, head and tokenizer"
         ),
         layout=_LAYOUTS[is_mirror],
         asking=f"\n{asking}\n" if asking else "",
         example=_EXAMPLE.format(
-            classes=", ".join(expression.split(".")[0] for expression in loading), model=model, processor=processor
+            second="tokenizer" if processor.startswith("AutoTokenizer") else "processor",
+            classes=", ".join(expression.split(".")[0] for expression in loading),
+            model=model,
+            processor=processor,
         ),
     )
 

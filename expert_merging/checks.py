@@ -125,7 +125,7 @@ def _open_checkpoints(resolved: Resolved, backbone: Backbone) -> tuple[Plan, str
         chosen = (general["tokenizer"] or BASE, general["embeddings"] or BASE)
         word_tables = choose_word_tables(plan, *chosen) if by_token else None
         given, source = resolved.options.get("prompt_template"), general["chat_template_from"]
-        wording = choose_wording(backbone, plan, given, source)
+        wording = choose_wording(backbone, plan, given, source, chosen[0])
     if resolved.general["device"] != "auto" or not problems.found:  # a wrong path needs no torch to be answered
         with problems.collecting():
             device = choose_device(resolved.general["device"], one_each=resolved.reads_samples)

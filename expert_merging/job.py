@@ -152,6 +152,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
     write_atomically(folder / "README.md", card.encode())
     evaluation = backbone.evaluation_of(base.model_type)
     if evaluation.vlmeval:
-        name = "-".join(filter(None, [backbone.name, run.folder.name, output.folder]))
+        family = "" if run.folder.name.startswith(backbone.name) else backbone.name
+        name = "-".join(filter(None, [family, run.folder.name, output.folder]))
         final = (run.model / output.folder).resolve()
         write_atomically(folder / EVALUATION, vlmeval_config(evaluation, name, final))

@@ -30,8 +30,8 @@ class GeneralOptions:
             replace the family's experts.
         exclude_params: regular expressions of parameters that keep the base's value, matched from the start of the
             name; none merges everything.
-        tokenizer: base, the name of the expert whose tokenizer the merged model gets, or union for the base's with the
-            experts' added tokens; embeddings and head are then matched by token.
+        tokenizer: whose tokenizer the merged model gets: base, an expert's name, or union for the base's with the
+            experts' added tokens. Embeddings and head are then matched by token.
         embeddings: whose rows embeddings and head have, matched by token: base, an expert's name, or mean for the mean
             of all models that have the token. Methods do not merge them then.
         output_path: folder for all runs.

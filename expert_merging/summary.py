@@ -112,7 +112,8 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         memory=merging_memory(job),
         device=job.context.device,
     )
-    return [*found, *job.wording.formats.warnings, *rewritten_weights(job.context.plan, job.description)]
+    formats = job.wording.formats if job.resolved.reads_samples else job.wording.asked
+    return [*found, *formats.warnings, *rewritten_weights(job.context.plan, job.description)]
 
 
 def _token_warnings(job: Job) -> list[str]:

@@ -418,7 +418,8 @@ def test_pickled_adapters_are_refused(mistral, saved):
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     assert problem(mistral, saved) == (
         f"{saved} has its weights in pickle files (adapter_model.bin), which can run code when they are opened; this "
-        f"converts them without running any: python -m expert_merging convert {saved} NEW_FOLDER"
+        f"converts them without running any, in the repository's folder: python -m expert_merging convert {saved} "
+        "NEW_FOLDER"
     )
 
 

@@ -164,9 +164,44 @@ def test_a_template_of_other_tokens_is_told_and_not_used(plan):
     assert formats.experts["Code"] == formats.default
     (told,) = formats.warnings
     assert told == (
-        f"the base's tokenizer makes other tokens of the chat template of {folder} ('<unk>', number 3, in place of "
-        f"'<|turn|>', number {len(CHARACTERS)}); expert Code is asked in other words: {PLAIN}"
+        f"the tokenizer of {plan.base.folder} makes other tokens of the chat template of {folder} ('<unk>', number 3, "
+        f"in place of '<|turn|>', number {len(CHARACTERS)}); expert Code is asked in other words: {PLAIN}"
     )
+
+
+def test_a_merged_tokenizer_that_knows_the_tokens_is_asked_with_the_template(plan):
+    """Of a union or an expert's own tokenizer, which the merged model has instead of the base's."""
+    from tests.checkpoints import CHARACTERS
+
+    folder = plan.experts["Code"].folder
+    set_template(folder, "<|turn|>{% for m in messages %}{{ m.content }}{% endfor %}")
+    other_tokenizer(folder, [*CHARACTERS, "<|turn|>"])
+    for tokenizer in ("union", "Code"):
+        wording = choose_wording(BACKBONE, plan, None, None, tokenizer)
+        assert wording.asked.experts["Code"].origin == "the chat template of my-coder"
+        assert not wording.asked.warnings
+        assert wording.of_merged.of(ask("Code", "Code")).prompt("2") == "<|turn|>2"
+        assert '- Code: `"<|turn|>{question}{response}"`' in wording.card([])
+        assert wording.formats.experts["Code"].origin == PLAIN, "while experts run, tokens are the base's"
+    assert choose_wording(BACKBONE, plan, None, None, "Code").source == "Code", "its files hold its template"
+    assert choose_wording(BACKBONE, plan, None, "base", "Code").source == "base"
+    for name in ("Chat", "Math"):
+        shutil.copytree(folder, plan.experts[name].folder, dirs_exist_ok=True)
+    assert choose_wording(BACKBONE, plan, None, None, "union").source == "experts"
+    assert choose_wording(BACKBONE, plan, None, None).source == "base"
+
+
+def test_a_base_s_template_that_nobody_is_asked_with_is_not_warned_about(plan):
+    set_template(plan.base.folder, SILENT_TEMPLATE)
+    for expert in plan.experts.values():
+        set_template(expert.folder, INSTRUCT)
+    wording = choose_wording(BACKBONE, plan, None, None)
+    assert not wording.formats.warnings
+    fault = f"the chat template of {plan.base.folder} leaves out the question"
+    assert wording.gets == [f"the merged folder has the chat template of Mistral-7B-Instruct-v0.1, since {fault}"]
+    assert choose_wording(BACKBONE, plan, None, "base").gets == [
+        "the merged folder has the chat template of base, which asks nothing; --chat_template_from chooses another"
+    ]
 
 
 def test_another_number_for_the_same_token_is_another_token(plan):
@@ -281,8 +316,8 @@ def test_a_family_may_be_asked_in_its_published_words_alone(plan):
     assert not formats.warnings
     assert chosen(plan, backbone=family) == ("base", None)
     assert choose_wording(family, plan, None, None).card([]) == (
-        "It has the chat template of base. Ask it as the expert of the task is asked:\n\n"
-        '- All tasks: the published conversation, `"U: {question} A:{response}|"`'
+        "It has the chat template of base. Ask it as the expert of the task is asked, with a line break for each "
+        '`\\n`:\n\n- All tasks: `"U: {question} A:{response}|"`, the published conversation'
     )
     assert choose_wording(family, plan, None, "Math").gets == ["the merged folder has the chat template of MAmmoTH2-7B"]
 
@@ -291,11 +326,11 @@ def test_the_card_says_how_to_ask(plan):
     set_template(plan.experts["Chat"].folder, INSTRUCT)
     card = choose_wording(BACKBONE, plan, None, None).card([])
     assert card == (
-        "It has no chat template. Ask it as the expert of the task is asked:\n\n"
-        '- Chat: the chat template of Mistral-7B-Instruct-v0.1, `"<s>[INST] {question} [/INST]{response}</s>"`\n'
-        '- Math: the format of MAmmoTH2-7B, `"You are supposed to provide a solution to a given problem.\\n\\n\\n'
-        "Problem:\\n{question}\\nSolution: Let's think step by step.\\n{response}\"`\n"
-        '- Code: the bare question, `"{question}{response}"`'
+        "It has no chat template. Ask it as the expert of the task is asked, with a line break for each `\\n`:\n\n"
+        '- Chat: `"<s>[INST] {question} [/INST]{response}</s>"`, the chat template of Mistral-7B-Instruct-v0.1\n'
+        '- Math: `"You are supposed to provide a solution to a given problem.\\n\\n\\nProblem:\\n{question}\\n'
+        "Solution: Let's think step by step.\\n{response}\"`, the format of MAmmoTH2-7B\n"
+        '- Code: `"{question}{response}"`, the bare question'
     )
     for expert in plan.experts.values():
         set_template(expert.folder, INSTRUCT)

@@ -101,12 +101,15 @@ def test_usual_tasks_of_a_family_belong_to_their_experts(data):
     assert owners(["Chart"]) == {"Chart": "Chart"}, "tasks of experts that are not merged are left alone"
 
 
-@pytest.mark.parametrize(("count", "words"), [(3, "3 entries"), (1, "1 entry")])
-def test_shorter_files_are_used_whole_and_that_is_said(data, caplog, count, words):
-    folder = data("Chat", QUESTIONS[:count])
+def test_shorter_files_are_used_whole_and_that_is_said_in_one_line(data, caplog):
+    data("Chat", QUESTIONS[:3])
+    data("Code", QUESTIONS[:1])
+    folder = data("Math", QUESTIONS[:2])
     with caplog.at_level(logging.INFO, "expert_merging"):
-        assert len(load(folder)) == count
-    assert caplog.messages == [f"{folder / 'Chat.json'} has {words}; --samples_per_task asks for 5, all are used"]
+        assert len(load(folder, ["Chat", "Math", "Code"], counts={"Chat": 4, "Math": 2})) == 6
+    assert caplog.messages == [
+        "tasks with fewer samples than asked for, of which all are used: Chat 3 of 4, Code 1 of 5"
+    ]
 
 
 def test_a_missing_folder(tmp_path):

@@ -16,6 +16,7 @@ DESCRIPTION = {
         "base_model_path": "/home/someone/models/Mistral-7B-v0.1",
         "expert": {"Chat": "/home/someone/models/Chat-7B/", "Math": "/home/someone/models/Math-7B"},
         "scaling_coefficient": [0.2, 0.3],
+        "loss_alphas": None,
         "seed": -1,
     },
     "seed": 77,
@@ -50,6 +51,7 @@ def test_the_text_says_what_was_merged_and_how(card):
     assert "| base | `Mistral-7B-v0.1` |\n| Chat | `Chat-7B` |\n| Math | `Math-7B` |" in card
     assert "21 of 30 tensors were merged" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "\ntokenizer = AutoTokenizer.from_pretrained" in card
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,8 @@ def test_a_repository_of_pickles(hub, tmp_path):
     publish(hub, tmp_path / "model", "config.json", "pytorch_model.bin", "training_args.bin")
     assert problem("org/model") == (
         "org/model has its weights in pickle files (pytorch_model.bin), which can run code when they are opened; this "
-        "converts them without running any: python -m expert_merging convert org/model NEW_FOLDER"
+        "converts them without running any, in the repository's folder: python -m expert_merging convert org/model "
+        "NEW_FOLDER"
     )
 
 

@@ -149,6 +149,18 @@ def test_a_new_template_takes_every_place_of_the_old_one(tmp_path):
     assert not (tmp_path / "chat_template.jinja").exists()
 
 
+def test_a_file_that_has_the_template_already_is_left_alone(tmp_path):
+    """Such as one that came with an expert's tokenizer."""
+    write(tmp_path, jinja="new", tokenizer_config={"chat_template": "old"})
+    assert put_template("new", tmp_path) == ["tokenizer_config.base.json"]
+    assert put_template("new", tmp_path) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "chat_template.jinja",
+        "tokenizer_config.base.json",
+        "tokenizer_config.json",
+    ]
+
+
 def test_a_folder_without_a_template_gets_a_file_for_it(tmp_path):
     write(tmp_path, tokenizer_config={"eos_token": "</s>"})
     assert put_template("new", tmp_path) == []

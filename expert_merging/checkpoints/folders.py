@@ -156,7 +156,7 @@ def pickled(place: str, name: str) -> str:
     """
     return (
         f"{place} has its weights in pickle files ({name}), which can run code when they are opened; this converts "
-        f"them without running any: python -m expert_merging convert {place} NEW_FOLDER"
+        f"them without running any, in the repository's folder: python -m expert_merging convert {place} NEW_FOLDER"
     )
 
 

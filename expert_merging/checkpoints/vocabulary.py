@@ -78,18 +78,18 @@ def lost_tokens(name: str, vocabulary: Vocabulary, merged: Vocabulary, *, is_bas
         ]
     lines = []
     if lacking:
-        does_not = f"the merged model does not know {'it' if len(lacking) == 1 else 'them'}"
+        them = "it" if len(lacking) == 1 else "them"
         can_be_added = is_base and all(token in vocabulary.added for token in lacking)
         lines.append(
-            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({first_of(lacking, SHOWN)}): {does_not}"
-            + ("; --tokenizer union adds them" if can_be_added else "")
+            f"{name} has {count_of(len(lacking), 'token')} that {whose} lacks ({first_of(lacking, SHOWN)}): the merged "
+            f"model does not know {them}" + (f"; --tokenizer union adds {them}" if can_be_added else "")
         )
     moved = [token for token, number in vocabulary.tokens.items() if merged.tokens.get(token, number) != number]
-    if moved:
+    if moved and is_base:  # a tokenizer that is put together has its rows matched by token
         example = f"{moved[0]} is {vocabulary.tokens[moved[0]]} there and {merged.tokens[moved[0]]} here"
         lines.append(
-            f"{name} numbers {count_of(len(moved), 'token')} otherwise than {whose} ({example}): the merged model goes "
-            f"by {whose}"
+            f"{name} numbers {count_of(len(moved), 'token')} otherwise than the base ({example}): the merged model "
+            "goes by the base"
         )
     return lines
 

@@ -159,7 +159,7 @@ def _notes(loaded: Coefficients, chosen: Coefficients, others: list[str]) -> Ite
     """What the plan tells of the coefficients."""
     scales = dict(zip(chosen.experts, chosen.task_vector_scale, strict=True))
     if left_out := [name for name in loaded.experts if name not in chosen.experts]:
-        yield f"coefficients of {', '.join(left_out)} are left out, since these experts are not given"
+        yield f"coefficients of experts that are not merged here are left out: {', '.join(left_out)}"
     if set(scales.values()) != {1.0}:
         yield f"factors on task vectors: {', '.join(f'{name} {scale:g}' for name, scale in scales.items())}"
     if others:

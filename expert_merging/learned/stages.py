@@ -207,11 +207,16 @@ def _work(
     decisive = {**settings.asked.inputs, "layers": ",".join(map(str, layers)), "initial": initial}
     precision = "float32" if settings.asked.precision == "no" else settings.asked.precision
     multiplied = f"coefficients start at {initial} and multiply {_describe_directions(settings)}"
-    aligned = f"hidden states aligned: {', '.join(map(str, layers)) or 'none'}; precision: {precision}"
+    aligned = f"hidden states aligned: {_places(layers)}; precision: {precision}"
     demand = Demand(context.plan, settings.asked.precision, settings.asked.longest, settings.options, directions)
     memory = describe(demand, this_machine(context.device))
     notes = (*notes, multiplied, aligned, *memory)
     return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=directions.unit)
+
+
+def _places(layers: Sequence[int]) -> str:
+    """Where hidden states are aligned, in words."""
+    return f"after layer{'' if len(layers) == 1 else 's'} {', '.join(map(str, layers))}" if layers else "none"
 
 
 def _describe_directions(settings: Settings) -> str:

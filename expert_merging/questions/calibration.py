@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,16 @@ def load_samples(
                 f"TASK={expert} assigns it another file"
             )
     problems.check()
+    _tell_short({task: counts.get(task, default_count) for task in sorted(tasks)}, samples)
     return samples
+
+
+def _tell_short(asked: Mapping[str, int], samples: Sequence[Sample]) -> None:
+    """Say which files have fewer samples than were asked for of them."""
+    found = Counter(sample.task for sample in samples)
+    short = [f"{task} {found[task]} of {count}" for task, count in asked.items() if 0 < found[task] < count]
+    if short:
+        logger.info("tasks with fewer samples than asked for, of which all are used: %s", ", ".join(short))
 
 
 def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
@@ -175,9 +185,6 @@ def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
     for words, numbers in left_out.items():
         are = "is" if words.startswith("a ") else "are"
         logger.warning("%s: %s cannot be part of a prompt and %s left out", entry_place(file, numbers), words, are)
-    if len(samples) < count:
-        have = "1 entry" if len(samples) == 1 else f"{len(samples)} entries"
-        logger.info("%s has %s; --samples_per_task asks for %d, all are used", file, have, count)
     return samples
 
 

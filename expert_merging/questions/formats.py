@@ -80,9 +80,14 @@ class Format:
         return self.prompt(QUESTION) + RESPONSE + (self.end or "")
 
     @property
+    def shown(self) -> str:
+        """The example in one line, as JSON."""
+        return json.dumps(self.example, ensure_ascii=False)
+
+    @property
     def described(self) -> str:
         """Origin and example in one line."""
-        return f"{self.origin}, `{json.dumps(self.example, ensure_ascii=False)}`"
+        return f"{self.origin}, `{self.shown}`"
 
     @property
     def digest(self) -> str:

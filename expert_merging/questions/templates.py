@@ -224,13 +224,15 @@ def put_template(text: str, folder: Path) -> list[str]:
     Returns:
         Names under which the files as they were are kept.
     """
-    files = [folder / file for file in _FILES if _text_in(folder / file) is not None]
+    texts = {folder / file: _text_in(folder / file) for file in _FILES}
+    present = [file for file, former in texts.items() if former is not None]
+    files = [file for file in present if texts[file] != text]
     kept = []
     for file in files:
         former = file.with_name(f"{file.stem}.base{file.suffix}")
         write_atomically(former, file.read_bytes())
         kept.append(former.name)
-    for file in files or [folder / JINJA]:
+    for file in files if present else [folder / JINJA]:
         content = text
         if file.name != JINJA:
             content = json.dumps({**_read_json(file), "chat_template": text}, indent=2, ensure_ascii=False) + "\n"

@@ -94,7 +94,7 @@ def test_a_factor_comes_on_top_of_what_was_learned(folders, file, tmp_path):
 
 def test_experts_that_are_left_out_are_told(folders, file, capsys):
     assert merge(*command(folders, file, experts="B"), "--dry_run") == 0
-    assert "coefficients of A are left out, since these experts are not given\n" in capsys.readouterr().out
+    assert "coefficients of experts that are not merged here are left out: A\n" in capsys.readouterr().out
 
 
 def test_an_expert_without_coefficients_needs_one(folders, file, capsys):

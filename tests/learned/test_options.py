@@ -210,7 +210,7 @@ def test_the_dry_run_tells_what_would_be_learned(command, tmp_path, capsys):
     assert command("--dry_run", "--samples_per_task_dict", '{"Math": 2}') == 0
     shown = capsys.readouterr().out
     assert "63 coefficients learned from 12 samples in 1 epoch" in shown
-    assert "hidden states aligned: 1" in shown
+    assert "hidden states aligned: after layer 1; precision" in shown
     assert not (tmp_path / "out").exists()
 
 
