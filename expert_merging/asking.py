@@ -107,8 +107,9 @@ def choose_formats(
             if problem is not None:
                 warnings.append(f"{problem}; expert {name} is asked in other words: {found.origin}")
         experts[name] = found
-    if of_base is not None and (fault := asking.fault(of_base)) and default in experts.values():
-        warnings.insert(0, f"{fault}; in its place stands {default.origin}")
+    without = [name for name, found in experts.items() if found is default]
+    if of_base is not None and without and (fault := asking.fault(of_base)):
+        warnings.insert(0, f"{fault}; in its place stands {default.origin}, for {', '.join(without)}")
     return Formats(default, experts, texts, tuple(warnings))
 
 
