@@ -81,8 +81,8 @@ def test_the_experts_are_asked_in_their_own_words_with_pictures_and_without(qwen
     card = (run.model / "README.md").read_text()
     assert f"It has {origin}. The base's is kept in `chat_template.base.json` and `tokenizer_config.base.json`." in card
     assert card.endswith(
-        f'- All tasks: {origin}, `"<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\\n'
-        '{response}<|im_end|>\\n"`\n'
+        '- All tasks: `"<|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{response}<|im_end|>\\n"`, '
+        f"{origin}\n"
     )
     assert json.loads(run.config.read_text())["asking"]["chat_template_from"] == "experts"
 
@@ -96,7 +96,7 @@ def test_where_nobody_has_words_the_published_ones_are_taken(qwen_zoo, silent, t
     assert json.loads((run.model / "chat_template.json").read_text()) == {"chat_template": TEMPLATE.text}
     assert AutoTokenizer.from_pretrained(run.model).chat_template == TEMPLATE.text
     assert json.loads(run.config.read_text())["asking"]["chat_template_from"] == "family"
-    assert run.log.read_text().count("leaves out the question") == 1, "the same template is told once"
+    assert run.log.read_text().count("warning: ") == 1, "the same template is warned about once"
 
 
 def test_closed_forms_give_the_merged_folder_a_template_too(silent_base, tmp_path):
