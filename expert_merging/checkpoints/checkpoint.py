@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -160,7 +160,7 @@ class Checkpoint:
 
     def in_file(self, file: Path) -> list[Entry]:
         """The tensors of one file in the order of their bytes."""
-        return in_order(self.entries.values(), file)
+        return sorted((entry for entry in self.entries.values() if entry.file == file), key=lambda entry: entry.offset)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Entries ``[start, stop)`` of the flattened tensor, in the file's type.
@@ -217,20 +217,23 @@ class Checkpoint:
         Args:
             whole: also of every other file (tokenizer, processor, ...).
         """
-        digest = hashlib.sha256(self.content().encode())
+        headers = [self.headers[file.name] for file in self.files]
+        digest = hashlib.sha256(b"".join([*headers, *self._digests()]))
         for relative in other_files(self.folder) if whole else [Path(self.config_name)]:
             digest.update(str(relative).encode() + file_content(self.folder / relative))
         return shortened(digest.digest())
 
     def content(self) -> str:
-        """A digest of the weights' headers and of samples of every tensor, which copies of the weights share."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(self.headers[file.name])
-            for entry in in_order(self._stored, file):
-                for block in blocks(self.descriptor(file), entry.offset, entry.size):
-                    digest.update(block)
-        return shortened(digest.digest())
+        """A digest of samples of all tensors, which copies of the weights share, whatever their files and names."""
+        return shortened(hashlib.sha256(b"".join(sorted(self._digests()))).digest())
+
+    def _digests(self) -> Iterator[bytes]:
+        """Of type, shape and samples of every stored tensor."""
+        for entry in self._stored:
+            digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+            for block in blocks(self.descriptor(entry.file), entry.offset, entry.size):
+                digest.update(block)
+            yield digest.digest()
 
     def written(self) -> str:
         """A digest of sizes and times of the weight files, which tells whether they were written again."""
@@ -250,11 +253,6 @@ def loadable(folder: Path) -> Iterator[Path]:
         index = {"metadata": {}, "weight_map": {name: entry.file.name for name, entry in checkpoint.entries.items()}}
         (Path(links) / INDEX).write_text(json.dumps(index), encoding="utf-8")
         yield Path(links)
-
-
-def in_order(entries: Iterable[Entry], file: Path) -> list[Entry]:
-    """The entries that lie in a file, in the order of their bytes."""
-    return sorted((entry for entry in entries if entry.file == file), key=lambda entry: entry.offset)
 
 
 def as_bytes(block: Tensor) -> memoryview:

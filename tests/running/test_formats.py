@@ -97,11 +97,11 @@ def test_log_responses_and_card_say_how_each_was_asked(method, published, tmp_pa
     }
     assert json.loads(run.config.read_text())["asking"] == {"chat_template_from": "base", "formats": asked}
     card, log = (run.model / "README.md").read_text(), run.log.read_text()
-    assert "It has no chat template. Ask it as the expert of the task is asked:" in card
+    assert "It has no chat template. Ask it as the expert of the task is asked, with a line break for each" in card
     for name, found in asked.items():
-        line = f"{found['from']}, `{json.dumps(found['example'])}`"
-        assert f"- {name}: {line}" in card
-        assert f"{name}: asked with {line}" in log
+        shown = f"`{json.dumps(found['example'])}`"
+        assert f"- {name}: {shown}, {found['from']}" in card
+        assert f"{name}: asked with {found['from']}, {shown}" in log
     assert not (run.model / "chat_template.jinja").exists()
     assert log.count("question: ") == 3
     assert tensors_of(run.model).keys() == tensors_of(published / BASE).keys()
