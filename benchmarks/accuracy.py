@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from expert_merging.catalogue import all_methods
+from expert_merging.errors import InputError, tell
 from expert_merging.options import ROOT
 from expert_merging.run import provenance
 from expert_merging.writing import write_atomically
@@ -193,4 +195,8 @@ def save(file: Path, bench: Bench, own: Mapping[str, Any], draws: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        tell(error)
+        sys.exit(1)

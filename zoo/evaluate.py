@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,8 +121,7 @@ def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sam
 
     tokenizer = tokenizer_of(processor)
     answers: list[str] = []
-    for start in range(0, len(samples), BATCH_SIZE):
-        asked = samples[start : start + BATCH_SIZE]
+    for asked in _batches(samples):
         longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in asked)
         prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
         batch = {name: value.to(model.device) for name, value in together(prompts, tokenizer.pad_token_id).items()}
@@ -131,6 +131,14 @@ def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sam
         )
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Samples that are asked at once, of one task each: its prompts and answers are about as long as each other."""
+    for _, of_task in itertools.groupby(samples, lambda sample: sample.task):
+        listed = list(of_task)
+        for start in range(0, len(listed), BATCH_SIZE):
+            yield listed[start : start + BATCH_SIZE]
 
 
 def together(prompts: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -192,7 +194,16 @@ def test_predicting_answers_alone_does_not_change_the_loss(source: Path) -> None
         torch.testing.assert_close(model(**batch).loss, whole)
 
 
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first run; this one has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_precision")
 def test_the_merge_command_takes_the_zoo(source: Path, zoo: Path, tmp_path: Path, capsys) -> None:
     merging = Merging(tiny_family(source), zoo, 0, tmp_path)
     (_, script, *arguments), run = merging.command("expert_merging")
