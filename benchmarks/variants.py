@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.shapes import Case, is_merged, make_model
+from InternVL.layout import published_name
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +211,8 @@ class Bench:
             regularisation=Regularisation(REGULARISATION),
         )
         with tempfile.TemporaryDirectory() as folder:
-            backbone: Any = SimpleNamespace(file_name=str)
+            # Transformers' own names in memory, which those of files are not, lead to the same published names.
+            backbone: Any = SimpleNamespace(file_name=published_name if "image_token_id" in self.case.config else str)
             context = Context(
                 self.plan, backbone, Run(Path(folder)), 0, self.case.device, "none", no_progress, find_method
             )
