@@ -105,6 +105,7 @@ class Case:
         task_vectors: option of that name.
         weight_gradients: option of that name.
         checkpointing: whether activations are computed again.
+        batch_tokens: option of that name, for the limit as well.
         work: folder of the checkpoints.
     """
 
@@ -119,6 +120,7 @@ class Case:
     task_vectors: str
     weight_gradients: str
     checkpointing: bool
+    batch_tokens: int
     work: str
 
     @property

@@ -132,6 +132,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--task_vectors", nargs="+", choices=["auto", "device", "host", "disk"], default=["auto"])
     parser.add_argument("--weight_gradients", choices=["auto", "sample", "update"], default="auto")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=2048, help="tokens of a pass, limit and ours; 1: one sample"
+    )
     parser.add_argument("--work", default=str(ROOT / "benchmarks" / "work"), help="folder of the random checkpoints")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser.parse_args()
@@ -166,6 +169,7 @@ def main() -> None:
         return
     shared = {name: getattr(options, name) for name in ("layers", "distinct", "samples", "device", "dtype", "work")}
     shared |= {"weight_gradients": options.weight_gradients, "checkpointing": options.gradient_checkpointing}
+    shared["batch_tokens"] = options.batch_tokens
     figures: dict[str, Any] = {}
     for shape in options.shape:
         for experts in options.experts:

@@ -107,31 +107,40 @@ class Bench:
         """Forward and backward passes of a plain language model loss."""
         import torch
 
+        from expert_merging.running.batches import pack, together
+
         merged = [value for name, value in self.model.named_parameters() if is_merged(name, value.shape)]
         for parameter in merged:
             parameter.requires_grad_(True)
 
-        def run(entry: dict[str, Tensor]) -> None:
-            labels = entry["input_ids"]
-            logits = self.model(**entry, use_cache=False).logits[0, :-1]
-            torch.nn.functional.cross_entropy(logits.float(), labels[0, 1:]).backward()  # type: ignore[no-untyped-call]
+        def run(entries: Sequence[dict[str, Tensor]]) -> None:
+            for own in pack(entries, lambda entry: entry["input_ids"].numel(), self.case.batch_tokens):
+                batch = together(own)
+                labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+                logits = self.model(**batch, use_cache=False).logits[:, :-1].float()
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                loss.backward()  # type: ignore[no-untyped-call]
 
         self.train_plainly(self.inputs(), run, lambda: self.model.zero_grad(set_to_none=True))
 
     def train_plainly(
-        self, entries: Sequence[Any], run: Callable[[Any], None], step: Callable[[], object], *, warm_up: bool = True
+        self,
+        entries: Sequence[Any],
+        run: Callable[[Sequence[Any]], None],
+        step: Callable[[], object],
+        *,
+        warm_up: bool = True,
     ) -> None:
-        """Go through all samples in the trainer's order."""
+        """Go through all samples in the trainer's order, an update's at a time."""
         from expert_merging.learned.epochs import epoch_order
 
         if warm_up:
-            run(entries[0])
+            run(entries[:1])
             step()
         with self.timed("learning"):
             order = epoch_order(self.owners(), 0, 0)
             for first in range(0, len(order), ACCUMULATION):
-                for index in order[first : first + ACCUMULATION]:
-                    run(entries[index])
+                run([entries[index] for index in order[first : first + ACCUMULATION]])
                 step()
 
     def targets(self) -> list[Target]:
@@ -200,7 +209,7 @@ class Bench:
         ones = dict.fromkeys(self.plan.merged, 1)
         start = (0.3,) * count
         samples = tuple(target.sample for target in targets)
-        asked = Samples(samples, 0, precision, options)
+        asked = Samples(samples, 0, precision, self.case.batch_tokens, options)
         settings = Settings(
             options=options,
             asked=asked,
@@ -248,8 +257,11 @@ class Bench:
         optimizer = torch.optim.AdamW(raw.values(), lr=RATE, weight_decay=1e-5, betas=(0.9, 0.999))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 50, 2, eta_min=0.1 * RATE)
 
-        def run(entry: tuple[str, dict[str, Tensor]]) -> None:
-            expert, inputs = entry
+        def run(entries: Sequence[tuple[str, dict[str, Tensor]]]) -> None:
+            for expert, inputs in entries:
+                run_one(expert, inputs)
+
+        def run_one(expert: str, inputs: dict[str, Tensor]) -> None:
             options = {**inputs, "output_hidden_states": True, "use_cache": False}
             with torch.no_grad():
                 wanted = teachers[expert](**options)
@@ -278,7 +290,7 @@ class Bench:
             optimizer.zero_grad()
 
         entries = list(zip(self.owners(), self.inputs(), strict=True))
-        run(entries[0])
+        run(entries[:1])
         optimizer.zero_grad()
         self.train_plainly(entries, run, step, warm_up=False)
         self.coefficients = [float(value) for row in raw.values() for value in torch.sigmoid(row.detach())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from expert_merging.writing import write_atomically
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 WEIGHTS = "*.safetensors"
 CACHED_SCORES = "scores.json"
@@ -117,6 +116,7 @@ class ExactMatch:
 
 def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[str]:
     """Greedy answers of a model to the questions of ``samples``."""
+    from expert_merging.running.batches import together
     from expert_merging.running.prompts import tokenizer_of
 
     tokenizer = tokenizer_of(processor)
@@ -124,7 +124,8 @@ def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sam
     for asked in _batches(samples):
         longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in asked)
         prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
-        batch = {name: value.to(model.device) for name, value in together(prompts, tokenizer.pad_token_id).items()}
+        joined = together(prompts, tokenizer.pad_token_id, side="left")
+        batch = {name: value.to(model.device) for name, value in joined.items()}
         # One token more than the longest answer, so that an answer that goes on is not mistaken for a right one.
         tokens = model.generate(
             **batch, max_new_tokens=longest + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -139,23 +140,6 @@ def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         listed = list(of_task)
         for start in range(0, len(listed), BATCH_SIZE):
             yield listed[start : start + BATCH_SIZE]
-
-
-def together(prompts: Sequence[Mapping[str, Tensor]], padding: int) -> dict[str, Tensor]:
-    """One batch of prompts; what has a number per token is padded on the left, pictures follow one another."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    batch = {}
-    for name, value in prompts[0].items():
-        values = [prompt[name] for prompt in prompts]
-        if value.shape == prompts[0]["input_ids"].shape:
-            fill = padding if name == "input_ids" else 0
-            rows = [row[0] for row in values]
-            batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side="left")
-        else:
-            batch[name] = torch.cat(values)
-    return batch
 
 
 def cached_exact_match(backbone: Backbone, model_folder: Path, zoo: Path, *, questions: int | None = None) -> Scores:

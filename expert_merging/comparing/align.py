@@ -72,7 +72,7 @@ def measure(maker: TargetMaker, samples: Sequence[Sample], models: Mapping[str, 
     # Every head counts as changed, so that targets keep the expert's own: the models' heads may be anything.
     everything = replace(plan, merged=tuple(plan.base.entries))
     targets = replace(maker, plan=everything).make(samples)
-    score, folders = distance(maker.layers), {BASE: plan.base.folder, **models}
+    score, folders = distance(maker.layers, maker.batch_tokens), {BASE: plan.base.folder, **models}
     found = {}
     with maker.progress("measuring models", len(folders) * len(targets), "sample") as advance:
         for name, folder in folders.items():

@@ -205,6 +205,7 @@ def _measure(
     from expert_merging.machine import limit_threads
     from expert_merging.plan import make_plan
     from expert_merging.processes import choose_device
+    from expert_merging.running.batches import fitting_tokens
     from expert_merging.running.targets import TargetMaker
 
     device = torch.device(choose_device(options.device))
@@ -216,6 +217,7 @@ def _measure(
     backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})
     backbone = backbone.beside(base)
     import_transformers()
+    dtype = torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype
     terminal = Terminal()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +230,8 @@ def _measure(
                 prompt_template=options.prompt_template or first.get("prompt_template"),
                 responses=Run(Path(folder)).responses,
                 device=device,
-                dtype=torch.float32 if device.type == "cpu" else plan.base.entries[plan.merged[0]].torch_dtype,
+                dtype=dtype,
+                batch_tokens=fitting_tokens(plan.base.config, dtype.itemsize, device),
                 progress=terminal.progress,
             )
             return measure(maker, samples, {model.label: model.folder for model in compared}), samples

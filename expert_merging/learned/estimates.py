@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expert_merging.checkpoints.configurations import language_setting, layer_count
 from expert_merging.learned.directions import PLAIN, Directions
@@ -14,6 +14,7 @@ from expert_merging.machine import free_host_memory, free_memory, gib
 from expert_merging.plan import Plan
 from expert_merging.processes import count, local_count
 from expert_merging.roles import is_in_decoder, word_tables
+from expert_merging.running.batches import kept_bytes
 
 # Memory of a GPU that its driver and libraries take, in bytes, and of logits that are worked on.
 _CONTEXT, _LOGITS = 1 << 29, 1 << 28
@@ -25,7 +26,7 @@ class Needs:
 
     Args:
         model: the merged model.
-        sample: activations of the longest sample.
+        sample: activations of the tokens that go through the model together.
         checkpointed_sample: the same with gradient checkpointing.
         working: the largest weight gradient, blocks of task vectors, logits, and the driver's own.
         task_vectors: base and experts.
@@ -63,16 +64,16 @@ def estimate(
     Args:
         plan: the checkpoints.
         width: bytes of a weight.
-        tokens: of the longest sample.
+        tokens: that go through the model together.
         device: ``cpu`` or ``cuda``.
         shares: with more than one, the decoder's layers are split, and each device has one.
         directions: what coefficients multiply.
     """
     config, entries = plan.base.config, plan.base.entries
-    hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
+    hidden = language_setting(config, "hidden_size") or 0
     layers = layer_count(config) or 0
-    # Counted on decoders of Llama's kind: what autograd keeps of a layer per token, and of one that is computed again.
-    kept = width * (4 * middle + 4.5 * hidden) + 11.4 * hidden
+    # What is kept of a layer per token where layers are computed again in the backward pass.
+    kept = kept_bytes(config, width)
     kept_again = 1.5 * width * hidden
     on_cpu = device == "cpu"
     block, step, context = (BLOCK_ON_CPU, STEP_ON_CPU, 0) if on_cpu else (BLOCK_ON_GPU, BLOCK_ON_GPU, _CONTEXT)
@@ -128,7 +129,8 @@ class Demand:
     Args:
         plan: the checkpoints.
         precision: ``no``, ``fp16`` or ``bf16``.
-        tokens: length of the longest sample with its response.
+        tokens: that go through the model together.
+        longest: tokens of the longest sample with its response.
         options: what the user wants.
         directions: what coefficients multiply.
     """
@@ -136,6 +138,7 @@ class Demand:
     plan: Plan
     precision: str
     tokens: int
+    longest: int
     options: TrainingOptions
     directions: Directions = PLAIN
 
@@ -166,9 +169,9 @@ def describe(demand: Demand, machine: Machine) -> tuple[str, ...]:
     elsewhere = "" if device == "cpu" else f"in host memory{_together(needs.task_vectors, machine)}, or "
     too_many = f", as {device} has no memory left for them" if now + needs.task_vectors > machine.free else ""
     lines = [
-        f"learning needs at least {gib(now)}{flag} for each process on {device}: model {gib(needs.model)}, a sample "
-        f"of {demand.tokens} tokens {gib(now - needs.model - needs.working)}, work in progress {gib(needs.working)}"
-        + _own_heads(demand.plan, demand.width),
+        f"learning needs at least {gib(now)}{flag} for each process on {device}: model {gib(needs.model)}, "
+        f"{demand.tokens} tokens at a time {gib(now - needs.model - needs.working)}, "
+        f"work in progress {gib(needs.working)}" + _own_heads(demand.plan, demand.width),
         f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from "
         f"the files{too_many}",
         f"with weight gradients added up, {gib(needs.gradients)} more",
@@ -232,19 +235,24 @@ def _what_fits(demand: Demand, machine: Machine) -> str:
 def _remedies(demand: Demand, machine: Machine) -> Iterator[_Remedy]:
     """Flags that the user has not given, those that cost least first.
 
-    Half precision, then gradient checkpointing, then the fewest devices that the model can be split over.
+    One sample at a time, half precision, gradient checkpointing, then the fewest devices that the model can be split
+    over.
     """
     again = "" if demand.options.gradient_checkpointing else "--gradient_checkpointing"
+    alone, fewer = replace(demand, tokens=demand.longest), ""
+    if demand.tokens > demand.longest:
+        fewer = f"--batch_tokens {demand.longest} "
+        yield _Remedy(fewer.strip(), alone.needs(machine).plain if again else alone.needs(machine).least)
     if demand.precision == "no":
-        narrow = f"--mixed_precision {'bf16' if machine.device == 'cpu' else 'fp16'}"
-        yield from _with_and_without(again, narrow, demand.needs(machine, width=2))
+        narrow = f"{fewer}--mixed_precision {'bf16' if machine.device == 'cpu' else 'fp16'}"
+        yield from _with_and_without(again, narrow, alone.needs(machine, width=2))
     if again:
-        yield _Remedy(again, demand.needs(machine).least)
+        yield _Remedy(fewer + again, alone.needs(machine).least)
     if demand.options.shard or machine.device == "cpu":
         return
     # Who has not started several processes yet is told how many it takes.
     for devices in [machine.processes] if machine.processes > 1 else [2, 4, 8, 16]:
-        yield from _with_and_without(again, "--shard", demand.needs(machine, shares=devices), devices)
+        yield from _with_and_without(again, f"{fewer}--shard", alone.needs(machine, shares=devices), devices)
 
 
 def _with_and_without(again: str, flags: str, needs: Needs, devices: int = 1) -> Iterator[_Remedy]:

@@ -16,6 +16,7 @@ from expert_merging.learned.memory import arrange
 from expert_merging.learned.parametrisations import Parametrisation
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.task_vectors import TaskVectors
+from expert_merging.running.batches import pack
 from expert_merging.running.sharding import load_on
 from expert_merging.running.targets import Target
 
@@ -89,11 +90,22 @@ def open_live_model(
     return live
 
 
+def batches_of(settings: Settings, targets: Targets, most: int) -> list[Targets]:
+    """Samples that go through the model together.
+
+    Args:
+        settings: checked options.
+        targets: samples of an update.
+        most: bound on the samples of a batch.
+    """
+    return pack(targets, lambda target: target.length, settings.asked.batch_tokens, most)
+
+
 def warm_up(live: LiveModel, settings: Settings, targets: Targets) -> None:
-    """Forward and backward passes over the longest sample and that with the largest pictures."""
-    longest = max(targets, key=lambda target: target.inputs["input_ids"].numel())
+    """Forward and backward passes over the longest samples and that with the largest pictures."""
+    longest = batches_of(settings, targets, settings.options.gradient_accumulation_steps)[0]
     largest = max(targets, key=lambda target: sum(map(torch.Tensor.numel, target.inputs.values())))
-    for target in {id(target): target for target in (longest, largest)}.values():
-        losses = torch.stack(settings.objective.losses(live.model, target))
+    for batch in [longest] if any(target is largest for target in longest) else [longest, [largest]]:
+        losses = settings.objective.losses(live.model, batch)
         if losses.requires_grad:
             losses.sum().backward()  # type: ignore[no-untyped-call]

@@ -208,7 +208,9 @@ def _work(
     precision = "float32" if settings.asked.precision == "no" else settings.asked.precision
     multiplied = f"coefficients start at {initial} and multiply {_describe_directions(settings)}"
     aligned = f"hidden states aligned: {_places(layers)}; precision: {precision}"
-    demand = Demand(context.plan, settings.asked.precision, settings.asked.longest, settings.options, directions)
+    asked, options = settings.asked, settings.options
+    together = asked.tokens_together(options.gradient_accumulation_steps)
+    demand = Demand(context.plan, asked.precision, together, asked.longest, options, directions)
     memory = describe(demand, this_machine(context.device))
     notes = (*notes, multiplied, aligned, *memory)
     return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=directions.unit)

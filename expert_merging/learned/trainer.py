@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from expert_merging.context import Context
 from expert_merging.learned.epochs import PATIENCE, epoch_order, updates
-from expert_merging.learned.material import Material, Targets, gather, open_live_model, targets_of
+from expert_merging.learned.material import Material, Targets, batches_of, gather, open_live_model, targets_of
 from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_optimizer, training_accelerator
 from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
@@ -139,26 +138,36 @@ class Trainer:
             Per task, the sum of each of the objective's losses and the number of samples, ``(tasks, losses + 1)``.
         """
         accelerator, objective, tasks = self.accelerator, self.settings.objective, self.report.tasks
+        alphas = self.settings.options.loss_alphas or {}
         sums = torch.zeros(len(tasks), len(objective.names) + 1, device=accelerator.device)
-        for target, counts in self._share(group):
-            weight = (self.settings.options.loss_alphas or {}).get(target.sample.task, 1.0)
-            losses = counts * weight * torch.stack(objective.losses(self.live.model, target))
+        for batch, counts, together in self._share(group):
+            weights = sums.new_tensor([[counts * alphas.get(target.task, 1.0)] for target in batch])
+            losses = weights * objective.losses(self.live.model, batch)
             if losses.requires_grad:  # where only a vision tower is merged, a question without pictures changes nothing
                 accelerator.backward(losses.sum())
-            sums[tasks.index(target.sample.task)] += torch.cat([losses.detach(), losses.new_full((1,), counts)])
-            advance(counts * accelerator.num_processes, target.sample.task)
+            for target, own in zip(batch, losses.detach(), strict=True):
+                sums[tasks.index(target.task)] += torch.cat([own, own.new_full((1,), counts)])
+            advance(together, batch[0].task)
         self.live.finish()
         return sums
 
-    def _share(self, group: Targets) -> Iterator[tuple[Any, int]]:
-        """This process's share of the samples, each with how often it counts.
+    def _share(self, group: Targets) -> Iterator[tuple[Targets, int, int]]:
+        """This process's share of the samples, in batches, each with how often it counts.
 
-        A split model needs all processes in every pass: where there are not enough samples, one is used for nothing.
+        A split model needs all processes in every pass: where there are not enough batches, one is used for nothing.
+
+        Yields:
+            Samples that go through the model together, 1 or 0, and how many go through the models of all processes.
         """
         own, count = self.accelerator.process_index, self.accelerator.num_processes
-        yield from ((target, 1) for target in group[own::count])
-        if self.settings.options.shard and own >= len(group) % count > 0:
-            yield group[-1], 0
+        batches = batches_of(self.settings, group, -(-len(group) // count))
+        for first in range(0, len(batches), count):
+            side_by_side = batches[first : first + count]
+            together = sum(map(len, side_by_side))
+            if own < len(side_by_side):
+                yield side_by_side[own], 1, together
+            elif self.settings.options.shard:
+                yield side_by_side[-1][:1], 0, together
 
     def _note(self, sums: Tensor, penalty: float, rate: float, *, last: bool) -> None:
         """Count the update, close the epoch if it was its last, report, and save what a restart needs."""

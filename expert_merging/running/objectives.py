@@ -1,4 +1,4 @@
-"""Scores with a gradient, which training can make small: the losses of the merged model on one sample."""
+"""Scores with a gradient, which training can make small: the losses of the merged model on each sample."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.running.batches import pack, together
 from expert_merging.running.losses import entropy, hidden_alignment, logit_alignment
 from expert_merging.running.targets import Target, hidden_states
 
@@ -17,22 +18,52 @@ _SLICE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model makes of a sample, at the tokens that the losses look at.
+
+    Args:
+        last: ``(selected, hidden)`` input of the output head.
+        layers: ``(selected, hidden)`` each, the hidden states that are wanted.
+        head: the model's output head.
+    """
+
+    last: Tensor
+    layers: tuple[Tensor, ...]
+    head: torch.nn.Module
+
+
+@dataclass(frozen=True)
 class Objective:
     """Losses whose sum is made small; a `expert_merging.running.scores.Score` of targets.
 
     Args:
         names: what the losses are called in curves.
-        layers: hidden states that the targets must have.
-        losses: ``(model, target) -> losses``, scalars in float32, in the order of their names.
+        layers: hidden states that are looked at, and that the targets must have.
+        compare: ``(what the model makes of a sample, its target) -> losses``, scalars in float32, in the order of their
+            names.
+        batch_tokens: tokens that go through the model together where many samples are measured.
     """
 
     names: tuple[str, ...]
     layers: tuple[int, ...]
-    losses: Callable[[Any, Target], tuple[Tensor, ...]]
+    compare: Callable[[Seen, Target], tuple[Tensor, ...]]
+    batch_tokens: int = 1
 
-    def measure(self, model: Any, targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
+    def losses(self, model: Any, targets: Sequence[Target]) -> Tensor:
+        """The losses of samples that go through a model together, ``(samples, losses)`` in float32."""
+        hidden, last = hidden_states(model, together([target.inputs for target in targets]))
+        head, found = model.get_output_embeddings(), []
+        for row, target in enumerate(targets):
+            layers = tuple(hidden[layer][row, target.tokens] for layer in self.layers)
+            found.append(torch.stack(self.compare(Seen(last[row, target.tokens], layers, head), target)))
+        return torch.stack(found)
+
+    def measure(self, model: Any, targets: Sequence[Target]) -> Iterator[list[float]]:
         """The losses of each target."""
-        return (self.losses(model, target) for target in targets)
+        found: dict[int, list[float]] = {}
+        for batch in pack(range(len(targets)), lambda number: targets[number].length, self.batch_tokens):
+            found.update(zip(batch, self.losses(model, [targets[number] for number in batch]).tolist(), strict=True))
+        return (found[number] for number in range(len(targets)))
 
 
 def alignment(
@@ -45,72 +76,55 @@ def alignment(
 ) -> Objective:
     """Alignment with the experts (paper, Eq. 1 and 2)."""
 
-    def losses(model: Any, target: Target) -> tuple[Tensor, ...]:
-        logits, hidden = alignment_losses(
-            model, target, layers, temperature, logits=logits_weight > 0, slice_tokens=slice_tokens
-        )
-        return logits_weight * logits, hidden_states_weight * hidden
+    def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
+        logits = seen.last.new_zeros((), dtype=torch.float32)
+        if logits_weight > 0:
+            logits = _divergence(seen, target, temperature, slice_tokens)
+        return logits_weight * logits, hidden_states_weight * _hidden(seen, target)
 
-    return Objective(("logits", "hidden_states"), layers, losses)
+    return Objective(("logits", "hidden_states"), layers, compare)
 
 
-def distance(layers: tuple[int, ...]) -> Objective:
+def distance(layers: tuple[int, ...], batch_tokens: int = 1) -> Objective:
     """How far a model is from the experts: KL(expert || model) per token in nats, and the hidden states' difference.
 
     Args:
         layers: hidden states that are compared; without any, their difference is 0.
+        batch_tokens: tokens that go through the model together.
     """
-    return Objective(
-        ("divergence", "hidden"), layers, lambda model, target: alignment_losses(model, target, layers, 1.0)
-    )
 
+    def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
+        return _divergence(seen, target, 1.0), _hidden(seen, target)
 
-def alignment_losses(
-    model: Any,
-    target: Target,
-    layers: Sequence[int],
-    temperature: float,
-    *,
-    logits: bool = True,
-    slice_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logit and hidden-state alignment of a model with one sample's expert, both scalars in float32.
-
-    Args:
-        model: a causal language model.
-        target: the sample and what its expert says about it.
-        layers: indices of the aligned hidden states, those of the target.
-        temperature: softens both distributions.
-        logits: whether the first is wanted, else it is 0.
-        slice_tokens: tokens whose logits are held at a time; None for a number that suits the vocabulary.
-    """
-    hidden, last = hidden_states(model, target.inputs)
-    zero = torch.zeros((), device=last.device)
-    own_head = model.get_output_embeddings()
-    logit_loss = hidden_loss = zero
-    if logits:
-        logit_loss = logit_alignment(
-            target.last_hidden,
-            last[0, target.tokens],
-            target.head or own_head,
-            own_head,
-            temperature=temperature,
-            slice_tokens=slice_tokens or _slice_tokens(own_head),
-        )
-    if layers:
-        hidden_loss = hidden_alignment(target.layers, [hidden[layer][0, target.tokens] for layer in layers])
-    return logit_loss, hidden_loss
+    return Objective(("divergence", "hidden"), layers, compare, batch_tokens)
 
 
 def prediction_entropy(slice_tokens: int | None = None) -> Objective:
     """Entropy of the next token (AdaMerging), which takes a confident prediction for a good one."""
 
-    def losses(model: Any, target: Target) -> tuple[Tensor, ...]:
-        _, last = hidden_states(model, target.inputs)
-        head = model.get_output_embeddings()
-        return (entropy(last[0, target.tokens], head, slice_tokens=slice_tokens or _slice_tokens(head)),)
+    def compare(seen: Seen, _: Target) -> tuple[Tensor, ...]:
+        return (entropy(seen.last, seen.head, slice_tokens=slice_tokens or _slice_tokens(seen.head)),)
 
-    return Objective(("entropy",), (), losses)
+    return Objective(("entropy",), (), compare)
+
+
+def _divergence(seen: Seen, target: Target, temperature: float, slice_tokens: int | None = None) -> Tensor:
+    """Logit alignment with the expert, by default of as many tokens at a time as suit the vocabulary."""
+    return logit_alignment(
+        target.last_hidden,
+        seen.last,
+        target.head or seen.head,
+        seen.head,
+        temperature=temperature,
+        slice_tokens=slice_tokens or _slice_tokens(seen.head),
+    )
+
+
+def _hidden(seen: Seen, target: Target) -> Tensor:
+    """Hidden-state alignment with the expert, 0 without layers."""
+    if not seen.layers:
+        return seen.last.new_zeros((), dtype=torch.float32)
+    return hidden_alignment(target.layers, seen.layers)
 
 
 def _slice_tokens(head: Any) -> int:

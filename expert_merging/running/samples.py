@@ -22,6 +22,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.plan import Plan
 from expert_merging.questions.calibration import Sample, load_samples
 from expert_merging.roles import is_word_table
+from expert_merging.running.batches import fitting_tokens
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.targets import TargetMaker
@@ -38,6 +39,7 @@ class Samples:
         samples: the samples.
         longest: tokens of the longest with its response, or the most that an expert may write.
         precision: type of the weights while models run, ``no``, ``fp16`` or ``bf16``.
+        batch_tokens: tokens that go through a model together, a single sample's at least.
         options: how they are asked.
         prompts: their prompts as model inputs; None to make them when they are asked.
     """
@@ -45,6 +47,7 @@ class Samples:
     samples: tuple[Sample, ...]
     longest: int
     precision: str
+    batch_tokens: int
     options: SampleOptions
     prompts: Prompts | None = None
 
@@ -52,6 +55,14 @@ class Samples:
     def dtype(self) -> torch.dtype:
         """Type of the weights while models run."""
         return DTYPES[self.precision]
+
+    def tokens_together(self, most: int | None = None) -> int:
+        """Tokens that go through a model in a pass, at most.
+
+        Args:
+            most: bound on the samples of a pass, all by default.
+        """
+        return max(self.longest, min(self.batch_tokens, self.longest * (most or len(self.samples))))
 
     @property
     def tasks(self) -> list[str]:
@@ -97,6 +108,7 @@ class Samples:
             responses=context.run.responses,
             progress=context.progress,
             sharded=sharded,
+            batch_tokens=self.batch_tokens,
             prompts=self.prompts,
         )
 
@@ -113,9 +125,12 @@ def check_samples(context: Context, options: SampleOptions, *, compares_logits: 
         InputError: every problem found.
     """
     problems = Problems()
-    found = Samples((), 0, "no", options)
+    found = Samples((), 0, "no", options.batch_tokens or 1, options)
     with problems.collecting():
         found = replace(found, precision=_precision(options.mixed_precision, context.device))
+    if options.batch_tokens is None:
+        most = fitting_tokens(context.plan.base.config, found.dtype.itemsize, torch.device(context.device))
+        found = replace(found, batch_tokens=most)
     with problems.collecting():
         _check_model(context, compares_logits=compares_logits)
     with problems.collecting():

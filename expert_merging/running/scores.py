@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from expert_merging.errors import InputError
-from expert_merging.running.objectives import distance
+from expert_merging.running.objectives import Objective, distance
 from expert_merging.running.targets import Target
 
 # Numbers of a model by task and name.
@@ -100,27 +100,35 @@ class ExpertDivergence:
     """How far a live model's predictions are from the experts', as a share of the base's: smaller is better.
 
     Args:
+        score: distance from the experts.
         targets: the samples, with what their experts say about them; made once.
         base: the base's numbers.
     """
 
+    score: Objective
     targets: Sequence[Target]
     base: ByTask
 
     @classmethod
-    def beside(cls, base_model: Any, targets: Sequence[Target]) -> ExpertDivergence:
+    def beside(cls, base_model: Any, targets: Sequence[Target], batch_tokens: int = 1) -> ExpertDivergence:
         """Measure the base, of which later models' numbers are shares; its weights may be overwritten afterwards.
+
+        Args:
+            base_model: the base.
+            targets: the samples.
+            batch_tokens: tokens that go through a model together.
 
         Raises:
             InputError: the base and an expert agree, so that there is nothing to compare with.
         """
-        base = score_by_task(distance(()), base_model, targets)
+        score = distance((), batch_tokens)
+        base = score_by_task(score, base_model, targets)
         require_distance(base)
-        return cls(targets, base)
+        return cls(score, targets, base)
 
     def by_task(self, model: Any) -> dict[str, float]:
         """The share of each task."""
-        shares = relative_to_base(score_by_task(distance(()), model, self.targets), self.base)
+        shares = relative_to_base(score_by_task(self.score, model, self.targets), self.base)
         return {task: numbers["divergence"] for task, numbers in shares.items()}
 
     def __call__(self, model: Any) -> float:

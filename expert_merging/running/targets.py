@@ -29,6 +29,7 @@ from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
 from expert_merging.questions.calibration import Sample
 from expert_merging.roles import word_tables
+from expert_merging.running.batches import pack, together
 from expert_merging.running.prompts import Prompts, check_lengths, place, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
@@ -87,6 +88,11 @@ class Target:
         """The task that the sample belongs to."""
         return self.sample.task
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return int(self.inputs["input_ids"].shape[1])
+
 
 @dataclass(frozen=True)
 class TargetMaker:
@@ -104,6 +110,7 @@ class TargetMaker:
         responses: file that keeps the responses written by experts.
         progress: shows how far the work is.
         sharded: models are split over all processes, which work side by side, and the main one writes.
+        batch_tokens: tokens that go through a model together, a single sample's at least.
         prompts: the samples' prompts, checked; by default they are made and checked before an expert is asked.
     """
 
@@ -118,6 +125,7 @@ class TargetMaker:
     responses: Path
     progress: Progress
     sharded: bool = False
+    batch_tokens: int = 1
     prompts: Prompts | None = None
 
     def make(self, samples: Sequence[Sample]) -> list[Target]:
@@ -126,8 +134,8 @@ class TargetMaker:
 
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
             head = self._own_head(model, expert)
-            for asked in own:
-                made[asked.number] = self._record(model, asked, head)
+            for batch in pack(own, lambda asked: asked.inputs["input_ids"].numel(), self.batch_tokens):
+                made.update(self._record(model, batch, head))
 
         self.ask(samples, look)
         return [made[number] for number in range(len(samples))]
@@ -179,30 +187,36 @@ class TargetMaker:
         return tokens
 
     @torch.no_grad()
-    def _record(self, model: Any, asked: Asked, head: torch.nn.Module | None) -> Target:
-        hidden, last = hidden_states(model, asked.inputs)
-        self._check_finite(asked.sample, [*hidden, last], model.get_output_embeddings())
-        return Target(
-            sample=asked.sample,
-            inputs=asked.inputs,
-            tokens=asked.tokens,
-            last_hidden=last[0, asked.tokens],
-            layers=tuple(hidden[layer][0, asked.tokens] for layer in self.layers),
-            head=head,
-        )
+    def _record(self, model: Any, batch: Sequence[Asked], head: torch.nn.Module | None) -> dict[int, Target]:
+        """Targets of samples that go through their expert together, by number."""
+        hidden, last = hidden_states(model, together([asked.inputs for asked in batch]))
+        made = {}
+        for row, asked in enumerate(batch):
+            length = asked.inputs["input_ids"].shape[1]
+            states = [state[row, :length] for state in (*hidden, last)]
+            self._check_finite(asked.sample, states, model.get_output_embeddings())
+            made[asked.number] = Target(
+                sample=asked.sample,
+                inputs=asked.inputs,
+                tokens=asked.tokens,
+                last_hidden=last[row, asked.tokens],
+                layers=tuple(hidden[layer][row, asked.tokens] for layer in self.layers),
+                head=head,
+            )
+        return made
 
     def _check_finite(self, sample: Sample, states: Sequence[Tensor], head: torch.nn.Module) -> None:
         """Refuse states and logits that nothing can be learned from.
 
         Args:
             sample: the sample.
-            states: hidden states, ``(1, tokens, hidden)`` each; the last is the input of the head.
+            states: hidden states, ``(tokens, hidden)`` each; the last is the input of the head.
             head: the expert's output head.
 
         Raises:
             InputError: some are NaN or infinite.
         """
-        logits = (head(tokens) for tokens in torch.split(states[-1][0], _SLICE))
+        logits = (head(tokens) for tokens in torch.split(states[-1], _SLICE))
         if all(bool(values.isfinite().all()) for values in itertools.chain(states, logits)):
             return
         hint = "its weights are damaged, or not those of config.json; download it again"
@@ -291,7 +305,7 @@ def generate(
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Hidden states of the decoder, ``(1, tokens, hidden)`` each.
+    """Hidden states of the decoder, ``(samples, tokens, hidden)`` each.
 
     Returns:
         The embeddings' output and every layer's; and the input of the output head.

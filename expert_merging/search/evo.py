@@ -96,7 +96,7 @@ class Search:
         with self.accelerator.main_process_first():
             targets = asked.target_maker(self.context, (), device).make(asked.samples)
         model = load_on(device, backbone, plan.base, asked.dtype, sharded=False)
-        scorer = Scorer(model, task_vectors, targets, backbone.file_name)
+        scorer = Scorer(model, task_vectors, targets, backbone.file_name, asked.batch_tokens)
         self._place(task_vectors)
         return scorer
 

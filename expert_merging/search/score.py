@@ -23,20 +23,26 @@ class Scorer:
         task_vectors: base weights and task vectors.
         targets: the samples, with what their experts say about them.
         file_name: name in a checkpoint file of a parameter's name in memory.
+        batch_tokens: tokens that go through the model together.
 
     Raises:
         InputError: the base predicts what an expert does, or a merged tensor is no parameter of the model.
     """
 
     def __init__(
-        self, model: Any, task_vectors: TaskVectors, targets: Sequence[Target], file_name: Callable[[str], str]
+        self,
+        model: Any,
+        task_vectors: TaskVectors,
+        targets: Sequence[Target],
+        file_name: Callable[[str], str],
+        batch_tokens: int = 1,
     ) -> None:
         plan = task_vectors.plan
         # Free coefficients are their own raw numbers, so that candidates can be written into them.
         free = Layout(dict.fromkeys(plan.merged, 1), [1.0] * len(plan.experts), bounded=False)
         self.vector = free.vector(task_vectors.device)
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
-        self.divergence = ExpertDivergence.beside(model, targets)
+        self.divergence = ExpertDivergence.beside(model, targets, batch_tokens)
 
     def score(self, coefficients: Mapping[str, Tensor]) -> dict[str, float]:
         """Divergence of the merged model as a share of the base's, by task: 1 is the base, 0 the expert.

@@ -66,12 +66,12 @@ def notes(context: Context, settings: Settings) -> tuple[str, ...]:
 def _memory(context: Context, asked: Samples) -> tuple[str, ...]:
     """What each device needs for a model that runs without a backward pass."""
     machine = this_machine(context.device)
-    needs = estimate(context.plan, asked.dtype.itemsize, asked.longest, context.device.split(":")[0])
+    needs = estimate(context.plan, asked.dtype.itemsize, asked.tokens_together(), context.device.split(":")[0])
     enough = "" if needs.least <= machine.free else f", which does not fit, as {gib(machine.free)} are free"
     elsewhere = "" if context.device == "cpu" else "in host memory or "
     return (
         f"searching needs about {gib(needs.least)} for each process on {context.device}{enough}: model "
-        f"{gib(needs.model)}, the rest for a sample of {asked.longest} tokens and work in progress",
+        f"{gib(needs.model)}, the rest for {asked.tokens_together()} tokens at a time and work in progress",
         f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from the "
         "files for every evaluation",
     )

@@ -42,7 +42,7 @@ def test_variants_run_and_the_trainer_equals_the_twin(shape, tmp_path, monkeypat
     # What this process has taken at most was taken by other tests, perhaps.
     amounts = count(1)
     monkeypatch.setattr(trainer, "resident", lambda _: next(amounts))
-    case = Case("limit", shape, 0, 3, 2, 9, "cpu", "float32", "host", "update", False, str(tmp_path))
+    case = Case("limit", shape, 0, 3, 2, 9, "cpu", "float32", "host", "update", False, 64, str(tmp_path))
     make_checkpoints(case.folders, case.config, distinct=case.distinct, differs=is_merged)
     found = {}
     for variant in ("limit", "ours", "twin"):

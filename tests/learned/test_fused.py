@@ -133,7 +133,7 @@ def test_gradients_are_those_of_merging_by_hand(kind, accumulates, exclude, zoos
     target, losses = material.targets[0], trainer.settings.objective.losses
     for _ in range(2):  # of which the second knows what is fetched next
         live.rebuild()
-        sum(losses(live.model, target)).backward()
+        losses(live.model, [target]).sum().backward()
         live.finish()
     files = [tensors_of(plan.base.folder), *(tensors_of(expert.folder) for expert in plan.experts.values())]
     values = {name: row.clone().requires_grad_() for name, row in own.by_name().items()}
@@ -143,7 +143,7 @@ def test_gradients_are_those_of_merging_by_hand(kind, accumulates, exclude, zoos
     held = in_memory(kind, weights)
     assert all(torch.allclose(live.model.get_parameter(name), tensor, atol=1e-6) for name, tensor in held.items())
     with torch.nn.utils.stateless._reparametrize_module(live.model, held):
-        gradients = torch.autograd.grad(sum(losses(live.model, target)), list(values.values()), allow_unused=True)
+        gradients = torch.autograd.grad(losses(live.model, [target]).sum(), list(values.values()), allow_unused=True)
     for name, gradient in zip(values, gradients, strict=True):
         expected = torch.zeros(3, 1) if gradient is None else gradient
         torch.testing.assert_close(own.view(live.gradient, name), expected, rtol=1e-4, atol=1e-8, msg=name)

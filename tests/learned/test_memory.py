@@ -153,7 +153,7 @@ def decoder(layers: int, hidden: int, middle: int, key_value: int, vocabulary: i
 
 
 def tell(plan: Plan, machine: Machine, precision: str = "fp16", **options) -> tuple[str, ...]:
-    return describe(Demand(plan, precision, 2048, LearningOptions(**options)), machine)
+    return describe(Demand(plan, precision, 2048, 2048, LearningOptions(**options)), machine)
 
 
 def plan_of(folder: Path, experts: int, config: dict, shapes: dict[str, tuple[int, ...]]) -> Plan:

@@ -90,7 +90,7 @@ def test_a_parametrisation_that_only_merges_has_the_gradient_of_merging_in_every
     target, losses = material.targets[0], trainer.settings.objective.losses
     for _ in range(2):  # of which the second knows what is fetched next
         live.rebuild()
-        sum(losses(live.model, target)).backward()
+        losses(live.model, [target]).sum().backward()
         live.finish()
     values = own().detach().requires_grad_(True)
     weights = dict(base)
@@ -99,7 +99,7 @@ def test_a_parametrisation_that_only_merges_has_the_gradient_of_merging_in_every
         weights[name] = base[name] + own.merge(own.view(values, name), directions, part).view(part.shape)
     assert all(torch.allclose(live.model.get_parameter(name), weights[name], atol=1e-6) for name in parts)
     with torch.nn.utils.stateless._reparametrize_module(live.model, weights):
-        (expected,) = torch.autograd.grad(sum(losses(live.model, target)), values)
+        (expected,) = torch.autograd.grad(losses(live.model, [target]).sum(), values)
     torch.testing.assert_close(live.gradient, expected, rtol=1e-4, atol=1e-9)
 
 

@@ -19,7 +19,7 @@ from expert_merging.learned.live import LiveModel
 from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
-from expert_merging.running.objectives import alignment_losses
+from expert_merging.running.objectives import distance
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.learned.training import make_trainer, make_twin
@@ -103,10 +103,10 @@ def test_losses_and_gradients_equal_the_twins(answered_zoo, tmp_path):
     targets = prepared(trainer)
     twin, examples = make_twin(trainer)
     for target, example in zip(targets, examples, strict=True):
-        ours = trainer.settings.objective.losses(trainer.live.model, target)
+        ours = trainer.settings.objective.losses(trainer.live.model, [target])[0]
         theirs = twin.losses(example)
-        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-5, atol=1e-7)
-        (sum(ours) / 8).backward()
+        torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-5, atol=1e-7)
+        (ours.sum() / 8).backward()
     expected = twin_gradients(twin, examples)
     torch.testing.assert_close(trainer.live.gradient, expected, rtol=1e-4, atol=1e-7)
 
@@ -196,7 +196,7 @@ def test_a_task_weight_moves_the_balance(answered_zoo, tmp_path):
         targets = [target for target in trainer._make_targets(torch.device("cpu")) if target.sample.task == "Math"]
         trainer.live.rebuild()
         with torch.no_grad():
-            distances.append(sum(float(alignment_losses(trainer.live.model, target, (), 1.0)[0]) for target in targets))
+            distances.append(sum(float(distance(()).losses(trainer.live.model, [target])[0, 0]) for target in targets))
     assert distances[1] < distances[0]
 
 

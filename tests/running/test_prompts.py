@@ -71,7 +71,7 @@ def test_the_digest_changes_with_questions_responses_and_pictures(tmp_path):
         {"images": (HeldPicture(b"picture"),)},
     )
     digests = {
-        Samples((sample, *SAMPLES[1:]), 0, "no", SampleOptions()).digest
+        Samples((sample, *SAMPLES[1:]), 0, "no", 1, SampleOptions()).digest
         for sample in (first, *(replace(first, **change) for change in changed))
     }
     assert len(digests) == 1 + len(changed)

@@ -9,7 +9,7 @@ import torch
 
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
-from expert_merging.running.objectives import alignment, alignment_losses, distance, prediction_entropy
+from expert_merging.running.objectives import alignment, distance, prediction_entropy
 from expert_merging.running.scores import (
     ExpertDivergence,
     Score,
@@ -73,7 +73,7 @@ def test_an_objective_is_scored_as_it_is_trained(targets, answered_zoo):
     found = score_by_task(objective, base, targets)
     assert set(found) == set(EXPERTS)
     for task, numbers in found.items():
-        own = [torch.stack(objective.losses(base, target)) for target in targets if target.task == task]
+        own = [objective.losses(base, [target])[0] for target in targets if target.task == task]
         assert list(numbers.values()) == pytest.approx(torch.stack(own).mean(0).tolist())
         assert list(numbers) == ["logits", "hidden_states"]
 
@@ -88,7 +88,7 @@ def test_the_base_has_divergence_1_and_an_expert_0_on_its_task(targets, answered
         for parameter in base.parameters():  # the live model's weights change in place
             parameter.mul_(1.1)
         expected = [
-            sum(float(alignment_losses(base, target, (), 1.0)[0]) for target in targets if target.task == task) / 2
+            sum(float(distance(()).losses(base, [target])[0, 0]) for target in targets if target.task == task) / 2
             for task in shares
         ]
     by_task = divergence.by_task(base)
