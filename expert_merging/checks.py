@@ -35,7 +35,7 @@ from expert_merging.writing import can_name_file, check_free_disk
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
 # The same among the options of methods: they trade memory for time.
-_SAVING = ("task_vectors", "weight_gradients", "shard", "gradient_checkpointing", "logits_chunk_tokens")
+_SAVING = ("task_vectors", "weight_gradients", "shard", "gradient_checkpointing", "logits_chunk_tokens", "batch_tokens")
 
 
 @dataclass(frozen=True)

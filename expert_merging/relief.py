@@ -44,7 +44,9 @@ def advice(shortage: Shortage, resolved: Resolved, backbone: Backbone, *, on_gpu
         other = [*(["--device cpu"] if shortage.on_gpu else []), "--exclude_params with the largest tensors"]
     else:
         trained = "in the step 'asking the experts'" not in doing
-        same = [*(_saving(resolved.options, shortage.on_gpu, on_gpu) if trained else ())]
+        alone = resolved.options.get("batch_tokens", 1) != 1 and (shortage.on_gpu or not on_gpu)
+        same = ["--batch_tokens 1"] if alone else []
+        same += [*(_saving(resolved.options, shortage.on_gpu, on_gpu) if trained else ())]
         same += _splitting(resolved.options, shortage.on_gpu)
         other = [*_shortening(resolved.options, backbone, on_gpu)]
     begun = f"{_any_of(same)}, with which the same command continues; or " if same else ""

@@ -354,7 +354,7 @@ def test_unknown_flags_are_answered_with_the_near_name():
         "no flag --sede. Did you mean '--seed'?",
     ]
     (unknown,) = problems("--zzzqqq", "1")
-    assert unknown.startswith("no flag --zzzqqq. Known: --base_model_path, --budget, --cache_dir, ")
+    assert unknown.startswith("no flag --zzzqqq. Known: --base_model_path, --batch_tokens, --budget, ")
     assert problems("--listmethods") == ["no flag --listmethods. Did you mean '--list_methods'?"]
 
 

@@ -33,13 +33,22 @@ LENGTH = "a smaller --max_new_tokens than 128 or shorter samples, which is anoth
 
 def test_a_gpu_that_learns():
     assert advised(GPU, *LEARNING) == (
-        "give --logits_chunk_tokens 64, --weight_gradients sample, --task_vectors host, --gradient_checkpointing or "
-        f"--shard in several processes, with which the same command continues; or {LENGTH}"
+        "give --batch_tokens 1, --logits_chunk_tokens 64, --weight_gradients sample, --task_vectors host, "
+        f"--gradient_checkpointing or --shard in several processes, with which the same command continues; or {LENGTH}"
     )
 
 
 def test_what_is_set_is_not_named():
-    given = ["--logits_chunk_tokens", "64", "--weight_gradients", "sample", "--task_vectors", "host"]
+    given = [
+        "--batch_tokens",
+        "1",
+        "--logits_chunk_tokens",
+        "64",
+        "--weight_gradients",
+        "sample",
+        "--task_vectors",
+        "host",
+    ]
     assert advised(GPU, *LEARNING, *given, "--gradient_checkpointing", "--shard") == f"give {LENGTH}"
     assert advised(GPU, *LEARNING, *given, "--shard").startswith("give --gradient_checkpointing, with which the same")
 
@@ -47,7 +56,7 @@ def test_what_is_set_is_not_named():
 def test_while_experts_are_asked_nothing_is_trained():
     doing = "in the step 'asking the experts'"
     assert advised(GPU, *LEARNING, doing=doing) == (
-        f"give --shard in several processes, with which the same command continues; or {LENGTH}"
+        f"give --batch_tokens 1 or --shard in several processes, with which the same command continues; or {LENGTH}"
     )
     assert advised(HOST, *LEARNING, doing=doing) == f"give {LENGTH}"
 
@@ -60,8 +69,8 @@ def test_several_processes_can_share_a_model_at_once(monkeypatch):
 def test_a_host_beside_a_gpu_and_a_host_that_learns():
     assert advised(HOST, *LEARNING) == f"give --task_vectors disk, with which the same command continues; or {LENGTH}"
     assert advised(HOST, *LEARNING, on_gpu=False) == (
-        "give --logits_chunk_tokens 64, --weight_gradients sample, --task_vectors disk or --gradient_checkpointing, "
-        f"with which the same command continues; or --mixed_precision bf16, {LENGTH}"
+        "give --batch_tokens 1, --logits_chunk_tokens 64, --weight_gradients sample, --task_vectors disk or "
+        f"--gradient_checkpointing, with which the same command continues; or --mixed_precision bf16, {LENGTH}"
     )
 
 

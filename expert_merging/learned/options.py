@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from expert_merging.errors import InputError
 from expert_merging.flags import Count, Factor, Fraction, Interval, NotNegative, Positive
 from expert_merging.parts import Part
-from expert_merging.running.options import SampleOptions
+from expert_merging.running.options import ComparingOptions
 
 if TYPE_CHECKING:
     from expert_merging.running.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(SampleOptions):
+class TrainingOptions(ComparingOptions):
     """How coefficients are trained on samples.
 
     Args:

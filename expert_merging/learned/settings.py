@@ -88,7 +88,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
             "accelerate launch, or leave the flag away"
         )
     with problems.collecting():
-        asked = check_samples(context, options)
+        asked = check_samples(context, options, batch_tokens=options.batch_tokens)
         for task in options.loss_alphas or {}:
             if task not in asked.tasks:
                 known = near_name(task, asked.tasks)

@@ -21,8 +21,6 @@ class SampleOptions:
             fp16 on a GPU and float32 on a CPU.
         loss_tokens: look at all tokens (as published) or at those that predict the response; the latter helps where
             prompts cannot be predicted.
-        batch_tokens: tokens, padding included, that go through a model together; a sample that has more goes alone. By
-            default at most 2048, and as many as take a tenth of the device's memory while learning.
         max_new_tokens: bound on the length of the responses that experts write where the files have none.
         prompt_template: text with {question} in it, and what ends a turn after {response} if that is not the family's
             end; for all, or by expert or task. By default each expert is asked in its own words, by its chat template
@@ -35,6 +33,17 @@ class SampleOptions:
     task_expert: dict[str, str] | None = None
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     loss_tokens: Literal["all", "response"] = "all"
-    batch_tokens: Count | None = None
     max_new_tokens: Count = 128
     prompt_template: dict[str, str] | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparingOptions(SampleOptions):
+    """How models are compared with the experts.
+
+    Args:
+        batch_tokens: tokens, padding included, that go through a model together; a sample that has more goes alone. By
+            default at most 2048, and as many as take a tenth of the device's memory while learning.
+    """
+
+    batch_tokens: Count | None = None

@@ -113,22 +113,25 @@ class Samples:
         )
 
 
-def check_samples(context: Context, options: SampleOptions, *, compares_logits: bool = True) -> Samples:
+def check_samples(
+    context: Context, options: SampleOptions, *, compares_logits: bool = True, batch_tokens: int | None = 1
+) -> Samples:
     """Read the calibration files and check that every model of the run can be asked.
 
     Args:
         context: the run.
         options: which samples are asked, and how.
         compares_logits: the models' output heads are used apart from the models.
+        batch_tokens: tokens that go through a model together; None for a number that suits model and device.
 
     Raises:
         InputError: every problem found.
     """
     problems = Problems()
-    found = Samples((), 0, "no", options.batch_tokens or 1, options)
+    found = Samples((), 0, "no", batch_tokens or 1, options)
     with problems.collecting():
         found = replace(found, precision=_precision(options.mixed_precision, context.device))
-    if options.batch_tokens is None:
+    if batch_tokens is None:
         most = fitting_tokens(context.plan.base.config, found.dtype.itemsize, torch.device(context.device))
         found = replace(found, batch_tokens=most)
     with problems.collecting():

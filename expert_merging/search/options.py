@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from expert_merging.flags import Count, Factor, Interval, Positive
-from expert_merging.running.options import SampleOptions
+from expert_merging.running.options import ComparingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions(SampleOptions):
+class SearchOptions(ComparingOptions):
     """How coefficients are searched for.
 
     Args:

@@ -152,8 +152,8 @@ def decoder(layers: int, hidden: int, middle: int, key_value: int, vocabulary: i
     return shapes
 
 
-def tell(plan: Plan, machine: Machine, precision: str = "fp16", **options) -> tuple[str, ...]:
-    return describe(Demand(plan, precision, 2048, 2048, LearningOptions(**options)), machine)
+def tell(plan: Plan, machine: Machine, precision: str = "fp16", longest: int = 2048, **options) -> tuple[str, ...]:
+    return describe(Demand(plan, precision, 2048, longest, LearningOptions(**options)), machine)
 
 
 def plan_of(folder: Path, experts: int, config: dict, shapes: dict[str, tuple[int, ...]]) -> Plan:
@@ -190,6 +190,20 @@ def test_the_plan_for_mistral_7b_with_three_experts(tmp_path):
     assert "it takes shorter samples, smaller pictures" in too_much
     assert "--shard over several devices" in too_much
     assert told(1, again=False)[3:] == (too_much,)
+
+
+def test_one_sample_at_a_time_is_the_first_advice(tmp_path):
+    config = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+    plan = plan_of(tmp_path / "mistral", 3, config, decoder(32, 4096, 14336, 1024, 32000))
+
+    def advice(free, precision="fp16"):
+        *_, last = tell(plan, Machine("cuda", free * 2**30), precision, longest=256)
+        return last.partition("it takes ")[2]
+
+    assert advice(17) == "--batch_tokens 256"
+    assert advice(15) == "--batch_tokens 256 --gradient_checkpointing"
+    assert advice(17, "no") == "--batch_tokens 256 --mixed_precision fp16"
+    assert advice(13).startswith("--batch_tokens 256 --shard over 2 devices")
 
 
 def test_the_plan_for_a_model_split_over_eight_devices(tmp_path):

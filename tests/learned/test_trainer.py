@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
 from expert_merging.running.objectives import distance
+from expert_merging.running.targets import Target
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
 from tests.learned.training import make_trainer, make_twin
@@ -145,6 +147,31 @@ def test_gradient_is_the_same_with_gradient_checkpointing(answered_zoo, tmp_path
 
 
 @pytest.mark.slow
+def test_samples_together_teach_what_they_teach_one_by_one(answered_zoo, tmp_path):
+    learned = {}
+    for tokens in (1, 40, 2048):
+        trainer = make_trainer(answered_zoo, tmp_path / str(tokens), batch_tokens=tokens, num_epochs=2)
+        passes = count_calls(trainer)
+        learned[tokens] = torch.cat([table.flatten() for table in trainer.train().values.values()])
+        assert (len(passes) < sum(map(len, passes))) == (tokens > 1)
+    for tokens in (40, 2048):
+        torch.testing.assert_close(learned[tokens], learned[1], rtol=1e-4, atol=1e-6)
+
+
+def count_calls(trainer: Trainer) -> list[list[Target]]:
+    """The samples of every pass that training will make."""
+    objective, passes = trainer.settings.objective, []
+
+    class Counting(type(objective)):
+        def losses(self, model, targets):
+            passes.append(targets)
+            return super().losses(model, targets)
+
+    counting = Counting(**{field.name: getattr(objective, field.name) for field in fields(objective)})
+    trainer.settings = replace(trainer.settings, objective=counting)
+    return passes
+
+
 def test_sliced_logits_give_the_same_gradient(answered_zoo, tmp_path, monkeypatch):
     trainer = make_trainer(answered_zoo, tmp_path)
     targets = prepared(trainer)
