@@ -31,6 +31,6 @@ def ask_questions(context: Context, folder: Path, formats: Formats) -> None:
     for sample in backbone.test_questions:
         asked = formats.of(sample)
         inputs = place(backbone.encode_prompt(processor, sample, asked), torch.device(device), dtype)
-        answer, _ = generate(model, processor, inputs, 128, end_tokens(processor, asked.end)[:1])
+        ((answer, _),) = generate(model, processor, [inputs], 128, end_tokens(processor, asked.end)[:1])
         pictures = "".join(f" [{picture.name}]" for picture in sample.images)
         logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())

@@ -11,7 +11,7 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -243,17 +243,27 @@ class TargetMaker:
         if kept.get(FORMATS) != prompts.formats.record:
             kept[FORMATS] = prompts.formats.record
             self._keep(kept)
-        answered = []
+        missing = [sample for sample in samples if sample.response is None and _key(sample) not in kept]
+        advance(len([sample for sample in samples if sample.response is None]) - len(missing))
+        for ends, batch in self._batches(prompts, missing):
+            found = self._generate(model, prompts, batch, ends)
+            kept.update(zip(map(_key, batch), found, strict=True))
+            self._keep(kept)
+            advance(len(batch), batch[0].expert)
+        return [sample if sample.response is not None else replace(sample, **kept[_key(sample)]) for sample in samples]
+
+    def _batches(self, prompts: Prompts, samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Sample]]]:
+        """Samples that are answered together, and what ends their answers."""
+        by_end: dict[tuple[int, ...], list[Sample]] = {}
         for sample in samples:
-            key = "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
-            if sample.response is None:
-                if key not in kept:
-                    kept[key] = self._generate(model, prompts, sample)
-                    self._keep(kept)
-                sample = replace(sample, **kept[key])
-                advance(1, sample.expert)
-            answered.append(sample)
-        return answered
+            by_end.setdefault(tuple(prompts.end_tokens(sample)[:1]), []).append(sample)
+
+        def length(sample: Sample) -> int:
+            return int(prompts.get(sample)["input_ids"].shape[1]) + self.max_new_tokens
+
+        for ends, own in by_end.items():
+            for batch in pack(own, length, self.batch_tokens):
+                yield [*ends], batch
 
     def _keep(self, responses: Mapping[str, Any]) -> None:
         """Write how experts are asked, and what they have answered so far."""
@@ -261,26 +271,34 @@ class TargetMaker:
             text = json.dumps(responses, indent=2, ensure_ascii=False) + "\n"
             write_atomically(self.responses, text.encode())
 
-    def _generate(self, model: Any, prompts: Prompts, sample: Sample) -> dict[str, Any]:
-        """The expert's answer as fields of `Sample`."""
-        inputs = place(prompts.get(sample), self.device, self.dtype)
-        ends = prompts.end_tokens(sample)[:1]
-        response, tokens = generate(model, prompts.processor, inputs, self.max_new_tokens, ends)
+    def _generate(
+        self, model: Any, prompts: Prompts, samples: Sequence[Sample], ends: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """The expert's answers as fields of `Sample`."""
+        inputs = [place(prompts.get(sample), self.device, self.dtype) for sample in samples]
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
         known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(prompts.processor))
-        return {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
+        return [
+            {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
+            for response, tokens in generate(model, prompts.processor, inputs, self.max_new_tokens, ends)
+        ]
+
+
+def _key(sample: Sample) -> str:
+    """Name of a sample among the responses."""
+    return "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
 
 
 @torch.no_grad()
 def generate(
-    model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, ends: Sequence[int] = ()
-) -> tuple[str, list[int]]:
-    """Greedy continuation of a prompt, as text and as tokens up to the end token.
+    model: Any, processor: Any, prompts: Sequence[Mapping[str, Tensor]], max_new_tokens: int, ends: Sequence[int] = ()
+) -> list[tuple[str, list[int]]]:
+    """Greedy continuations of prompts, each as text and as tokens up to the end token.
 
     Args:
         model: the model.
         processor: its tokenizer, or what has one.
-        inputs: the prompt, batch of one.
+        prompts: model inputs, batch of one each, that are continued together.
         max_new_tokens: bound on the length.
         ends: tokens that end an answer beside those that the model's own generation settings name, if they are special:
             a fine-tune's settings are often those of its base, which has no turns.
@@ -288,6 +306,8 @@ def generate(
     tokenizer = tokenizer_of(processor)
     own = model.generation_config.eos_token_id
     stops = {*(own if isinstance(own, list) else [own]), *(set(ends) & set(tokenizer.all_special_ids))} - {None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    inputs = together(prompts, padding or 0, side="left")
     tokens = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -298,10 +318,16 @@ def generate(
         top_p=None,
         top_k=None,
         eos_token_id=sorted(stops) or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding,
     )
-    written = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(written, skip_special_tokens=True)), written.tolist()
+    written = [_up_to(row, stops) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+    return [(str(tokenizer.decode(row, skip_special_tokens=True)), row) for row in written]
+
+
+def _up_to(tokens: list[int], stops: Set[int]) -> list[int]:
+    """Tokens up to the first that ends an answer; where others of a batch went on, padding follows it."""
+    end = next((place for place, token in enumerate(tokens, 1) if token in stops), len(tokens))
+    return tokens[:end]
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:

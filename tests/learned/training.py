@@ -61,3 +61,8 @@ def make_twin(trainer: Trainer, **options) -> tuple[Twin, list[Example]]:
         for sample in settings.asked.samples
     ]
     return twin, examples
+
+
+def answering(*tokens: int):
+    """Lets every expert answer with these tokens, in place of `expert_merging.running.targets.generate`."""
+    return lambda model, processor, prompts, *_: [("text", list(tokens))] * len(prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from expert_merging.progress import no_progress
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.batches import fitting_tokens, kept_bytes, pack, together
 from expert_merging.running.objectives import alignment, prediction_entropy
-from expert_merging.running.targets import TargetMaker
+from expert_merging.running.targets import TargetMaker, generate
 from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL
@@ -95,6 +96,39 @@ def asked(request, tmp_path_factory):
         progress=no_progress,
     )
     return maker, samples
+
+
+def test_an_expert_answers_questions_together_as_it_answers_each(asked):
+    maker, samples = asked
+    open_ones = [replace(sample, response=None, identity=f"open {sample.identity}") for sample in samples]
+    longer = replace(maker, max_new_tokens=12, response_only=True)
+    answers = []
+    for tokens in (1, 10**6):
+        kept = maker.responses.with_name(f"answers{tokens}.json")
+        answers.append(
+            [target.sample for target in replace(longer, batch_tokens=tokens, responses=kept).make(open_ones)]
+        )
+    assert answers[0] == answers[1]
+    assert all(answer.tokens and len(answer.tokens) <= 12 for answer in answers[0])
+
+
+def test_an_answer_ends_where_it_ends_also_where_others_go_on():
+    class Model:
+        generation_config = SimpleNamespace(eos_token_id=1)
+
+        def generate(self, input_ids, **_):
+            written = torch.tensor([[7, 1, 0, 0], [8, 8, 9, 1], [5, 5, 5, 5]])
+            return torch.cat([input_ids, written], dim=1)
+
+    class Tokenizer:
+        all_special_ids, pad_token_id, eos_token_id = (0, 1), 0, 1
+
+        def decode(self, tokens, skip_special_tokens):
+            return "".join(map(str, tokens))
+
+    prompts = [{"input_ids": torch.tensor([[2] * length])} for length in (3, 5, 4)]
+    found = generate(Model(), Tokenizer(), prompts, 4)
+    assert found == [("71", [7, 1]), ("8891", [8, 8, 9, 1]), ("5555", [5, 5, 5, 5])]
 
 
 def close(actual, expected):

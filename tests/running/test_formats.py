@@ -15,7 +15,7 @@ from expert_merging.errors import InputError
 from expert_merging.run import Run
 from tests.checkpoints import BASE, EXPERTS, SPECIAL, perturb, save_model, tensors_of, write_tasks
 from tests.command import merge, merged, refused
-from tests.learned.training import make_trainer, make_twin
+from tests.learned.training import answering, make_trainer, make_twin
 from tests.learned.twin import Example
 from tests.test_templates import INSTRUCT
 from zoo.tokens import character_tokenizer
@@ -158,7 +158,7 @@ def test_all_that_is_wrong_with_prompts_is_told(published, capsys, tmp_path):
 @pytest.mark.parametrize(("written", "kept"), [((9, 1), (9, 1, 5, 6)), ((9, 1, 5), (9, 1, 5, 6)), ((9, 8), (9, 8))])
 def test_a_written_answer_gets_the_rest_of_a_turn_s_end(written, kept, tiny_zoo, tmp_path, monkeypatch):
     """As a given one does; an answer that was cut off stays open."""
-    monkeypatch.setattr("expert_merging.running.targets.generate", lambda *_: ("text", list(written)))
+    monkeypatch.setattr("expert_merging.running.targets.generate", answering(*written))
     trainer = make_trainer(tiny_zoo, tmp_path, samples_per_task=1, prompt_template="{question}{response}</s>bc")
     for target in trainer._make_targets(torch.device("cpu")):
         prompt = len(target.sample.question) + 1
@@ -175,9 +175,9 @@ def test_an_expert_stops_at_the_end_of_its_turn(tiny_zoo, tmp_path):
     inputs = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with torch.no_grad():
         model.lm_head.weight[1] = 10 * model.base_model(**inputs).last_hidden_state[0, -1]
-    assert generate(model, processor, inputs, 3, [1])[1] == [1]
-    assert generate(model, processor, inputs, 3, [4])[1][:1] == [1]
-    assert len(generate(model, processor, inputs, 3, [4])[1]) == 3, "no end but a special token's"
+    assert generate(model, processor, [inputs], 3, [1])[0][1] == [1]
+    assert generate(model, processor, [inputs], 3, [4])[0][1][:1] == [1]
+    assert len(generate(model, processor, [inputs], 3, [4])[0][1]) == 3, "no end but a special token's"
 
 
 @pytest.mark.parametrize("where", ["states", "logits"])
@@ -198,7 +198,7 @@ def test_numbers_that_overflow_name_expert_and_sample(where, precision, hint, ti
 
     dtype = {"no": torch.float32, "fp16": torch.float16}[precision]
     maker = replace(maker, backbone=replace(maker.backbone, load_model=broken), dtype=dtype)
-    monkeypatch.setattr("expert_merging.running.targets.generate", lambda *_: ("text", [5, 6]))
+    monkeypatch.setattr("expert_merging.running.targets.generate", answering(5, 6))
     with pytest.raises(InputError) as caught:
         maker.make(trainer.settings.asked.samples)
     (problem,) = caught.value.problems

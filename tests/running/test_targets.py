@@ -10,7 +10,7 @@ import torch
 from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import kept_or_made
 from tests.checkpoints import BASE, EXPERTS, perturb, write_tasks
-from tests.learned.training import make_trainer
+from tests.learned.training import answering, make_trainer
 
 
 def test_experts_write_missing_responses_once(tiny_zoo, tmp_path, monkeypatch):
@@ -37,15 +37,10 @@ def test_how_experts_are_asked_is_kept_where_all_responses_are_given_too(tiny_zo
     assert set(json.loads(trainer.context.run.responses.read_text())) == {"formats"}
 
 
-def answering(monkeypatch, *tokens):
-    """Let the experts answer with these tokens."""
-    monkeypatch.setattr("expert_merging.running.targets.generate", lambda *_: ("text", list(tokens)))
-
-
 def test_an_expert_is_matched_on_the_tokens_that_it_wrote(tiny_zoo, tmp_path, monkeypatch):
     """With its end token if it came to one, without if it was cut off; tokens that the base lacks end the answer."""
     for written, kept in {(5, 6, 1): [5, 6, 1], (5, 6): [5, 6], (5, 6, 80, 7): [5, 6]}.items():
-        answering(monkeypatch, *written)
+        monkeypatch.setattr("expert_merging.running.targets.generate", answering(*written))
         trainer = make_trainer(tiny_zoo, tmp_path / str(written), samples_per_task=1)
         for target in trainer._make_targets(torch.device("cpu")):
             prompt = len(target.sample.question) + 1
@@ -53,7 +48,7 @@ def test_an_expert_is_matched_on_the_tokens_that_it_wrote(tiny_zoo, tmp_path, mo
 
 
 def test_an_empty_answer_is_refused_with_its_sample(tiny_zoo, tmp_path, monkeypatch):
-    answering(monkeypatch)
+    monkeypatch.setattr("expert_merging.running.targets.generate", answering())
     trainer = make_trainer(tiny_zoo, tmp_path)
     with pytest.raises(
         InputError, match=r"Chat\.json, entry 0 \(counted from 0\): expert Chat answered with nothing; "
@@ -76,7 +71,7 @@ def test_a_sample_longer_than_the_models_context_is_refused_before_any_expert_is
 
 
 def test_an_answer_longer_than_the_models_context_is_refused(tiny_zoo, tmp_path, monkeypatch):
-    answering(monkeypatch, *[5] * 200)
+    monkeypatch.setattr("expert_merging.running.targets.generate", answering(*[5] * 200))
     told = r"entry 0 \(counted from 0\): .* have 2\d\d tokens .* 128; shorten the sample or lower --max_new_tokens$"
     with pytest.raises(InputError, match=told):
         make_trainer(tiny_zoo, tmp_path).train()
