@@ -5,9 +5,33 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+from expert_merging.running.scores import HasTask
+
+Item = TypeVar("Item", bound=HasTask)
 
 # Epochs without a better mean loss after which training stops.
 PATIENCE = 3
+
+
+def hold_out(samples: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Samples to learn from and samples that are held out, in the order given.
+
+    Args:
+        samples: of all tasks.
+        share: of each task's samples that are held out, in [0, 1), spread over them evenly; of a task with several at
+            least one stays on either side.
+    """
+    held: set[int] = set()
+    for task in {sample.task for sample in samples} if share else ():
+        own = [number for number, sample in enumerate(samples) if sample.task == task]
+        count = min(max(1, round(share * len(own))), len(own) - 1)
+        held |= {own[place * len(own) // count] for place in range(count)}
+    return (
+        [sample for number, sample in enumerate(samples) if number not in held],
+        [sample for number, sample in enumerate(samples) if number in held],
+    )
 
 
 def epoch_order(experts: Sequence[str], seed: int, epoch: int) -> list[int]:

@@ -28,6 +28,8 @@ class TrainingOptions(ComparingOptions):
             strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
             1.
         num_epochs: passes over the samples; stops early after 3 without a better mean loss.
+        held_out: share of each task's samples that nothing is learned from. The best coefficients on them are kept, the
+            initial ones if none are better, and they decide when training stops.
         learning_rate: AdamW's rate at the start of each cosine cycle; the published 0.5 is for few updates of
             coefficients of task vectors, and 0.02 has served other directions.
         gradient_accumulation_steps: samples per update.
@@ -47,6 +49,7 @@ class TrainingOptions(ComparingOptions):
 
     scaling_coefficient: Factor | list[Factor | None] | None = 0.3
     num_epochs: Count = 1
+    held_out: Annotated[float, Interval("[0, 1)")] = 0.0
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"

@@ -87,11 +87,20 @@ class Report:
             report[f"coefficient_spread/{expert}"] = float(row.std(correction=0))
         self.accelerator.log(report, step=state.updates)
 
-    def epoch(self, state: TrainingState, coefficient: float) -> None:
-        """One line with the mean losses of the epoch that ends, and the mean coefficient."""
+    def epoch(self, state: TrainingState, coefficient: float, held_out: float | None = None) -> None:
+        """One line with the mean losses of the epoch that ends, and the mean coefficient.
+
+        Args:
+            state: how far training is.
+            coefficient: mean coefficient.
+            held_out: loss on the samples that were held out, as a share of that at the start, if there are any.
+        """
         total, *parts = (f"{name} {loss:.4g}" for name, loss in state.epoch_means.items())
         epoch, epochs = state.epochs + 1, self.settings.options.num_epochs
         line = "epoch %d of %d: mean losses: %s (%s); mean coefficient %.4g"
+        if held_out is not None:
+            line += f"; held-out samples: {held_out:.4g} of the loss at the start"
+            self.accelerator.log({"held_out/loss": held_out}, step=state.updates)
         logger.info(line, epoch, epochs, total, ", ".join(parts), coefficient)
 
     def result(self, vector: CoefficientVector, updates: int) -> Coefficients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
             "accelerate launch, or leave the flag away"
         )
     with problems.collecting():
-        asked = check_samples(context, options, batch_tokens=options.batch_tokens)
+        asked = check_samples(context, options, batch_tokens=options.batch_tokens, synthesize=options.synthesize)
         for task in options.loss_alphas or {}:
             if task not in asked.tasks:
                 known = near_name(task, asked.tasks)
@@ -97,7 +97,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
     return Settings(
         options=options,
         asked=asked,
-        objective=objective,
+        objective=replace(objective, batch_tokens=asked.batch_tokens),
         directions=directions,
         scale=scale,
         layout=Layout(chunks, initial, bounded=directions.bounded),

@@ -45,6 +45,8 @@ class TrainingState:
         self.epochs = 0
         self.epoch_losses: dict[str, float] = {}
         self.epoch_samples = 0
+        # Losses on the samples that were held out, by task, before training.
+        self.first_losses: dict[str, float] = {}
         self.best_loss = math.inf
         self.epochs_without_better = 0
 
@@ -78,14 +80,22 @@ class TrainingState:
         """Mean losses of the epoch so far."""
         return {name: total / self.epoch_samples for name, total in self.epoch_losses.items()}
 
-    def end_epoch(self) -> None:
-        """Compare the epoch's mean loss with the best so far."""
-        mean = self.epoch_means["total"]
-        better = mean < self.best_loss
-        self.best_loss = min(mean, self.best_loss)
+    def end_epoch(self, loss: float | None = None) -> bool:
+        """Compare the epoch with the best so far.
+
+        Args:
+            loss: what it is compared by; None for its mean loss.
+
+        Returns:
+            Whether it is better.
+        """
+        loss = self.epoch_means["total"] if loss is None else loss
+        better = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
         self.epochs_without_better = 0 if better else self.epochs_without_better + 1
         self.epochs += 1
         self.epoch_losses, self.epoch_samples = {}, 0
+        return better
 
 
 class StateFolder:

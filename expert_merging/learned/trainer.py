@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from expert_merging.context import Context
-from expert_merging.learned.epochs import PATIENCE, epoch_order, updates
+from expert_merging.learned.epochs import PATIENCE, epoch_order, hold_out, updates
 from expert_merging.learned.material import Material, Targets, batches_of, gather, open_live_model, targets_of
 from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_optimizer, training_accelerator
 from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.progress import Advance, no_advance
+from expert_merging.running.scores import relative_mean, score_by_task
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Trainer:
         self.accelerator = training_accelerator(context, settings)
         self.report = Report(context, settings, self.accelerator)
         self.state = TrainingState()
+        self.held_out: Targets = []
         self.states = StateFolder(context.run.state)
 
     def train(self) -> Result:
@@ -66,9 +68,16 @@ class Trainer:
         return targets_of(self.context, self.settings, device)
 
     def _learn(self, targets: Targets) -> Result:
+        learned, self.held_out = hold_out(targets, self.settings.options.held_out)
+        if self.held_out:
+            self.vector.register_buffer("best", self.vector.raw.detach().clone())
         self.states.resume(self.accelerator, self.vector, self.state)
         self.report.start(self.vector.raw.numel(), self.state.updates)
-        self._run_epochs(targets)
+        if self.held_out and not self.state.first_losses:
+            self.state.first_losses, self.state.best_loss = self._losses_held_out(), 1.0
+        self._run_epochs(learned)
+        if self.held_out:
+            self._go_back()
         coefficients = self.report.result(self.vector, self.state.updates)
         if self.accelerator.is_main_process:
             self._save(coefficients)
@@ -176,9 +185,32 @@ class Trainer:
         values = self.vector.by_expert()
         self.report.update(self.state, means, sums, rate, values)
         if last:
-            self.report.epoch(self.state, float(values.mean()))
-            self.state.end_epoch()
+            self._end_epoch(float(values.mean()))
         self._save_state()
+
+    def _end_epoch(self, coefficient: float) -> None:
+        """Report the epoch, and keep its numbers if they are the best on the samples that were held out."""
+        if not self.held_out:
+            self.report.epoch(self.state, coefficient)
+            self.state.end_epoch()
+            return
+        score = relative_mean(self._losses_held_out(), self.state.first_losses)
+        self.report.epoch(self.state, coefficient, score)
+        if self.state.end_epoch(score):
+            self.vector.get_buffer("best").copy_(self.vector.raw.detach())
+
+    def _losses_held_out(self) -> dict[str, float]:
+        """Mean loss on the samples of each task that were held out."""
+        self.live.rebuild()
+        found = score_by_task(self.settings.objective, self.live.model, self.held_out)
+        return {task: sum(losses.values()) for task, losses in found.items()}
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        """Take the numbers that were the best on the samples that were held out."""
+        self.vector.raw.copy_(self.vector.get_buffer("best"))
+        share = self.state.best_loss
+        logger.info("held-out samples: the best coefficients have %.4g of the loss at the start", share)
 
     def _save_state(self) -> None:
         if self.accelerator.is_main_process:

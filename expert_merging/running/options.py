@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from expert_merging.flags import Count
+from expert_merging.flags import Count, Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,10 @@ class ComparingOptions(SampleOptions):
     """How models are compared with the experts.
 
     Args:
+        synthesize: further questions per task, each the beginning of one of its questions and the rest of another.
         batch_tokens: tokens, padding included, that go through a model together; a sample that has more goes alone. By
             default at most 2048, and as many as take a tenth of the device's memory while learning.
     """
 
+    synthesize: Annotated[int, Interval("[0, inf)")] = 0
     batch_tokens: Count | None = None

@@ -21,10 +21,11 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.plan import Plan
 from expert_merging.questions.calibration import Sample, load_samples
+from expert_merging.questions.crossing import crossed, token_pieces
 from expert_merging.roles import is_word_table
 from expert_merging.running.batches import fitting_tokens
 from expert_merging.running.options import SampleOptions
-from expert_merging.running.prompts import Prompts
+from expert_merging.running.prompts import Prompts, tokenizer_of
 from expert_merging.running.targets import TargetMaker
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -114,7 +115,12 @@ class Samples:
 
 
 def check_samples(
-    context: Context, options: SampleOptions, *, compares_logits: bool = True, batch_tokens: int | None = 1
+    context: Context,
+    options: SampleOptions,
+    *,
+    compares_logits: bool = True,
+    batch_tokens: int | None = 1,
+    synthesize: int = 0,
 ) -> Samples:
     """Read the calibration files and check that every model of the run can be asked.
 
@@ -123,6 +129,7 @@ def check_samples(
         options: which samples are asked, and how.
         compares_logits: the models' output heads are used apart from the models.
         batch_tokens: tokens that go through a model together; None for a number that suits model and device.
+        synthesize: further questions that are made of those of each task.
 
     Raises:
         InputError: every problem found.
@@ -141,7 +148,7 @@ def check_samples(
     problems.found += check_given(options.prompt_template, context.plan.experts, set(found.tasks))
     if found.samples and not problems.found:
         with problems.collecting():
-            found = _with_prompts(found, context)
+            found = _with_prompts(found, context, synthesize)
     problems.check()
     return found
 
@@ -162,8 +169,10 @@ def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def _with_prompts(found: Samples, context: Context) -> Samples:
+def _with_prompts(found: Samples, context: Context, synthesize: int) -> Samples:
     """The samples with their prompts: files of tokenizer and processor, pictures, their sizes and lengths are checked.
+
+    Further questions are made of them first.
 
     The prompts are kept for the experts, unless none will be asked.
     """
@@ -171,6 +180,9 @@ def _with_prompts(found: Samples, context: Context) -> Samples:
     keeps = not (context.dry_run or context.run.is_complete)
     formats = choose_formats(context.backbone, context.plan, options.prompt_template)
     prompts = Prompts(context.backbone, context.plan.base, formats, keeps=keeps)
+    if synthesize:
+        pieces = token_pieces(tokenizer_of(prompts.processor))
+        found = replace(found, samples=(*found.samples, *crossed(found.samples, synthesize, pieces, context.seed)))
     lengths = prompts.check(found.samples)
     # What an expert writes may be followed by all of a turn's end but its first token.
     longest = max(

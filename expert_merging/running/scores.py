@@ -6,7 +6,7 @@ coefficients by and how many questions a model answers right are all scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -60,6 +60,16 @@ def score_by_task(score: Score[Item], model: Any, items: Sequence[Item]) -> ByTa
         }
         for task, rows in numbers.items()
     }
+
+
+def relative_mean(losses: Mapping[str, float], first: Mapping[str, float]) -> float:
+    """Mean over tasks of each task's loss as a share of what it was at first; a task that had none counts as 1.
+
+    Args:
+        losses: by task.
+        first: the same, of the model that others are compared with.
+    """
+    return sum(loss / first[task] if first[task] else 1.0 for task, loss in losses.items()) / len(losses)
 
 
 def mean_over_tasks(found: ByTask) -> dict[str, float]:

@@ -44,7 +44,7 @@ def check(context: Context, options: SearchOptions) -> Settings:
     with problems.collecting():
         check_tracker(context.log_with)
     with problems.collecting():
-        asked = check_samples(context, options, batch_tokens=options.batch_tokens)
+        asked = check_samples(context, options, batch_tokens=options.batch_tokens, synthesize=options.synthesize)
     problems.check()
     space = make_space(context.plan, options.search_space)
     population = options.population or default_population(space.size)

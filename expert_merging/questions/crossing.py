@@ -1,0 +1,89 @@
+"""Further questions out of a task's own: the beginning of one, and the rest of another from the same place on.
+
+Questions of a task are built alike, so most of what comes out is a question of the task too, and what is not still
+shows how its expert behaves near them. Experts answer anything, and nothing but their behaviour is learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.entries import MARK
+
+# Drawings for each question that is wanted, after which there are no more.
+_ATTEMPTS = 20
+
+
+def crossed(samples: Sequence[Sample], count: int, pieces: Callable[[str], list[str]], seed: int) -> list[Sample]:
+    """Questions that are crossed from those of each task; pictures are those of either question.
+
+    A question that says where its pictures go stays whole and gets the pictures of another.
+
+    Args:
+        samples: of all tasks.
+        count: further questions of each task; there may be fewer that differ.
+        pieces: cuts a text where it may be cut.
+        seed: decides which are crossed and where.
+
+    Raises:
+        InputError: a task has one question alone.
+    """
+    found: list[Sample] = []
+    for task in dict.fromkeys(sample.task for sample in samples):
+        own = [sample for sample in samples if sample.task == task]
+        if len(own) == 1:
+            raise InputError(f"--synthesize crosses a task's questions with one another, and {task} has one; give two")
+        found += _of_task(own, count, pieces, random.Random(f"{seed}/{task}"))
+    return found
+
+
+def _of_task(
+    own: Sequence[Sample], count: int, pieces: Callable[[str], list[str]], draw: random.Random
+) -> list[Sample]:
+    known = {(sample.question, sample.images) for sample in own}
+    made: list[Sample] = []
+    for _ in range(_ATTEMPTS * count):
+        if len(made) == count:
+            break
+        first, second = draw.sample(own, 2)
+        question = _cross(pieces(first.question), pieces(second.question), draw)
+        pictures = draw.choice((first, second)).images
+        if MARK in first.question + second.question:
+            question, pictures = first.question, second.images
+            if len(first.images) != len(second.images):
+                continue
+        if (question, pictures) not in known:
+            known.add((question, pictures))
+            identity = f"{first.identity}+{second.identity}#{len(made)}"
+            made.append(replace(first, question=question, response=None, identity=identity, images=pictures, file=None))
+    return made
+
+
+def _cross(first: list[str], second: list[str], draw: random.Random) -> str:
+    shorter = min(len(first), len(second))
+    cut = draw.randrange(1, shorter) if shorter > 1 else 0
+    return "".join([*first[:cut], *second[cut:]])
+
+
+def token_pieces(tokenizer: Any) -> Callable[[str], list[str]]:
+    """Cuts a text between a tokenizer's tokens, or between characters where the tokenizer does not say where those are.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    def pieces(text: str) -> list[str]:
+        if not tokenizer.is_fast:
+            return list(text)
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # Several tokens may make one character, and what lies between tokens goes with the one before.
+        places = [*sorted({0, *(start for start, _ in offsets)}), len(text)]
+        return [text[start:stop] for start, stop in itertools.pairwise(places) if start < stop]
+
+    return pieces
