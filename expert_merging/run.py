@@ -52,6 +52,7 @@ class Run:
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
+        self.start = folder / "start.json"
         self._lock: int | None = None
 
     @classmethod

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "*.safetensors"
 CACHED_SCORES = "scores.json"
-BATCH_SIZE = 250
+BATCH_SIZE = 50
 
 Scores = dict[str, float]
 
@@ -110,28 +110,36 @@ class ExactMatch:
 
     def measure(self, model: Any, samples: Sequence[Sample]) -> Iterator[tuple[float]]:
         """Whether each sample is answered exactly."""
-        answers = answer(self.backbone, self.processor, model, samples)
-        return ((100.0 * (given == sample.response),) for given, sample in zip(answers, samples, strict=True))
+        return ((100.0 * right,) for right in answers_exactly(self.backbone, self.processor, model, samples))
 
 
-def answer(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[str]:
-    """Greedy answers of a model to the questions of ``samples``."""
+def answers_exactly(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[bool]:
+    """Whether the greedy answers of a model are the right ones, and end there.
+
+    They are if and only if every token of the right answer is the likeliest after those before it, and then one that
+    ends an answer. So one pass over questions and answers tells, and nothing need be written.
+    """
+    import torch
+
     from expert_merging.running.batches import together
-    from expert_merging.running.prompts import tokenizer_of
+    from expert_merging.running.prompts import tokenizer_of, with_response
 
-    tokenizer = tokenizer_of(processor)
-    answers: list[str] = []
+    tokenizer, head = tokenizer_of(processor), model.get_output_embeddings()
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+    found: list[bool] = []
     for asked in _batches(samples):
-        longest = max(len(tokenizer(sample.response, add_special_tokens=False)["input_ids"]) for sample in asked)
         prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
-        joined = together(prompts, tokenizer.pad_token_id, side="left")
-        batch = {name: value.to(model.device) for name, value in joined.items()}
-        # One token more than the longest answer, so that an answer that goes on is not mistaken for a right one.
-        tokens = model.generate(
-            **batch, max_new_tokens=longest + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+        answers = [tokenizer(sample.response, add_special_tokens=False)["input_ids"] for sample in asked]
+        inputs = together([with_response(*pair) for pair in zip(prompts, answers, strict=True)])
+        placed = {name: value.to(model.device) for name, value in inputs.items()}
+        with torch.no_grad():
+            states = model.base_model(**placed, use_cache=False).last_hidden_state
+            for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                start = prompt["input_ids"].shape[1] - 1
+                *likeliest, last = head(states[row, start : start + len(answer) + 1]).argmax(-1).cpu()
+                found.append([int(token) for token in likeliest] == answer and bool((last == ends).any()))
+    return found
 
 
 def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:

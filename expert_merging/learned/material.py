@@ -64,7 +64,7 @@ def open_task_vectors(context: Context, settings: Settings, accelerator: Any) ->
     if directions.in_blocks:
         return TaskVectors(context.plan, settings.scale, accelerator.device, directions.prepare())
     with accelerator.main_process_first():  # the others find the files
-        kept = make_directions(directions, context, context.run.directions)
+        kept = make_directions(directions, context, context.run.directions / directions.name)
     return TaskVectors(context.plan, settings.scale, accelerator.device, kept=kept)
 
 

@@ -61,9 +61,9 @@ class TrainingOptions(ComparingOptions):
     task_vector_coeffs_dict: dict[str, Factor] | None = None
 
     @property
-    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
-        """What coefficients multiply, by name, and its options where they are not the defaults."""
-        return "task_vectors", None
+    def asked_directions(self) -> list[tuple[str, Mapping[str, Any] | None]]:
+        """What coefficients may multiply, by name, and its options where they are not the defaults."""
+        return [("task_vectors", None)]
 
     @property
     def regularisation_weight(self) -> float:
@@ -100,7 +100,8 @@ class AlignmentOptions(TrainingOptions):
     Args:
         directions: what the coefficients multiply, task_vectors or what each expert adds to the result of a method
             (svd, aswudi, ...), with the coefficient 1 and that method's other defaults; these coefficients may pass 1.
-            Or trimmed, task vectors as TIES trims them.
+            Or trimmed, task vectors as TIES trims them. Of several, separated by commas, those are taken whose merge is
+            nearest to the experts on the samples, with one of five coefficients or the given one.
         temperature: softens both distributions in the logit alignment.
         logits_weight: weight of the logit alignment.
         hidden_states_weight: weight of the hidden-state alignment.
@@ -118,9 +119,10 @@ class AlignmentOptions(TrainingOptions):
     sparsity_reg_weight: NotNegative = 0.8
 
     @property
-    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
+    def asked_directions(self) -> list[tuple[str, Mapping[str, Any] | None]]:
         """See `TrainingOptions.asked_directions`."""
-        return self.directions, None
+        names = [name.strip() for name in self.directions.split(",")]
+        return [(name, None) for name in dict.fromkeys(names)]
 
     @property
     def regularisation_weight(self) -> float:
@@ -221,6 +223,6 @@ class TrimmingOptions(TrainingOptions):
     density: Fraction = 0.2
 
     @property
-    def asked_directions(self) -> tuple[str, Mapping[str, Any] | None]:
+    def asked_directions(self) -> list[tuple[str, Mapping[str, Any] | None]]:
         """See `TrainingOptions.asked_directions`."""
-        return "trimmed", {"density": self.density}
+        return [("trimmed", {"density": self.density})]

@@ -21,6 +21,8 @@ from expert_merging.running.samples import Samples, check_samples
 
 # Initial value of coefficients of task vectors, where the family has none.
 _USUAL = 0.3
+# Initial values that are tried where the start is chosen.
+_TRIED = (0.3, 0.5, 0.75, 1.0, 1.25)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ class Regularisation:
         return self.weight * regularisation(values, anchor, self.count or values.numel() / experts)
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where learning may begin.
+
+    Args:
+        directions: what the coefficients multiply.
+        initial: their initial value, per expert.
+    """
+
+    directions: Directions
+    initial: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """For the log: ``svd at 1``."""
+        return f"{self.directions.name} at {', '.join(f'{value:g}' for value in dict.fromkeys(self.initial))}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options after all checks, in the form that training uses.
@@ -52,6 +71,7 @@ class Settings:
         scale: factor on an expert's directions, per expert.
         layout: which coefficients there are and where they start.
         regularisation: what holds them near their initial values.
+        starts: where learning may begin, if that is still to be chosen.
     """
 
     options: TrainingOptions
@@ -61,6 +81,12 @@ class Settings:
     scale: tuple[float, ...]
     layout: Layout
     regularisation: Regularisation
+    starts: tuple[Start, ...] = ()
+
+    def beginning_at(self, start: Start) -> Settings:
+        """The same with one start."""
+        layout = replace(self.layout, initial=start.initial, bounded=start.directions.bounded)
+        return replace(self, directions=start.directions, layout=layout, starts=())
 
 
 def check(context: Context, options: TrainingOptions) -> Settings:
@@ -72,8 +98,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
     plan, problems = context.plan, Problems()
     experts = tuple(plan.experts)
     with problems.collecting():
-        directions = find_directions(context, *options.asked_directions)
-        initial = _initial_values(options, directions, context)
+        starts = _starts(context, options)
     with problems.collecting():
         scale = _task_vector_scale(options.task_vector_coeffs_dict or {}, experts)
     with problems.collecting():
@@ -98,10 +123,25 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         options=options,
         asked=asked,
         objective=replace(objective, batch_tokens=asked.batch_tokens),
-        directions=directions,
+        directions=starts[0].directions,
         scale=scale,
-        layout=Layout(chunks, initial, bounded=directions.bounded),
+        layout=Layout(chunks, starts[0].initial, bounded=starts[0].directions.bounded),
         regularisation=Regularisation(options.regularisation_weight),
+        starts=starts if len(starts) > 1 else (),
+    )
+
+
+def _starts(context: Context, options: TrainingOptions) -> tuple[Start, ...]:
+    """Where learning may begin: at the one value of the directions, or at several of each if there are several."""
+    found = [find_directions(context, *asked) for asked in options.asked_directions]
+    if len(found) == 1 or options.scaling_coefficient is not None:
+        return tuple(Start(directions, _initial_values(options, directions, context)) for directions in found)
+    experts = len(context.plan.experts)
+    return tuple(
+        Start(directions, (value,) * experts)
+        for directions in found
+        for value in _TRIED
+        if value < 1 or not directions.bounded
     )
 
 

@@ -17,10 +17,12 @@ from expert_merging.learned.directions import kept_output
 from expert_merging.learned.earlier import earlier_coefficients
 from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
+from expert_merging.learned.optimizer import training_accelerator
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
 from expert_merging.learned.settings import Regularisation, Settings, check
+from expert_merging.learned.start import choose_start
 from expert_merging.learned.trainer import Trainer
-from expert_merging.method import Preparation
+from expert_merging.method import Preparation, coarsest
 from expert_merging.plan import Plan
 from expert_merging.processes import is_main_process
 from expert_merging.writing import check_free_disk
@@ -45,7 +47,19 @@ def one_stage(context: Context, options: TrainingOptions, *, shared: bool = Fals
     settings = check(context, options)
     settings = replace(settings, layout=replace(settings.layout, shared=shared))
     notes = (f"{settings.layout.trained} coefficients learned {_amount(settings)}",)
-    return _work(context, settings, lambda: Trainer(context, settings).train(), notes)
+
+    def learn() -> Coefficients:
+        return _trainer(context, settings).train()
+
+    return _work(context, settings, learn, notes)
+
+
+def _trainer(context: Context, settings: Settings) -> Trainer:
+    """What learns, its start chosen."""
+    material = None
+    if settings.starts:
+        settings, material = choose_start(context, settings, training_accelerator(context, settings))
+    return Trainer(context, settings, material)
 
 
 def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
@@ -78,10 +92,10 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
 
     def learn() -> Coefficients:
         stage = replace(context, run=context.run.stage("stage1"))
-        first = Trainer(stage, settings)
+        first = _trainer(stage, settings)
         coefficients = given or kept_or_made(stage, first.train)
         material = first.gather()
-        second = second_stage(settings, options, coefficients, material.task_vectors.magnitudes, plan)
+        second = second_stage(first.settings, options, coefficients, material.task_vectors.magnitudes, plan)
         return Trainer(context, second, material).train()
 
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
@@ -193,27 +207,35 @@ def _work(
 ) -> Preparation:
     """The work of a method whose options are checked."""
     directions = settings.directions
-    if not directions.in_blocks and is_main_process() and not context.run.coefficients.exists():
-        check_free_disk(context.run.directions, kept_output(context.plan).size)
+    every = [start.directions for start in settings.starts] or [directions]
+    kept = len({one.name for one in every if not one.in_blocks})
+    if kept and is_main_process() and not context.run.coefficients.exists():
+        check_free_disk(context.run.directions, kept * kept_output(context.plan).size)
 
     def learn() -> dict[str, Any]:
         coefficients = kept_or_made(context, train)
         if is_main_process():
             shutil.rmtree(context.run.directions, ignore_errors=True)  # merging makes a tensor's directions itself
-        return {"coefficients": coefficients, "directions": directions.prepare()}
+        record = coefficients.directions
+        chosen = next((one for one in every if one.name == record["name"]), directions)
+        return {"coefficients": coefficients, "directions": chosen.prepare()}
 
     layers = settings.objective.layers
     initial = ", ".join(f"{value:g}" for value in dict.fromkeys(settings.layout.initial))
     decisive = {**settings.asked.inputs, "layers": ",".join(map(str, layers)), "initial": initial}
     precision = "float32" if settings.asked.precision == "no" else settings.asked.precision
     multiplied = f"coefficients start at {initial} and multiply {_describe_directions(settings)}"
+    if settings.starts:
+        names = ", ".join(dict.fromkeys(one.name for one in every))
+        multiplied = f"the start is chosen of {len(settings.starts)}, by divergence from the experts: {names}"
     aligned = f"hidden states aligned: {_places(layers)}; precision: {precision}"
     asked, options = settings.asked, settings.options
     together = asked.tokens_together(options.gradient_accumulation_steps)
     demand = Demand(context.plan, asked.precision, together, asked.longest, options, directions)
     memory = describe(demand, this_machine(context.device))
     notes = (*notes, multiplied, aligned, *memory)
-    return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=directions.unit)
+    unit = coarsest(one.unit for one in every)
+    return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=unit)
 
 
 def _places(layers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from Mistral.backbone import BACKBONE
 from zoo import evaluate
-from zoo.evaluate import answer, cached_exact_match, exact_match
+from zoo.evaluate import answers_exactly, cached_exact_match, exact_match
 from zoo.mistral import new_model, save
 
 
@@ -24,10 +24,10 @@ def write_test(folder: Path, task: str, **responses: str) -> None:
 
 
 def test_answers_are_counted_with_their_task(built_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[str]:
-        return ["right" if sample.question.startswith("known") else "wrong" for sample in samples]
+    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[bool]:
+        return [sample.question.startswith("known") == (sample.response == "right") for sample in samples]
 
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(evaluate, "answers_exactly", answers)
     write_test(tmp_path / "test", "Math", known1="right", other1="right", known2="right", known3="right")
     write_test(tmp_path / "test", "Code", other2="right", known4="right")
     write_test(tmp_path / "test", "Chat", known5="else")
@@ -49,24 +49,42 @@ def talkative_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_neighbours_in_a_batch_do_not_change_an_answer(talkative_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_right_if_the_model_writes_it_and_ends(
+    talkative_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against what the model writes by itself, whatever its neighbours in a batch."""
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
     questions = ["<add>12+07=", "<uni>ab=", "<idx>kcqhwzb:05316=", "<uni>abcdefghabcde=", "<idx>abc:0=", "<add>01+02="]
-    samples = [Sample("Math", "Math", question, "abcd", "0") for question in questions]
     processor, model = BACKBONE.load_processor(talkative_model), BACKBONE.load_model(talkative_model, torch.float32)
-    alone = [answer(BACKBONE, processor, model, [sample])[0] for sample in samples]
-    assert answer(BACKBONE, processor, model, samples) == alone
-    assert len(set(alone)) == len(alone)
+    written = []
+    for question in questions:
+        prompt = processor(question, return_tensors="pt")
+        tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=3)[0]
+        written.append(tokens[prompt["input_ids"].shape[1] :])
+    assert len({tuple(tokens.tolist()) for tokens in written}) == len(questions)
+
+    def right(responses: Sequence[str], ends: Sequence[int]) -> list[bool]:
+        samples = [Sample("Math", "Math", *pair, "0") for pair in zip(questions, responses, strict=True)]
+        model.generation_config.eos_token_id = list(ends)
+        return answers_exactly(BACKBONE, processor, model, samples)
+
+    begun = [processor.decode(tokens[:3]) for tokens in written]
+    ends = [int(tokens[3]) for tokens in written]
+    assert right(begun, ends) == [True] * 6
+    assert right(begun, [token for token in range(20) if token not in ends]) == [False] * 6, "they go on"
+    assert right([text[:-1] for text in begun], ends) == [int(tokens[2]) in ends for tokens in written]
+    others = [*begun[1:], begun[0]]
+    assert right(others, ends) == [False] * 6
 
 
 def test_models_of_the_zoo_are_asked_once(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[str]:
+    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[bool]:
         asked.append(Path(model.name_or_path).name)
-        return [str(sample.response) for sample in samples]
+        return [True for _ in samples]
 
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(evaluate, "answers_exactly", answers)
     base, expert = own_zoo / BACKBONE.base_folder, own_zoo / BACKBONE.expert_folders["Math"]
     for folder in (base, base, expert, base):
         assert cached_exact_match(BACKBONE, folder, own_zoo) == {"Chat": 100, "Code": 100, "Math": 100}
@@ -79,11 +97,11 @@ def test_models_of_the_zoo_are_asked_once(own_zoo: Path, monkeypatch: pytest.Mon
 def test_the_first_questions_alone_are_asked(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[str]:
+    def answers(_backbone: object, _processor: object, _model: object, samples: Sequence[Sample]) -> list[bool]:
         asked.append(len(samples))
-        return [str(sample.response) if sample.number == 0 else "wrong" for sample in samples]
+        return [sample.number == 0 for sample in samples]
 
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(evaluate, "answers_exactly", answers)
     base = own_zoo / BACKBONE.base_folder
     assert cached_exact_match(BACKBONE, base, own_zoo, questions=4) == dict.fromkeys(("Chat", "Code", "Math"), 25)
     assert cached_exact_match(BACKBONE, base, own_zoo) == dict.fromkeys(("Chat", "Code", "Math"), 5)
@@ -94,11 +112,11 @@ def test_the_first_questions_alone_are_asked(own_zoo: Path, monkeypatch: pytest.
 def test_a_model_answers_in_the_precision_of_its_files(own_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.dtype] = []
 
-    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[str]:
+    def answers(_backbone: object, _processor: object, model: Any, samples: Sequence[Sample]) -> list[bool]:
         used.append(model.dtype)
-        return ["" for _ in samples]
+        return [False for _ in samples]
 
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(evaluate, "answers_exactly", answers)
     base = own_zoo / BACKBONE.base_folder
     exact_match(BACKBONE, base, own_zoo / "test")
     weights = {name: weight.to(torch.bfloat16) for name, weight in load_file(base / "model.safetensors").items()}

@@ -1,0 +1,84 @@
+"""Further questions that are crossed from a task's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from expert_merging.backbone import load_tokenizer
+from expert_merging.errors import InputError
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.crossing import crossed, token_pieces
+from tests.checkpoints import save_tokenizer
+
+
+def sample(question: str, *pictures: str, task: str = "T", identity: str = "0") -> Sample:
+    return Sample(task, task, question, "given", identity, tuple(map(Path, pictures)), file=Path("T.json"))
+
+
+OWN = [sample("abcd", identity="0"), sample("efgh", identity="1"), sample("ijkl", identity="2")]
+
+
+def test_they_begin_like_one_question_and_go_on_like_another():
+    found = crossed(OWN, 12, list, 0)
+    questions = [one.question for one in found]
+    assert len(set(questions)) == 12
+    assert not set(questions) & {one.question for one in OWN}
+    wholes = [one.question for one in OWN]
+    for question in questions:
+        assert any(
+            question == first[:cut] + second[cut:]
+            for first in wholes
+            for second in wholes
+            for cut in range(1, 4)
+            if first != second
+        )
+    assert all(one.response is None and one.file is None and one.expert == "T" for one in found)
+    assert len({one.identity for one in found}) == 12
+
+
+def test_the_seed_and_the_task_decide_and_there_may_be_fewer_than_wanted():
+    assert crossed(OWN, 5, list, 1) == crossed(OWN, 5, list, 1) != crossed(OWN, 5, list, 2)
+    both = crossed([*OWN, *(replace(one, task="U") for one in OWN)], 4, list, 1)
+    assert [one.task for one in both] == ["T"] * 4 + ["U"] * 4
+    assert [one.question for one in crossed([sample("ab"), sample("cd")], 9, list, 0)] in (["ad", "cb"], ["cb", "ad"])
+    assert crossed([sample("a"), sample("b")], 3, list, 0) == []
+
+
+def test_pictures_are_those_of_either_and_marks_keep_a_question_whole():
+    plain = [sample("abcd", "1.png"), sample("efgh", "2.png")]
+    for one in crossed(plain, 6, list, 0):
+        assert one.images in ((Path("1.png"),), (Path("2.png"),))
+    marked = [
+        sample("<image> abcd", "1.png"),
+        sample("<image> efgh", "2.png"),
+        sample("<image><image>", "3.png", "4.png"),
+    ]
+    found = {(one.question, one.images) for one in crossed(marked, 6, list, 0)}
+    assert found == {("<image> abcd", (Path("2.png"),)), ("<image> efgh", (Path("1.png"),))}
+
+
+def test_one_question_has_no_other_to_be_crossed_with():
+    with pytest.raises(
+        InputError, match="--synthesize crosses a task's questions with one another, and T has one; give"
+    ):
+        crossed(OWN[:1], 3, list, 0)
+
+
+def test_texts_are_cut_between_tokens(tmp_path):
+    save_tokenizer(tmp_path)
+    pieces = token_pieces(load_tokenizer(tmp_path))
+    assert "".join(pieces("Math question 1?")) == "Math question 1?"
+    assert len(pieces("Math question 1?")) > 3
+
+    class Merged:
+        is_fast = True
+
+        def __call__(self, text, **_):
+            return {"offset_mapping": [(1, 3), (3, 5), (3, 5), (6, 7)]}
+
+    assert token_pieces(Merged())("xabcd yz") == ["x", "ab", "cd ", "yz"]
+    Merged.is_fast = False
+    assert token_pieces(Merged())("xab") == ["x", "a", "b"]
