@@ -17,6 +17,7 @@ from typing import Any
 
 from expert_merging import __version__
 from expert_merging.errors import InputError
+from expert_merging.kept import Kept
 from expert_merging.writing import partial_name, sync_folder, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
@@ -34,6 +35,7 @@ class Run:
         folder: ``<output_path>/<method>/<run_name>``.
 
     Attributes:
+        kept: digests of what the run has written.
         holds_several: the result is a folder of models, ``models/``, instead of one.
     """
 
@@ -52,6 +54,7 @@ class Run:
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
+        self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
     @classmethod
