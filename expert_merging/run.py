@@ -54,6 +54,7 @@ class Run:
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
+        self.magnitudes = folder / "magnitudes.json"
         self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
@@ -100,6 +101,7 @@ class Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
         stage.responses, stage.directions = self.responses, self.directions
+        stage.config, stage.magnitudes = self.config, self.magnitudes
         return stage
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:

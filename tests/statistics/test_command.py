@@ -208,10 +208,10 @@ def test_an_interrupted_run_goes_on_with_the_experts_that_are_missing(tiny_zoo, 
     given += ["--samples_per_task", 2, "--max_new_tokens", 4, "--run_name", "r"]
     expected = merged(tmp_path / "whole", *given)
 
-    def stop_at_code(target, grams):
+    def stop_at_code(target, *given):
         if target.stem == "Code":
             raise KeyboardInterrupt
-        write(target, grams)
+        write(target, *given)
 
     monkeypatch.setattr(inputs, "write_grams", stop_at_code)
     merge(*given, "--output_path", tmp_path / "parts")
