@@ -37,7 +37,7 @@ LAYERS = (
     ("idle",),
     ("advice", "relief", "unchanged"),
     ("checks",),
-    ("comparing", "convert", "extract", "summary"),
+    ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),
     ("cli", "__main__"),
 )

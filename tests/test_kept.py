@@ -1,4 +1,4 @@
-"""What an earlier part of a run has left is used only if it is what was written, of checkpoints that are still the same."""
+"""What an earlier part of a run has left is used only if it is as it was written, of checkpoints that are the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_merging import digests
 from expert_merging import merge as driver
 from expert_merging.digests import Piece, Section, digest_of, read_digest, section_of, sections_of
 from expert_merging.kept import HEAD, Kept, Written, digest_files
@@ -26,8 +27,17 @@ def pieces_of(size: int, start: int = 0, stop: int = 1000) -> list[Piece]:
     return [Piece(first, last - first, digest_of(CONTENT[first:last])) for first, last in pairwise(places)]
 
 
+@pytest.mark.slow
+@settings(max_examples=30)
 @given(size=st.integers(1, 1200), order=st.randoms(), head=st.integers(0, 999))
 def test_pieces_in_any_order_make_the_digest_that_the_file_has(tmp_path_factory, size, order, head):
+    """Which is read in blocks that are smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "_BLOCK", 128)
+        check_pieces(tmp_path_factory, size, order, head)
+
+
+def check_pieces(tmp_path_factory, size, order, head):
     file = tmp_path_factory.mktemp("digests") / "file"
     file.write_bytes(CONTENT)
     pieces = [*pieces_of(size, stop=head), *pieces_of(size, start=head)] if head else pieces_of(size)
@@ -222,7 +232,7 @@ def test_checkpoints_that_were_changed_between_two_parts_are_merged_as_they_are_
     change_last(folders[who] / f"model-00001-of-0000{SHARDS}.safetensors")
     assert merge(*command) == 0
     assert contents(run.model) != whole
-    again = command[:-1] + ["fresh"]
+    again = [*command[:-1], "fresh"]
     assert merge(*again) == 0
     fresh = run.folder.with_name("fresh") / "model"
     assert {name: content for name, content in contents(run.model).items() if name != "README.md"} == {
@@ -259,8 +269,8 @@ def replaced(file):
 
 
 @pytest.mark.parametrize("meddle", [change_last, rewritten, replaced], ids=lambda entry: entry.__name__)
-@pytest.mark.parametrize("shard", [1, SHARDS])
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(("who", "shard"), [(0, SHARDS), (1, 1)])
+@pytest.mark.slow
 def test_no_model_is_left_of_checkpoints_that_were_written_meanwhile(
     who, shard, meddle, command, folders, tmp_path, capsys, monkeypatch
 ):

@@ -142,7 +142,7 @@ class Checkpoint:
                 self.headers[file.name] = header
                 self._add(entries)
         problems.check()
-        self._stored = tuple(self.entries.values())  # whatever they are called or computed to be later
+        self.stored = tuple(self.entries.values())  # whatever they are called or computed to be later
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptors"):  # the constructor may have refused the folder
@@ -233,7 +233,7 @@ class Checkpoint:
 
     def _digests(self) -> Iterator[bytes]:
         """Of type, shape and samples of every stored tensor."""
-        for entry in self._stored:
+        for entry in self.stored:
             digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
             for block in blocks(self.descriptor(entry.file), entry.offset, entry.size):
                 digest.update(block)

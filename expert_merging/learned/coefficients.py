@@ -106,13 +106,17 @@ class Coefficients:
         for target, content in contents.items():
             write_atomically(target, content)
 
-    def save_published(self, file: Path) -> None:
-        """Write the published format: for each parameter a value, or a list per chunk, for each expert."""
+    def published(self) -> bytes:
+        """The published format: for each parameter a value, or a list per chunk, for each expert."""
         readable = {
             name.replace(".", "_"): (value[:, 0] if value.shape[1] == 1 else value).tolist()
             for name, value in self.values.items()
         }
-        write_atomically(file, (json.dumps(readable, indent=4) + "\n").encode())
+        return (json.dumps(readable, indent=4) + "\n").encode()
+
+    def save_published(self, file: Path) -> None:
+        """Write the published format."""
+        write_atomically(file, self.published())
 
 
 def load_coefficients(place: Path) -> Coefficients:
