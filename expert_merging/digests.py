@@ -1,8 +1,8 @@
 """Digests of files, made of the pieces that are written, by whatever worker and in whatever order.
 
-XXH3 is not made against people who look for two files with one digest, but against everything that happens to files. It
-takes 0.02 s of a core for 1 GB; SHA-256 took 0.6 s where the processor has instructions for it, a quarter of the time
-of a merge.
+XXH3 serves against all that happens to files, not against people who make two files with one digest. It takes 0.02 s of
+a core for 1 GB; SHA-256 takes 0.6 s with a processor's own instructions, and BLAKE2b 1.1 s. Task arithmetic of five
+experts takes 8 s of a core for 1 GB that it writes.
 """
 
 from __future__ import annotations
