@@ -17,7 +17,7 @@ from rich.console import Console
 
 from expert_merging.checkpoints.adapter import open_checkpoint
 from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry, read_header, torch_dtype
-from expert_merging.checkpoints.folders import INDEX, is_weights
+from expert_merging.checkpoints.folders import is_weights
 from expert_merging.checkpoints.naming import published_names
 from expert_merging.comparing.compare import load_family
 from expert_merging.console import Terminal
@@ -25,16 +25,11 @@ from expert_merging.digests import Section, read_digest
 from expert_merging.errors import InputError, Problems, first_of
 from expert_merging.kept import HEAD, Written
 from expert_merging.machine import limit_threads, show_size
-from expert_merging.merged_tokenizer import is_wanted
-from expert_merging.plan import make_plan
 from expert_merging.progress import Advance
-from expert_merging.roles import ROW_PER_WORD
 from expert_merging.run import Run
 
 if TYPE_CHECKING:
     import torch
-
-    from expert_merging.learned.coefficients import Coefficients
 
 # Names that a line shows.
 _SHOWN = 3
@@ -80,6 +75,7 @@ def verify(folder: Path, console: Console) -> None:
             f"{missing} is missing, damaged, or of an earlier version, and says what the run has written; nothing can "
             "be verified without it"
         )
+    _check_record(run, record)
     limit_threads()
     found = Findings()
     checkpoints = _open_checkpoints(record, found)
@@ -91,7 +87,11 @@ def verify(folder: Path, console: Console) -> None:
     _verify_names(run.model, written, found)
     _verify_copies(written, checkpoints, found)
     _verify_cards(run.model, record, written, found)
-    _verify_coefficients(run, record, found)
+    if any(name.startswith(run.coefficients.stem) for name in run.kept.files()):
+        from expert_merging.learned.fitting import check_learned
+
+        with found.problems.collecting():
+            check_learned(run, record, load_family(record["family"]), merges_again=not found.problems.found)
     for note in found.notes:
         console.print(f"not looked at: {note}", markup=False)
     found.problems.check()
@@ -113,6 +113,25 @@ def _complete_run(folder: Path) -> Run:
     if Run(folder).record is not None:
         raise InputError(f"{folder} is a run that is not complete; its own command continues it")
     raise InputError(f"{folder} is no finished run: it has no config.json of one, or no folder model")
+
+
+def _check_record(run: Run, record: Mapping[str, Any]) -> None:
+    """Check that ``config.json`` says what was merged.
+
+    Raises:
+        InputError: it does not.
+    """
+    options = record["options"]
+    is_whole = (
+        all(isinstance(record[name], str) for name in ("family", "method"))
+        and isinstance(record.get("checkpoints"), Mapping)
+        and isinstance(options.get("base_model_path"), str)
+        and isinstance(options.get("expert"), Mapping)
+        and all(isinstance(place, str) for place in options["expert"].values())
+        and isinstance(options.get("exclude_params"), list)
+    )
+    if not is_whole:
+        raise InputError(f"{run.config} does not say what was merged; was it edited?")
 
 
 def _open_checkpoints(record: Mapping[str, Any], found: Findings) -> dict[str, Checkpoint]:
@@ -203,6 +222,12 @@ class _FiniteCheck:
             self.is_finite = bool(values.isfinite().all())
 
 
+def _model_folders(model: Path, written: Mapping[str, Written]) -> list[Path]:
+    """Folders with weights that can be loaded, unlike those of masks."""
+    folders = dict.fromkeys((model / name).parent for name, one in written.items() if len(one.sections) > 1)
+    return [folder for folder in folders if (folder / "config.json").is_file()]
+
+
 def _verify_names(model: Path, written: Mapping[str, Written], found: Findings) -> None:
     """Whether weights lie there that the run has not written, and whether every model can be opened."""
     there = {file.relative_to(model).as_posix(): file for file in sorted(model.rglob("*"))}
@@ -211,27 +236,26 @@ def _verify_names(model: Path, written: Mapping[str, Written], found: Findings) 
         found.problems.add(f"{first_of(foreign, _SHOWN)} lies there, and the run has not written it")
     if found.problems.found:
         return  # which would say the same in other words
-    for name in written:
-        if Path(name).name in ("config.json", INDEX):
-            with found.problems.collecting():
-                Checkpoint((model / name).parent)
+    for folder in _model_folders(model, written):
+        with found.problems.collecting():
+            Checkpoint(folder)
 
 
 def _verify_copies(written: Mapping[str, Written], checkpoints: Mapping[str, Checkpoint], found: Findings) -> None:
     """Whether what was copied is what the base, or an expert, has now."""
-    for file, one in written.items():
-        for name, section in one.sections.items():
-            if not section.source or section.source[0] not in checkpoints:
-                continue
-            owner, tensor = section.source
-            entries = {entry.name: entry for entry in checkpoints[owner].stored}
-            found.copies += 1
-            if not _has(checkpoints[owner], entries.get(tensor), section):
-                found.problems.add(f"{file}: {name} is not what {_called(owner)} has")
+    for owner, checkpoint in checkpoints.items():
+        entries = {entry.name: entry for entry in checkpoint.stored}
+        for file, one in written.items():
+            copied = {name: section for name, section in one.sections.items() if section.source[:1] == (owner,)}
+            differing = [name for name, section in copied.items() if not _has(checkpoint, entries, section)]
+            found.copies += len(copied)
+            if differing:
+                found.problems.add(f"{file}: {first_of(differing, _SHOWN)} is not what {_called(owner)} has")
 
 
-def _has(checkpoint: Checkpoint, entry: Entry | None, section: Section) -> bool:
-    """Whether a tensor of a checkpoint has the bytes that were copied."""
+def _has(checkpoint: Checkpoint, entries: Mapping[str, Entry], section: Section) -> bool:
+    """Whether the tensor of a checkpoint that was copied has the bytes that were."""
+    entry = entries.get(section.source[1]) if section.source else None
     if entry is None or entry.size != section.size:
         return False
     there = section._replace(start=entry.offset)
@@ -240,9 +264,9 @@ def _has(checkpoint: Checkpoint, entry: Entry | None, section: Section) -> bool:
 
 def _verify_cards(model: Path, record: Mapping[str, Any], written: Mapping[str, Written], found: Findings) -> None:
     """Whether each model's card tells of the method and of the tensors that the model has."""
-    for name in written:
-        folder, card = (model / name).parent, (model / name).parent / "README.md"
-        if Path(name).name != "config.json" or not card.is_file():
+    for folder in _model_folders(model, written):
+        card = folder / "README.md"
+        if not card.is_file():
             continue
         text = card.read_text(encoding="utf-8", errors="replace")
         counted = _COUNTED.search(text)
@@ -251,40 +275,6 @@ def _verify_cards(model: Path, record: Mapping[str, Any], written: Mapping[str, 
             found.problems.add(
                 f"{card.relative_to(model.parent)} does not tell of {tensors} tensors and of {record['method']}"
             )
-
-
-def _verify_coefficients(run: Run, record: Mapping[str, Any], found: Findings) -> None:
-    """Whether what was learned is what it was, in both formats, and whether the weights are what it makes."""
-    from expert_merging.learned.coefficients import load_coefficients
-
-    files = [name for name in run.kept.files() if name.startswith(run.coefficients.stem + ".")]
-    differing = [name for name in files if not run.kept.has(run.folder / name)]
-    if differing:
-        found.problems.add(f"{first_of(differing, _SHOWN)} is not what was learned")
-    if differing or not files:
-        return
-    coefficients = load_coefficients(run.folder)
-    if coefficients.experts != tuple(record["options"]["expert"]):
-        found.problems.add(f"{run.coefficients.name} is of the experts {', '.join(coefficients.experts)}")
-    if not run.weight_coeffs.is_file() or run.weight_coeffs.read_bytes() != coefficients.published():
-        found.problems.add(f"{run.weight_coeffs.name} has other values than {run.coefficients.name}")
-    if not found.problems.found and not record["options"].get("post"):
-        _verify_weights(run, record, coefficients, found)
-
-
-def _verify_weights(run: Run, record: Mapping[str, Any], coefficients: Coefficients, found: Findings) -> None:
-    """Whether the first entries of each tensor are what coefficients make of base and experts."""
-    from expert_merging.learned.fitting import misfits_of
-
-    options, backbone = record["options"], load_family(record["family"])
-    base, experts = Path(options["base_model_path"]), {name: Path(path) for name, path in options["expert"].items()}
-    if not all(place.is_dir() for place in (base, *experts.values())):
-        return  # which has been told
-    general = {name: options.get(name) for name in ("tokenizer", "embeddings")}
-    excluded = [*options["exclude_params"], *([ROW_PER_WORD] if is_wanted(general) else [])]
-    plan = make_plan(base, experts, excluded, backbone.file_name, backbone.landmark)
-    if differing := misfits_of(coefficients, plan, Checkpoint(run.model)):
-        found.problems.add(f"{first_of(differing, _SHOWN)} is not what {run.coefficients.name} makes of the experts")
 
 
 def _summary(run: Run, checkpoints: Mapping[str, Checkpoint], found: Findings) -> str:

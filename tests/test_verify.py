@@ -208,6 +208,26 @@ def test_several_runs_are_verified_at_once(run, tmp_path, capsys):
     assert told[-1].startswith(f"{run}: 5 files")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"family": 1}, {"checkpoints": None}, {"options": {}}, {"options": {"base_model_path": "/x", "expert": [1]}}],
+)
+def test_a_record_that_was_edited_is_refused(changes, run, capsys):
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**record, **changes}))
+    assert problems(capsys, run) == [f"{run / 'config.json'} does not say what was merged; was it edited?"]
+
+
+def test_folders_inside_that_are_no_models_are_files_like_others(folders, tmp_path, capsys):
+    (folders[0] / "inside").mkdir()
+    for name in ("config.json", "README.md"):
+        (folders[0] / "inside" / name).write_text("{}")
+    run = merged(tmp_path / "out", *COMMAND, *flags(folders[0], A=folders[1])).folder
+    assert verify(capsys, run)[0] == 0
+    (run / "model" / "inside" / "README.md").write_text("[]")
+    assert problems(capsys, run) == ["inside/README.md is not what was written"]
+
+
 @pytest.fixture
 def learned(tiny_zoo, tmp_path):
     write_tasks(tmp_path / "dataset", responses=dict.fromkeys(EXPERTS, "42"))
