@@ -98,6 +98,8 @@ def _check_digests(folder: Path) -> None:
         ValueError: it is not.
     """
     noted = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    if not isinstance(noted, dict):
+        raise ValueError(f"{_DIGESTS} holds no digests")
     found = digest_files(folder)
     differing = [name for name in noted if found.get(name) != noted[name]]
     if differing:

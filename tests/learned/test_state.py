@@ -31,7 +31,17 @@ def whole(answered_zoo, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom", "bit", "no digests"]
+    "damage",
+    [
+        "optimizer.bin",
+        "coefficients.safetensors",
+        "training.json",
+        "version",
+        "custom",
+        "bit",
+        "no digests",
+        "other digests",
+    ],
 )
 def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
@@ -52,11 +62,13 @@ def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     elif damage == "bit":
         content = (state / "coefficients.safetensors").read_bytes()
         (state / "coefficients.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage != "no digests":
+    elif "digests" not in damage:
         (state / damage).write_bytes(b"")
     digests = state / "digests.json"
     if damage == "no digests":
         digests.unlink()
+    elif damage == "other digests":
+        digests.write_text("[]")
     elif damage != "bit":  # what reads the files has to cope with them itself
         digests.write_text(
             json.dumps({name: digest for name, digest in digest_files(state).items() if name != digests.name})
