@@ -1,4 +1,4 @@
-"""What is done beside merging: ``python -m expert_merging`` with ``analyse``, ``align``, ``extract`` or ``convert``."""
+"""What is done beside merging: ``python -m expert_merging`` with ``analyse``, ``align``, ``verify`` and others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from expert_merging.comparing.compare import AlignOptions, compare
-from expert_merging.errors import InputError, file_problem, tell
+from expert_merging.errors import InputError, Problems, about, file_problem, tell
 from expert_merging.flags import read_options
 from expert_merging.parser import add_flag, single_value
 from expert_merging.relief import out_of_memory
@@ -89,6 +89,20 @@ def parser() -> argparse.ArgumentParser:
         "folder", type=Path, metavar="FOLDER", help="folder of the model, or its repository on the Hub"
     )
     convert.add_argument("target", type=Path, metavar="NEW_FOLDER", help="where the result goes; must not exist yet")
+    verify = commands.add_parser(
+        "verify",
+        help="check that finished runs are what they were: files, checkpoints, and that they fit together",
+        description=(
+            "Read a finished run and say what differs, in a line each. Every file and tensor is compared with the "
+            "digest that was taken when it was written, and looked through for NaN and infinite values. Copied tensors "
+            "are compared with the checkpoint that they are of, and base and experts with their fingerprints, where "
+            "they are still there; learned coefficients with the weights that they make; the card with the model. "
+            "Nothing is written. The exit code is 0 where all is as it was, and 1 otherwise."
+        ),
+    )
+    verify.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run of any method, or its model"
+    )
     return result
 
 
@@ -126,7 +140,18 @@ def convert(given: Mapping[str, Any], console: Console) -> None:
     convert(given["folder"], given["target"], console)
 
 
-COMMANDS = {"analyse": analyse, "align": align, "extract": extract, "convert": convert}
+def verify(given: Mapping[str, Any], console: Console) -> None:
+    """Check runs, all of them before any problem is told."""
+    from expert_merging.verify import verify
+
+    problems = Problems()
+    for folder in given["runs"]:
+        with problems.collecting(), about(str(folder)):
+            verify(folder, console)
+    problems.check()
+
+
+COMMANDS = {"analyse": analyse, "align": align, "extract": extract, "convert": convert, "verify": verify}
 
 if __name__ == "__main__":
     sys.exit(main())

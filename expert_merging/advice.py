@@ -61,7 +61,7 @@ def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
         "they were, so it goes on. If you have changed weights, move the run's folder away"
         for name, checkpoint in plan.checkpoints.items()
         if places.get(name) == str(checkpoint.folder.resolve())
-        if written.get(name, checkpoint.written()) != checkpoint.written()
+        if written.get(name, checkpoint.opened) != checkpoint.opened
     ]
 
 

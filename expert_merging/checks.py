@@ -184,7 +184,7 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "checkpoints": {name: entry.fingerprint(whole=name == "base") for name, entry in plan.checkpoints.items()},
         **({"adapters": adapters} if adapters else {}),
         "inputs": {"device": device.split(":")[0], "version": __version__},
-        "written": {name: entry.written() for name, entry in plan.checkpoints.items()},
+        "written": {name: entry.opened for name, entry in plan.checkpoints.items()},
         "seed": general["seed"] if general["seed"] >= 0 else secrets.randbelow(2**31),
         "run": {name: general[name] for name in ("output_path", "run_name", "log_with")} | saving | {"device": device},
         **provenance(),

@@ -23,6 +23,7 @@ from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
 from expert_merging.questions.templates import put_template
 from expert_merging.summary import COMPLETE, EVALUATION, log_result, log_start
+from expert_merging.unchanged import check_unchanged
 from expert_merging.writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
         What was done, for the last output.
     """
     context, run, summary = job.context, job.context.run, Summary()
+    kept = run.kept.within(run.model.name)
     for output in job.outputs:
         folder = run.partial_model / output.folder
         summary = write_output(
@@ -125,10 +127,13 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
             processes=context.processes,
             made=made,
             copies=job.copies,
+            kept=kept.within(output.folder, context.plan.opened),
         )
         if is_main_process() and output.is_model:
             _describe_model(job, output, folder)
     if is_main_process():
+        check_unchanged(context.plan, job.description)
+        kept.note_others(run.partial_model)
         run.finish()
     return summary
 

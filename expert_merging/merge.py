@@ -8,16 +8,18 @@ missing.
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 import shutil
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from expert_merging.checkpoints.checkpoint import (
     WIDTHS,
@@ -28,7 +30,9 @@ from expert_merging.checkpoints.checkpoint import (
     torch_dtype,
 )
 from expert_merging.checkpoints.folders import INDEX, SINGLE, other_files
+from expert_merging.digests import Piece, Section, section_of, sections_of
 from expert_merging.errors import InputError
+from expert_merging.kept import HEAD, Kept, Written
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Computed, Copied, Made, Merged, Output, Slot
 from expert_merging.parts import Part
@@ -43,6 +47,8 @@ from expert_merging.writing import ShardWriter, partial_name, sync_folder, write
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _COPY_BYTES = 1 << 22
 
@@ -92,12 +98,14 @@ def write_output(
     processes: Processes = ALONE,
     made: Mapping[str, Tensor] | None = None,
     copies: int = 0,
+    kept: Kept | None = None,
     title: str = "merging",
 ) -> Summary:
     """Merge every parameter of an output and write its complete folder.
 
     The weights come first and the other files last, so that nothing loads the folder before it is complete. Finished
-    files found in the folder are kept: the caller vouches that they come from the same inputs and options.
+    files found in the folder are kept if they are as they were written and no checkpoint was written since; the caller
+    vouches for the options.
 
     Args:
         output: what is written.
@@ -110,6 +118,7 @@ def write_output(
         processes: the processes that share the work; each calls this function.
         made: tensors that the preparation has made.
         copies: copies of the task vectors that the rule holds at a time, for the memory that is shared out.
+        kept: what was written below the folder, and will be; without it, all files are made again.
         title: shown beside the progress bar.
 
     Raises:
@@ -124,14 +133,25 @@ def write_output(
     with progress(title, sum(sizes.values()), "B") as advance:
         for file, slots in output.files.items():
             target = folder / file
-            if target.exists():
+            if processes.agree(processes.rank == 0 and _is_kept(target, kept)):
                 summary.kept_shards += 1
                 advance(sizes[file], file)
                 continue
-            summary.changes |= merger.write(slots, output.header(file), target, advance)
+            summary.changes |= merger.write(slots, output.header(file), target, advance, kept)
     if processes.rank == 0 and output.is_model:
         _complete(output, plan.base, folder)
     return summary
+
+
+def _is_kept(target: Path, kept: Kept | None) -> bool:
+    """Whether a file is there that need not be made again; where one is there that must be, tell so."""
+    if kept is None or not target.exists():
+        return False
+    if not (is_kept := kept.has(target)):
+        logger.warning(
+            "%s is made again: it is not as this run has written it, or checkpoints were written since", target.name
+        )
+    return is_kept
 
 
 def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
@@ -233,6 +253,13 @@ class _Place:
     offset: int
 
 
+class _Done(NamedTuple):
+    """What became of a part: the pieces that were written, and squared norms of the change and of the base."""
+
+    pieces: list[Piece]
+    squares: tuple[float, float] = (0.0, 0.0)
+
+
 class _Merger:
     """Writes one file after another, a few parts at a time."""
 
@@ -263,7 +290,9 @@ class _Merger:
 
             torch.linalg.eigh(torch.eye(2, device=device))  # loads the library, which several threads at once must not
 
-    def write(self, slots: tuple[Slot, ...], header: bytes, target: Path, advance: Advance) -> dict[str, float]:
+    def write(
+        self, slots: tuple[Slot, ...], header: bytes, target: Path, advance: Advance, kept: Kept | None
+    ) -> dict[str, float]:
         """Write one file together with the other processes; the relative change of each merged tensor."""
         import torch
 
@@ -273,17 +302,18 @@ class _Merger:
             **{name: place.slot.size for name, place in others.items()},
         }
         squares = {name: [0.0, 0.0] for name in merged}
+        pieces: list[Piece] = []
         writer = self._open(header, size, target)
 
-        def work(part: Part) -> tuple[float, float]:
+        def work(part: Part) -> _Done:
             if part.name in merged:
                 return self._merge(part, merged[part.name], writer)
-            self._copy(part, others[part.name], writer)
-            return 0.0, 0.0
+            return _Done([self._copy(part, others[part.name], writer)])
 
-        def done(part: Part, change_and_size: tuple[float, float]) -> None:
+        def done(part: Part, found: _Done) -> None:
+            pieces.extend(found.pieces)
             if part.name in merged:
-                pairs = zip(squares[part.name], change_and_size, strict=True)
+                pairs = zip(squares[part.name], found.squares, strict=True)
                 squares[part.name] = [before + more for before, more in pairs]
             share = self.processes.size * part.entries / max(1, part.elements)
             advance(share * shares[part.name] * (1 + len(self.plan.experts)), part.name)
@@ -296,11 +326,34 @@ class _Merger:
             raise
         own = torch.tensor([*squares.values()], dtype=torch.float64)
         totals = self.processes.add(own)  # and by that, all processes have written their parts
+        everywhere = self.processes.gather(pieces)
         if self.processes.rank == 0:
+            if kept is not None:
+                sections = self._sections(slots, header, itertools.chain.from_iterable(everywhere))
+                kept.note({target.name: Written(size, sections)})
             writer.finish()
         else:
             writer.leave()
         return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(squares, totals, strict=True)}
+
+    def _sections(self, slots: tuple[Slot, ...], header: bytes, pieces: Iterable[Piece]) -> dict[str, Section]:
+        """Digests of a file's header and tensors."""
+        starts = itertools.accumulate((slot.size for slot in slots), initial=len(header))
+        runs = {slot.name: (start, slot.size) for slot, start in zip(slots, starts, strict=False)}
+        found = sections_of(pieces, runs)
+        sources = {slot.name: self._bytes_of(slot) for slot in slots}
+        return {
+            HEAD: section_of(header),
+            **{name: section._replace(source=sources[name]) for name, section in found.items()},
+        }
+
+    def _bytes_of(self, slot: Slot) -> tuple[str, str] | tuple[()]:
+        """The checkpoint and its tensor that has the bytes of a slot; nothing where they are made."""
+        if not isinstance(slot.source, Copied):
+            return ()
+        checkpoint, entry = self._source(slot)
+        is_there = entry.dtype == slot.dtype and entry.offset > 0 and entry.file.parent == checkpoint.folder
+        return (slot.source.expert or "base", entry.name) if is_there else ()
 
     def _open(self, header: bytes, size: int, target: Path) -> ShardWriter:
         """The file being written: made by the first process, joined by the others."""
@@ -337,7 +390,7 @@ class _Merger:
             return False
         return slot.source.expert is None and slot.source.name not in self.merged
 
-    def _copy(self, part: Part, place: _Place, writer: ShardWriter) -> None:
+    def _copy(self, part: Part, place: _Place, writer: ShardWriter) -> Piece:
         import torch
 
         slot = place.slot
@@ -345,8 +398,7 @@ class _Merger:
             checkpoint, entry = self._source(slot)
             view = as_bytes(self.reader.host_buffer("copy", part.entries, torch.uint8))
             read_exactly(checkpoint.descriptor(entry.file), view, entry.offset + part.start, entry.file)
-            writer.write(view, place.offset + part.start)
-            return
+            return writer.write(view, place.offset + part.start)
         dtype = torch_dtype(slot.dtype)
         if isinstance(slot.source, Made):
             tensor = self.made[slot.source.key]
@@ -358,10 +410,11 @@ class _Merger:
             width = dtype.itemsize
             tensor = checkpoint.read(slot.source.name, part.start // width, part.stop // width)
             _check_fits(tensor, dtype, slot)
-        writer.write(as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous()), place.offset + part.start)
+        view = as_bytes(tensor.detach().cpu().to(dtype).reshape(-1).contiguous())
+        return writer.write(view, place.offset + part.start)
 
-    def _merge(self, part: Part, places: list[_Place], writer: ShardWriter) -> tuple[float, float]:
-        """Merge a part and write its results; squared norms of the change and of the base."""
+    def _merge(self, part: Part, places: list[_Place], writer: ShardWriter) -> _Done:
+        """Merge a part and write its results."""
         import torch
 
         squares = base_squares = 0.0
@@ -388,12 +441,13 @@ class _Merger:
                     # Only float16 is so narrow that finite float32 numbers overflow in it.
                     if slots[source].dtype == "F16" or not math.isfinite(numbers[0]):
                         _check_fits(base, buffer.dtype, slots[source])
+        done = _Done([], (squares, base_squares))
         for place in places:
             assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
             buffer = buffers[place.slot.source]
             first = part.start // place.slot.source.packed
-            writer.write(as_bytes(buffer), place.offset + first * buffer.element_size())
-        return squares, base_squares
+            done.pieces.append(writer.write(as_bytes(buffer), place.offset + first * buffer.element_size()))
+        return done
 
     def _buffer(self, part: Part, slot: Slot) -> Tensor:
         """Memory of the host for what a part becomes in a slot."""

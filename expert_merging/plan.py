@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from expert_merging.checkpoints.adapter import open_checkpoint
 from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry
+from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.folders import check_other_files
 from expert_merging.checkpoints.leftovers import check_leftovers, foreign_types
 from expert_merging.checkpoints.naming import DECODER, cut_otherwise, names_of_base, published_names
@@ -96,6 +97,11 @@ class Plan:
     def contents(self) -> dict[str, str]:
         """Digests of the weights of ``base`` and experts, which copies share."""
         return {name: checkpoint.content() for name, checkpoint in self.checkpoints.items()}
+
+    @property
+    def opened(self) -> str:
+        """A digest that differs once a weight file of any of them was written or replaced."""
+        return of_text(" ".join(checkpoint.opened for checkpoint in self.checkpoints.values()))
 
     @property
     def base_elements(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from expert_merging.errors import InputError
 from expert_merging.parts import Part
@@ -20,6 +20,7 @@ from expert_merging.parts import Part
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 
 # Seconds in which a launcher ends the processes beside one that has failed.
 PATIENCE = 10.0
@@ -126,15 +127,26 @@ class Processes:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in every process."""
+        gathered = [value] * self.size
+        if self.size > 1:
+            import torch
+
+            torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def agree(self, value: T) -> T:
+        """The first process's value, in every process."""
+        return self.gather(value)[0]
+
     def add(self, value: Tensor) -> Tensor:
         """Sum of the processes' tensors, in every process."""
         if self.size == 1:
             return value
         import torch
 
-        gathered: list[Tensor] = [value] * self.size
-        torch.distributed.all_gather_object(gathered, value)
-        return torch.stack(gathered).sum(0)
+        return torch.stack(self.gather(value)).sum(0)
 
 
 ALONE = Processes()

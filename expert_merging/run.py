@@ -17,6 +17,7 @@ from typing import Any
 
 from expert_merging import __version__
 from expert_merging.errors import InputError
+from expert_merging.kept import Kept
 from expert_merging.writing import partial_name, sync_folder, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
@@ -34,6 +35,7 @@ class Run:
         folder: ``<output_path>/<method>/<run_name>``.
 
     Attributes:
+        kept: digests of what the run has written.
         holds_several: the result is a folder of models, ``models/``, instead of one.
     """
 
@@ -53,6 +55,8 @@ class Run:
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
         self.start = folder / "start.json"
+        self.magnitudes = folder / "magnitudes.json"
+        self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
     @classmethod
@@ -98,6 +102,7 @@ class Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
         stage.responses, stage.directions = self.responses, self.directions
+        stage.config, stage.magnitudes = self.config, self.magnitudes
         return stage
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from expert_merging.digests import Piece, digest_of
 from expert_merging.errors import InputError
 
 
@@ -105,8 +106,8 @@ class ShardWriter:
             os.truncate(self.descriptor, size)
             self.write(memoryview(header), 0)
 
-    def write(self, view: memoryview, offset: int) -> None:
-        """Write all of the view at the offset."""
+    def write(self, view: memoryview, offset: int) -> Piece:
+        """Write all of the view at the offset; what was written, by digest."""
         written = 0
         while written < len(view):
             written += os.pwrite(self.descriptor, view[written:], offset + written)
@@ -114,6 +115,7 @@ class ShardWriter:
             # Linux sends what was written to the disk now, while the next blocks are merged, and not only when the
             # file is finished; pages that are still to be sent stay in memory.
             os.posix_fadvise(self.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+        return Piece(offset, len(view), digest_of(view))
 
     def finish(self) -> None:
         """Make the file durable and visible under its name."""

@@ -14,9 +14,9 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "libraries", "__init__"),
+    ("errors", "parts", "progress", "arithmetic", "libraries", "digests", "__init__"),
     ("flags", "roles", "processes", "shortage", "writing"),
-    ("machine", "workers", "run", "console"),
+    ("machine", "workers", "kept", "run", "console"),
     ("checkpoints",),
     ("questions",),
     ("backbone",),
@@ -35,9 +35,9 @@ LAYERS = (
     ("parser",),
     ("options",),
     ("idle",),
-    ("advice", "relief"),
+    ("advice", "relief", "unchanged"),
     ("checks",),
-    ("comparing", "convert", "extract", "summary"),
+    ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),
     ("cli", "__main__"),
 )

@@ -148,9 +148,35 @@ def test_a_copy_has_the_fingerprint_of_its_original_and_its_own_times(tmp_path):
     for whole in (True, False):
         assert copy.fingerprint(whole=whole) == original.fingerprint(whole=whole)
     assert copy.content() == original.content()
-    assert copy.written() != original.written()
-    shutil.copystat(original.files[0], copy.files[0])
-    assert copy.written() == original.written()
+    assert copy.opened != original.opened
+
+
+def test_writing_to_a_file_is_noticed_whatever_time_it_is_given(tmp_path):
+    folder = write_checkpoint(tmp_path, BASE)
+    opened = Checkpoint(folder)
+    assert opened.is_as_opened()
+    assert Checkpoint(folder).opened == opened.opened
+    file = opened.files[0]
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_mtime_ns == times.st_mtime_ns
+    assert not opened.is_as_opened()
+    assert Checkpoint(folder).opened != opened.opened
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut", "replaced"])
+def test_a_file_that_is_gone_cut_or_replaced_is_noticed(fault, tmp_path):
+    opened = Checkpoint(write_checkpoint(tmp_path / "a", BASE))
+    file = opened.files[0]
+    if fault == "cut":
+        os.truncate(file, file.stat().st_size - 1)
+    elif fault == "gone":
+        file.unlink()
+    else:
+        shutil.copy2(file, tmp_path / "same")
+        os.replace(tmp_path / "same", file)
+    assert not opened.is_as_opened()
 
 
 def test_a_fingerprint_follows_every_tensor_of_a_large_file(tmp_path):

@@ -131,6 +131,7 @@ def test_the_run_folder_has_its_files(command, tmp_path):
     assert sorted(contents(run.folder)) == [
         ".lock",
         "config.json",
+        "digests.json",
         "merge.log",
         "model/README.base.md",
         "model/README.md",

@@ -18,6 +18,7 @@ from expert_merging import merge, streaming
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.kept import Kept
 from expert_merging.merge import working_memory, write_output
 from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.outputs import Copied, Merged, Output, Slot, mirror_of
@@ -58,7 +59,8 @@ def close(plan: Plan) -> None:
 
 
 def write_mirror(plan, rule, output, *, unit="entries", device=CPU, progress=no_progress):
-    return write_output(mirror_of(plan), plan, rule, output, unit=unit, device=device, progress=progress)
+    kept = Kept(output.with_name(f"{output.name}.json"), made_of=plan.opened)
+    return write_output(mirror_of(plan), plan, rule, output, unit=unit, device=device, progress=progress, kept=kept)
 
 
 def merge_folders(base, experts, output, rule=task_arithmetic, *, unit="entries", excluded=EXCLUDED):

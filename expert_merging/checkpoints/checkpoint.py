@@ -111,6 +111,9 @@ class Checkpoint:
     Args:
         folder: the folder as downloaded or as `save_pretrained` left it.
 
+    Attributes:
+        opened: a digest of what tells whether the weight files were written since: `fingerprints.written`.
+
     Raises:
         InputError: the folder cannot be used; every problem found is listed.
     """
@@ -127,6 +130,7 @@ class Checkpoint:
     def _open(self, folder: Path, files: list[Path]) -> None:
         self._descriptors: dict[Path, int] = {}
         self._pages: dict[Path, Tensor] = {}
+        self.opened = written(files)
         self.folder = folder
         self.files = files
         self.headers: dict[str, bytes] = {}
@@ -138,7 +142,7 @@ class Checkpoint:
                 self.headers[file.name] = header
                 self._add(entries)
         problems.check()
-        self._stored = tuple(self.entries.values())  # whatever they are called or computed to be later
+        self.stored = tuple(self.entries.values())  # whatever they are called or computed to be later
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptors"):  # the constructor may have refused the folder
@@ -229,15 +233,19 @@ class Checkpoint:
 
     def _digests(self) -> Iterator[bytes]:
         """Of type, shape and samples of every stored tensor."""
-        for entry in self._stored:
+        for entry in self.stored:
             digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
             for block in blocks(self.descriptor(entry.file), entry.offset, entry.size):
                 digest.update(block)
             yield digest.digest()
 
-    def written(self) -> str:
-        """A digest of sizes and times of the weight files, which tells whether they were written again."""
-        return written(self.files)
+    def is_as_opened(self) -> bool:
+        """Whether nobody has written to the weight files, or put others in their place, since they were opened."""
+        try:
+            headers = {file.name: read_header(file)[0] for file in self.files}
+            return self.opened == written(self.files) and headers == self.headers
+        except (InputError, OSError):  # one is damaged now, or gone
+            return False
 
 
 @contextmanager

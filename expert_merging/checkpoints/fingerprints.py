@@ -44,8 +44,16 @@ def file_content(file: Path) -> bytes:
 
 
 def written(files: Iterable[Path]) -> str:
-    """A digest of names, sizes and times of change, which differs once a file was written, with whatever content."""
-    facts = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+    """A digest of names, sizes and times of change, which differs once a file was written or replaced.
+
+    The system's own time of change (``ctime``) counts too, which nobody can set back. Numbers of inodes do not, since
+    some network file systems give new ones at any time.
+    """
+    facts = [
+        (file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        for file in files
+        for status in [file.stat()]
+    ]
     return of_text(repr(facts))
 
 

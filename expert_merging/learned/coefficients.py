@@ -18,8 +18,10 @@ from torch import Tensor
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.kept import Kept, Written
 from expert_merging.learned.chunks import apply
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
+from expert_merging.learned.same_weights import check_rewritten
 from expert_merging.libraries import import_transformers
 from expert_merging.parts import Part
 from expert_merging.run import Run
@@ -79,8 +81,13 @@ class Coefficients:
             digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, file: Path) -> None:
-        """Write the values and, beside them, a ``.json`` that says what they belong to (and may be edited)."""
+    def save(self, file: Path, kept: Kept | None = None) -> None:
+        """Write the values and, beside them, a ``.json`` that says what they belong to (and may be edited).
+
+        Args:
+            file: the file of the values.
+            kept: notes both first.
+        """
         described = {
             "experts": list(self.experts),
             "task_vector_scale": list(self.task_vector_scale),
@@ -90,16 +97,26 @@ class Coefficients:
             "provenance": self.provenance or {},
             **self._multiplied,
         }
-        write_atomically(file.with_suffix(".json"), (json.dumps(described, indent=2) + "\n").encode())
-        write_atomically(file, save({name: value.contiguous().cpu() for name, value in self.values.items()}))
+        contents = {
+            file.with_suffix(".json"): (json.dumps(described, indent=2) + "\n").encode(),
+            file: save({name: value.contiguous().cpu() for name, value in self.values.items()}),
+        }
+        if kept is not None:
+            kept.note({target.name: Written.of(content) for target, content in contents.items()})
+        for target, content in contents.items():
+            write_atomically(target, content)
 
-    def save_published(self, file: Path) -> None:
-        """Write the published format: for each parameter a value, or a list per chunk, for each expert."""
+    def published(self) -> bytes:
+        """The published format: for each parameter a value, or a list per chunk, for each expert."""
         readable = {
             name.replace(".", "_"): (value[:, 0] if value.shape[1] == 1 else value).tolist()
             for name, value in self.values.items()
         }
-        write_atomically(file, (json.dumps(readable, indent=4) + "\n").encode())
+        return (json.dumps(readable, indent=4) + "\n").encode()
+
+    def save_published(self, file: Path) -> None:
+        """Write the published format."""
+        write_atomically(file, self.published())
 
 
 def load_coefficients(place: Path) -> Coefficients:
@@ -154,10 +171,26 @@ def kept_or_made(context: Context, make: Callable[[], Coefficients]) -> Coeffici
     """The coefficients in the run's folder, made first if they are not there, with the threads that suit the model."""
     if context.run.coefficients.exists():
         logger.info("coefficients are there already: %s", context.run.coefficients)
+        _check_kept(context.run)
+        check_rewritten(context)
         return load_coefficients(context.run.folder)
     import_transformers()
     with fitting_threads(context.plan.base_elements):
         return make()
+
+
+def _check_kept(run: Run) -> None:
+    """Check that an earlier part's coefficients are what it has learned.
+
+    Raises:
+        InputError: they were damaged or edited.
+    """
+    for file in (run.coefficients, run.coefficients.with_suffix(".json")):
+        if not run.kept.has(file):
+            raise InputError(
+                f"{file} is not what this run has learned; put that back, or remove coefficients.* to learn again "
+                "(--method coefficients merges with edited ones)"
+            )
 
 
 def _read_directions(described: Mapping[str, Any]) -> dict[str, Any]:

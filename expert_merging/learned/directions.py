@@ -21,6 +21,7 @@ from expert_merging.checkpoints.folders import INDEX
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import Fraction, NotNegative, Option
+from expert_merging.kept import Kept
 from expert_merging.learned.options import TrimmingOptions
 from expert_merging.merge import write_output
 from expert_merging.method import TABLE, Method, Unit
@@ -29,6 +30,7 @@ from expert_merging.methods.thresholds import elected_signs, trim
 from expert_merging.outputs import Merged, Output, Slot
 from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
+from expert_merging.processes import is_main_process
 from expert_merging.writing import write_atomically
 
 TASK_VECTORS, TRIMMED = "task_vectors", "trimmed"
@@ -235,8 +237,11 @@ def make_directions(directions: Directions, context: Context, folder: Path) -> C
         folder: where they are kept.
     """
     complete = folder / "config.json"  # written last
-    if not complete.exists():
-        output, rule = kept_output(context.plan), directions.prepare()
+    output = kept_output(context.plan)
+    kept = Kept(folder / "digests.json", made_of=context.plan.opened)
+    is_sound = not is_main_process() or all(kept.has(folder / file) for file in output.files)
+    if not (complete.exists() and is_sound):
+        rule = directions.prepare()
 
         def by_number(task_vectors: Tensor, part: Part, base: Tensor) -> dict[str, Tensor]:
             return {str(number): own for number, own in enumerate(rule(task_vectors, part, base))}
@@ -249,6 +254,7 @@ def make_directions(directions: Directions, context: Context, folder: Path) -> C
             unit=directions.unit,
             device=torch.device(context.device),
             progress=context.progress,
+            kept=kept,
             title=f"{directions.name} by expert",
         )
         write_atomically(folder / INDEX, output.index())

@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 import torch
 
 from expert_merging.context import Context
-from expert_merging.learned.directions import make_directions
+from expert_merging.learned.directions import TASK_VECTORS, make_directions
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.memory import arrange
 from expert_merging.learned.parametrisations import Parametrisation
+from expert_merging.learned.same_weights import check_weights
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.running.batches import pack
@@ -62,7 +63,10 @@ def open_task_vectors(context: Context, settings: Settings, accelerator: Any) ->
     """Task vectors, or the directions that coefficients multiply in their place."""
     directions = settings.directions
     if directions.in_blocks:
-        return TaskVectors(context.plan, settings.scale, accelerator.device, directions.prepare())
+        found = TaskVectors(context.plan, settings.scale, accelerator.device, directions.prepare())
+        check_weights(context, found.magnitudes if directions.name == TASK_VECTORS else None)
+        return found
+    check_weights(context)
     with accelerator.main_process_first():  # the others find the files
         kept = make_directions(directions, context, context.run.directions / directions.name)
     return TaskVectors(context.plan, settings.scale, accelerator.device, kept=kept)

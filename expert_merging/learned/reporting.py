@@ -130,7 +130,7 @@ class Report:
             tracker = self.accelerator.get_tracker("tensorboard")
             for name, picture in pictures.items():
                 tracker.log_images({name: picture[None]}, step=updates, dataformats="NHWC")
-        coefficients.save(run.coefficients)
+        coefficients.save(run.coefficients, run.kept)
 
     def finish(self) -> None:
         """Close the trackers."""

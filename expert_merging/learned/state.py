@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expert_merging.errors import InputError
+from expert_merging.kept import digest_files
 from expert_merging.writing import sync_files
 
 logger = logging.getLogger(__name__)
+
+_DIGESTS = "digests.json"
 
 
 @contextmanager
@@ -98,6 +101,21 @@ class TrainingState:
         return better
 
 
+def _check_digests(folder: Path) -> None:
+    """Check that a saved state is what was saved.
+
+    Raises:
+        ValueError: it is not.
+    """
+    noted = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    if not isinstance(noted, dict):
+        raise ValueError(f"{_DIGESTS} holds no digests")
+    found = digest_files(folder)
+    differing = [name for name in noted if found.get(name) != noted[name]]
+    if differing:
+        raise ValueError(f"{differing[0]} is not what was saved")
+
+
 class StateFolder:
     """A folder that is replaced as a whole, so that there is always one complete state.
 
@@ -120,6 +138,7 @@ class StateFolder:
         """Let ``write`` fill a folder, then swap it with the last one."""
         shutil.rmtree(self.partial, ignore_errors=True)
         write(self.partial)
+        (self.partial / _DIGESTS).write_text(json.dumps(digest_files(self.partial)), encoding="utf-8")
         sync_files(self.partial)
         if self.folder.exists():
             shutil.rmtree(self.old, ignore_errors=True)
@@ -146,6 +165,7 @@ class StateFolder:
         """
         for place in self.found:
             try:
+                _check_digests(place)
                 training = json.loads((place / "training.json").read_text(encoding="utf-8"))
                 if training.keys() != vars(state).keys():
                     raise ValueError("it is of another version")

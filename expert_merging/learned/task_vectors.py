@@ -71,7 +71,7 @@ class TaskVectors:
         self.device = device
         self.rule = rule
         self.kept = kept
-        self.magnitudes = _mean_magnitudes(plan, rule) if kept is None else _kept_magnitudes(plan, kept)
+        self.magnitudes = mean_magnitudes(plan, rule) if kept is None else _kept_magnitudes(plan, kept)
         self.places = dict.fromkeys(plan.merged, DISK)
         self._held = {name: [self.plan.part(name)] for name in plan.merged}
         # By part, matrices ``(checkpoints, entries)``, the base's row first: one, or several where types differ.
@@ -256,7 +256,7 @@ def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _mean_magnitudes(plan: Plan, rule: Rule) -> dict[str, tuple[float, ...]]:
+def mean_magnitudes(plan: Plan, rule: Rule = as_they_are) -> dict[str, tuple[float, ...]]:
     """Mean absolute entry of every task vector; the pass over all of them also refuses what is not finite."""
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in plan.merged}
 

@@ -12,6 +12,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import Coefficients, kept_or_made
 from expert_merging.learned.directions import PLAIN
 from expert_merging.learned.memory import choose, measure
+from expert_merging.learned.same_weights import check_weights
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.method import Preparation
 from expert_merging.processes import from_main_process
@@ -92,6 +93,7 @@ class Search:
         plan, backbone, asked = self.context.plan, self.context.backbone, self.settings.asked
         device = self.accelerator.device
         task_vectors = TaskVectors(plan, [1.0] * len(plan.experts), device)
+        check_weights(self.context, task_vectors.magnitudes)
         # The others find the responses that the main process has written.
         with self.accelerator.main_process_first():
             targets = asked.target_maker(self.context, (), device).make(asked.samples)
@@ -176,7 +178,7 @@ class Search:
         coefficients = self._result(found, start, scorer)
         if self.accelerator.is_main_process:
             coefficients.save_published(self.context.run.weight_coeffs)
-            coefficients.save(self.context.run.coefficients)
+            coefficients.save(self.context.run.coefficients, self.context.run.kept)
         return coefficients
 
     def _result(self, found: Found, start: float, scorer: Scorer) -> Coefficients:

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expert_merging.checkpoints.checkpoint import TORCH_NAMES, as_bytes
+from expert_merging.digests import Piece, digest_of, sections_of
+from expert_merging.kept import HEAD, Kept, Written
 from expert_merging.outputs import Made, Slot, make_header
 from expert_merging.writing import ShardWriter
 
@@ -109,12 +111,13 @@ class GramSum:
         return Gram(values, self.vectors, is_summed=False)
 
 
-def write_grams(target: Path, grams: Mapping[tuple[str, ...], Gram]) -> None:
+def write_grams(target: Path, grams: Mapping[tuple[str, ...], Gram], kept: Kept | None = None) -> None:
     """Write Gram matrices to a safetensors file, which has its name only once it is complete.
 
     Args:
         target: the file.
         grams: by names of the tensors whose inputs they are of.
+        kept: notes what is written.
     """
     layout = {
         str(number): {"tensors": names, "vectors": gram.vectors, "is_summed": gram.is_summed}
@@ -126,15 +129,17 @@ def write_grams(target: Path, grams: Mapping[tuple[str, ...], Gram]) -> None:
         for key, tensor in tensors.items()
     ]
     header = make_header(slots, {_LAYOUT: json.dumps(layout)})
-    writer = ShardWriter(target, header, len(header) + sum(slot.size for slot in slots))
+    size = len(header) + sum(slot.size for slot in slots)
+    writer, pieces = ShardWriter(target, header, size), [Piece(0, len(header), digest_of(header))]
     try:
-        place = len(header)
         for slot in slots:
-            writer.write(as_bytes(tensors[slot.name].contiguous().view(-1)), place)
-            place += slot.size
+            pieces.append(writer.write(as_bytes(tensors[slot.name].contiguous().view(-1)), sum(pieces[-1][:2])))
     except BaseException:
         writer.abandon()
         raise
+    if kept is not None:
+        runs = {name: piece[:2] for name, piece in zip([HEAD, *layout], pieces, strict=True)}
+        kept.note({target.name: Written(size, sections_of(pieces, runs))})
     writer.finish()
 
 

@@ -48,6 +48,8 @@ def file_of(folder: Path, expert: str) -> Path:
 def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
     """Gram matrices of every merged matrix's inputs, by expert; those that are in the folder already are taken.
 
+    They have to be as they were written, and neither expert nor base may have been written since.
+
     Args:
         context: the run.
         samples: what the experts are asked.
@@ -57,12 +59,16 @@ def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
         InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
     """
     files = {expert: file_of(folder, expert) for expert in context.plan.experts}
-    left = [expert for expert, file in files.items() if not file.exists()]
+    kept = {
+        expert: context.run.kept.within(folder.name, context.plan.only([expert]).opened)
+        for expert in context.plan.experts
+    }
+    left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]
     if left:
         folder.mkdir(exist_ok=True)
 
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            write_grams(files[expert], _grams_of(context, expert, model, own, samples.precision))
+            write_grams(files[expert], _grams_of(context, expert, model, own, samples.precision), kept[expert])
 
         missing = replace(context, plan=context.plan.only(left))
         maker = samples.target_maker(missing, (), torch.device(context.device))

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from expert_merging.cli import main
+from expert_merging.kept import digest_files
 from expert_merging.learned import stages
 from expert_merging.learned.state import full_disk_as_os_error
 from expert_merging.learned.trainer import Trainer
@@ -29,7 +30,19 @@ def whole(answered_zoo, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["optimizer.bin", "coefficients.safetensors", "training.json", "version", "custom"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "optimizer.bin",
+        "coefficients.safetensors",
+        "training.json",
+        "version",
+        "custom",
+        "bit",
+        "no digests",
+        "other digests",
+    ],
+)
 def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
     """Training starts again; and what a state's files hold is never executed."""
     trainer = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2)
@@ -46,8 +59,20 @@ def test_a_damaged_state_is_passed_over(damage, whole, answered_zoo, tmp_path):
         training = json.loads((state / "training.json").read_text())
         del training["epoch_losses"]
         (state / "training.json").write_text(json.dumps({**training, "updates": 1}))
-    else:
+    elif damage == "bit":
+        content = (state / "coefficients.safetensors").read_bytes()
+        (state / "coefficients.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif "digests" not in damage:
         (state / damage).write_bytes(b"")
+    digests = state / "digests.json"
+    if damage == "no digests":
+        digests.unlink()
+    elif damage == "other digests":
+        digests.write_text("[]")
+    elif damage != "bit":  # what reads the files has to cope with them itself
+        digests.write_text(
+            json.dumps({name: digest for name, digest in digest_files(state).items() if name != digests.name})
+        )
     again = make_trainer(answered_zoo, tmp_path / "run", num_epochs=2).train()
     assert all(torch.equal(again.values[name], whole.values[name]) for name in whole.values)
     assert not (tmp_path / "executed").exists()

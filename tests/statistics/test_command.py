@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,10 +210,10 @@ def test_an_interrupted_run_goes_on_with_the_experts_that_are_missing(tiny_zoo, 
     given += ["--samples_per_task", 2, "--max_new_tokens", 4, "--run_name", "r"]
     expected = merged(tmp_path / "whole", *given)
 
-    def stop_at_code(target, grams):
+    def stop_at_code(target, *given):
         if target.stem == "Code":
             raise KeyboardInterrupt
-        write(target, grams)
+        write(target, *given)
 
     monkeypatch.setattr(inputs, "write_grams", stop_at_code)
     merge(*given, "--output_path", tmp_path / "parts")
@@ -287,3 +289,33 @@ def test_two_processes_merge_as_one(arguments, tmp_path):
     (model,) = (tmp_path / "two").glob("*/*/model")
     same = {file.name: file.read_bytes() for file in expected.model.glob("*.safetensors")}
     assert {file.name: file.read_bytes() for file in model.glob("*.safetensors")} == same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["cut", "changed", "record gone", "expert changed"])
+def test_statistics_that_are_not_what_was_gathered_are_gathered_again(fault, tiny_zoo, tmp_path):
+    shutil.copytree(tiny_zoo, tmp_path / "zoo")
+    write_tasks(tmp_path / "zoo" / "dataset", responses=dict.fromkeys(EXPERTS, "42"))
+    given = ["--method", "regmean", "--cache_dir", tmp_path / "zoo", "--data_dir", tmp_path / "zoo" / "dataset"]
+    given += ["--samples_per_task", 1, "--run_name", "r"]
+    run = merged(tmp_path / "out", *given)
+    whole = contents(run.model)
+    shutil.rmtree(run.model)
+    file = run.statistics / "Math.safetensors"
+    gathered, times = file.read_bytes(), file.stat()
+    if fault == "cut":
+        os.truncate(file, len(gathered) - 4)
+    elif fault == "changed":
+        file.write_bytes(gathered[:-1] + bytes([gathered[-1] ^ 1]))
+    elif fault == "record gone":
+        run.kept.file.unlink()
+    else:
+        weights = tmp_path / "zoo" / EXPERTS["Math"] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes())
+    others = {path: path.stat().st_mtime_ns for path in run.statistics.iterdir() if path != file}
+    run = merged(tmp_path / "out", *given)
+    assert contents(run.model) == whole
+    assert file.read_bytes() == gathered
+    assert file.stat().st_mtime_ns > times.st_mtime_ns
+    is_kept = {path: path.stat().st_mtime_ns for path in run.statistics.iterdir() if path != file} == others
+    assert is_kept == (fault != "record gone")
