@@ -5,6 +5,7 @@ Nothing but the run and the base is read. The driver that merges does it: the me
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.other_files import not_copied
 from expert_merging.checkpoints.sources import locate
 from expert_merging.checkpoints.tying import tie_heads
 from expert_merging.console import Terminal
@@ -30,6 +32,7 @@ from expert_merging.writing import check_free_disk, check_new_folder, making_fol
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 _CARD = """---
 base_model:
 - {base}
@@ -74,6 +77,8 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
         return task_vectors[0].mul_(masks.read(part))
 
     with closing(Terminal()) as terminal, making_folder(target) as partial:
+        for line in not_copied(plan.base.folder):
+            logger.warning("%s", line)
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
         write_atomically(partial / "README.md", _card(plan, masks).encode())

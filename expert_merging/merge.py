@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import threading
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,8 @@ from expert_merging.checkpoints.checkpoint import (
     read_exactly,
     torch_dtype,
 )
-from expert_merging.checkpoints.folders import INDEX, SINGLE, other_files
+from expert_merging.checkpoints.folders import INDEX, SINGLE
+from expert_merging.checkpoints.other_files import other_files
 from expert_merging.errors import InputError
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Computed, Copied, Made, Merged, Output, Slot
@@ -38,7 +37,7 @@ from expert_merging.progress import Advance, Progress
 from expert_merging.roles import is_matrix, is_word_table
 from expert_merging.streaming import Reader, block_entries
 from expert_merging.workers import SMALL_MODEL, Workers
-from expert_merging.writing import ShardWriter, partial_name, sync_folder, write_atomically
+from expert_merging.writing import ShardWriter, copy_file, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -138,8 +137,10 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     """Write what a model's folder has beside weights."""
     copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
     for name, content in output.beside.items():
-        if content is not None:
-            write_atomically(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+        if isinstance(content, Path):
+            copy_file(content, folder / name)
+        elif content is not None:
+            write_atomically(folder / name, content)
     if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:
@@ -162,9 +163,7 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
             continue  # of other weights; `from_pretrained` reads a single file first
         target = folder / ("README.base.md" if relative == Path("README.md") else relative)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = partial_name(target)
-        shutil.copyfile(base.folder / relative, temporary)
-        os.rename(temporary, target)
+        copy_file(base.folder / relative, target)
     sync_folder(folder)
 
 

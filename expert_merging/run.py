@@ -137,6 +137,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any] | None:
         """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
+        if not self.config.is_file():  # a pipe would be waited for
+            return None
         try:
             record = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):

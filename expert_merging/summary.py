@@ -11,6 +11,7 @@ from rich.console import Console
 
 from expert_merging.advice import rewritten_weights, warnings_before
 from expert_merging.checkpoints.folders import weights_in_other_formats
+from expert_merging.checkpoints.other_files import not_copied
 from expert_merging.checkpoints.vocabulary import vocabulary_warnings
 from expert_merging.checks import Job, method_options
 from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
@@ -103,7 +104,7 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         likeness: how near the experts are to the base.
     """
     plan = job.context.plan
-    found = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
+    found = [*likeness_warnings(plan, likeness), *_token_warnings(job), *not_copied(plan.base.folder)]
     found += warnings_before(
         job.resolved,
         job.context.backbone,

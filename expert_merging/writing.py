@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from expert_merging.errors import InputError
+
+_READ_AND_WRITE = 0o666
+_PIECE = 1 << 20
 
 
 def check_free_disk(folder: Path, needed: int, flag: str = "--output_path", what: str = "the result needs") -> None:
@@ -83,6 +88,22 @@ def making_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, so that nobody who cannot read it can read the copy; what the umask forbids stays forbidden."""
+    with source.open("rb") as original, _opened_new(partial_name(target), source.stat().st_mode) as copy:
+        shutil.copyfileobj(original, copy, _PIECE)
+        copy.flush()
+        os.fsync(copy.fileno())
+    os.rename(partial_name(target), target)
+
+
+def _opened_new(file: Path, mode: int) -> BinaryIO:
+    """A new file, open for writing, that can be read and written by those alone whom the mode and the umask allow."""
+    file.unlink(missing_ok=True)  # of an interrupted run, perhaps not to be written to
+    allowed = stat.S_IRUSR | (mode & _READ_AND_WRITE)
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, allowed), "wb")
+
+
 class ShardWriter:
     """Writes one safetensors file under a temporary name and gives it its own name when it is complete.
 
@@ -100,7 +121,7 @@ class ShardWriter:
         self.target = target
         self.temporary = partial_name(target)
         flags = os.O_RDWR if header is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        self.descriptor = os.open(self.temporary, flags, 0o644)
+        self.descriptor = os.open(self.temporary, flags, _READ_AND_WRITE)
         if header is not None:
             os.truncate(self.descriptor, size)
             self.write(memoryview(header), 0)
@@ -153,11 +174,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(target: Path, content: bytes) -> None:
-    """Replace a small file as a whole: a reader sees the old content or the new, never a part."""
-    temporary = partial_name(target)
-    with temporary.open("wb") as stream:
+    """Replace a small file as a whole: a reader sees the old content or the new, never a part.
+
+    Who could not read the old content cannot read the new either.
+    """
+    with _opened_new(partial_name(target), target.stat().st_mode if target.exists() else _READ_AND_WRITE) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.rename(temporary, target)
+    os.rename(partial_name(target), target)
     sync_folder(target.parent)

@@ -527,3 +527,16 @@ def test_an_expert_without_a_tokenizer_has_the_bases(kind, models, tmp_path):
         assert (run.model / name).read_bytes() == (base / name).read_bytes()
     assert "The tokenizer is the base's." in (run.model / "README.md").read_text()
     assert " WARNING " not in log_of(run)
+
+
+@pytest.mark.parametrize(("whose", "asked"), [("a", "A"), ("base", "union")])
+def test_a_tokenizer_that_lies_elsewhere_is_not_copied(whose, asked, models, tmp_path, capsys):
+    for name in ("base", "a"):
+        shutil.copytree(models / name, tmp_path / name)
+    file = tmp_path / whose / "tokenizer.json"
+    shutil.move(file, tmp_path / "elsewhere.json")
+    file.symlink_to("../elsewhere.json")
+    arguments = [*COMMAND, *flags(tmp_path / "base", A=tmp_path / "a"), "--output_path", tmp_path / "out"]
+    assert refused(capsys, *arguments, "--tokenizer", asked) == [
+        f"{file} is a link that leads out of its folder, and such links are not copied; put a copy in its place"
+    ]

@@ -78,3 +78,11 @@ def test_small_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
     write_atomically(target, b"second")
     assert target.read_bytes() == b"second"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_replaced_file_stays_closed(tmp_path):
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+    file.chmod(0o600)
+    write_atomically(file, b"new")
+    assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"new", 0o600)

@@ -24,13 +24,13 @@ from expert_merging.checkpoints.folders import (
     INDEX,
     SINGLE,
     is_pointer,
-    other_files,
     parts_of_training,
     pointer,
     required_object,
     weight_files,
     weight_map,
 )
+from expert_merging.checkpoints.other_files import check_kinds, other_files
 from expert_merging.errors import InputError, Problems
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is a file; give the folder of the checkpoint that it belongs to")
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist")
+    check_kinds(folder)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder} holds an adapter (adapter_config.json), and a full model is needed here; adapters can be "
