@@ -29,7 +29,7 @@ from expert_merging.checkpoints.folders import (
 )
 from expert_merging.checkpoints.other_files import check_kinds, check_other_files, not_copied, other_files
 from expert_merging.checkpoints.sources import locate
-from expert_merging.console import Terminal
+from expert_merging.console import Terminal, say
 from expert_merging.errors import InputError, Problems, first_line
 from expert_merging.machine import show_size
 from expert_merging.outputs import Made, Slot, index_of, make_header
@@ -93,7 +93,7 @@ def convert(place: Path, target: Path, console: Console) -> None:
             for name, file in files.items():
                 _write(_load(file), layouts[name], partial / name, advance)
         _complete(partial, folder, layouts, size)
-    console.print(f"{target} ({show_size(size)})", markup=False)
+    say(console, f"{target} ({show_size(size)})")
 
 
 def pickle_files(folder: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ Nothing but the run and the base is read. The driver that merges does it: the me
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from expert_merging.card import code, inline
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.folders import owner
 from expert_merging.checkpoints.other_files import not_copied
 from expert_merging.checkpoints.sources import locate
 from expert_merging.checkpoints.tying import tie_heads
-from expert_merging.console import Terminal
-from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.console import Terminal, say
+from expert_merging.errors import InputError, Problems, near_name, one_line
 from expert_merging.machine import limit_threads, show_size
 from expert_merging.merge import write_output
 from expert_merging.methods import tall
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _CARD = """---
 base_model:
-- {base}
+- {source}
 tags:
 - merge
 - expert-merging
@@ -43,7 +46,7 @@ tags:
 
 # {expert}
 
-An expert rebuilt from a merge of {count} experts of `{base}` and the expert's mask (TALL masks, arXiv 2405.07813):
+An expert rebuilt from a merge of {count} experts of {base} and the expert's mask (TALL masks, arXiv 2405.07813):
 {tensors} tensors have the merged model's entries where the mask has ones, {share:.1%} of them all, and the base's
 elsewhere. All other tensors and files of this folder are the base's.
 """
@@ -82,7 +85,7 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
         write_atomically(partial / "README.md", _card(plan, masks).encode())
-    console.print(f"expert {expert}: {target} ({show_size(output.size)})", markup=False)
+    say(console, f"expert {expert}: {target} ({show_size(output.size)})")
 
 
 def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]:
@@ -206,8 +209,9 @@ class Masks:
 
 def _card(plan: Plan, masks: Masks) -> str:
     return _CARD.format(
-        base=plan.base.folder.name,
-        expert=next(iter(plan.experts)),
+        source=json.dumps(one_line(owner(plan.base.folder)), ensure_ascii=False),
+        base=code(owner(plan.base.folder)),
+        expert=inline(next(iter(plan.experts))),
         count=len(masks.experts),
         tensors=len(plan.merged),
         share=masks.share(),

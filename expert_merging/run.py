@@ -93,6 +93,14 @@ class Run:
         """Whether the merged model is there."""
         return self.model.is_dir()
 
+    def evaluation(self, folder: str = "") -> Path:
+        """What VLMEvalKit is told of a model; outside of it, since it says where on this machine the model is.
+
+        Args:
+            folder: the model's place in the result, where there are several.
+        """
+        return self.folder / f"{'-'.join(filter(None, ['eval', folder]))}.json"
+
     def stage(self, name: str) -> Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)

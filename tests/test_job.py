@@ -619,7 +619,7 @@ def test_half_precision_that_overflows(command, tmp_path, capsys):
 def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
     run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests")
     text = run.log.read_text()
-    assert text.count("question: ") == text.count("\nanswer:") == 3
+    assert text.count("INFO question: ") == text.count("INFO answer: ") == 3
 
 
 @pytest.mark.slow
@@ -633,4 +633,4 @@ def test_every_model_of_a_run_is_asked_and_can_be_evaluated(tiny_zoo, tmp_path):
         assert f'load it:      AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")' in text
         assert f"pretrained={folder} " in text
         assert f"questions to  {folder}\n" in text
-    assert text.count("question: ") == text.count("\nanswer:") == 3 * len(EXPERTS)
+    assert text.count("INFO question: ") == text.count("INFO answer: ") == 3 * len(EXPERTS)

@@ -32,6 +32,7 @@ _AGAIN = "links to folders that are copied already"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _SHOWN = 5
 _DEEPEST = 64
+_SETTINGS_BYTES = 1_000_000  # more than any file of settings has
 
 _Identity = tuple[int, int]
 
@@ -79,6 +80,20 @@ def not_copied(folder: Path) -> list[str]:
         "if they belong there"
         for why, paths in kinds.items()
         if paths
+    ]
+
+
+def names_of_this_machine(folder: Path) -> list[str]:
+    """A warning of settings that say where somebody works on this machine, such as where a model was loaded from."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    settings = [relative for relative in other_files(folder) if relative.suffix == ".json"]
+    small = [relative for relative in settings if (folder / relative).stat().st_size <= _SETTINGS_BYTES]
+    told = [relative for relative in small if home.encode() in (folder / relative).read_bytes()]
+    if not told or home == os.sep:
+        return []
+    return [
+        f"{first_of(told, _SHOWN)} of {folder} has places on this machine in it ({home}), and copies have all that it "
+        "has; take them out of the merged folder before you upload it"
     ]
 
 
