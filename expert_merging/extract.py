@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from expert_merging.card import code, inline
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
 from expert_merging.checkpoints.folders import owner
+from expert_merging.checkpoints.open_files import OpenFiles
 from expert_merging.checkpoints.other_files import not_copied
 from expert_merging.checkpoints.sources import locate
 from expert_merging.checkpoints.tying import tie_heads
@@ -131,7 +131,7 @@ def _agree(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> bool:
 
     def first_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes:
         view = memoryview(bytearray(min(_SAMPLE, entry.size)))
-        read_exactly(checkpoint.descriptor(entry.file), view, entry.offset, entry.file)
+        checkpoint.read_bytes(view, entry.file, entry.offset)
         return bytes(view)
 
     return all(first_bytes(base, base.entries[name]) == first_bytes(model, model.entries[name]) for name in names)
@@ -170,12 +170,7 @@ class Masks:
             raise InputError(f"{folder} has no masks; were they moved away from the merged model?")
         if not self.entries:
             raise InputError(f"{folder} has no masks of {expert!r}. {near_name(expert, self.experts)}")
-        self._files = {entry.file: os.open(entry.file, os.O_RDONLY) for entry in self.entries.values()}
-
-    def __del__(self) -> None:
-        """Close the files."""
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        self._open_files = OpenFiles()
 
     def check(self, entries: Mapping[str, Entry]) -> None:
         """Check that the masks fit the tensors of a checkpoint."""
@@ -194,7 +189,8 @@ class Masks:
         entry = self.entries[part.name]
         first, last = part.start // tall.PACKED, -(-part.stop // tall.PACKED)
         packed = torch.empty(last - first, dtype=torch.uint8)
-        read_exactly(self._files[entry.file], as_bytes(packed), entry.offset + first, entry.file)
+        with self._open_files.reading(entry.file) as descriptor:
+            read_exactly(descriptor, as_bytes(packed), entry.offset + first, entry.file)
         before = part.start - first * tall.PACKED
         return tall.unpack(packed, before + part.entries)[before:]
 

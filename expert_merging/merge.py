@@ -22,7 +22,6 @@ from expert_merging.checkpoints.checkpoint import (
     Checkpoint,
     Entry,
     as_bytes,
-    read_exactly,
     torch_dtype,
 )
 from expert_merging.checkpoints.folders import INDEX, SINGLE
@@ -343,7 +342,7 @@ class _Merger:
         if self._is_plain_copy(slot):
             checkpoint, entry = self._source(slot)
             view = as_bytes(self.reader.host_buffer("copy", part.entries, torch.uint8))
-            read_exactly(checkpoint.descriptor(entry.file), view, entry.offset + part.start, entry.file)
+            checkpoint.read_bytes(view, entry.file, entry.offset + part.start)
             writer.write(view, place.offset + part.start)
             return
         dtype = torch_dtype(slot.dtype)
@@ -383,16 +382,21 @@ class _Merger:
                         continue
                     numbers = torch.stack([torch.dot(found, found), torch.dot(base, base)]).tolist()
                     squares, base_squares = squares + numbers[0], base_squares + numbers[1]
-                    run.copy_(base.add_(found), non_blocking=True)
+                    merged = self._exact_sum(piece, found) if run.dtype == torch.float64 else base.add_(found)
+                    run.copy_(merged, non_blocking=True)
                     # Only float16 is so narrow that finite float32 numbers overflow in it.
                     if slots[source].dtype == "F16" or not math.isfinite(numbers[0]):
-                        _check_fits(base, buffer.dtype, slots[source])
+                        _check_fits(merged, buffer.dtype, slots[source])
         for place in places:
             assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
             buffer = buffers[place.slot.source]
             first = part.start // place.slot.source.packed
             writer.write(as_bytes(buffer), place.offset + first * buffer.element_size())
         return squares, base_squares
+
+    def _exact_sum(self, piece: Part, found: Tensor) -> Tensor:
+        """Base and merged task vector in float64, so that what no expert changes stays as it is to the bit."""
+        return self.plan.base.read(piece.name, piece.start, piece.stop).add_(found.cpu())
 
     def _buffer(self, part: Part, slot: Slot) -> Tensor:
         """Memory of the host for what a part becomes in a slot."""

@@ -114,16 +114,6 @@ def test_opening_reads_headers_only(tmp_path, monkeypatch):
     assert len(Checkpoint(tmp_path).entries) == 3
 
 
-def test_closed_files_are_opened_again_when_needed(tmp_path):
-    checkpoint = Checkpoint(write_checkpoint(tmp_path, BASE))
-    descriptor = checkpoint.descriptor(checkpoint.files[0])
-    assert checkpoint.descriptor(checkpoint.files[0]) == descriptor
-    checkpoint.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
-    assert checkpoint.read("a.weight").sum() == 12
-
-
 def test_a_fingerprint_follows_values_names_and_types(tmp_path):
     def fingerprint(name, tensors):
         return Checkpoint(write_checkpoint(tmp_path / name, tensors)).fingerprint(whole=True)

@@ -164,6 +164,22 @@ def test_half_precision_is_rounded_once(tmp_path, dtype):
     assert ((merged.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("unit", "rule"), [("entries", task_arithmetic), ("tensor", whole_tensor_rule)])
+def test_where_experts_are_the_base_it_stays_to_the_bit(dtype, unit, rule, tmp_path):
+    tensors = random_tensors(SHAPES, [torch.float64], 0)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    folders = [write_checkpoint(tmp_path / name, tensors) for name in ("base", "a", "b")]
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, unit=unit)
+    assert_same_bytes(tensors_of(tmp_path / "output"), tensors)
+
+
+def test_what_does_not_fit_float64_is_refused(tmp_path):
+    folders = [write_checkpoint(tmp_path / name, {"a": torch.ones(3).double()}) for name in ("base", "a")]
+    with pytest.raises(InputError, match="the merged a does not fit into F64"):
+        merge_folders(*folders[:1], folders[1:], tmp_path / "output", lambda given: given[0] + float("inf"))
+
+
 def test_one_expert_with_coefficient_one_is_that_expert_to_the_bit_in_half_precision(tmp_path):
     folders = [
         write_checkpoint(
