@@ -14,6 +14,7 @@ from expert_merging.checkpoints.folders import origin, owner
 from expert_merging.errors import one_line
 from expert_merging.run import Run
 
+CARD = "README.md"
 # What Markdown may take for something else than text.
 _MARKS = re.compile(r"[\\`*\[\]<>|#&~$!]|(?<![^\W_])_|_(?![^\W_])")
 _CARD = """---
@@ -170,7 +171,7 @@ def _name(path: str) -> str:
 
 def _details(path: str, *, is_adapter: bool) -> str:
     """Kind, revision and licence of a checkpoint, as far as they are known."""
-    repository, licence = origin(path), _licence(Path(path) / "README.md")
+    repository, licence = origin(path), _licence(Path(path) / CARD)
     known = ["LoRA adapter"] if is_adapter else []
     known += [f"revision {inline(repository[1])}"] if repository else []
     known += [f"licence {inline(licence)}"] if licence else []

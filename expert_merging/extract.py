@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from expert_merging.card import code, inline
+from expert_merging.card import CARD, code, inline
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
 from expert_merging.checkpoints.folders import owner
 from expert_merging.checkpoints.open_files import OpenFiles
@@ -84,7 +84,7 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
             logger.warning("%s", line)
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
-        write_atomically(partial / "README.md", _card(plan, masks).encode())
+        write_atomically(partial / CARD, _card(plan, masks).encode())
     say(console, f"expert {expert}: {target} ({show_size(output.size)})")
 
 

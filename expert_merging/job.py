@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from expert_merging.advice import rewritten_weights
-from expert_merging.card import model_card, vlmeval_config
+from expert_merging.card import CARD, model_card, vlmeval_config
 from expert_merging.checks import Job
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError
@@ -149,7 +149,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         about=output.about,
         asking=job.wording.card(kept),
     )
-    write_atomically(folder / "README.md", card.encode())
+    write_atomically(folder / CARD, card.encode())
     evaluation = backbone.evaluation_of(base.model_type)
     if evaluation.vlmeval:
         family = "" if run.folder.name.startswith(backbone.name) else backbone.name

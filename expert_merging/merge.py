@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expert_merging.card import CARD
 from expert_merging.checkpoints.checkpoint import (
     WIDTHS,
     Checkpoint,
@@ -36,7 +37,7 @@ from expert_merging.progress import Advance, Progress
 from expert_merging.roles import is_matrix, is_word_table
 from expert_merging.streaming import Reader, block_entries
 from expert_merging.workers import SMALL_MODEL, Workers
-from expert_merging.writing import ShardWriter, copy_file, sync_folder, write_atomically
+from expert_merging.writing import ShardWriter, copy_file, put_aside, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,7 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
 
 
 def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Container[str]) -> None:
-    """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``.
+    """Copy everything but weights byte for byte; the base's model card is put aside as ``README.base.md``.
 
     Args:
         base: the base.
@@ -160,9 +161,12 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
             continue
         if relative == Path(INDEX) and (not index or base.files[0].name == SINGLE):
             continue  # of other weights; `from_pretrained` reads a single file first
-        target = folder / ("README.base.md" if relative == Path("README.md") else relative)
+        target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(base.folder / relative, target)
+    if (card := folder / CARD).exists():
+        put_aside(card)
+        card.unlink()
     sync_folder(folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import os
 import shutil
 import stat
@@ -14,6 +16,10 @@ from expert_merging.errors import InputError
 
 _READ_AND_WRITE = 0o666
 _PIECE = 1 << 20
+NAME_BYTES = 200  # of what users call runs and experts, from which names of files are made
+_PARTIAL = ".partial"
+# Bytes of a name on all common disks, and of its beginning that is kept where it would be longer.
+_LONGEST, _BEGINNING = 255, 200
 
 
 def check_free_disk(folder: Path, needed: int, flag: str = "--output_path", what: str = "the result needs") -> None:
@@ -54,6 +60,7 @@ def check_new_folder(target: Path, sources: Iterable[Path], flag: str) -> None:
     for folder in sources:
         if target.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another {flag}")
+    check_lengths(target.parent, [Path(target.name)])
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir():
         raise InputError(f"{existing} is a file where {target} needs a folder; choose another {flag}")
@@ -67,12 +74,52 @@ def can_name_file(name: str) -> bool:
         size = len(name.encode())
     except UnicodeEncodeError:  # bytes of the command line that are no text
         return False
-    return bool(name.strip()) and name not in (".", "..") and "/" not in name and name.isprintable() and size <= 200
+    return (
+        bool(name.strip()) and name not in (".", "..") and "/" not in name and name.isprintable() and size <= NAME_BYTES
+    )
 
 
 def partial_name(target: Path) -> Path:
-    """Where a file is written until it is complete."""
-    return target.with_name(target.name + ".partial")
+    """Where a file or folder is written until it is complete; of a long name the beginning, and a digest of all."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST - len(_PARTIAL):
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsencode(name)[:_BEGINNING].decode(errors="ignore") + digest
+    return target.with_name(name + _PARTIAL)
+
+
+def check_lengths(folder: Path, files: Iterable[Path]) -> None:
+    """Check that the disk of a folder can have files of these names.
+
+    Args:
+        folder: a folder that need not exist yet.
+        files: paths relative to it.
+
+    Raises:
+        InputError: some names, or paths, are too long.
+    """
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    name_bytes, path_bytes = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    for file in files:
+        path = partial_name(folder / file)
+        if any(len(os.fsencode(part)) > name_bytes for part in (*file.parts, path.name)):
+            raise InputError(f"{file} has a longer name than the disk of {existing} takes, {name_bytes} bytes")
+        if len(os.fsencode(path.absolute())) >= path_bytes:
+            raise InputError(
+                f"{file} in {folder} would have a path of more than {path_bytes} bytes; shorten its folders"
+            )
+
+
+def put_aside(file: Path) -> Path:
+    """Keep a file that is about to be replaced as ``name.base.ending``; one of that name is put aside itself, before.
+
+    What an interrupted run has put aside already is not put aside twice.
+    """
+    kept = file.with_name(f"{file.stem}.base{file.suffix}")
+    if kept.exists() and not filecmp.cmp(kept, file, shallow=False):
+        put_aside(kept)
+    copy_file(file, kept)
+    return kept
 
 
 @contextmanager

@@ -114,6 +114,15 @@ def test_links_out_of_the_folder_are_not_copied(folder, target, tmp_path, capsys
     assert capsys.readouterr().out.startswith(f"warning: not copied from {folder}, since they are links to what lies")
 
 
+@pytest.mark.parametrize("length", [255, 256])
+def test_a_long_name_is_used_or_refused_before_anything_is_read(length, folder, target, capsys):
+    torch.save(TENSORS, folder / "pytorch_model.bin")
+    target = target.with_name("n" * length)
+    assert convert(folder, target) == (length > 255)
+    assert (length > 255) == ("has a longer name than the disk of" in capsys.readouterr().err)
+    assert length > 255 or sorted(contents(target)) == ["config.json", "model.safetensors"]
+
+
 def test_an_adapter(folder, target):
     torch.save(TENSORS, folder / "adapter_model.bin")
     (folder / "adapter_config.json").write_text("{}")

@@ -467,7 +467,8 @@ def test_processes_that_learn_together_cannot_share_a_gpu(command, capsys, monke
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/", "", "a\nb", "\udcff", "n" * 201], ids=ascii)
 def test_a_run_name_is_no_path(command, tmp_path, capsys, name):
     assert refusal(capsys, *command, "--run_name", name) == (
-        f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, got {name!r}"
+        f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, at most 200 bytes long, "
+        f"got {name!r}"
     )
     assert not (tmp_path / "out").exists()
 

@@ -235,6 +235,17 @@ def test_copies_are_readable_by_those_who_can_read_the_original(command, tmp_pat
     assert (run.model / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize(
+    ("limit", "problem"), [("PC_NAME_MAX", "has a longer name than"), ("PC_PATH_MAX", "would have a path of more than")]
+)
+def test_names_that_the_disk_of_the_result_does_not_take(limit, problem, command, tmp_path, capsys, monkeypatch):
+    put(tmp_path / "base", "n" * 150)
+    sizes = {"PC_NAME_MAX": 255, "PC_PATH_MAX": 4096, limit: 149}
+    monkeypatch.setattr(os, "pathconf", lambda _, name: sizes[name])
+    assert problem in refusal(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
 # What is no file.
 
 
