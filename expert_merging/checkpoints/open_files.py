@@ -35,7 +35,7 @@ class _Open:
 
 
 # Of all owners, since the process has one bound; the least recently used first.
-_open: dict[tuple[int, Path], _Open] = {}
+_open: dict[tuple[int, str], _Open] = {}
 _lock = threading.Lock()
 _owners = itertools.count()
 _gone: deque[int] = deque()  # owners that are no more: memory may be collected at any moment, also under the lock
@@ -51,14 +51,11 @@ class OpenFiles:
     @contextmanager
     def reading(self, file: Path) -> Iterator[int]:
         """A descriptor to read a file with, from any thread, inside of the block."""
-        key = self._owner, file
+        key = self._owner, str(file)  # a path would take longer to look up
         with _lock:
-            while _gone:
-                _close_all(_gone.popleft())
-            found = _open.pop(key, None) or _Open(os.open(file, os.O_RDONLY))
+            found = _open.pop(key, None) or _opened(file)
             _open[key] = found
             found.users += 1
-            _close_some()
         try:
             yield found.descriptor
         finally:
@@ -79,9 +76,17 @@ def _close_all(owner: int) -> None:
         os.close(_open.pop(key).descriptor)
 
 
-def _close_some() -> None:
+def _opened(file: Path) -> _Open:
+    """A file that is opened, for which others are closed."""
+    while _gone:
+        _close_all(_gone.popleft())
+    _close_some(_bound() - 1)
+    return _Open(os.open(file, os.O_RDONLY))
+
+
+def _close_some(left: int) -> None:
     """Close files that nobody reads from, until there are few enough."""
-    while len(_open) > _bound():
+    while len(_open) > left:
         idle = next((key for key, found in _open.items() if not found.users), None)
         if idle is None:
             return
