@@ -156,7 +156,8 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
         index: the base's index too.
         but: names of files that are left out.
     """
-    for relative in other_files(base.folder):
+    copied = other_files(base.folder)
+    for relative in copied:
         if str(relative) in but:
             continue
         if relative == Path(INDEX) and (not index or base.files[0].name == SINGLE):
@@ -164,9 +165,9 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(base.folder / relative, target)
-    if (card := folder / CARD).exists():
-        put_aside(card)
-        card.unlink()
+    if Path(CARD) in copied:  # otherwise it is this run's own, written before it was interrupted
+        put_aside(folder / CARD)
+        (folder / CARD).unlink()
     sync_folder(folder)
 
 

@@ -256,8 +256,10 @@ def test_every_other_file_is_copied_byte_for_byte(base, experts, tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_all_cards_are_kept_where_the_base_is_a_merged_model_itself(times, base, experts, tmp_path):
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_all_cards_are_kept_where_the_base_is_a_merged_model_itself(times, count, base, experts, tmp_path):
     cards = {"README.md": b"third", "README.base.md": b"second", "README.base.base.md": b"first"}
+    cards = dict(list(cards.items())[:count])
     for name, content in cards.items():
         (base / name).write_bytes(content)
     for _ in range(times):  # also where an interrupted run goes on
