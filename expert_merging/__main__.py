@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 def analyse(given: Mapping[str, Any], console: Console) -> None:
     """Draw the pictures of every run again and say where they are."""
+    from expert_merging.console import say
     from expert_merging.learned.figures import redraw
     from expert_merging.run import Run
 
@@ -116,7 +117,7 @@ def analyse(given: Mapping[str, Any], console: Console) -> None:
         if not analysis.is_dir():
             raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
         for file in redraw(analysis):
-            console.print(str(file), markup=False)
+            say(console, str(file))
 
 
 def align(given: Mapping[str, Any], console: Console) -> None:

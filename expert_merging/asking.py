@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from expert_merging.backbone import Backbone, load_tokenizer
+from expert_merging.card import code, inline
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.fingerprints import of_text
@@ -240,13 +241,13 @@ class Wording:
             kept: names of the files that the base's chat template is in now.
         """
         former = f" The base's is kept in {' and '.join(f'`{name}`' for name in kept)}." if kept else ""
-        words = {names: f"`{one.shown}`, {one.origin}" for names, one in self.asked.grouped.items()}
+        words = {inline(names): f"{code(one.shown)}, {inline(one.origin)}" for names, one in self.asked.grouped.items()}
         if len(words) == 1:
             words = {"All tasks": next(iter(words.values()))}
         listed = "\n".join(f"- {names}: {text}" for names, text in words.items())
         return (
-            f"It has {self.has}.{former} Ask it as the expert of the task is asked, with a line break for each `\\n`:"
-            f"\n\n{listed}"
+            f"It has {inline(self.has)}.{former} Ask it as the expert of the task is asked, with a line break for each "
+            f"`\\n`:\n\n{listed}"
         )
 
 

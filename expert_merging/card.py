@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Evaluation
 from expert_merging.checkpoints.folders import origin, owner
+from expert_merging.errors import one_line
 from expert_merging.run import Run
 
+CARD = "README.md"
+# What Markdown may take for something else than text.
+_MARKS = re.compile(r"[\\`*\[\]<>|#&~$!]|(?<![^\W_])_|_(?![^\W_])")
 _CARD = """---
 base_model:
 {sources}
@@ -21,7 +27,7 @@ tags:
 
 # {title}
 
-`{base}` merged with {count} experts by `{method}`.{about}
+{base} merged with {count} experts by `{method}`.{about}
 
 | role | checkpoint |
 |---|---|
@@ -81,29 +87,28 @@ def model_card(
         tensors: number of all tensors.
         is_mirror: the model has the base's layout.
         keeps_others: what is not merged is the base's.
-        about: what else is to be said of the model.
-        asking: in which words it is to be asked.
+        about: what else is to be said of the model, in Markdown.
+        asking: in which words it is to be asked, in Markdown.
     """
     options = dict(description["options"])
-    for place in ("data_dir", "coefficients"):  # where files lie on this machine helps nobody else
-        options.pop(place, None)
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
     adapters = description.get("adapters", ())
     model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
     return _CARD.format(
-        sources="\n".join(f"- {json.dumps(_name(path), ensure_ascii=False)}" for path in names.values()),
-        title=title,
-        base=_name(base),
+        sources="\n".join(f"- {json.dumps(one_line(_name(path)), ensure_ascii=False)}" for path in names.values()),
+        title=inline(title),
+        base=code(_name(base)),
         count=len(experts),
         method=description["method"],
         about=f"\n\n{about}" if about else "",
         table="\n".join(
-            f"| {role} | `{_name(path)}`{_details(path, is_adapter=role in adapters)} |" for role, path in names.items()
+            f"| {inline(role)} | {cell(_name(path))}{_details(path, is_adapter=role in adapters)} |"
+            for role, path in names.items()
         ),
         options=json.dumps(
-            {name: value for name, value in {**options, "seed": description["seed"]}.items() if value is not None},
+            {name: value for name, value in {**options, "seed": description["seed"]}.items() if _is_shown(value)},
             indent=2,
         ),
         origin=(_KEPT if is_mirror else _MADE).format(
@@ -134,6 +139,30 @@ def vlmeval_config(evaluation: Evaluation, name: str, folder: Path) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
+def inline(text: str) -> str:
+    """Text in Markdown that shows as it is, whatever it may be taken for: a heading, a link, HTML, a table's border."""
+    return _MARKS.sub(r"\\\g<0>", one_line(text))
+
+
+def code(text: str) -> str:
+    """Text in Markdown as code, whatever backticks are in it."""
+    shown = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{space}{shown}{space}{fence}"
+
+
+def cell(text: str) -> str:
+    """The same inside of a table."""
+    return code(text).replace("|", r"\|")
+
+
+def _is_shown(value: Any) -> bool:
+    """Whether an option's value goes into the card: where files lie on this machine helps nobody else."""
+    is_place = isinstance(value, str) and os.path.isabs(value) and os.path.exists(Path(*Path(value).parts[:2]))
+    return value is not None and not is_place  # a text that begins with a slash may be a prompt
+
+
 def _name(path: str) -> str:
     """A checkpoint's name without the folders of the machine where it was merged."""
     run = Run.found_at(Path(path))
@@ -142,10 +171,10 @@ def _name(path: str) -> str:
 
 def _details(path: str, *, is_adapter: bool) -> str:
     """Kind, revision and licence of a checkpoint, as far as they are known."""
-    repository, licence = origin(path), _licence(Path(path) / "README.md")
+    repository, licence = origin(path), _licence(Path(path) / CARD)
     known = ["LoRA adapter"] if is_adapter else []
-    known += [f"revision {repository[1]}"] if repository else []
-    known += [f"licence {licence}"] if licence else []
+    known += [f"revision {inline(repository[1])}"] if repository else []
+    known += [f"licence {inline(licence)}"] if licence else []
     return f" ({', '.join(known)})" if known else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from expert_merging.asking import Wording, choose_wording
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.adapter import Adapter
+from expert_merging.checkpoints.other_files import other_files
 from expert_merging.checkpoints.sources import locate_all
 from expert_merging.checkpoints.vocabulary import check_size
 from expert_merging.console import Terminal
@@ -30,7 +31,7 @@ from expert_merging.processes import choose_device, from_main_process, is_main_p
 from expert_merging.roles import ROW_PER_WORD
 from expert_merging.run import Run, default_name, provenance
 from expert_merging.word_tables import BASE, WordTables
-from expert_merging.writing import can_name_file, check_free_disk
+from expert_merging.writing import NAME_BYTES, can_name_file, check_free_disk, check_lengths
 
 # Options that decide where and how a run is done but not its result.
 _INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
@@ -202,7 +203,9 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
     problems = Problems()
     parent, run_name = Path(resolved.general["output_path"]) / resolved.method.name, resolved.general["run_name"]
     if run_name is not None and not can_name_file(run_name):
-        problems.add(f"--run_name is the name of a folder inside {parent}, got {run_name!r}")
+        problems.add(
+            f"--run_name is the name of a folder inside {parent}, at most {NAME_BYTES} bytes long, got {run_name!r}"
+        )
         run_name = None
     family = backbone.evaluation_of(plan.base.model_type).run_name or backbone.name
     folder = parent / (run_name or default_name(family, description))
@@ -251,6 +254,8 @@ def _check_rest(job: Job) -> Job:
             description = run.check(description) or description
     if is_main_process() and not run.is_complete:
         with problems.collecting():
+            check_lengths(run.partial_model, _names(outputs, context.plan.base.folder))
+        with problems.collecting():
             check_free_disk(run.folder, _missing_bytes(run, outputs))
     problems.check()
     return replace(job, preparations=tuple(preparations), outputs=outputs, description=description)
@@ -278,6 +283,13 @@ def _check_questions(job: Job) -> None:
     processor = backbone.load_processor(base)
     for sample in backbone.test_questions:
         backbone.encode_prompt(processor, sample, job.wording.of_merged.of(sample))
+
+
+def _names(outputs: Sequence[Output], base: Path) -> Iterator[Path]:
+    """The files that are written, relative to the result."""
+    for output in outputs:
+        for name in (*output.files, *(other_files(base) if output.is_model else ())):
+            yield Path(output.folder) / name
 
 
 def _missing_bytes(run: Run, outputs: Sequence[Output]) -> int:

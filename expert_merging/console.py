@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from expert_merging.errors import one_line
 from expert_merging.progress import Advance
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,18 @@ class _Lines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         """The line of a record."""
+        record.message = one_line(record.message)
         record.beginning = "warning: " if record.levelno >= logging.WARNING else self.usual
         return super().formatMessage(record)
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line as it is, unwrapped, so that paths and commands can be copied."""
+    console.print(one_line(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class _ConsoleHandler(logging.Handler):
-    """Prints log lines above the progress bars, unwrapped, so that paths and commands can be copied."""
+    """Prints log lines above the progress bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -59,7 +66,7 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self.console.print(self.format(record), style=style, markup=False, soft_wrap=True)
+        say(self.console, self.format(record), style)
 
 
 class Terminal:
@@ -115,14 +122,20 @@ class Terminal:
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]
         )
-        columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
+        columns = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *amount,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
         with Progress(
             *columns,
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         ) as bar:
-            task = bar.add_task(title, total=total, note="")
-            yield lambda count, note="": bar.update(task, advance=count, note=note)
+            task = bar.add_task(one_line(title), total=total, note="")
+            yield lambda count, note="": bar.update(task, advance=count, note=one_line(note))
         self.doing = f"after the step {title!r}"
         logger.info("%s took %.1f s", title, time.monotonic() - start)

@@ -6,9 +6,9 @@ is that of the largest tensor that has to be copied. Tensors that share memory i
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -22,15 +22,14 @@ from expert_merging.checkpoints.folders import (
     ADAPTER,
     INDEX,
     SINGLE,
-    check_other_files,
     has_safetensors,
     is_pickle,
-    other_files,
     parts_of_training,
     refuse_pointers,
 )
+from expert_merging.checkpoints.other_files import check_kinds, check_other_files, not_copied, other_files
 from expert_merging.checkpoints.sources import locate
-from expert_merging.console import Terminal
+from expert_merging.console import Terminal, say
 from expert_merging.errors import InputError, Problems, first_line
 from expert_merging.machine import show_size
 from expert_merging.outputs import Made, Slot, index_of, make_header
@@ -39,6 +38,7 @@ from expert_merging.writing import (
     ShardWriter,
     check_free_disk,
     check_new_folder,
+    copy_file,
     making_folder,
     sync_files,
     write_atomically,
@@ -47,6 +47,7 @@ from expert_merging.writing import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 _MODEL_PICKLE, _ADAPTER_PICKLE = "pytorch_model.bin", "adapter_model.bin"
 _NUMBERED = re.compile(r"pytorch_model-(\d{5})-of-(\d{5})\.bin")
 # Safetensors' names of torch's types.
@@ -86,11 +87,13 @@ def convert(place: Path, target: Path, console: Console) -> None:
     check_free_disk(target, size, "NEW_FOLDER")
     with closing(Terminal()) as terminal, making_folder(target) as partial:
         partial.mkdir(parents=True)
+        for line in not_copied(folder):
+            logger.warning("%s", line)
         with terminal.progress("converting", size, "B") as advance:
             for name, file in files.items():
                 _write(_load(file), layouts[name], partial / name, advance)
         _complete(partial, folder, layouts, size)
-    console.print(f"{target} ({show_size(size)})", markup=False)
+    say(console, f"{target} ({show_size(size)})")
 
 
 def pickle_files(folder: Path) -> dict[str, Path]:
@@ -101,6 +104,7 @@ def pickle_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist")
+    check_kinds(folder)
     names = sorted(file.name for file in folder.iterdir())
     if has_safetensors(names):
         raise InputError(f"{folder} has safetensors files already, which are read; there is nothing to convert")
@@ -220,7 +224,7 @@ def _complete(partial: Path, folder: Path, layouts: Mapping[str, tuple[Slot, ...
     """Write what the folder has beside weights."""
     for relative in other_files(folder):
         (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / relative, partial / relative)
+        copy_file(folder / relative, partial / relative)
     if len(layouts) > 1:
         names = {file: [slot.name for slot in slots] for file, slots in layouts.items()}
         write_atomically(partial / INDEX, index_of(names, size))

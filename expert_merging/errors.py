@@ -29,9 +29,18 @@ class InputError(Exception):
         return type(self), self.problems
 
 
+def one_line(text: str) -> str:
+    """Text to show, whatever names are in it: what breaks a line or colours it is written as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 def lines_of(error: InputError) -> str:
     """Each problem as one line."""
-    return "".join(f"error: {problem}\n" for problem in error.problems)
+    return "".join(f"error: {one_line(problem)}\n" for problem in error.problems)
 
 
 def tell(error: InputError) -> None:

@@ -5,7 +5,8 @@ Nothing but the run and the base is read. The driver that merges does it: the me
 
 from __future__ import annotations
 
-import os
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from expert_merging.card import CARD, code, inline
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.folders import owner
+from expert_merging.checkpoints.open_files import OpenFiles
+from expert_merging.checkpoints.other_files import not_copied
 from expert_merging.checkpoints.sources import locate
 from expert_merging.checkpoints.tying import tie_heads
-from expert_merging.console import Terminal
-from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.console import Terminal, say
+from expert_merging.errors import InputError, Problems, near_name, one_line
 from expert_merging.machine import limit_threads, show_size
 from expert_merging.merge import write_output
 from expert_merging.methods import tall
@@ -30,9 +35,10 @@ from expert_merging.writing import check_free_disk, check_new_folder, making_fol
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 _CARD = """---
 base_model:
-- {base}
+- {source}
 tags:
 - merge
 - expert-merging
@@ -40,7 +46,7 @@ tags:
 
 # {expert}
 
-An expert rebuilt from a merge of {count} experts of `{base}` and the expert's mask (TALL masks, arXiv 2405.07813):
+An expert rebuilt from a merge of {count} experts of {base} and the expert's mask (TALL masks, arXiv 2405.07813):
 {tensors} tensors have the merged model's entries where the mask has ones, {share:.1%} of them all, and the base's
 elsewhere. All other tensors and files of this folder are the base's.
 """
@@ -74,10 +80,12 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
         return task_vectors[0].mul_(masks.read(part))
 
     with closing(Terminal()) as terminal, making_folder(target) as partial:
+        for line in not_copied(plan.base.folder):
+            logger.warning("%s", line)
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
-        write_atomically(partial / "README.md", _card(plan, masks).encode())
-    console.print(f"expert {expert}: {target} ({show_size(output.size)})", markup=False)
+        write_atomically(partial / CARD, _card(plan, masks).encode())
+    say(console, f"expert {expert}: {target} ({show_size(output.size)})")
 
 
 def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]:
@@ -123,7 +131,7 @@ def _agree(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> bool:
 
     def first_bytes(checkpoint: Checkpoint, entry: Entry) -> bytes:
         view = memoryview(bytearray(min(_SAMPLE, entry.size)))
-        read_exactly(checkpoint.descriptor(entry.file), view, entry.offset, entry.file)
+        checkpoint.read_bytes(view, entry.file, entry.offset)
         return bytes(view)
 
     return all(first_bytes(base, base.entries[name]) == first_bytes(model, model.entries[name]) for name in names)
@@ -162,12 +170,7 @@ class Masks:
             raise InputError(f"{folder} has no masks; were they moved away from the merged model?")
         if not self.entries:
             raise InputError(f"{folder} has no masks of {expert!r}. {near_name(expert, self.experts)}")
-        self._files = {entry.file: os.open(entry.file, os.O_RDONLY) for entry in self.entries.values()}
-
-    def __del__(self) -> None:
-        """Close the files."""
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        self._open_files = OpenFiles()
 
     def check(self, entries: Mapping[str, Entry]) -> None:
         """Check that the masks fit the tensors of a checkpoint."""
@@ -186,7 +189,8 @@ class Masks:
         entry = self.entries[part.name]
         first, last = part.start // tall.PACKED, -(-part.stop // tall.PACKED)
         packed = torch.empty(last - first, dtype=torch.uint8)
-        read_exactly(self._files[entry.file], as_bytes(packed), entry.offset + first, entry.file)
+        with self._open_files.reading(entry.file) as descriptor:
+            read_exactly(descriptor, as_bytes(packed), entry.offset + first, entry.file)
         before = part.start - first * tall.PACKED
         return tall.unpack(packed, before + part.entries)[before:]
 
@@ -201,8 +205,9 @@ class Masks:
 
 def _card(plan: Plan, masks: Masks) -> str:
     return _CARD.format(
-        base=plan.base.folder.name,
-        expert=next(iter(plan.experts)),
+        source=json.dumps(one_line(owner(plan.base.folder)), ensure_ascii=False),
+        base=code(owner(plan.base.folder)),
+        expert=inline(next(iter(plan.experts))),
         count=len(masks.experts),
         tensors=len(plan.merged),
         share=masks.share(),

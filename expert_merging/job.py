@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from expert_merging.advice import rewritten_weights
-from expert_merging.card import model_card, vlmeval_config
+from expert_merging.card import CARD, model_card, vlmeval_config
 from expert_merging.checks import Job
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError
@@ -22,7 +22,7 @@ from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
 from expert_merging.questions.templates import put_template
-from expert_merging.summary import COMPLETE, EVALUATION, log_result, log_start
+from expert_merging.summary import COMPLETE, log_result, log_start
 from expert_merging.unchanged import check_unchanged
 from expert_merging.writing import write_atomically
 
@@ -139,7 +139,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
 
 
 def _describe_model(job: Job, output: Output, folder: Path) -> None:
-    """Put a chat template and a card into a model's folder, and a configuration for VLMEvalKit where that is used."""
+    """Put a chat template and a card into a model's folder, and a configuration for VLMEvalKit beside it."""
     backbone, run, base = job.context.backbone, job.context.run, job.context.plan.base
     template = job.wording.template
     kept = [] if template is None else put_template(template.text, folder)
@@ -154,10 +154,10 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         about=output.about,
         asking=job.wording.card(kept),
     )
-    write_atomically(folder / "README.md", card.encode())
+    write_atomically(folder / CARD, card.encode())
     evaluation = backbone.evaluation_of(base.model_type)
     if evaluation.vlmeval:
         family = "" if run.folder.name.startswith(backbone.name) else backbone.name
         name = "-".join(filter(None, [family, run.folder.name, output.folder]))
         final = (run.model / output.folder).resolve()
-        write_atomically(folder / EVALUATION, vlmeval_config(evaluation, name, final))
+        write_atomically(run.evaluation(output.folder), vlmeval_config(evaluation, name, final))

@@ -12,8 +12,6 @@ import itertools
 import json
 import logging
 import math
-import os
-import shutil
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,15 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from expert_merging.card import CARD
 from expert_merging.checkpoints.checkpoint import (
     WIDTHS,
     Checkpoint,
     Entry,
     as_bytes,
-    read_exactly,
     torch_dtype,
 )
-from expert_merging.checkpoints.folders import INDEX, SINGLE, other_files
+from expert_merging.checkpoints.folders import INDEX, SINGLE
+from expert_merging.checkpoints.other_files import other_files
 from expert_merging.digests import Piece, Section, section_of, sections_of
 from expert_merging.errors import InputError
 from expert_merging.kept import HEAD, Kept, Written
@@ -42,7 +41,7 @@ from expert_merging.progress import Advance, Progress
 from expert_merging.roles import is_matrix, is_word_table
 from expert_merging.streaming import Reader, block_entries
 from expert_merging.workers import SMALL_MODEL, Workers
-from expert_merging.writing import ShardWriter, partial_name, sync_folder, write_atomically
+from expert_merging.writing import ShardWriter, copy_file, put_aside, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +157,10 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     """Write what a model's folder has beside weights."""
     copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
     for name, content in output.beside.items():
-        if content is not None:
-            write_atomically(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+        if isinstance(content, Path):
+            copy_file(content, folder / name)
+        elif content is not None:
+            write_atomically(folder / name, content)
     if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:
@@ -167,7 +168,7 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
 
 
 def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Container[str]) -> None:
-    """Copy everything but weights byte for byte; the base's model card keeps its text under ``README.base.md``.
+    """Copy everything but weights byte for byte; the base's model card is put aside as ``README.base.md``.
 
     Args:
         base: the base.
@@ -175,16 +176,18 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
         index: the base's index too.
         but: names of files that are left out.
     """
-    for relative in other_files(base.folder):
+    copied = other_files(base.folder)
+    for relative in copied:
         if str(relative) in but:
             continue
         if relative == Path(INDEX) and (not index or base.files[0].name == SINGLE):
             continue  # of other weights; `from_pretrained` reads a single file first
-        target = folder / ("README.base.md" if relative == Path("README.md") else relative)
+        target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = partial_name(target)
-        shutil.copyfile(base.folder / relative, temporary)
-        os.rename(temporary, target)
+        copy_file(base.folder / relative, target)
+    if Path(CARD) in copied:  # otherwise it is this run's own, written before it was interrupted
+        put_aside(folder / CARD)
+        (folder / CARD).unlink()
     sync_folder(folder)
 
 
@@ -397,7 +400,7 @@ class _Merger:
         if self._is_plain_copy(slot):
             checkpoint, entry = self._source(slot)
             view = as_bytes(self.reader.host_buffer("copy", part.entries, torch.uint8))
-            read_exactly(checkpoint.descriptor(entry.file), view, entry.offset + part.start, entry.file)
+            checkpoint.read_bytes(view, entry.file, entry.offset + part.start)
             return writer.write(view, place.offset + part.start)
         dtype = torch_dtype(slot.dtype)
         if isinstance(slot.source, Made):
@@ -437,10 +440,11 @@ class _Merger:
                         continue
                     numbers = torch.stack([torch.dot(found, found), torch.dot(base, base)]).tolist()
                     squares, base_squares = squares + numbers[0], base_squares + numbers[1]
-                    run.copy_(base.add_(found), non_blocking=True)
+                    merged = self._exact_sum(piece, found) if run.dtype == torch.float64 else base.add_(found)
+                    run.copy_(merged, non_blocking=True)
                     # Only float16 is so narrow that finite float32 numbers overflow in it.
                     if slots[source].dtype == "F16" or not math.isfinite(numbers[0]):
-                        _check_fits(base, buffer.dtype, slots[source])
+                        _check_fits(merged, buffer.dtype, slots[source])
         done = _Done([], (squares, base_squares))
         for place in places:
             assert isinstance(place.slot.source, Merged)  # noqa: S101  (others are copied)
@@ -448,6 +452,10 @@ class _Merger:
             first = part.start // place.slot.source.packed
             done.pieces.append(writer.write(as_bytes(buffer), place.offset + first * buffer.element_size()))
         return done
+
+    def _exact_sum(self, piece: Part, found: Tensor) -> Tensor:
+        """Base and merged task vector in float64, so that what no expert changes stays as it is to the bit."""
+        return self.plan.base.read(piece.name, piece.start, piece.stop).add_(found.cpu())
 
     def _buffer(self, part: Part, slot: Slot) -> Tensor:
         """Memory of the host for what a part becomes in a slot."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.other_files import check_inside
 from expert_merging.checkpoints.tokenizer_files import (
     ADDED,
     FAST,
@@ -239,9 +240,14 @@ def choose_rows(
 
 
 def _files_of(owner: Checkpoint, base: Checkpoint) -> dict[str, bytes | Path | None]:
-    """The tokenizer's files of another model in place of the base's, and the numbers of its special tokens."""
+    """The tokenizer's files of another model in place of the base's, and the numbers of its special tokens.
+
+    Raises:
+        InputError: they lie outside of the model's folder.
+    """
     if owner is base:
         return {}
+    check_inside(owner.folder, tokenizer_files(owner.folder))
     files: dict[str, bytes | Path | None] = dict.fromkeys(tokenizer_files(base.folder))
     files |= {name: owner.folder / name for name in tokenizer_files(owner.folder)}
     settings = read_object(base.folder / GENERATION)
@@ -255,6 +261,7 @@ def _extended(folder: Path, merged: Vocabulary, new: Mapping[str, int]) -> dict[
     """The base's tokenizer files with further added tokens, in each place where such tokens are described."""
     if not new:
         return {}
+    check_inside(folder, tokenizer_files(folder))
     said = {token: {**_PLAIN, **merged.added[token], "content": token} for token in new}
     files: dict[str, bytes | Path | None] = {}
     fast, settings, added = (read_object(folder / name) for name in (FAST, SETTINGS, ADDED))

@@ -109,7 +109,7 @@ class Output:
         edit: gives the ``config.json`` of the folder from the base's; by default that is copied like every other file.
         experts: the experts that are merged; None for all.
         is_model: the folder can be loaded: it gets the base's other files, a card, and an index where it needs one.
-        about: what else the card says of the model.
+        about: what else the card says of the model, in Markdown.
         beside: files beside weights that are not the base's, by name: their content, the file that is copied, or None
             where there is none.
     """

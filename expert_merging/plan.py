@@ -12,9 +12,9 @@ from typing import Any, TypeAlias, TypeVar
 from expert_merging.checkpoints.adapter import open_checkpoint
 from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry
 from expert_merging.checkpoints.fingerprints import of_text
-from expert_merging.checkpoints.folders import check_other_files
 from expert_merging.checkpoints.leftovers import check_leftovers, foreign_types
 from expert_merging.checkpoints.naming import DECODER, cut_otherwise, names_of_base, published_names
+from expert_merging.checkpoints.other_files import check_other_files
 from expert_merging.checkpoints.text_alone import complete
 from expert_merging.checkpoints.tying import Heads, tie_heads
 from expert_merging.errors import InputError, Problems

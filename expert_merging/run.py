@@ -98,6 +98,14 @@ class Run:
         """Whether the merged model is there."""
         return self.model.is_dir()
 
+    def evaluation(self, folder: str = "") -> Path:
+        """What VLMEvalKit is told of a model; outside of it, since it says where on this machine the model is.
+
+        Args:
+            folder: the model's place in the result, where there are several.
+        """
+        return self.folder / f"{'-'.join(filter(None, ['eval', folder]))}.json"
+
     def stage(self, name: str) -> Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
@@ -143,6 +151,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any] | None:
         """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
+        if not self.config.is_file():  # a pipe would be waited for
+            return None
         try:
             record = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from expert_merging.advice import rewritten_weights, warnings_before
 from expert_merging.checkpoints.folders import weights_in_other_formats
+from expert_merging.checkpoints.other_files import names_of_this_machine, not_copied
 from expert_merging.checkpoints.vocabulary import vocabulary_warnings
 from expert_merging.checks import Job, method_options
+from expert_merging.console import say
 from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
 from expert_merging.machine import gib, show_size
 from expert_merging.merge import Summary, working_memory
@@ -23,7 +25,6 @@ from expert_merging.plan import Plan
 logger = logging.getLogger(__name__)
 
 COMPLETE = "this run is complete already; remove its folder to repeat it"
-EVALUATION = "eval.json"
 
 
 def heading(job: Job) -> str:
@@ -104,6 +105,7 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
     """
     plan = job.context.plan
     found = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
+    found += [*not_copied(plan.base.folder), *names_of_this_machine(plan.base.folder)]
     found += warnings_before(
         job.resolved,
         job.context.backbone,
@@ -128,9 +130,9 @@ def print_plan(job: Job, console: Console) -> None:
     """Show the plan and what may be amiss with it."""
     run, likeness = job.context.run, find_likeness(job.context.plan)
     for line in (heading(job), *plan_lines(job, likeness)):
-        console.print(line, markup=False)
+        say(console, line)
     for line in warnings(job, likeness):
-        console.print(f"warning: {line}", markup=False)
+        say(console, f"warning: {line}")
     if run.is_complete:
         console.print(COMPLETE)
     elif run.config.exists():
@@ -175,9 +177,10 @@ def _log_model(job: Job, output: Output) -> None:
     """Write to the log where a model is, how to load it and how to evaluate it."""
     plan, backbone = job.context.plan, job.context.backbone
     model = job.context.run.model / output.folder
+    settings = job.context.run.evaluation(output.folder)
     logger.info("merged model: %s", model)
     logger.info("load it:      %s", backbone.loading[0].format(model=model))
     if output.is_mirror:  # a mixture's routers are to be trained first
         evaluation = backbone.evaluation_of(plan.base.model_type)
         for command in evaluation.commands_for(output.experts or plan.experts):
-            logger.info("evaluate it:  %s", command.format(model=model, eval=model / EVALUATION))
+            logger.info("evaluate it:  %s", command.format(model=model, eval=settings))

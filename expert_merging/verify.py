@@ -247,19 +247,20 @@ def _verify_copies(written: Mapping[str, Written], checkpoints: Mapping[str, Che
         entries = {entry.name: entry for entry in checkpoint.stored}
         for file, one in written.items():
             copied = {name: section for name, section in one.sections.items() if section.source[:1] == (owner,)}
-            differing = [name for name, section in copied.items() if not _has(checkpoint, entries, section)]
+            differing = [name for name, section in copied.items() if not _has(entries, section)]
             found.copies += len(copied)
             if differing:
                 found.problems.add(f"{file}: {first_of(differing, _SHOWN)} is not what {_called(owner)} has")
 
 
-def _has(checkpoint: Checkpoint, entries: Mapping[str, Entry], section: Section) -> bool:
+def _has(entries: Mapping[str, Entry], section: Section) -> bool:
     """Whether the tensor of a checkpoint that was copied has the bytes that were."""
     entry = entries.get(section.source[1]) if section.source else None
     if entry is None or entry.size != section.size:
         return False
     there = section._replace(start=entry.offset)
-    return read_digest(checkpoint.descriptor(entry.file), there) == section.digest
+    with entry.file.open("rb") as stream:
+        return read_digest(stream.fileno(), there) == section.digest
 
 
 def _verify_cards(model: Path, record: Mapping[str, Any], written: Mapping[str, Written], found: Findings) -> None:

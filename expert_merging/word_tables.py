@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.card import inline
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.folders import INDEX
@@ -84,7 +85,7 @@ class WordTables:
             files=files,
             headers=headers,
             edit=partial(self._edit, output.edit) if edits else output.edit,
-            about="\n\n".join(filter(None, [output.about, self.about])),
+            about="\n\n".join(filter(None, [output.about, inline(self.about)])),
             beside={**output.beside, **self.beside, **self._index(output, files)},
         )
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from expert_merging.digests import Piece, digest_of
 from expert_merging.errors import InputError
+
+_READ_AND_WRITE = 0o666
+_PIECE = 1 << 20
+NAME_BYTES = 200  # of what users call runs and experts, from which names of files are made
+_PARTIAL = ".partial"
+# Bytes of a name on all common disks, and of its beginning that is kept where it would be longer.
+_LONGEST, _BEGINNING = 255, 200
 
 
 def check_free_disk(folder: Path, needed: int, flag: str = "--output_path", what: str = "the result needs") -> None:
@@ -50,6 +61,7 @@ def check_new_folder(target: Path, sources: Iterable[Path], flag: str) -> None:
     for folder in sources:
         if target.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another {flag}")
+    check_lengths(target.parent, [Path(target.name)])
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir():
         raise InputError(f"{existing} is a file where {target} needs a folder; choose another {flag}")
@@ -63,12 +75,52 @@ def can_name_file(name: str) -> bool:
         size = len(name.encode())
     except UnicodeEncodeError:  # bytes of the command line that are no text
         return False
-    return bool(name.strip()) and name not in (".", "..") and "/" not in name and name.isprintable() and size <= 200
+    return (
+        bool(name.strip()) and name not in (".", "..") and "/" not in name and name.isprintable() and size <= NAME_BYTES
+    )
 
 
 def partial_name(target: Path) -> Path:
-    """Where a file is written until it is complete."""
-    return target.with_name(target.name + ".partial")
+    """Where a file or folder is written until it is complete; of a long name the beginning, and a digest of all."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST - len(_PARTIAL):
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsencode(name)[:_BEGINNING].decode(errors="ignore") + digest
+    return target.with_name(name + _PARTIAL)
+
+
+def check_lengths(folder: Path, files: Iterable[Path]) -> None:
+    """Check that the disk of a folder can have files of these names.
+
+    Args:
+        folder: a folder that need not exist yet.
+        files: paths relative to it.
+
+    Raises:
+        InputError: some names, or paths, are too long.
+    """
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    name_bytes, path_bytes = (os.pathconf(existing, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    for file in files:
+        path = partial_name(folder / file)
+        if any(len(os.fsencode(part)) > name_bytes for part in (*file.parts, path.name)):
+            raise InputError(f"{file} has a longer name than the disk of {existing} takes, {name_bytes} bytes")
+        if len(os.fsencode(path.absolute())) >= path_bytes:
+            raise InputError(
+                f"{file} in {folder} would have a path of more than {path_bytes} bytes; shorten its folders"
+            )
+
+
+def put_aside(file: Path) -> Path:
+    """Keep a file that is about to be replaced as ``name.base.ending``; one of that name is put aside itself, before.
+
+    What an interrupted run has put aside already is not put aside twice.
+    """
+    kept = file.with_name(f"{file.stem}.base{file.suffix}")
+    if kept.exists() and not filecmp.cmp(kept, file, shallow=False):
+        put_aside(kept)
+    copy_file(file, kept)
+    return kept
 
 
 @contextmanager
@@ -82,6 +134,22 @@ def making_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # it takes a minute to write it again
         raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, so that nobody who cannot read it can read the copy; what the umask forbids stays forbidden."""
+    with source.open("rb") as original, _opened_new(partial_name(target), source.stat().st_mode) as copy:
+        shutil.copyfileobj(original, copy, _PIECE)
+        copy.flush()
+        os.fsync(copy.fileno())
+    os.rename(partial_name(target), target)
+
+
+def _opened_new(file: Path, mode: int) -> BinaryIO:
+    """A new file, open for writing, that can be read and written by those alone whom the mode and the umask allow."""
+    file.unlink(missing_ok=True)  # of an interrupted run, perhaps not to be written to
+    allowed = stat.S_IRUSR | (mode & _READ_AND_WRITE)
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, allowed), "wb")
 
 
 class ShardWriter:
@@ -101,7 +169,7 @@ class ShardWriter:
         self.target = target
         self.temporary = partial_name(target)
         flags = os.O_RDWR if header is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        self.descriptor = os.open(self.temporary, flags, 0o644)
+        self.descriptor = os.open(self.temporary, flags, _READ_AND_WRITE)
         if header is not None:
             os.truncate(self.descriptor, size)
             self.write(memoryview(header), 0)
@@ -155,11 +223,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(target: Path, content: bytes) -> None:
-    """Replace a small file as a whole: a reader sees the old content or the new, never a part."""
-    temporary = partial_name(target)
-    with temporary.open("wb") as stream:
+    """Replace a small file as a whole: a reader sees the old content or the new, never a part.
+
+    Who could not read the old content cannot read the new either.
+    """
+    with _opened_new(partial_name(target), target.stat().st_mode if target.exists() else _READ_AND_WRITE) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.rename(temporary, target)
+    os.rename(partial_name(target), target)
     sync_folder(target.parent)

@@ -110,7 +110,7 @@ def merge_plainly(
         if tensor.is_floating_point() and not any(re.match(pattern, name) for pattern in excluded):
             start = tensor.float()
             change = rule(torch.stack([expert[name].float() - start for expert in tuned]))
-            tensors[name] = (start + change).to(tensor.dtype)
+            tensors[name] = ((tensor if tensor.dtype == torch.float64 else start) + change).to(tensor.dtype)
     return tensors
 
 

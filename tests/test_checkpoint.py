@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from expert_merging.checkpoints.checkpoint import Checkpoint, read_exactly
-from expert_merging.checkpoints.folders import check_other_files, other_files, weights_in_other_formats
+from expert_merging.checkpoints.folders import weights_in_other_formats
 from expert_merging.errors import InputError
 from expert_merging.plan import adopt_names, check_experts
 from tests.checkpoints import tensors_of, write_checkpoint, write_index
@@ -112,16 +112,6 @@ def test_opening_reads_headers_only(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", None)
     monkeypatch.setattr(os, "pread", None)
     assert len(Checkpoint(tmp_path).entries) == 3
-
-
-def test_closed_files_are_opened_again_when_needed(tmp_path):
-    checkpoint = Checkpoint(write_checkpoint(tmp_path, BASE))
-    descriptor = checkpoint.descriptor(checkpoint.files[0])
-    assert checkpoint.descriptor(checkpoint.files[0]) == descriptor
-    checkpoint.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
-    assert checkpoint.read("a.weight").sum() == 12
 
 
 def test_a_fingerprint_follows_values_names_and_types(tmp_path):
@@ -474,39 +464,6 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     with (tmp_path / "x").open("rb") as stream:
         read_exactly(stream.fileno(), memoryview(buffer), 50, tmp_path / "x")
     assert bytes(buffer) == bytes(range(50, 150))
-
-
-def test_everything_but_weights_is_another_file(tmp_path):
-    kept = [
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "modeling_x.py", "merges.txt",
-        "model.safetensors.index.json", "nested/deeper/notes.txt", "nested/vocab.json", "tokenizer.model",
-    ]  # fmt: skip
-    left = [
-        "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "tf_model.h5", "flax_model.msgpack",
-        "onnx/model.onnx", "model.safetensors", "consolidated.safetensors", "original/consolidated.00.pth",
-        "adapter.safetensors.index.json", ".git/HEAD", ".cache/huggingface/x.lock", "__pycache__/modeling_x.pyc",
-    ]  # fmt: skip
-    for name in kept + left:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert sorted(str(path) for path in other_files(tmp_path)) == sorted(kept)
-
-
-def test_linked_files_and_folders_are_other_files_too(tmp_path):
-    (tmp_path / "blobs" / "docs").mkdir(parents=True)
-    (tmp_path / "blobs" / "docs" / "notes.txt").write_text("notes")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "a.txt").symlink_to("../blobs/docs/notes.txt")
-    (tmp_path / "snapshot" / "docs").symlink_to("../blobs/docs")
-    (tmp_path / "snapshot" / "loop").symlink_to(".")
-    assert [str(path) for path in other_files(tmp_path / "snapshot")] == ["a.txt", "docs/notes.txt"]
-
-
-def test_links_that_lead_nowhere_are_refused(tmp_path):
-    (tmp_path / "tokenizer.json").symlink_to("../blobs/gone")
-    with pytest.raises(InputError) as caught:
-        check_other_files(tmp_path)
-    assert str(caught.value) == f"{tmp_path / 'tokenizer.json'} is a link to a file that is gone; download it again"
 
 
 def test_weights_in_other_formats_are_named(tmp_path):

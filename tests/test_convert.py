@@ -103,6 +103,26 @@ def test_other_files_are_copied_as_merges_copy_them(folder, target):
     assert (target / "README.md").read_text() == "README.md"
 
 
+def test_links_out_of_the_folder_are_not_copied(folder, target, tmp_path, capsys):
+    torch.save(TENSORS, folder / "pytorch_model.bin")
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "config.json").chmod(0o600)
+    assert convert(folder, target) == 0
+    assert sorted(contents(target)) == ["config.json", "model.safetensors"]
+    assert (target / "config.json").stat().st_mode & 0o777 == 0o600
+    assert capsys.readouterr().out.startswith(f"warning: not copied from {folder}, since they are links to what lies")
+
+
+@pytest.mark.parametrize("length", [255, 256])
+def test_a_long_name_is_used_or_refused_before_anything_is_read(length, folder, target, capsys):
+    torch.save(TENSORS, folder / "pytorch_model.bin")
+    target = target.with_name("n" * length)
+    assert convert(folder, target) == (length > 255)
+    assert (length > 255) == ("has a longer name than the disk of" in capsys.readouterr().err)
+    assert length > 255 or sorted(contents(target)) == ["config.json", "model.safetensors"]
+
+
 def test_an_adapter(folder, target):
     torch.save(TENSORS, folder / "adapter_model.bin")
     (folder / "adapter_config.json").write_text("{}")

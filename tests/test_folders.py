@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from expert_merging.backbone import load_tokenizer, load_whole
 from expert_merging.checkpoints.checkpoint import Checkpoint
-from expert_merging.checkpoints.folders import other_files, weights_in_other_formats
+from expert_merging.checkpoints.folders import weights_in_other_formats
+from expert_merging.checkpoints.other_files import other_files
 from expert_merging.checkpoints.reading import damaged_files
 from expert_merging.checkpoints.tokenizer_files import read_vocabulary
 from expert_merging.errors import InputError
@@ -71,10 +72,10 @@ def folder(tmp_path, request):
 
 def test_what_a_trainer_keeps_is_neither_weights_nor_copied(tmp_path):
     base = write_checkpoint(tmp_path / "base", TENSORS)
-    put(base, *OF_TRAINERS, "tokenizer.json", "docs/latest.md", "optimizers.txt")
+    put(base, *OF_TRAINERS, "tokenizer.json", "docs/latest.md", "schedulers.txt")
     assert [str(file) for file in other_files(base)] == [
         "config.json",
-        "optimizers.txt",
+        "schedulers.txt",
         "tokenizer.json",
         "docs/latest.md",
     ]

@@ -468,7 +468,8 @@ def test_processes_that_learn_together_cannot_share_a_gpu(command, capsys, monke
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/", "", "a\nb", "\udcff", "n" * 201], ids=ascii)
 def test_a_run_name_is_no_path(command, tmp_path, capsys, name):
     assert refusal(capsys, *command, "--run_name", name) == (
-        f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, got {name!r}"
+        f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, at most 200 bytes long, "
+        f"got {name!r}"
     )
     assert not (tmp_path / "out").exists()
 
@@ -620,7 +621,7 @@ def test_half_precision_that_overflows(command, tmp_path, capsys):
 def test_test_questions_are_asked_of_the_merged_model(tiny_zoo, tmp_path):
     run = merged(tmp_path, *COMMAND, "--cache_dir", tiny_zoo, "--run_tests")
     text = run.log.read_text()
-    assert text.count("question: ") == text.count("\nanswer:") == 3
+    assert text.count("INFO question: ") == text.count("INFO answer: ") == 3
 
 
 @pytest.mark.slow
@@ -634,4 +635,4 @@ def test_every_model_of_a_run_is_asked_and_can_be_evaluated(tiny_zoo, tmp_path):
         assert f'load it:      AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")' in text
         assert f"pretrained={folder} " in text
         assert f"questions to  {folder}\n" in text
-    assert text.count("question: ") == text.count("\nanswer:") == 3 * len(EXPERTS)
+    assert text.count("INFO question: ") == text.count("INFO answer: ") == 3 * len(EXPERTS)

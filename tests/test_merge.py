@@ -166,6 +166,22 @@ def test_half_precision_is_rounded_once(tmp_path, dtype):
     assert ((merged.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("unit", "rule"), [("entries", task_arithmetic), ("tensor", whole_tensor_rule)])
+def test_where_experts_are_the_base_it_stays_to_the_bit(dtype, unit, rule, tmp_path):
+    tensors = random_tensors(SHAPES, [torch.float64], 0)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    folders = [write_checkpoint(tmp_path / name, tensors) for name in ("base", "a", "b")]
+    merge_folders(folders[0], folders[1:], tmp_path / "output", rule, unit=unit)
+    assert_same_bytes(tensors_of(tmp_path / "output"), tensors)
+
+
+def test_what_does_not_fit_float64_is_refused(tmp_path):
+    folders = [write_checkpoint(tmp_path / name, {"a": torch.ones(3).double()}) for name in ("base", "a")]
+    with pytest.raises(InputError, match="the merged a does not fit into F64"):
+        merge_folders(*folders[:1], folders[1:], tmp_path / "output", lambda given: given[0] + float("inf"))
+
+
 def test_one_expert_with_coefficient_one_is_that_expert_to_the_bit_in_half_precision(tmp_path):
     folders = [
         write_checkpoint(
@@ -241,11 +257,37 @@ def test_every_other_file_is_copied_byte_for_byte(base, experts, tmp_path):
     assert written == expected
 
 
-def test_the_base_s_own_card_is_kept_where_the_base_is_a_merged_model_itself(base, experts, tmp_path):
-    (base / "README.md").write_text("merged")
-    (base / "README.base.md").write_text("first")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_all_cards_are_kept_where_the_base_is_a_merged_model_itself(times, count, base, experts, tmp_path):
+    cards = {"README.md": b"third", "README.base.md": b"second", "README.base.base.md": b"first"}
+    cards = dict(list(cards.items())[:count])
+    for name, content in cards.items():
+        (base / name).write_bytes(content)
+    for _ in range(times):  # also where an interrupted run goes on
+        merge_folders(base, experts, tmp_path / "output")
+        (tmp_path / "output" / "README.md").write_text("new")
+    kept = {name: content for name, content in contents(tmp_path / "output").items() if name.startswith("README")}
+    assert kept == {"README.md": b"new", **{name.replace(".md", ".base.md"): cards[name] for name in cards}}
+
+
+LONG = "n" * 246 + ".txt"
+
+
+def test_names_that_are_as_long_as_a_disk_takes_them(experts, tmp_path):
+    tensors = tensors_of(experts[0])
+    base = write_checkpoint(tmp_path / "shards", {"one": tensors.pop("one")}, tensors)
+    shards, index = sorted(base.glob("*.safetensors")), base / "model.safetensors.index.json"
+    text = index.read_text()
+    for number, shard in enumerate(shards):
+        name = f"{number}{'s' * 237}.safetensors"
+        text = text.replace(shard.name, name)
+        shard.rename(base / name)
+    index.write_text(text)
+    (base / LONG).write_text("notes")
+    (base / ("日" * 85)).write_text("notes")
     merge_folders(base, experts, tmp_path / "output")
-    assert (tmp_path / "output" / "README.base.md").read_text() == "merged"
+    assert sorted(contents(tmp_path / "output")) == sorted(contents(base))
 
 
 def test_one_tensor_has_one_place_in_a_file(base, experts, tmp_path):

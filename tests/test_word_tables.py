@@ -135,7 +135,7 @@ def test_every_other_file_is_the_base_s(models, given, tmp_path):
         f"(<x> {COUNT}, <y> {COUNT + 1}, <z> {COUNT + 2}). Embeddings and head have {COUNT + 3} rows, matched by "
         "token: the base's, or of tokens that it lacks the mean of the experts'."
     )
-    assert about in card
+    assert about.replace("<", r"\<").replace(">", r"\>") in card
     assert "are the base's, but for embeddings, head and tokenizer." in card
     assert f" INFO {about}\n" in log_of(run)
     assert "has 2 tokens that" not in log_of(run), "nothing is lost"
@@ -527,3 +527,16 @@ def test_an_expert_without_a_tokenizer_has_the_bases(kind, models, tmp_path):
         assert (run.model / name).read_bytes() == (base / name).read_bytes()
     assert "The tokenizer is the base's." in (run.model / "README.md").read_text()
     assert " WARNING " not in log_of(run)
+
+
+@pytest.mark.parametrize(("whose", "asked"), [("a", "A"), ("base", "union")])
+def test_a_tokenizer_that_lies_elsewhere_is_not_copied(whose, asked, models, tmp_path, capsys):
+    for name in ("base", "a"):
+        shutil.copytree(models / name, tmp_path / name)
+    file = tmp_path / whose / "tokenizer.json"
+    shutil.move(file, tmp_path / "elsewhere.json")
+    file.symlink_to("../elsewhere.json")
+    arguments = [*COMMAND, *flags(tmp_path / "base", A=tmp_path / "a"), "--output_path", tmp_path / "out"]
+    assert refused(capsys, *arguments, "--tokenizer", asked) == [
+        f"{file} is a link that leads out of its folder, and such links are not copied; put a copy in its place"
+    ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
-from expert_merging.writing import ShardWriter, check_free_disk, write_atomically
+from expert_merging.writing import ShardWriter, check_free_disk, partial_name, put_aside, write_atomically
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -78,3 +78,32 @@ def test_small_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
     write_atomically(target, b"second")
     assert target.read_bytes() == b"second"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_replaced_file_stays_closed(tmp_path):
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+    file.chmod(0o600)
+    write_atomically(file, b"new")
+    assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"new", 0o600)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_is_put_aside_loses_nothing(interrupted, tmp_path):
+    texts = {"a.json": "third", "a.base.json": "second", "a.base.base.json": "first"}
+    for _ in range(1 + interrupted):
+        for name, text in texts.items():  # as a run that goes on copies the base's files again
+            (tmp_path / name).write_text(text)
+        assert put_aside(tmp_path / "a.json") == tmp_path / "a.base.json"
+    kept = {file.name.replace("base.", "", 1): file.read_text() for file in tmp_path.iterdir() if file.name != "a.json"}
+    assert kept == texts
+
+
+@pytest.mark.parametrize("name", ["short", "n" * 247, "n" * 248, "n" * 255, "日" * 85])
+def test_files_of_any_name_can_be_written(name, tmp_path):
+    write_atomically(tmp_path / name, b"content")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_long_names_that_begin_alike_are_written_to_different_places(tmp_path):
+    assert partial_name(tmp_path / ("n" * 254 + "a")) != partial_name(tmp_path / ("n" * 254 + "b"))

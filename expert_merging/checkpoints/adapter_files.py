@@ -16,6 +16,7 @@ from typing import Any
 
 from expert_merging.checkpoints.checkpoint import Entry
 from expert_merging.checkpoints.folders import ADAPTER, INDEX, SINGLE, pickled, required_object
+from expert_merging.checkpoints.other_files import check_kinds
 from expert_merging.errors import InputError, Problems
 
 CONFIG = "adapter_config.json"
@@ -92,8 +93,10 @@ def read_settings(folder: Path) -> Settings:
     """The settings of an adapter.
 
     Raises:
-        InputError: the file cannot be read, or the adapter is of a kind that is not known here.
+        InputError: the file cannot be read, the adapter is of a kind that is not known here, or something in the
+            folder is no file.
     """
+    check_kinds(folder)
     file = folder / CONFIG
     config = required_object(file)
     _check_kind(file, config)

@@ -24,13 +24,14 @@ from expert_merging.checkpoints.folders import (
     INDEX,
     SINGLE,
     is_pointer,
-    other_files,
     parts_of_training,
     pointer,
     required_object,
     weight_files,
     weight_map,
 )
+from expert_merging.checkpoints.open_files import OpenFiles
+from expert_merging.checkpoints.other_files import check_kinds, other_files
 from expert_merging.errors import InputError, Problems
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Checkpoint:
         _check_index(folder, self.entries)
 
     def _open(self, folder: Path, files: list[Path]) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._open_files = OpenFiles()
         self._pages: dict[Path, Tensor] = {}
         self.opened = written(files)
         self.folder = folder
@@ -143,10 +144,6 @@ class Checkpoint:
                 self._add(entries)
         problems.check()
         self.stored = tuple(self.entries.values())  # whatever they are called or computed to be later
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):  # the constructor may have refused the folder
-            self.close()
 
     def _add(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -186,7 +183,7 @@ class Checkpoint:
 
     def _read_entry(self, block: Tensor, entry: Entry, start: int) -> None:
         position = entry.offset + start * block.element_size()
-        read_exactly(self.descriptor(entry.file), as_bytes(block), position, entry.file)
+        self.read_bytes(as_bytes(block), entry.file, position)
 
     def mapped(self, name: str) -> Tensor:
         """The flattened tensor ``(entries,)`` as pages of the file, which take memory while they are used.
@@ -203,17 +200,15 @@ class Checkpoint:
             self._pages[entry.file] = torch.from_file(str(entry.file), shared=False, size=size, dtype=torch.uint8)
         return self._pages[entry.file][entry.offset : entry.offset + entry.size].view(entry.torch_dtype)
 
-    def descriptor(self, file: Path) -> int:
-        """An open read-only file descriptor, kept until the checkpoint is closed."""
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-        return self._descriptors[file]
+    def read_bytes(self, view: memoryview, file: Path, position: int) -> None:
+        """Fill the view with bytes of one of the files, from any thread."""
+        with self._open_files.reading(file) as descriptor:
+            read_exactly(descriptor, view, position, file)
 
     def close(self) -> None:
         """Close the files; pages that somebody still holds stay."""
         self._pages.clear()
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self._open_files.close()
 
     def fingerprint(self, *, whole: bool) -> str:
         """A digest of the contents of weights and ``config.json``, which a copy shares.
@@ -235,8 +230,9 @@ class Checkpoint:
         """Of type, shape and samples of every stored tensor."""
         for entry in self.stored:
             digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
-            for block in blocks(self.descriptor(entry.file), entry.offset, entry.size):
-                digest.update(block)
+            with self._open_files.reading(entry.file) as descriptor:
+                for block in blocks(descriptor, entry.offset, entry.size):
+                    digest.update(block)
             yield digest.digest()
 
     def is_as_opened(self) -> bool:
@@ -290,6 +286,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is a file; give the folder of the checkpoint that it belongs to")
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist")
+    check_kinds(folder)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder} holds an adapter (adapter_config.json), and a full model is needed here; adapters can be "

@@ -6,9 +6,8 @@ Names are looked at, the first bytes of files that may stand for others, and fil
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DEEPSPEED = re.compile(r"global_step\d+")
 _FSDP = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?")
 _CACHED = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)")
-_IGNORED = {".git", ".cache", "__pycache__"}
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # more than a pointer ever has
 
@@ -204,41 +202,8 @@ def _scattered(folder: Path, names: Iterable[str]) -> str | None:
     return None
 
 
-def other_files(folder: Path) -> Iterator[Path]:
-    """Files of a checkpoint folder besides weights, relative to it: what loads and describes the model.
-
-    Weights in other formats (or unused safetensors files) are left out: beside merged weights they would be the base's.
-    So is what a trainer keeps for itself.
-    """
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name not in _IGNORED
-            and not is_of_trainer(name)
-            and not here.is_relative_to((here / name).resolve())  # a link back up would never end
-        )
-        for name in sorted(names):
-            if name == INDEX or not (is_weights(name) or is_of_trainer(name)):
-                yield (Path(root) / name).relative_to(folder)
-
-
-def check_other_files(folder: Path) -> None:
-    """Check that every other file can be copied.
-
-    Raises:
-        InputError: a link leads nowhere, as in a download cache that was cleaned up, or a file stands for another.
-    """
-    files = [folder / relative for relative in other_files(folder)]
-    gone = [f"{file} is a link to a file that is gone; download it again" for file in files if not file.is_file()]
-    pointers = [pointer(file) for file in files if file.is_file() and is_pointer(file)]
-    if gone or pointers:
-        raise InputError(*gone, *pointers)
-
-
 def weights_in_other_formats(folder: Path, read: Iterable[str]) -> list[str]:
-    """Names of weight files that `other_files` leaves out and that are not among those that are read."""
+    """Names of weight files that are not copied and that are not among those that are read."""
     names = sorted(file.name for file in folder.iterdir() if is_weights(file.name))
     return [name for name in names if name != INDEX and name not in set(read)]
 

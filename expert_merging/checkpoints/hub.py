@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_of_trainer, is_pickle, is_weights, pickled
+from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_pickle, is_weights, pickled
+from expert_merging.checkpoints.other_files import is_kept_back
 from expert_merging.errors import InputError, first_line
 from expert_merging.machine import show_size
 from expert_merging.processes import is_main_process
@@ -219,6 +220,6 @@ def _wanted(repository: Repository, sizes: Mapping[str, int], *, pickles: bool) 
     others = [
         name
         for name, size in sizes.items()
-        if size <= _SMALL and not any(is_weights(part) or is_of_trainer(part) for part in name.split("/"))
+        if size <= _SMALL and not any(is_weights(part) or is_kept_back(part) for part in name.split("/"))
     ]
     return {name: sizes[name] for name in sorted({*weights, *indexes, *others})}

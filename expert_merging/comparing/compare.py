@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, one_line
 from expert_merging.flags import Count
 from expert_merging.libraries import import_transformers
 from expert_merging.options import ROOT
@@ -93,11 +93,12 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     learned = [model.record["options"] for model in compared if model.record and _has_read_samples(model.record)]
     found, samples = _measure(compared, learned, backbone, base, experts, options)
     from expert_merging.comparing.align import relative
+    from expert_merging.console import say
 
     shares = relative(found)
     console.print(_table(shares), soft_wrap=False)  # which would cut names instead of folding them
     counts = Counter(sample.task for sample in samples)
-    console.print(f"on {', '.join(f'{count} questions of {task}' for task, count in sorted(counts.items()))}")
+    say(console, f"on {', '.join(f'{count} questions of {task}' for task, count in sorted(counts.items()))}")
     if options.json is not None:
         result = {
             "base": str(base),
@@ -277,6 +278,7 @@ def _table(shares: Mapping[str, ByTask]) -> Table:
     """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     from expert_merging.comparing.align import BASE, MEAN
 
@@ -286,9 +288,9 @@ def _table(shares: Mapping[str, ByTask]) -> Table:
         title="Divergence from each task's expert (0: the expert, 1: the base)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     result.add_column("", overflow="fold")
-    for column in (*tasks, MEAN, "hidden\nstates"):
-        result.add_column(column, justify="right")
+    for column in (*map(one_line, (*tasks, MEAN)), "hidden\nstates"):
+        result.add_column(Text(column), justify="right")
     for label, found in shares.items():
         divergences = [f"{found[task]['divergence']:.3f}" for task in (*tasks, MEAN)]
-        result.add_row(label, *divergences, f"{found[MEAN]['hidden']:.3f}")
+        result.add_row(Text(one_line(label)), *divergences, f"{found[MEAN]['hidden']:.3f}")
     return result

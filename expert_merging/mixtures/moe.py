@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from expert_merging.card import inline
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, about
@@ -103,8 +104,9 @@ def outputs_of(context: Context, **options: Any) -> tuple[Output, ...]:
     mixtral.check_base(context.plan)
     members = chosen.members(context.plan)
     edit = partial(mixtral.config_of, experts=len(members), experts_per_token=chosen.experts_per_token)
+    names = ", ".join(map(inline, members))
     about = (
-        f"A Mixtral of {len(members)} experts ({', '.join(members)}), each with the feed-forward layers of one "
+        f"A Mixtral of {len(members)} experts ({names}), each with the feed-forward layers of one "
         f"checkpoint; {chosen.experts_per_token} work on each token. All else is merged by `{chosen.shared}`, or the "
         f"base's. {_ROUTERS[chosen.router]}"
     )

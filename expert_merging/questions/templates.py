@@ -18,7 +18,7 @@ from typing import Any
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.errors import InputError
 from expert_merging.libraries import import_transformers
-from expert_merging.writing import write_atomically
+from expert_merging.writing import put_aside, write_atomically
 
 Message = Mapping[str, Any]
 # Content of a message: a text, or parts of which some are pictures.
@@ -229,9 +229,7 @@ def put_template(text: str, folder: Path) -> list[str]:
     files = [file for file in present if texts[file] != text]
     kept = []
     for file in files:
-        former = file.with_name(f"{file.stem}.base{file.suffix}")
-        write_atomically(former, file.read_bytes())
-        kept.append(former.name)
+        kept.append(put_aside(file).name)
     for file in files if present else [folder / JINJA]:
         content = text
         if file.name != JINJA:

@@ -33,4 +33,6 @@ def ask_questions(context: Context, folder: Path, formats: Formats) -> None:
         inputs = place(backbone.encode_prompt(processor, sample, asked), torch.device(device), dtype)
         ((answer, _),) = generate(model, processor, [inputs], 128, end_tokens(processor, asked.end)[:1])
         pictures = "".join(f" [{picture.name}]" for picture in sample.images)
-        logger.info("question: %s%s\nanswer: %s", sample.question, pictures, answer.strip())
+        logger.info("question: %s%s", sample.question, pictures)
+        for number, line in enumerate(answer.strip().split("\n")):
+            logger.info("%-8s  %s", "" if number else "answer:", line)

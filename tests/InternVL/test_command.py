@@ -309,11 +309,11 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(internvl_zoo, tmp_
 
 def test_the_merged_folder_has_all_that_evaluation_needs(internvl_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", internvl_zoo, "--run_name", "mean")
-    evaluation = json.loads((run.model / "eval.json").read_text())
+    evaluation = json.loads((run.evaluation()).read_text())
     settings = {"class": "InternVLChat", "version": "V2.0", "model_path": str(run.model.resolve())}
     assert evaluation["model"] == {"InternVL-mean": settings}
     log = " ".join(run.log.read_text().split())
-    assert f"python run.py --config {run.model / 'eval.json'} --verbose" in log
+    assert f"python run.py --config {run.evaluation()} --verbose" in log
     assert f"launch -m lmms_eval --model internvl2 --batch_size 1 --model_args pretrained={run.model} --tasks " in log
     assert f'("{run.model}", torch_dtype="auto", trust_remote_code=True) # with transformers 4' in log
     assert load_processor(run.model).tokenizer.get_vocab() == load_processor(internvl_zoo / BASE).tokenizer.get_vocab()

@@ -74,7 +74,6 @@ def test_the_experts_are_asked_in_their_own_words_with_pictures_and_without(qwen
     assert {file.name for file in run.model.iterdir()} - {file.name for file in (silent_base / BASE).iterdir()} == {
         *kept,
         "README.md",
-        "eval.json",
     }
     for name in kept:
         assert (run.model / name).read_bytes() == (silent_base / BASE / name.replace(".base", "")).read_bytes()

@@ -351,7 +351,7 @@ def test_half_precision_checkpoints_learn_and_keep_their_type(qwen_zoo, tmp_path
 
 def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", qwen_zoo, "--run_name", "mean")
-    evaluation = json.loads((run.model / "eval.json").read_text())
+    evaluation = json.loads((run.evaluation()).read_text())
     settings = {"class": "Qwen2VLChat", "min_pixels": 1003520, "max_pixels": 12845056}
     assert evaluation["model"] == {"Qwen2VL-mean": {**settings, "model_path": str(run.model.resolve())}}
     log = run.log.read_text()
@@ -359,7 +359,7 @@ def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
     assert (
         f"--model qwen2_vl --model_args pretrained={run.model},max_pixels=2359296 --tasks refcoco_bbox_rec_val" in log
     )
-    assert f"run.py --config {run.model / 'eval.json'}" in log
+    assert f"run.py --config {run.evaluation()}" in log
     card = (run.model / "README.md").read_text()
     assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in card
     processor = load_processor(run.model)
@@ -369,7 +369,7 @@ def test_the_merged_folder_has_all_that_evaluation_needs(qwen_zoo, tmp_path):
 def test_the_second_generation_is_evaluated_as_such(second_zoo, tmp_path):
     run = run_command(tmp_path, "--method", "weight_average", "--cache_dir", second_zoo)
     assert re.fullmatch(r"Qwen2_5VL-[0-9a-f]{8}", run.folder.name)
-    (settings,) = json.loads((run.model / "eval.json").read_text())["model"].values()
+    (settings,) = json.loads((run.evaluation()).read_text())["model"].values()
     assert settings["use_custom_prompt"] is False
     log = run.log.read_text()
     assert "lmms_eval --model qwen2_5_vl --model_args" in log
