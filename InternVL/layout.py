@@ -6,13 +6,12 @@ its consecutive row blocks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from expert_merging.checkpoints.reading import reading
+from expert_merging.checkpoints.folders import required_object
 from expert_merging.errors import InputError, Problems
 from expert_merging.libraries import import_transformers
 
@@ -119,9 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is not one of InternVL in its published layout.
     """
     file = folder / "config.json"
-    with reading(folder, "configuration"):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
+    config = required_object(file)
+    kind = config.get("model_type")
     if kind != "internvl_chat":
         raise InputError(
             f"{file} has the model_type {kind!r}; learning with the InternVL family takes the published layout, "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
 from expert_merging.backbone import Backbone, Evaluation, load_whole
-from expert_merging.checkpoints.folders import refuse_pointers
+from expert_merging.checkpoints.folders import refuse_pointers, required_object
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
@@ -95,13 +95,13 @@ def parameter_names(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> Any:
+    kind = required_object(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in EVALUATION:
+        raise InputError(
+            f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family "
+            f"takes {' and '.join(EVALUATION)}"
+        )
     with reading(folder, "configuration"):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind not in EVALUATION:
-            raise InputError(
-                f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family "
-                f"takes {' and '.join(EVALUATION)}"
-            )
         return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

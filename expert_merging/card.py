@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Evaluation
 from expert_merging.checkpoints.folders import origin, owner
+from expert_merging.documents import parse_yaml, read_text
+from expert_merging.errors import InputError
 from expert_merging.run import Run
+
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---", re.DOTALL)
 
 _CARD = """---
 base_model:
@@ -151,12 +156,12 @@ def _details(path: str, *, is_adapter: bool) -> str:
 
 def _licence(file: Path) -> str | None:
     """The licence that a model card names in its front matter."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
     try:
-        data = metadata_load(file) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or nobody can read it
+        front = _FRONT_MATTER.match(read_text(file))
+        data = parse_yaml(front[1]) if front else None
+    except (InputError, ValueError):  # there is none, or nobody can read it
+        return None
+    if not isinstance(data, dict):
         return None
     licence = data.get("license_name") or data.get("license")
     return " ".join(licence.split()) if isinstance(licence, str) else None

@@ -62,6 +62,14 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(self.format(record), style=style, markup=False, soft_wrap=True)
 
 
+class _File(logging.FileHandler):
+    """A file of log lines; one that cannot be written, as on a full disk, is an error like any other."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  (logging's name)
+        """Raise what writing a line has raised."""
+        raise
+
+
 class Terminal:
     """Shows log lines and progress of one process, until it is closed.
 
@@ -73,7 +81,7 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
         self.handlers: list[logging.Handler] = []
         self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)
@@ -91,7 +99,7 @@ class Terminal:
 
     def log_to(self, file: Path) -> None:
         """Write log lines with times to a file as well, those from before too, after what it has already."""
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = _File(file, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
         self.early.setTarget(handler)
@@ -115,10 +123,16 @@ class Terminal:
         amount: list[ProgressColumn] = (
             [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), TextColumn(f"{unit}s")]
         )
-        columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
+        columns = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *amount,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
         with Progress(
             *columns,
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         ) as bar:

@@ -28,6 +28,7 @@ from expert_merging.checkpoints.checkpoint import (
     torch_dtype,
 )
 from expert_merging.checkpoints.folders import INDEX, SINGLE, other_files
+from expert_merging.documents import read_bytes
 from expert_merging.errors import InputError
 from expert_merging.machine import half_of_memory
 from expert_merging.outputs import Computed, Copied, Made, Merged, Output, Slot
@@ -139,7 +140,7 @@ def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
     copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
     for name, content in output.beside.items():
         if content is not None:
-            write_atomically(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+            write_atomically(folder / name, content if isinstance(content, bytes) else read_bytes(content))
     if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.writing import partial_name, sync_folder, write_atomically
 
@@ -138,11 +139,11 @@ class Run:
     def record(self) -> dict[str, Any] | None:
         """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
         try:
-            record = json.loads(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_object(self.config)
+        except InputError:
             return None
-        is_run = isinstance(record, dict) and {"family", "method", "options"} <= set(record)
-        return record if is_run and isinstance(record["options"], dict) else None
+        is_run = {"family", "method", "options"} <= set(record) and isinstance(record["options"], dict)
+        return record if is_run else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.

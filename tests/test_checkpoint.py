@@ -293,7 +293,7 @@ def test_an_index_may_not_name_files_outside(sharded, name):
     )
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "\0"])
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     assert problem(sharded) == (
@@ -321,7 +321,8 @@ def test_every_broken_file_is_named(sharded):
     for name in (FIRST, SECOND):
         (sharded / name).write_bytes((sharded / name).read_bytes()[:5])
     assert problems(sharded) == [
-        f"{sharded / name} is truncated or not a safetensors file; download it again" for name in (FIRST, SECOND)
+        f"{sharded / name} is truncated or not a safetensors file (5 bytes: header too small); download it again"
+        for name in (FIRST, SECOND)
     ]
 
 
@@ -405,7 +406,7 @@ def test_every_cut_off_file_is_refused(folder, good, data):
     length = data.draw(st.integers(0, len(good) - 1))
     (folder / "model.safetensors").write_bytes(good[:length])
     file = re.escape(str(folder / "model.safetensors"))
-    assert re.fullmatch(f"{file} (is truncated or not|has {length} bytes but its header describes) .*", problem(folder))
+    assert re.fullmatch(f"{file} is truncated or not a safetensors file \\({length} bytes: .*", problem(folder))
 
 
 @given(data=st.data())
@@ -418,8 +419,8 @@ def test_files_with_a_damaged_header_are_refused_or_readable(folder, good, data)
 def test_a_file_with_more_than_its_header_says_is_refused(folder, good):
     (folder / "model.safetensors").write_bytes(good + b"x")
     assert problem(folder) == (
-        f"{folder / 'model.safetensors'} has {len(good) + 1} bytes but its header describes {len(good)}: "
-        "it is truncated or damaged; download it again"
+        f"{folder / 'model.safetensors'} is truncated or not a safetensors file ({len(good) + 1} bytes: incomplete "
+        "metadata, file not fully covered); download it again"
     )
 
 

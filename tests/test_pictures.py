@@ -142,7 +142,7 @@ def test_too_many_pixels_are_refused(limit, tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"gone\.png cannot be read \(No such file or directory\)"):
         read_picture(Path(tmp_path / "gone.png"))
 
 
