@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.checkpoints.folders import required_object
+from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, Problems
 from expert_merging.libraries import import_transformers
 
@@ -125,12 +126,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file} has the model_type {kind!r}; learning with the InternVL family takes the published layout, "
             "'internvl_chat'"
         )
-    return {
-        **_DEFAULTS,
-        **config,
-        "llm_config": config.get("llm_config") or {},
-        "vision_config": {**_VISION_DEFAULTS, **(config.get("vision_config") or {})},
-    }
+    with reading(folder, "configuration"):
+        config = {
+            **_DEFAULTS,
+            **config,
+            "llm_config": dict(config.get("llm_config") or {}),
+            "vision_config": {**_VISION_DEFAULTS, **(config.get("vision_config") or {})},
+        }
+        tile_tokens(config)
+    return config
 
 
 def tile_size(config: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
-from expert_merging.backbone import Backbone, Evaluation, load_whole
+from expert_merging.backbone import Backbone, Evaluation, load_tokenizer, load_whole
 from expert_merging.checkpoints.folders import refuse_pointers, required_object
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, excerpt
@@ -137,7 +137,7 @@ def load_processor(folder: Path, *, min_pixels: Count | None = None, max_pixels:
     transformers = import_transformers()
     with reading(folder, "processor"):
         images = _image_processor(folder, min_pixels, max_pixels)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         settings, _ = transformers.Qwen2VLProcessor.get_processor_dict(folder, local_files_only=True)
     # As in transformers: a template beside the processor's settings counts before the tokenizer's own.
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template

@@ -223,4 +223,10 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     refuse_pointers(folder.glob("*token*"))
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     with reading(folder, "tokenizer"):
-        return import_transformers().AutoTokenizer.from_pretrained(folder, **options)
+        return usable(import_transformers().AutoTokenizer.from_pretrained(folder, **options))
+
+
+def usable(tokenizer: Any) -> Any:
+    """The tokenizer itself, once it has made tokens: some damaged files are only noticed then."""
+    tokenizer("a")
+    return tokenizer

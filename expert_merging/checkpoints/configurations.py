@@ -205,8 +205,12 @@ def _head_settings(language: _Part) -> dict[str, Any]:
     if "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
     if not settings.get("head_dim") and ("head_dim" in settings or language.kind in _LANGUAGE_DEFAULTS):
-        settings["head_dim"] = width // heads if heads and width else None
+        settings["head_dim"] = width // heads if _is_count(heads) and _is_count(width) else None
     return settings
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _rotary_settings(language: _Part) -> dict[str, Any]:

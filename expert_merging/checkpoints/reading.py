@@ -43,12 +43,15 @@ def reading(folder: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
         # The tokenizers' library raises plain exceptions; others are this program's own mistakes.
-        if not isinstance(error, _CONFUSED) and type(error) is not Exception:
+        if not isinstance(error, (*_CONFUSED, StrictDataclassError)) and type(error) is not Exception:
             raise
         problems = damaged_files(folder) or _lacking_tokenizer(folder)
-        said = first_line(error)
-        reason = said if isinstance(error, (ImportError, OSError, ValueError)) else f"{type(error).__name__}: {said}"
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        is_told = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
+        reason = said if is_told else f"{type(error).__name__}: {said}"
         raise InputError(*problems or [f"{folder} has no {what} that transformers reads: {reason}"]) from None
 
 
