@@ -91,7 +91,9 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: the folder has a model of another kind.
     """
-    return stored.parameter_names(_CLASS, _config(folder))
+    config = _config(folder)
+    with reading(folder, "configuration"):
+        return stored.parameter_names(_CLASS, config)
 
 
 def _config(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ class Terminal:
         self.before = self.package.level, self.package.propagate
         # Without any handler, logging itself would print warnings.
         self._add(logging.NullHandler() if quiet else _ConsoleHandler(self.console))
+        self.of_threads, threading.excepthook = threading.excepthook, self._in_thread
         self.early = MemoryHandler(_EARLY, flushLevel=logging.CRITICAL, flushOnClose=False)
         self._add(self.early)
 
@@ -106,8 +108,14 @@ class Terminal:
         self.early.flush()
         self.package.removeHandler(self.early)
 
+    def _in_thread(self, raised: threading.ExceptHookArgs) -> None:
+        """Leave a file that cannot be written to the main thread: a tracker's thread tells it of it, in a traceback."""
+        if not isinstance(raised.exc_value, OSError):
+            self.of_threads(raised)
+
     def close(self) -> None:
         """Stop showing and writing log lines, and leave logging as it was found."""
+        threading.excepthook = self.of_threads
         for handler in self.handlers:
             self.package.removeHandler(handler)
             handler.close()

@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ def parse_yaml(text: str) -> Any:
 
     if len(text) > _LARGEST_YAML:
         raise ValueError(f"more than {_LARGEST_YAML >> 10} KiB of YAML")
+    # PyYAML's time grows with the square of the depth; brackets in texts may count here too.
+    if max(accumulate((sign in "[{") - (sign in "]}") for sign in text), default=0) > _DEEPEST:
+        raise ValueError("nested too deeply")
     try:
         content = yaml.load(text, _yaml_loader())  # noqa: S506  (a kind of safe loader)
         json.dumps(content, ensure_ascii=False).encode()

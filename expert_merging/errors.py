@@ -13,16 +13,21 @@ from typing import Any
 _SHOWN = 60
 
 
+# Characters that a terminal or a file would not show as themselves, by how they are shown instead.
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
 class InputError(Exception):
     """What the user gave cannot be used.
 
     Args:
-        problems: one sentence each: what is wrong with the value in hand, what is allowed, what to do.
+        problems: one sentence each: what is wrong with the value in hand, what is allowed, what to do. Line ends and
+            other control characters, which names and values may have, are kept as escapes: a problem is one line.
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(problem.translate(_CONTROL) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """How it reaches the process that a worker was forked from."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
-from expert_merging.documents import read_object
+from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.writing import partial_name, sync_folder, write_atomically
 
@@ -63,7 +63,7 @@ class Run:
     @classmethod
     def found_at(cls, place: Path) -> Run | None:
         """The complete run whose folder, or whose model, a place is; None where it is neither."""
-        folder = place.resolve()
+        folder = resolved(place)
         for run in (cls(folder), cls(folder.parent)):
             if run.is_complete and folder in (run.folder, run.model):
                 return run
