@@ -83,11 +83,11 @@ def _whole(digits: str) -> int:
 
 def _check_depth(content: Any) -> None:
     level = [content]
-    for _ in range(_DEEPEST):
+    for _ in range(_DEEPEST + 1):
         containers = [value for value in level if isinstance(value, dict | list)]
-        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
-        if not level:
+        if not containers:
             return
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
     raise ValueError("nested too deeply")
 
 

@@ -465,7 +465,7 @@ READERS = (
         _coefficients,
         30,
     ),
-    Reader("--config", _options, ("options.yaml", "run.json"), _configured, 30),
+    Reader("options", _options, ("options.yaml", "run.json"), _configured, 30),
     Reader(".env", _options, (".env",), _dotenv, 20),
     Reader("flags", _options, ("arguments.json", "more.json"), _arguments, 8),
     Reader(
