@@ -401,6 +401,33 @@ def test_arbitrary_headers_are_refused_in_words(folder, header, size):
     refuses_or_reads(folder, packed(header, b"\0" * size))
 
 
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (
+            {"x": {"dtype": "K32", "shape": [1], "data_offsets": [0, 4]}},
+            "invalid JSON in header: unknown variant `K32`",
+        ),
+        (
+            '{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'.encode("utf-16-le"),
+            "invalid JSON in header: ",
+        ),
+        (b'\xef\xbb\xbf{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "invalid JSON in header: "),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "invalid JSON in header: "),
+        ({"__metadata__": {"a": 1}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "invalid JSON in "),
+        ({"__metadata__": [], "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "invalid JSON in header: "),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, ""),
+        ({"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, "invalid JSON in header: "),
+        ({"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, ""),
+    ],
+)
+def test_headers_that_the_library_does_not_take_are_refused_with_its_reason(folder, header, reason):
+    file = folder / "model.safetensors"
+    file.write_bytes(packed(header, b"1234"))
+    size = file.stat().st_size
+    assert problem(folder).startswith(f"{file} is truncated or not a safetensors file ({size} bytes: {reason}")
+
+
 @given(data=st.data())
 def test_every_cut_off_file_is_refused(folder, good, data):
     length = data.draw(st.integers(0, len(good) - 1))

@@ -32,7 +32,7 @@ def main() -> int:
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
         runs = [
             pool.submit(run, name, count, start + given.seconds, given.seed, given.keep)
-            for name, count in counts.items()
+            for name, count in sorted(counts.items(), key=lambda pair: pair[1])  # those that take longest first
         ]
         results = []
         for done in as_completed(runs):
