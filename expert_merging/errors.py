@@ -13,30 +13,34 @@ from typing import Any
 _SHOWN = 60
 
 
-# Characters that a terminal or a file would not show as themselves, by how they are shown instead.
-_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
-
-
 class InputError(Exception):
     """What the user gave cannot be used.
 
     Args:
-        problems: one sentence each: what is wrong with the value in hand, what is allowed, what to do. Line ends and
-            other control characters, which names and values may have, are kept as escapes: a problem is one line.
+        problems: one sentence each: what is wrong with the value in hand, what is allowed, what to do.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(problem.translate(_CONTROL) for problem in problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """How it reaches the process that a worker was forked from."""
         return type(self), self.problems
 
 
+def one_line(text: str) -> str:
+    """Text to show, whatever names are in it: what breaks a line or colours it is written as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 def lines_of(error: InputError) -> str:
     """Each problem as one line."""
-    return "".join(f"error: {problem}\n" for problem in error.problems)
+    return "".join(f"error: {one_line(problem)}\n" for problem in error.problems)
 
 
 def tell(error: InputError) -> None:
@@ -55,7 +59,7 @@ def file_problem(error: OSError, again: str) -> InputError:
         return InputError(f"the disk is full; make room, then the same command {again}")
     if error.errno == errno.EFBIG:
         return InputError(
-            f"a file would be larger than the file system, or `ulimit -f`, allows; with that changed, the same command "
+            "a file would be larger than the file system, or `ulimit -f`, allows; with that changed, the same command "
             f"{again}"
         )
     reason = error.strerror or first_line(error)

@@ -29,7 +29,7 @@ from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint, read_header
 from expert_merging.checkpoints.tokenizer_files import read_vocabulary
 from expert_merging.context import Context
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, lines_of
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.learned.earlier import applied
 from expert_merging.machine import limited_memory
@@ -105,9 +105,10 @@ def outcome(reader: Reader, folder: Path) -> str:
             reader.read(folder)
         return "read"
     except InputError as error:
-        problems = error.problems
+        problems, lines = error.problems, lines_of(error).splitlines()
     assert problems
-    assert all(problem.strip() and len(problem.splitlines()) == 1 for problem in problems), problems
+    assert all(map(str.strip, problems))
+    assert len(lines) == len(problems), lines
     return "refused"
 
 
