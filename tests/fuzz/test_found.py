@@ -25,6 +25,7 @@ BY_NAME = {reader.name: reader for reader in READERS}
         ("config Qwen2-VL", "config.json", {"vision_config": {"num_heads": 0}}, "refused"),
         ("config InternVL", "config.json", {"force_image_size": "[/red]"}, "refused"),
         ("config InternVL", "config.json", {"downsample_ratio": "x"}, "refused"),
+        ("config Qwen2-VL", "config.json", {"hidden_size": -4}, "refused"),
         # transformers makes a list with an entry for every layer before it makes any.
         ("processor InternVL", "config.json", {"llm_config": {"num_hidden_layers": 10**9}}, "refused"),
         # Some tokenizers fail at the first text only.
