@@ -4,9 +4,11 @@ FAMILY ?= mistral
 METHODS ?= weight_average task_arithmetic expert_merging
 SEED ?= 0
 WORKERS ?= 2
+CASES ?= 50000
+SECONDS ?= 1200
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-fast lint docs bench bench-quality clean
+.PHONY: help setup demo test test-fast lint docs fuzz bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -48,6 +50,9 @@ lint: .venv/.installed-dev docs  ## check format, style, types and the documenta
 
 docs: .venv/.installed-docs  ## build the documentation into site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+fuzz: .venv/.installed-dev  ## read 50,000 damaged files of every kind (CASES=, SECONDS=)
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seconds $(SECONDS)
 
 bench: setup  ## measure speed and memory against the limits of the machine
 	$(BIN)/python -m benchmarks.speed

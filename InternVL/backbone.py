@@ -13,6 +13,7 @@ from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
 from expert_merging.backbone import Backbone, Evaluation
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError
 from expert_merging.flags import Count
 from expert_merging.questions.entries import MARK
@@ -100,7 +101,8 @@ def parameter_names(folder: Path, *, trust_remote_code: bool = False) -> list[st
         remote.check_code(folder)
         return [*Checkpoint(folder).entries]
     _, config, tied = open_published(folder)
-    return stored.parameter_names(CLASS, native_config(config, tied=tied))
+    with reading(folder, "configuration"):
+        return stored.parameter_names(CLASS, native_config(config, tied=tied))
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processor:

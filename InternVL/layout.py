@@ -6,12 +6,12 @@ its consecutive row blocks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from expert_merging.checkpoints.folders import required_object
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, Problems
 from expert_merging.libraries import import_transformers
@@ -119,20 +119,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is not one of InternVL in its published layout.
     """
     file = folder / "config.json"
-    with reading(folder, "configuration"):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("model_type")
+    config = required_object(file)
+    kind = config.get("model_type")
     if kind != "internvl_chat":
         raise InputError(
             f"{file} has the model_type {kind!r}; learning with the InternVL family takes the published layout, "
             "'internvl_chat'"
         )
-    return {
-        **_DEFAULTS,
-        **config,
-        "llm_config": config.get("llm_config") or {},
-        "vision_config": {**_VISION_DEFAULTS, **(config.get("vision_config") or {})},
-    }
+    with reading(folder, "configuration"):
+        config = {
+            **_DEFAULTS,
+            **config,
+            "llm_config": dict(config.get("llm_config") or {}),
+            "vision_config": {**_VISION_DEFAULTS, **(config.get("vision_config") or {})},
+        }
+        tile_tokens(config)
+    return config
 
 
 def tile_size(config: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from expert_merging import backbone
 from expert_merging.backbone import empty_model
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.folders import SINGLE
+from expert_merging.checkpoints.reading import reading
 from expert_merging.checkpoints.tying import is_tied
 from expert_merging.errors import InputError
 from expert_merging.plan import misfits
@@ -44,7 +45,8 @@ def open_published(folder: Path) -> tuple[Checkpoint, dict[str, Any], bool]:
         InputError: it cannot be opened, or transformers does not cover the variant.
     """
     checkpoint, config = Checkpoint(folder), read_config(folder)
-    check_supported(folder, config)
+    with reading(folder, "configuration"):
+        check_supported(folder, config)
     says_tied = bool(config["llm_config"].get("tie_word_embeddings", False))
     return checkpoint, config, says_tied and (_HEAD not in checkpoint.entries or is_tied(checkpoint))
 
@@ -63,7 +65,8 @@ def load_published(folder: Path, dtype: torch.dtype, image_token: int) -> Any:
     import torch
 
     checkpoint, config, tied = open_published(folder)
-    model = empty_model(CLASS, native_config(config, image_token=image_token, tied=tied))
+    with reading(folder, "configuration"):
+        model = empty_model(CLASS, native_config(config, image_token=image_token, tied=tied))
     parameters, groups = dict(model.named_parameters()), file_parameters(model)
     rows = {name: [parameters[part].shape[0] for part in parts] for name, parts in groups.items()}
     shapes = {name: (sum(rows[name]), *parameters[parts[0]].shape[1:]) for name, parts in groups.items()}
@@ -94,9 +97,11 @@ def load_tokenizer(folder: Path) -> Any:
         InputError: transformers does not cover the variant, or cannot read the tokenizer's files.
     """
     config = read_config(folder)
-    check_supported(folder, config)
-    # The language model's configuration says which class where the tokenizer's own files do not.
-    return backbone.load_tokenizer(folder, config=native_config(config).text_config)
+    with reading(folder, "configuration"):
+        check_supported(folder, config)
+        # The language model's configuration says which class where the tokenizer's own files do not.
+        text_config = native_config(config).text_config
+    return backbone.load_tokenizer(folder, config=text_config)
 
 
 def save_published(model: Any, folder: Path) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.pictures import BENCHMARKS, EXPERTS, TASK_EXPERTS, TEST_QUESTIONS
 from expert_merging import stored
-from expert_merging.backbone import Backbone, Evaluation, load_whole
-from expert_merging.checkpoints.folders import refuse_pointers
+from expert_merging.backbone import Backbone, Evaluation, load_tokenizer, load_whole
+from expert_merging.checkpoints.folders import refuse_pointers, required_object
 from expert_merging.checkpoints.reading import reading
 from expert_merging.errors import InputError, excerpt
 from expert_merging.flags import Count
@@ -91,17 +91,19 @@ def parameter_names(folder: Path) -> list[str]:
     Raises:
         InputError: the folder has a model of another kind.
     """
-    return stored.parameter_names(_CLASS, _config(folder))
+    config = _config(folder)
+    with reading(folder, "configuration"):
+        return stored.parameter_names(_CLASS, config)
 
 
 def _config(folder: Path) -> Any:
+    kind = required_object(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in EVALUATION:
+        raise InputError(
+            f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family "
+            f"takes {' and '.join(EVALUATION)}"
+        )
     with reading(folder, "configuration"):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind not in EVALUATION:
-            raise InputError(
-                f"{folder / 'config.json'} has the model_type {json.dumps(kind)}; learning with the Qwen2-VL family "
-                f"takes {' and '.join(EVALUATION)}"
-            )
         return import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -137,7 +139,7 @@ def load_processor(folder: Path, *, min_pixels: Count | None = None, max_pixels:
     transformers = import_transformers()
     with reading(folder, "processor"):
         images = _image_processor(folder, min_pixels, max_pixels)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         settings, _ = transformers.Qwen2VLProcessor.get_processor_dict(folder, local_files_only=True)
     # As in transformers: a template beside the processor's settings counts before the tokenizer's own.
     tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from expert_merging.comparing.compare import AlignOptions, compare
+from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, Problems, about, file_problem, tell
 from expert_merging.flags import read_options
 from expert_merging.parser import add_flag, single_value
@@ -22,9 +23,11 @@ ALIGN = read_options(AlignOptions)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    escape_output()
     given = vars(parser().parse_args(arguments))
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[given.pop("command")](given, console)
     except InputError as error:
         tell(error)

@@ -6,6 +6,7 @@ where the base's tokenizer makes the same tokens of them.
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def other_tokens(base: Path, own: Path, text: str) -> str | None:
     A folder without a tokenizer of its own has nothing that could differ.
     """
     files = [folder / "tokenizer.json" for folder in (base, own)]
-    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+    if all(file.is_file() for file in files) and filecmp.cmp(files[0], files[1], shallow=False):
         return None
     try:
         tokenizers = [_tokenizer(folder) for folder in (base, own)]

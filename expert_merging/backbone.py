@@ -13,7 +13,7 @@ from expert_merging.checkpoints.checkpoint import loadable
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.checkpoints.naming import DECODER
 from expert_merging.checkpoints.reading import reading
-from expert_merging.errors import InputError, first_of
+from expert_merging.errors import InputError, first_line, first_of
 from expert_merging.flags import Option, read_options
 from expert_merging.libraries import import_transformers
 from expert_merging.questions.formats import Asking, Format
@@ -163,11 +163,17 @@ def empty_model(kind: str, config: Any) -> Any:
     Args:
         kind: one of transformers' automatic classes, such as ``AutoModelForCausalLM``.
         config: a configuration of transformers'.
+
+    Raises:
+        ValueError: it has sizes that no tensor has.
     """
     import torch
 
-    with torch.device("meta"):
-        return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return getattr(import_transformers(), kind).from_config(config, trust_remote_code=False)
+    except RuntimeError as error:  # torch's for such sizes; memory cannot have run out
+        raise ValueError(first_line(error)) from None
 
 
 def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[[str], str] = str) -> Any:
@@ -223,4 +229,10 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     refuse_pointers(folder.glob("*token*"))
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     with reading(folder, "tokenizer"):
-        return import_transformers().AutoTokenizer.from_pretrained(folder, **options)
+        return usable(import_transformers().AutoTokenizer.from_pretrained(folder, **options))
+
+
+def usable(tokenizer: Any) -> Any:
+    """The tokenizer itself, once it has made tokens: some damaged files are only noticed then."""
+    tokenizer("a")
+    return tokenizer

@@ -11,12 +11,14 @@ from typing import Any
 
 from expert_merging.backbone import Evaluation
 from expert_merging.checkpoints.folders import origin, owner
-from expert_merging.errors import one_line
+from expert_merging.documents import parse_yaml, read_text
+from expert_merging.errors import InputError, one_line
 from expert_merging.run import Run
 
 CARD = "README.md"
 # What Markdown may take for something else than text.
 _MARKS = re.compile(r"[\\`*\[\]<>|#&~$!]|(?<![^\W_])_|_(?![^\W_])")
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---", re.DOTALL)
 _CARD = """---
 base_model:
 {sources}
@@ -180,12 +182,12 @@ def _details(path: str, *, is_adapter: bool) -> str:
 
 def _licence(file: Path) -> str | None:
     """The licence that a model card names in its front matter."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
     try:
-        data = metadata_load(file) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or nobody can read it
+        front = _FRONT_MATTER.match(read_text(file))
+        data = parse_yaml(front[1]) if front else None
+    except (InputError, ValueError):  # there is none, or nobody can read it
+        return None
+    if not isinstance(data, dict):
         return None
     licence = data.get("license_name") or data.get("license")
     return " ".join(licence.split()) if isinstance(licence, str) else None

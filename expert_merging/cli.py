@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, kind_of
+from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, lines_of, tell
 from expert_merging.options import Resolved, resolve
 from expert_merging.parser import parse, show_default
@@ -29,8 +30,11 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 1 after an error that the user can put right.
     """
+    escape_output()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        given = parse(sys.argv[1:] if arguments is None else arguments, backbone)
+        check_arguments(arguments)
+        given = parse(arguments, backbone)
         if given.get("list_methods"):
             _list_methods(backbone)
             return 0
@@ -115,7 +119,7 @@ def _list_methods(backbone: Backbone) -> None:
     learning = [method.name for method in methods if method.reads_samples and kind_of(method) == "learned"]
     of_samples = _in_all(lines, reading)
     of_learning = [line for line in _in_all(lines, learning) if line not in of_samples]
-    console = Console()
+    console = Console(markup=False)
     table = Table(header_style="bold", show_lines=True)
     table.add_column("method")
     table.add_column("what it does", max_width=max(20, console.width - 58))  # what the other columns leave

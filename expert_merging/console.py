@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,14 @@ class _ConsoleHandler(logging.Handler):
         say(self.console, self.format(record), style)
 
 
+class _File(logging.FileHandler):
+    """A file of log lines; one that cannot be written, as on a full disk, is an error like any other."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  (logging's name)
+        """Raise what writing a line has raised."""
+        raise
+
+
 class Terminal:
     """Shows log lines and progress of one process, until it is closed.
 
@@ -80,13 +89,14 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
         self.handlers: list[logging.Handler] = []
         self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)
         self.before = self.package.level, self.package.propagate
         # Without any handler, logging itself would print warnings.
         self._add(logging.NullHandler() if quiet else _ConsoleHandler(self.console))
+        self.of_threads, threading.excepthook = threading.excepthook, self._in_thread
         self.early = MemoryHandler(_EARLY, flushLevel=logging.CRITICAL, flushOnClose=False)
         self._add(self.early)
 
@@ -98,15 +108,21 @@ class Terminal:
 
     def log_to(self, file: Path) -> None:
         """Write log lines with times to a file as well, those from before too, after what it has already."""
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = _File(file, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
         self.early.setTarget(handler)
         self.early.flush()
         self.package.removeHandler(self.early)
 
+    def _in_thread(self, raised: threading.ExceptHookArgs) -> None:
+        """Leave a file that cannot be written to the main thread: a tracker's thread tells it of it, in a traceback."""
+        if not isinstance(raised.exc_value, OSError):
+            self.of_threads(raised)
+
     def close(self) -> None:
         """Stop showing and writing log lines, and leave logging as it was found."""
+        threading.excepthook = self.of_threads
         for handler in self.handlers:
             self.package.removeHandler(handler)
             handler.close()

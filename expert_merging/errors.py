@@ -57,6 +57,11 @@ def file_problem(error: OSError, again: str) -> InputError:
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk is full; make room, then the same command {again}")
+    if error.errno == errno.EFBIG:
+        return InputError(
+            "a file would be larger than the file system, or `ulimit -f`, allows; with that changed, the same command "
+            f"{again}"
+        )
     reason = error.strerror or first_line(error)
     if error.filename is not None:
         return InputError(f"{error.filename}: {reason}")

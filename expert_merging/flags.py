@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from expert_merging.documents import parse_json
 from expert_merging.errors import InputError, Problems, near_name
 
 
@@ -286,7 +287,7 @@ def _parse_json(value: object) -> Any:
         return value
     for text in (value, f"[{value}]"):
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError:
             continue
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,27 @@ def host_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
 def _of_own_group(kind: str, proc: Path, groups: Path) -> str:
     own = (proc / "self" / "cgroup").read_text(encoding="ascii").split("0::/")[1].splitlines()[0]
     return (groups / own / kind).read_text(encoding="ascii")
+
+
+@contextlib.contextmanager
+def limited_memory(more: int, proc: Path = _PROC) -> Iterator[None]:
+    """Around what is not trusted: a `MemoryError` where the process would take more than so many further bytes.
+
+    Args:
+        more: bytes of addresses, used or not.
+        proc: where the kernel tells of processes; nothing is limited where it does not.
+    """
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        taken = int((proc / "self" / "statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        limits = [taken + more, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def half_of_memory(device: torch.device) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.checkpoints.hub import read_id
 from expert_merging.checkpoints.sources import below
-from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.documents import parse_json, parse_yaml, read_text, resolved
+from expert_merging.errors import InputError, Problems, about, near_name
 from expert_merging.flags import by_name, current_name, is_one_per_expert
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
@@ -76,15 +77,12 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is of another family's run, or has a name that is no option.
     """
-    import yaml
-
+    with about("--config"):
+        text = read_text(file, advice="write options in YAML or JSON")
     try:
-        text = file.read_text(encoding="utf-8")
-        content = _parse_json(text) or yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"--config {file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        content = _parse(text)
+    except ValueError as error:
+        raise InputError(f"--config {file} is neither YAML nor JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold options by name, such as 'method: expert_merging'")
     if isinstance(content.get("options"), dict):
@@ -104,12 +102,12 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     return {name: value for name, value in content.items() if value is not None}
 
 
-def _parse_json(text: str) -> Any:
-    """The text's value, None where it is no JSON; not all JSON is YAML (tabs, numbers such as 1e-05)."""
+def _parse(text: str) -> Any:
+    """The text's value; not all JSON is YAML (tabs, numbers such as 1e-05)."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
-        return None
+        return parse_yaml(text)
 
 
 def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> Resolved:
@@ -172,12 +170,13 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
     from dotenv import dotenv_values
 
-    dotenv = dotenv_values(ROOT / ".env") if (ROOT / ".env").is_file() else {}
+    file = ROOT / ".env"
+    dotenv = dotenv_values(stream=StringIO(read_text(file, advice="save it as UTF-8"))) if file.is_file() else {}
     values: dict[str, Any] = {}
     if environment.get("CACHE_DIR"):
         values["cache_dir"] = environment["CACHE_DIR"]
     elif dotenv.get("CACHE_DIR"):  # is meant from where .env lies, whatever folder the command runs in
-        values["cache_dir"] = str(ROOT / Path(str(dotenv["CACHE_DIR"])).expanduser())
+        values["cache_dir"] = str(ROOT / os.path.expanduser(str(dotenv["CACHE_DIR"])))
     if launched_with("FSDP", environment):
         values["shard"] = True
     if "config" in given:
@@ -257,7 +256,8 @@ def _absolute(name: str, value: Any) -> Any:
         return {key: _absolute(name, path) for key, path in value.items()}
     if name in _REPOSITORIES and read_id(value) and not Path(value).exists():
         return value
-    return str(Path(os.path.expanduser(value)).resolve())  # which leaves the name of an unknown user as it is
+    with about(f"--{name}"):
+        return str(resolved(value))
 
 
 def checkpoint_folders(general: Mapping[str, Any], backbone: Backbone) -> tuple[Path, dict[str, Path]]:

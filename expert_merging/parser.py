@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import all_methods
+from expert_merging.documents import parse_json
 from expert_merging.errors import InputError, near_name
 from expert_merging.flags import Option, current_name, describe_type, read_options
 from expert_merging.method import Method
@@ -271,7 +272,7 @@ def merge_entries(name: str, values: list[str]) -> dict[str, Any]:
     for text in values:
         if text.lstrip().startswith("{"):
             try:
-                entries = json.loads(text)
+                entries = parse_json(text)
             except ValueError as error:
                 raise InputError(f"--{name} is not valid JSON ({error}): {text}") from None
         else:

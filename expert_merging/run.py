@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging import __version__
+from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
 from expert_merging.writing import partial_name, sync_folder, write_atomically
@@ -67,7 +68,7 @@ class Run:
     @classmethod
     def found_at(cls, place: Path) -> Run | None:
         """The complete run whose folder, or whose model, a place is; None where it is neither."""
-        folder = place.resolve()
+        folder = resolved(place)
         for run in (cls(folder), cls(folder.parent)):
             if run.is_complete and folder in (run.folder, run.model):
                 return run
@@ -154,11 +155,11 @@ class Run:
         if not self.config.is_file():  # a pipe would be waited for
             return None
         try:
-            record = json.loads(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_object(self.config)
+        except InputError:
             return None
-        is_run = isinstance(record, dict) and {"family", "method", "options"} <= set(record)
-        return record if is_run and isinstance(record["options"], dict) else None
+        is_run = {"family", "method", "options"} <= set(record) and isinstance(record["options"], dict)
+        return record if is_run else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.card import inline
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.fingerprints import file_content
 from expert_merging.checkpoints.folders import INDEX
 from expert_merging.checkpoints.tokenizer_files import Vocabulary, read_object
 from expert_merging.checkpoints.tying import SETTING
@@ -69,7 +70,7 @@ class WordTables:
         for name, rows in self.rows.items():
             digest.update(name.encode() + rows.tobytes())
         for name, content in sorted(self.beside.items()):
-            digest.update(name.encode() + (content.read_bytes() if isinstance(content, Path) else content or b"none"))
+            digest.update(name.encode() + (file_content(content) if isinstance(content, Path) else content or b"none"))
         return digest.hexdigest()[:16]
 
     def applied(self, output: Output) -> Output:

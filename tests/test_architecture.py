@@ -14,7 +14,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 
 # From below to above; a module may import from its own line and from those before it.
 LAYERS = (
-    ("errors", "parts", "progress", "arithmetic", "libraries", "digests", "__init__"),
+    ("errors", "documents", "parts", "progress", "arithmetic", "libraries", "digests", "__init__"),
     ("flags", "roles", "processes", "shortage", "writing"),
     ("machine", "workers", "kept", "run", "console"),
     ("checkpoints",),

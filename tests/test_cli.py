@@ -183,8 +183,7 @@ def test_everything_wrong_with_the_checkpoints_is_said_at_once(tmp_path, capsys)
         "pickled has its weights in pickle files",
         "adapter_config.json has the peft_type null",
         "config.json has a quantization_config",
-        f"model.safetensors has {(cut / 'model.safetensors').stat().st_size} bytes but its header describes "
-        f"{(cut / 'model.safetensors').stat().st_size + 1}",
+        "model.safetensors is truncated or not a safetensors file",
         "expert Other",
         "--device cuda",
     ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
+from rich.table import Table
 
 from expert_merging.console import Terminal
 
@@ -27,6 +30,43 @@ def test_lines_and_progress_are_plain_where_output_is_no_terminal(capsys):
     assert lines[0] == "hello [bold]you[/bold]"
     assert re.fullmatch(r"merging took \d+\.\d s", lines[1])
     assert len(lines) == 2
+
+
+def test_a_log_that_cannot_be_written_is_an_error_like_any_other(tmp_path, capsys):
+    def full(_text):
+        raise OSError("No space left on device")
+
+    with closing(Terminal()) as terminal:
+        terminal.log_to(tmp_path / "log")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(terminal.handlers[-1], "stream", SimpleNamespace(write=full))
+            with pytest.raises(OSError, match="No space left on device"):
+                logger.info("hello")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tracker_s_thread_leaves_a_full_disk_to_the_main_thread(capsys):
+    def fail(error):
+        raise error
+
+    with closing(Terminal()):
+        thread = threading.Thread(target=fail, args=[OSError("full")])
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().err == ""
+
+
+def test_names_are_no_markup_anywhere(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with closing(Terminal()) as terminal:
+        terminal.console.print("[/red]")
+        table = Table("[/red]")
+        table.add_row("[/red]")
+        terminal.console.print(table)
+        with terminal.progress("[/red]", 1.0, "B") as advance:
+            advance(1.0, "[/red]")
+    assert capsys.readouterr().out.count("[/red]") >= 4
 
 
 def test_warnings_begin_as_such(capsys):

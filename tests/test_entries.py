@@ -64,7 +64,7 @@ def test_a_single_line_is_one_entry(tmp_path):
             "is not valid JSON Lines: line 3: Expecting property name enclosed in double quotes",
         ),
         ("a.json", LINES + "\n\nx", "is not valid JSON Lines: line 4: Expecting value"),
-        ("a.jsonl", "[" * 100_000, "is not valid JSON: its lists are nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "is not valid JSON: nested too deeply"),
         ("a.jsonl", "{}\n" + '{"a":' * 100_000, "is not valid JSON Lines: line 2: nested too deeply"),
         (
             "a.jsonl",

@@ -321,7 +321,13 @@ def test_a_run_of_another_family_is_no_configuration(root):
         ("- 1", r"--config {file} must hold options by name, such as 'method: expert_merging'"),
         ("", r"--config {file} must hold options by name, such as 'method: expert_merging'"),
         ("a: [1", r"--config {file} is neither YAML nor JSON: while parsing .*"),
-        (b"\xff\xfe\xfa", r"--config {file} is neither YAML nor JSON: .*"),
+        (b"\xff\xfe\xfa", r"--config: {file} is no text in UTF-8; write options in YAML or JSON"),
+        ("[" * 100_000, r"--config {file} is neither YAML nor JSON: nested too deeply"),
+        ("a: &a [1]\nb: *a", r"--config {file} is neither YAML nor JSON: it has references .*; write out what .*"),
+        ("seed: !!set {1}", r"--config {file} is neither YAML nor JSON: could not determine a constructor .*"),
+        ("seed: 2020-01-01", r"--seed must be .*, got '?2020-01-01'?"),
+        ('a: "\\ud800"', r"--config {file} is neither YAML nor JSON: half a character, '\\ud800'"),
+        ("x" * 300_000, r"--config {file} is neither YAML nor JSON: more than 256 KiB of YAML"),
         ("sede: 1", r"{file}: no option 'sede'\. Did you mean 'seed'\?"),
         ("options: {a: 1}", r"{file}: no option 'a'\. Known: .*"),
     ],
@@ -335,9 +341,9 @@ def test_configuration_files_that_cannot_be_used(root, text, problem):
 
 def test_a_configuration_file_that_is_not_there(root):
     assert problems("--config", root / "no.yaml") == [
-        f"--config {root / 'no.yaml'} cannot be read: No such file or directory"
+        f"--config: {root / 'no.yaml'} cannot be read (No such file or directory)"
     ]
-    assert problems("--config", root) == [f"--config {root} cannot be read: Is a directory"]
+    assert problems("--config", root) == [f"--config: {root} cannot be read (Is a directory)"]
 
 
 def test_all_unknown_names_of_a_configuration_file_are_reported(root):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -132,6 +134,21 @@ def test_files_that_are_no_pictures_are_named(content, tmp_path):
         read_picture(tmp_path / "a.png")
 
 
+def test_a_script_that_is_called_a_picture_is_not_run(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, which runs it."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was started"))
+    (tmp_path / "q.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match=r"q\.png cannot be read as a picture \(it is none of PNG, JPEG, .*\)"):
+        read_picture(tmp_path / "q.png")
+
+
+def test_a_picture_too_large_to_be_one_is_not_read(tmp_path):
+    (tmp_path / "a.png").touch()
+    os.truncate(tmp_path / "a.png", 1 << 40)
+    with pytest.raises(InputError, match=r"a\.png has more than 128 MiB, too many for a file of its kind"):
+        read_picture(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("limit", [100, 50])
 def test_too_many_pixels_are_refused(limit, tmp_path, monkeypatch):
     """Pillow only warns up to twice its limit; neither is read."""
@@ -142,7 +159,7 @@ def test_too_many_pixels_are_refused(limit, tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"gone\.png cannot be read \(No such file or directory\)"):
         read_picture(Path(tmp_path / "gone.png"))
 
 

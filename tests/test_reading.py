@@ -54,7 +54,7 @@ def test_a_damaged_file_of_the_processor_is_named(family, file, content, folders
         with pytest.raises(InputError) as caught:
             function(folder)
         (problem,) = caught.value.problems
-        endings = (" is not valid JSON (", " must hold a JSON object", " holds ")
+        endings = (" is not valid JSON (", " holds ")
         assert problem.startswith(tuple(f"{folder / file}{ending}" for ending in endings))
         assert problem.endswith("; download it again")
 
@@ -79,12 +79,44 @@ def test_files_that_hold_something_else_are_told_by_what_transformers_says(famil
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_a_thousand_million_layers_is_not_begun(family, folders, tmp_path):
+    folder = shutil.copytree(folders / family, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    part = config.get("llm_config", config)
+    part["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        FAMILIES[family][0].parameter_names(folder)
+    assert caught.value.problems == (
+        f"{folder / 'config.json'} has num_hidden_layers 1000000000, and no model has more than 10000; download it "
+        "again",
+    )
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "x"}, {"hidden_size": None}, {"rms_norm_eps": []}])
+def test_settings_of_the_wrong_type_are_told_by_what_transformers_says(change, folders, tmp_path):
+    folder = shutil.copytree(folders / "Mistral", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=rf"^{folder} has no configuration that transformers reads: .*|code of checkp"):
+        Mistral.backbone.BACKBONE.parameter_names(folder)
+
+
+def test_a_tokenizer_that_fails_at_its_first_text_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders / "Mistral", tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": ""}))
+    with pytest.raises(InputError, match=rf"^{folder} has no tokenizer that transformers reads: TypeError: .*"):
+        Mistral.backbone.BACKBONE.load_processor(folder)
+
+
 def test_damaged_settings_of_generation_are_named(folders, tmp_path):
     folder = shutil.copytree(folders / "Mistral", tmp_path / "base")
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(InputError) as caught:
         Mistral.backbone.load_model(folder, torch.float32)
-    problem = f"{folder / 'generation_config.json'} must hold a JSON object and has []; download it again"
+    problem = f"{folder / 'generation_config.json'} holds list, not a JSON object; download it again"
     assert caught.value.problems == (problem,)
 
 

@@ -89,6 +89,9 @@ def test_templates_that_ask_have_no_fault():
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+MULTIPLIED = "{% set x = namespace(a='a') %}{% for a in range(99) %}{% set x.a = x.a * 9 %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("text", "picture", "expected"),
     [
@@ -104,6 +107,16 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ),
         ("{{ messages.append(1) }}", "", "access to attribute 'append' of 'list' object is unsafe"),
         (ENDLESS, "", "the chat template of X does not come to an end"),
+        ("{{ 'a' * 10000000000 }}", "", "the chat template of X raises an error (MemoryError)"),
+        ("{{ 'a'.ljust(10000000000) }}", "", "the chat template of X raises an error (MemoryError)"),
+        (MULTIPLIED, "", "the chat template of X raises an error (MemoryError)"),
+        ("{{ 9 ** 9 ** 9 }}", "", "the chat template of X computes a power (**), which none needs and none may"),
+        ("{{ cycler() }}", "", "the chat template of X raises an error (at least one item has to be provided)"),
+        (
+            "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+            "",
+            "the chat template of X raises an error (maximum recur",
+        ),
         ("{{ messages[0].content }}", PICTURE, "the chat template of X has 0 places for 1 picture"),
         ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", PICTURE, "leaves out the question"),
     ],
@@ -114,6 +127,11 @@ def test_the_fault_of_a_template_is_one_clear_sentence(text, picture, expected, 
     assert found is not None
     assert expected in found
     assert "\n" not in found
+
+
+def test_arguments_that_are_unpacked_are_no_powers():
+    text = "{% macro a(b) %}{{ b }}{% endmacro %}{{ a(**{'b': messages[0].content}) }}{{ a(*['x'], **{}) }}"
+    assert template(text).ask("Why?") == "Why?x"
 
 
 def test_templates_are_rendered_in_other_threads_too():

@@ -116,8 +116,12 @@ def test_the_same_files_are_read_once(tmp_path):
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ({"tokenizer_json": "{"}, "{folder}/tokenizer.json is not a JSON object; download it again"),
-        ({"vocab_json": "[1]"}, "{folder}/vocab.json is not a JSON object; download it again"),
+        (
+            {"tokenizer_json": "{"},
+            "{folder}/tokenizer.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)); download it again",
+        ),
+        ({"vocab_json": "[1]"}, "{folder}/vocab.json holds list, not a JSON object; download it again"),
         (
             {"tokenizer_json": {"model": 3}},
             "{folder}/tokenizer.json does not give tokens their numbers; download it again",

@@ -171,9 +171,10 @@ def test_ends_are_compared_where_one_has_no_tokenizer(tmp_path, without):
 
 def test_a_tokenizer_that_cannot_be_read_is_told(base, tmp_path):
     expert = checkpoint(tmp_path / "a")
-    (tmp_path / "a" / "vocab.json").write_text("{")
+    (tmp_path / "a" / "vocab.json").write_text("[]")
     assert told(base, A=expert) == [
-        f"vocabularies are not compared: {tmp_path / 'a' / 'vocab.json'} is not a JSON object; download it again"
+        f"vocabularies are not compared: {tmp_path / 'a' / 'vocab.json'} holds list, not a JSON object; download it "
+        "again"
     ]
 
 

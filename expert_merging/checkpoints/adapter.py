@@ -25,6 +25,7 @@ from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.checkpoints.lora import Adapted, Change, Matrix
 from expert_merging.checkpoints.naming import find_container
 from expert_merging.checkpoints.tying import is_tied
+from expert_merging.documents import read_text
 from expert_merging.errors import InputError, Problems
 from expert_merging.roles import is_word_table, word_tables
 
@@ -132,7 +133,7 @@ class Adapter(Checkpoint):
 
     def content(self) -> str:
         """A digest that copies of the adapter and its base share."""
-        settings = (self.folder / CONFIG).read_text(encoding="utf-8")
+        settings = read_text(self.folder / CONFIG)
         return of_text(f"{super().content()}\n{self.base.content()}\n{settings}")
 
 

@@ -32,7 +32,7 @@ from expert_merging.checkpoints.folders import (
 )
 from expert_merging.checkpoints.open_files import OpenFiles
 from expert_merging.checkpoints.other_files import check_kinds, other_files
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -46,20 +46,24 @@ OTHERS = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
     "I16": 2,
     "U16": 2,
     "I32": 4,
     "U32": 4,
     "I64": 8,
     "U64": 8,
+    "C64": 8,
 }
+# Types of which several entries share bytes, with bits per entry.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 # Types of what is no parameter: counts, positions, masks.
-WHOLE = frozenset(name for name in OTHERS if not name.startswith("F"))
+WHOLE = frozenset(name for name in OTHERS if not name.startswith(("F", "C")))
 # Torch's names of the types that are written, and bytes per entry of every type.
 TORCH_NAMES = {**{name: kind for name, (kind, _) in FLOATS.items()}, "U8": "uint8", "I64": "int64", "BOOL": "bool"}
 WIDTHS = {**{name: width for name, (_, width) in FLOATS.items()}, **OTHERS}
-
-_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class Checkpoint:
         headers = [self.headers[file.name] for file in self.files]
         digest = hashlib.sha256(b"".join([*headers, *self._digests()]))
         for relative in other_files(self.folder) if whole else [Path(self.config_name)]:
-            digest.update(str(relative).encode() + file_content(self.folder / relative))
+            digest.update(os.fsencode(relative) + file_content(self.folder / relative))
         return shortened(digest.digest())
 
     def content(self) -> str:
@@ -319,45 +323,44 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def read_header(file: Path) -> tuple[bytes, list[Entry]]:
-    """The raw header of a safetensors file, length field included, and its entries, checked against the file's size.
+    """The raw header of a safetensors file, length field included, and its entries, as the safetensors library has it.
 
-    See https://github.com/huggingface/safetensors#format.
+    See https://github.com/huggingface/safetensors#format. Tensors lie one after the other without a gap.
+
+    Raises:
+        InputError: the library does not take the file, or it has a type that is not known here.
     """
+    from safetensors import SafetensorError, safe_open
+
     if is_pointer(file):
         raise InputError(pointer(file))
-    size = file.stat().st_size
-    broken = InputError(f"{file} is truncated or not a safetensors file; download it again")
-    with file.open("rb") as stream:
-        length_field = stream.read(8)
-        if len(length_field) < 8:
-            raise broken
-        length = struct.unpack("<Q", length_field)[0]
-        if 8 + length > size or length > _HEADER_BYTES:
-            raise broken
-        header = stream.read(length)
     try:
-        described = json.loads(header)
-        entries = [_entry(name, value, file, 8 + length) for name, value in described.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise broken from None
-    end = 8 + length
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size)):
-        if entry.offset != end:
-            raise broken
-        end += entry.size
-    if end != size:
+        with safe_open(file, framework="numpy") as opened, file.open("rb") as stream:
+            length_field = stream.read(8)
+            header = stream.read(struct.unpack("<Q", length_field)[0])
+            described = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            entries, end = [], len(length_field) + len(header)
+            for name, tensor in described:
+                entry = _entry(name, tensor.get_dtype(), tuple(tensor.get_shape()), file, end)
+                entries.append(entry)
+                end += entry.size
+    except SafetensorError as error:
         raise InputError(
-            f"{file} has {size} bytes but its header describes {end}: it is truncated or damaged; download it again"
-        )
+            f"{file} is truncated or not a safetensors file ({file.stat().st_size} bytes: {_reason(error)}); download "
+            "it again"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror or error})") from None
     return length_field + header, entries
 
 
-def _entry(name: str, described: Mapping[str, Any], file: Path, data_start: int) -> Entry:
-    dtype, shape = str(described["dtype"]), tuple(described["shape"])
-    start, stop = described["data_offsets"]
-    if any(type(number) is not int or number < 0 for number in (*shape, start, stop - start)):
-        raise ValueError("numbers")
-    width = WIDTHS.get(dtype)
-    if width is not None and stop - start != prod(shape) * width:
-        raise ValueError("size")
-    return Entry(name, dtype, shape, file, data_start + start, stop - start)
+def _reason(error: Exception) -> str:
+    """What the library says of a header, without a list of all types that there are."""
+    return first_line(error).removeprefix("Error while deserializing header: ").partition(", expected one of")[0]
+
+
+def _entry(name: str, dtype: str, shape: tuple[int, ...], file: Path, offset: int) -> Entry:
+    bits = _BITS.get(dtype) or 8 * WIDTHS.get(dtype, 0)
+    if not bits:
+        raise InputError(f"{file}: {name} is stored as {dtype}, a type that is not known here; convert it with torch")
+    return Entry(name, dtype, shape, file, offset, prod(shape) * bits // 8)

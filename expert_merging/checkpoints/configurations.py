@@ -139,7 +139,7 @@ def _shown(value: object) -> str:
 def _differences(expert: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that both files have and that differ, with both values."""
     lengths = [_language(config).find("max_position_embeddings") for config in (expert, base)]
-    longest = min((length for length in lengths if isinstance(length, int)), default=None)
+    longest = min(filter(_is_count, lengths), default=None)
     own, of_base = (computing_settings(config, longest) for config in (expert, base))
     return [(key, value, of_base[key]) for key, value in own.items() if key in of_base and value != of_base[key]]
 
@@ -205,8 +205,12 @@ def _head_settings(language: _Part) -> dict[str, Any]:
     if "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
     if not settings.get("head_dim") and ("head_dim" in settings or language.kind in _LANGUAGE_DEFAULTS):
-        settings["head_dim"] = width // heads if heads and width else None
+        settings["head_dim"] = width // heads if _is_count(heads) and _is_count(width) else None
     return settings
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _rotary_settings(language: _Part) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def _window_settings(language: _Part, longest: int | None) -> dict[str, Any]:
     uses = language.find("use_sliding_window", not language.kind.startswith("qwen"))
     if uses and window is ...:
         return {}
-    if not uses or window is None or (longest is not None and window >= longest):
+    if not uses or window is None or (longest is not None and _is_count(window) and window >= longest):
         return {"sliding_window": None}
     return {"sliding_window": window, **language.known(("max_window_layers", "layer_types"))}
 

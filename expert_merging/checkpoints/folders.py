@@ -5,12 +5,12 @@ Names are looked at, the first bytes of files that may stand for others, and fil
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -105,13 +105,10 @@ def weight_map(folder: Path) -> dict[str, str]:
     Raises:
         InputError: it is none.
     """
-    try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not found:
-            raise ValueError("empty")
-        return {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / INDEX} is not a JSON object with a weight_map; download it again") from None
+    found = required_object(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise InputError(f"{folder / INDEX} is not a JSON object with a weight_map; download it again")
+    return {str(name): file for name, file in found.items()}
 
 
 def _numbered(folder: Path) -> list[str]:
@@ -235,13 +232,7 @@ def required_object(file: Path) -> dict[str, Any]:
     """
     if is_pointer(file):
         raise InputError(pointer(file))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds {type(content).__name__}, not a JSON object; download it again")
-    return content
+    return read_object(file)
 
 
 def pointer(file: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_pickle, is_weights, pickled
 from expert_merging.checkpoints.other_files import is_kept_back
+from expert_merging.documents import read_text
 from expert_merging.errors import InputError, first_line
 from expert_merging.machine import show_size
 from expert_merging.processes import is_main_process
@@ -77,7 +78,7 @@ def cache_folder(name: str) -> str:
 def cached_snapshot(folder: Path, revision: str = "main") -> Path | None:
     """The snapshot in a cache's folder ``models--organisation--name``; None if the revision is not there."""
     reference = folder / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    commit = read_text(reference).strip() if reference.is_file() else revision
     found = folder / "snapshots" / commit
     return found if found.is_dir() else None
 

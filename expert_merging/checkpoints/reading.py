@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from expert_merging.checkpoints.folders import is_pointer, pointer
-from expert_merging.errors import InputError, excerpt, first_line
+from expert_merging.checkpoints.folders import required_object
+from expert_merging.errors import InputError, Problems, first_line
 
 # What loading a model reads beside its weights, and what loading tokenizer and processor reads beside that.
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -18,8 +19,11 @@ _FILES = (
     *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
 )
+# Parts of a model of which a list is made, one by one.
+_COUNTED = re.compile(r"(^|_)(layers?|depths?|blocks|experts|heads|stages)$")
+_MOST = 10_000
 # What damaged files lead to in code that takes them to be whole.
-_CONFUSED = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+_CONFUSED = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 
 
 @contextmanager
@@ -33,18 +37,42 @@ def reading(folder: Path, what: str) -> Iterator[None]:
     Raises:
         InputError: it cannot be read; names the folder, and the file where that is known.
     """
+    _check_counts(folder / "config.json")
     try:
         yield
     except InputError:
         raise
     except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
         # The tokenizers' library raises plain exceptions; others are this program's own mistakes.
-        if not isinstance(error, _CONFUSED) and type(error) is not Exception:
+        if not isinstance(error, (*_CONFUSED, StrictDataclassError)) and type(error) is not Exception:
             raise
         problems = damaged_files(folder) or _lacking_tokenizer(folder)
-        said = first_line(error)
-        reason = said if isinstance(error, (ImportError, OSError, ValueError)) else f"{type(error).__name__}: {said}"
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        is_told = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
+        reason = said if is_told else f"{type(error).__name__}: {said}"
         raise InputError(*problems or [f"{folder} has no {what} that transformers reads: {reason}"]) from None
+
+
+def _check_counts(file: Path) -> None:
+    """Check that the model that a configuration describes can be made: its parts are counted before anything is.
+
+    Raises:
+        InputError: it has more of one kind than any model has.
+    """
+    for name, value in _settings(required_object(file)) if file.is_file() else ():
+        if _COUNTED.search(name) and isinstance(value, int) and value > _MOST:
+            raise InputError(f"{file} has {name} {value}, and no model has more than {_MOST}; download it again")
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of settings at any depth; each entry of a list is a value."""
+    for name, given in config.items():
+        for value in given if isinstance(given, list) else [given]:
+            yield name, value
+            if isinstance(value, dict):
+                yield from _settings(value)
 
 
 def _lacking_tokenizer(folder: Path) -> list[str]:
@@ -68,16 +96,9 @@ def damaged_files(folder: Path, names: Sequence[str] = _FILES) -> list[str]:
         folder: the folder.
         names: the files.
     """
-    problems = []
+    problems = Problems()
     for file in (folder / name for name in names):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (ValueError, RecursionError) as error:
-            damaged = f"{file} is not valid JSON ({first_line(error)}); download it again"
-            problems.append(pointer(file) if is_pointer(file) else damaged)
-            continue
-        if not isinstance(content, dict):
-            problems.append(f"{file} must hold a JSON object and has {excerpt(content)}; download it again")
-    return problems
+        if file.is_file():
+            with problems.collecting():
+                required_object(file)
+    return problems.found

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expert_merging import documents
+from expert_merging.checkpoints.fingerprints import file_content
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.errors import InputError
 
@@ -87,7 +88,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in tokenizer_files(folder):
-        digest.update(name.encode() + (folder / name).read_bytes())
+        digest.update(name.encode() + file_content(folder / name))
     return digest.hexdigest()
 
 
@@ -114,15 +115,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it holds something else.
     """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object; download it again")
-    return content
+    return documents.read_object(file) if file.is_file() else {}
 
 
 def _own_tokens(folder: Path, fast: Mapping[str, Any]) -> dict[str, int] | None:
@@ -136,10 +129,11 @@ def _own_tokens(folder: Path, fast: Mapping[str, Any]) -> dict[str, int] | None:
     if (folder / "vocab.json").is_file():
         return _checked(read_object(folder / "vocab.json"), folder / "vocab.json")
     if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        text = documents.read_bytes(folder / "vocab.txt").decode("utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n")
         return {token: number for number, token in enumerate(lines)}
     if (folder / "tokenizer.model").is_file():
-        return _sentence_pieces((folder / "tokenizer.model").read_bytes())
+        return _sentence_pieces(documents.read_bytes(folder / "tokenizer.model"))
     return None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError, one_line
 from expert_merging.flags import Count
 from expert_merging.libraries import import_transformers
@@ -129,7 +130,7 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
         record = None if run is None else run.record
-        label = path.resolve().name if run is None else f"{run.method}/{run.name}"
+        label = resolved(path).name if run is None else f"{run.method}/{run.name}"
         found.append(Compared(label, folder, record))
     repeated = Counter(model.label for model in found)
     return [
@@ -251,7 +252,7 @@ def _choose_samples(
     if options.data_dir is None and len(folders) != 1:
         reason = f"these runs learned from {' and '.join(folders)}" if folders else "no run says what it learned from"
         raise InputError(f"which questions? {reason}; give --data_dir")
-    data_dir = Path(options.data_dir or folders[0]).resolve()
+    data_dir = resolved(options.data_dir or folders[0])
     there = [record for record in learned if Path(record["data_dir"]) == data_dir]
     task_expert = options.task_expert or next((record["task_expert"] for record in there if record["task_expert"]), {})
     tasks = find_tasks(data_dir, (*plan.experts, *backbone.task_experts, *task_expert)) if data_dir.is_dir() else {}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from expert_merging.context import Context
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept, Written
 from expert_merging.learned.chunks import apply
@@ -133,20 +134,20 @@ def load_coefficients(place: Path) -> Coefficients:
                 f"--coefficients {place}: {needed} does not exist; give a finished run of a method that learns, its "
                 "coefficients.safetensors, or the published implementation's weight_coeffs.json"
             )
+    described = read_object(described_in, advice="learn them again")
     try:
         values = load_file(file)
-        described = json.loads(described_in.read_text(encoding="utf-8"))
         chunks = {str(name): _count(count) for name, count in described["chunks"].items()}
         coefficients = Coefficients(
             experts=tuple(map(str, described["experts"])),
             values={name: values[name].float() for name in chunks},
             task_vector_scale=tuple(float(scale) for scale in described["task_vector_scale"]),
-            fixed=tuple(described["fixed"]),
+            fixed=tuple(map(str, described["fixed"])),
             provenance=described["provenance"],
             directions=_read_directions(described),
             checkpoints={str(name): str(digest) for name, digest in described.get("checkpoints", {}).items()},
         )
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{file} and {described_in.name} are not coefficients of a run ({error!r})") from None
     experts = len(coefficients.experts)
     broken = [name for name, value in coefficients.values.items() if not value.isfinite().all()]

@@ -7,8 +7,6 @@ file lies in a run's folder of this program, the description of its coefficients
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.documents import read_json
 from expert_merging.errors import InputError
 from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
@@ -75,10 +74,7 @@ def _names(plan: Plan, file_name: Callable[[str], str]) -> dict[str, str]:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"--coefficients {file} is not valid JSON ({error})") from None
+    content = read_json(file)
     if not isinstance(content, dict) or not content:
         raise InputError(f"--coefficients {file} must hold coefficients by parameter, as weight_coeffs.json does")
     return content
@@ -96,8 +92,12 @@ def _rows(file: Path, key: str, given: Any, experts: tuple[str, ...]) -> Tensor:
             f"--coefficients {file} has coefficients of {len(rows)} experts, and {len(experts)} are given "
             f"({', '.join(experts)}); give those that they were learned with, in the same order"
         )
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor([list(map(float, row)) for row in rows], dtype=torch.float32)
+
+
+# The largest float32.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.kept import digest_files
 from expert_merging.writing import sync_files
@@ -166,12 +167,12 @@ class StateFolder:
         for place in self.found:
             try:
                 _check_digests(place)
-                training = json.loads((place / "training.json").read_text(encoding="utf-8"))
+                training = read_object(place / "training.json")
                 if training.keys() != vars(state).keys():
                     raise ValueError("it is of another version")
                 saved = load_file(place / "coefficients.safetensors")
                 accelerator.load_state(str(place))
-            except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            except (InputError, OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
                 logger.warning("the saved state in %s cannot be read (%s)", place, str(error).split("\n")[0])
                 continue
             trained.load_state_dict(saved)

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from expert_merging.documents import parse_json, read_bytes
 from expert_merging.errors import InputError, excerpt
 
+# Questions may hold their pictures.
+_LARGEST = 1 << 30
 # Where a picture belongs in a question; without it, pictures come first.
 MARK = "<image>"
 
@@ -64,7 +67,7 @@ def read_entries(file: Path) -> list[Any]:
     Raises:
         InputError: it is neither.
     """
-    content = file.read_bytes()
+    content = read_bytes(file, largest=_LARGEST)
     try:
         text = content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
@@ -81,13 +84,11 @@ def read_entries(file: Path) -> list[Any]:
 
 def _read_whole(file: Path, text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        return parse_json(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return _read_lines(file, text)
         raise InputError(f"{file} is not valid JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{file} is not valid JSON: its lists are nested too deeply") from None
 
 
 def _read_lines(file: Path, text: str) -> list[Any]:
@@ -95,9 +96,9 @@ def _read_lines(file: Path, text: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand in texts
         if line.strip():
             try:
-                entries.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                entries.append(parse_json(line))
+            except ValueError as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"{file} is not valid JSON Lines: line {number}: {reason}") from None
     return entries
 

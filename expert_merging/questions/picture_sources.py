@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+from expert_merging.documents import read_bytes
 from expert_merging.errors import InputError, excerpt
 
 # How the kinds of picture files that are sent as text begin in base64.
@@ -29,10 +30,6 @@ class HeldPicture:
 
     content: bytes = field(repr=False)
 
-    def read_bytes(self) -> bytes:
-        """Content of the file."""
-        return self.content
-
     @property
     def name(self) -> str:
         """A name by its content."""
@@ -43,6 +40,15 @@ class HeldPicture:
 
 
 Picture: TypeAlias = Path | HeldPicture
+
+
+def content_of(picture: Picture) -> bytes:
+    """The bytes of a picture file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return picture.content if isinstance(picture, HeldPicture) else read_bytes(picture)
 
 
 def find_pictures(values: Sequence[Any], places: Sequence[Path]) -> tuple[Picture, ...]:

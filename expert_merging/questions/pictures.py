@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.entries import MARK
-from expert_merging.questions.picture_sources import Picture
+from expert_merging.questions.picture_sources import Picture, content_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
+# What Pillow reads by itself. Some other kinds are handed to programs that run what is in them (EPS to Ghostscript).
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 # What Pillow raises for damaged files.
 _DAMAGED = (
     OSError,
@@ -40,13 +42,14 @@ def read_picture(file: Picture, *, on_white: bool = False) -> Image.Image:
     Raises:
         InputError: it is no picture, damaged, or larger than Pillow's limit for what may be an attack.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities, such as transparency, that do not matter in RGB
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file.read_bytes())) as image:
+            Image.init()  # all kinds, or those that have not been opened before are not known
+            with Image.open(io.BytesIO(content_of(file)), formats=_FORMATS) as image:
                 upright = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                     upright = _eight_bits(upright)
@@ -56,7 +59,8 @@ def read_picture(file: Picture, *, on_white: bool = False) -> Image.Image:
             f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to be read safely; make it smaller"
         ) from None
     except _DAMAGED as error:
-        raise InputError(f"{file} cannot be read as a picture ({error}); is it complete?") from None
+        reason = f"it is none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{file} cannot be read as a picture ({reason}); is it complete?") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

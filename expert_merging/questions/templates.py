@@ -1,6 +1,6 @@
 """Chat templates: where a checkpoint folder keeps one, what it renders, and whether it asks what it is given.
 
-A template is code from a checkpoint. It is rendered in transformers' sandbox alone, and for a few seconds at most.
+A template is code from a checkpoint. It is rendered in transformers' sandbox alone, and with little time and memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.checkpoints.folders import refuse_pointers
+from expert_merging.documents import read_json, read_text
 from expert_merging.errors import InputError
 from expert_merging.libraries import import_transformers
+from expert_merging.machine import limited_memory
 from expert_merging.writing import put_aside, write_atomically
 
 Message = Mapping[str, Any]
@@ -28,17 +30,22 @@ JINJA, JSON, TOKENIZER = "chat_template.jinja", "chat_template.json", "tokenizer
 # From what counts most to what counts least, as in transformers.
 _FILES = (JINJA, JSON, TOKENIZER)
 _SPECIAL_TOKENS = "special_tokens_map.json"
-_SECONDS = 5
+# Of a processor, which other programs cannot take away; templates take thousandths of them.
+_SECONDS = 2
+_MEMORY = 1 << 29
 # Letters, digits and blanks alone, so that no template has a reason to change it.
 _QUESTION, _ANSWER = "Which of 7 seas is blue", "The 2nd one is blue"
 # What templates raise beside jinja's own errors, which depends on what they compute.
 _FAULTS = (
     ImportError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    OSError,
+    RuntimeError,
+    StopIteration,
     TypeError,
     ValueError,
 )
@@ -72,15 +79,17 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if _has_power(self.text):
+            raise InputError(f"the chat template of {self.name} computes a power (**), which none needs and none may")
         try:
-            with _limited():
+            with _limited(), limited_memory(_MEMORY):
                 (text,), _ = render_jinja_template(
                     [list(messages)], chat_template=self.text, add_generation_prompt=asks, **dict(self.special_tokens)
                 )
         except TimeoutError:
             raise InputError(f"the chat template of {self.name} does not come to an end") from None
         except (TemplateError, *_FAULTS) as error:
-            said = " ".join(str(error).split()) or type(error).__name__
+            said = " ".join(str(error).split()) or type(error).__name__  # whatever the template wants to be said
             raise InputError(f"the chat template of {self.name} raises an error ({said[:200]})") from None
         return str(text)
 
@@ -99,7 +108,7 @@ class ChatTemplate:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Around what may loop for ever: a `TimeoutError` after some seconds, where signals can be had."""
+    """Around what may loop for ever: a `TimeoutError` after some seconds of work, where signals can be had."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,13 +116,29 @@ def _limited() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, _SECONDS / 4)  # again, where what is raised is not heard
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@cache
+def _has_power(text: str) -> bool:
+    """Whether a template computes a power: one number of many digits cannot be stopped while it is computed."""
+    from jinja2 import Environment, TemplateError
+
+    before = ""
+    try:
+        for _, kind, value in Environment(autoescape=True).lex(text):
+            if value == "**" and kind == "operator" and before not in ("(", ","):  # which unpack arguments
+                return True
+            before = before if kind == "whitespace" else value
+    except TemplateError:  # which rendering tells of
+        return False
+    return False
 
 
 @cache
@@ -165,10 +190,7 @@ def _text_in(file: Path) -> str | None:
         return None
     if file.name == JINJA:
         refuse_pointers([file])  # which would render as a template that asks nothing
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file} is no text in UTF-8; download it again") from None
+        return read_text(file)
     return default_of(_read_json(file).get("chat_template"))
 
 
@@ -206,11 +228,8 @@ def special_tokens_of(folder: Path) -> dict[str, str]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        refuse_pointers([file])
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from None
+    refuse_pointers([file])
+    content = read_json(file)
     return content if isinstance(content, dict) else {}
 
 

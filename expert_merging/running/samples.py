@@ -22,6 +22,7 @@ from expert_merging.errors import InputError, Problems
 from expert_merging.plan import Plan
 from expert_merging.questions.calibration import Sample, load_samples
 from expert_merging.questions.crossing import crossed, token_pieces
+from expert_merging.questions.picture_sources import content_of
 from expert_merging.roles import is_word_table
 from expert_merging.running.batches import fitting_tokens
 from expert_merging.running.options import SampleOptions
@@ -77,7 +78,7 @@ class Samples:
         digest = hashlib.sha256(json.dumps(contents).encode())
         for sample in self.samples:
             for picture in sample.images:  # as files: to hash what models are given of them takes forty times as long
-                digest.update(picture.read_bytes())
+                digest.update(content_of(picture))
         return digest.hexdigest()[:16]
 
     @property

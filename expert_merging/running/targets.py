@@ -24,6 +24,7 @@ from expert_merging.backbone import Backbone
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.configurations import language_setting
 from expert_merging.checkpoints.tying import same_tensor
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress
@@ -239,7 +240,7 @@ class TargetMaker:
 
     def _answer(self, model: Any, prompts: Prompts, samples: list[Sample], advance: Advance) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
-        kept = json.loads(self.responses.read_text(encoding="utf-8")) if self.responses.exists() else {}
+        kept = read_object(self.responses, advice="move it away") if self.responses.exists() else {}
         if kept.get(FORMATS) != prompts.formats.record:
             kept[FORMATS] = prompts.formats.record
             self._keep(kept)

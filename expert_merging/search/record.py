@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expert_merging.documents import read_json
 from expert_merging.errors import InputError
 from expert_merging.writing import write_atomically
 
@@ -54,8 +55,8 @@ class Record:
         self.evaluations = self._read() if file.exists() else []
 
     def _read(self) -> list[Evaluation]:
+        content = read_json(self.file, advice="move it away to search from the beginning")
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
             if not isinstance(content, list):
                 raise TypeError("no list")
             return [
@@ -65,7 +66,7 @@ class Record:
                 )
                 for entry in content
             ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{self.file} cannot be read ({error!r}); move it away to search from the beginning"
             ) from None

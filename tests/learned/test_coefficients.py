@@ -50,9 +50,13 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_coefficients(tmp_path)
     make_coefficients().save(file)
     good = (tmp_path / "coefficients.json").read_text()
-    for broken in ("{", "[]", '{"experts": ["x"]}'):
+    for broken, problem in {
+        "{": r"is not valid JSON \(.*\); learn them again",
+        "[]": "holds list, not a JSON object; learn them again",
+        '{"experts": ["x"]}': "are not coefficients of a run",
+    }.items():
         (tmp_path / "coefficients.json").write_text(broken)
-        with pytest.raises(InputError, match="are not coefficients of a run"):
+        with pytest.raises(InputError, match=problem):
             load_coefficients(tmp_path)
     (tmp_path / "coefficients.json").write_text(good.replace('"w": 2', '"w": 3'))
     with pytest.raises(InputError, match="disagree about w"):

@@ -197,7 +197,6 @@ def test_more_published_chunks_than_a_tensor_has_are_left_out(folders, published
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "{} is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
         ("[1]", "{} must hold coefficients by parameter, as weight_coeffs.json does"),
         ("{}", "{} must hold coefficients by parameter, as weight_coeffs.json does"),
         (
@@ -222,6 +221,14 @@ def test_more_published_chunks_than_a_tensor_has_are_left_out(folders, published
 def test_published_files_that_cannot_be_used(folders, published, capsys, text, problem):
     published.write_text(text)
     assert refusal(capsys, *command(folders, published)) == "--coefficients " + problem.replace("{}", str(published), 1)
+
+
+def test_a_published_file_that_is_damaged_is_refused(folders, published, capsys):
+    published.write_text("{")
+    assert refusal(capsys, *command(folders, published)) == (
+        f"{published} is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
+        "download it again"
+    )
 
 
 def test_published_parameters_that_are_not_merged_are_told(folders, published, capsys):

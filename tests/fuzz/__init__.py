@@ -1,0 +1,1 @@
+"""Damaged files: `damage` makes them, `readers` reads them, `python -m tests.fuzz` counts what comes of it."""
