@@ -16,7 +16,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 LAYERS = (
     ("errors", "parts", "progress", "arithmetic", "libraries", "__init__"),
     ("flags", "roles", "processes", "shortage", "writing"),
-    ("machine", "workers", "run", "console"),
+    ("machine", "signals", "forks", "workers", "run", "console"),
     ("checkpoints",),
     ("questions",),
     ("backbone",),
