@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from expert_merging.flags import read_options
 from expert_merging.parser import add_flag, single_value
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
+from expert_merging.signals import run_program
 
 ALIGN = read_options(AlignOptions)
 
@@ -129,4 +129,4 @@ def convert(given: Mapping[str, Any], console: Console) -> None:
 COMMANDS = {"analyse": analyse, "align": align, "extract": extract, "convert": convert}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, "the same command begins again")

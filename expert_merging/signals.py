@@ -12,17 +12,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from expert_merging.processes import is_main_process
+from expert_merging.processes import count, is_main_process
 
+CONTINUES = "the same command continues where this one stopped"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds in which a signalled process tidies up; whatever it leaves half-done then is what SIGKILL would leave.
 _PATIENCE = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+# Number of the process that a program ends with.
+_PARENT = "EXPERT_MERGING_PARENT"
 
 
 def run_program(main: Callable[[], int], how: str) -> None:
@@ -35,9 +38,9 @@ def run_program(main: Callable[[], int], how: str) -> None:
         how: what the user can do after a signal.
     """
     program = _Program(how)
-    code = 1
     try:
         program.listen()
+        _end_with_starter()
         code = main()
         program.finished = True
     except BaseException:
@@ -155,3 +158,15 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def environment_of_child() -> Mapping[str, str]:
+    """The environment of a program that ends with this process, if `run_program` runs it."""
+    return {**os.environ, _PARENT: str(os.getpid())}
+
+
+def _end_with_starter() -> None:
+    """End with the process that has started this one as its child, or as one of the processes of a parallel run."""
+    starter = os.environ.pop(_PARENT, None)
+    if starter is not None or count() > 1:
+        end_with(os.getppid() if starter is None else int(starter))
