@@ -62,6 +62,14 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(self.format(record), style=style, markup=False, soft_wrap=True)
 
 
+class _File(logging.FileHandler):
+    """A file of log lines; one that cannot be written, as on a full disk, is an error like any other."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002  (logging's name)
+        """Raise what writing a line has raised."""
+        raise
+
+
 class Terminal:
     """Shows log lines and progress of one process, until it is closed.
 
@@ -91,7 +99,7 @@ class Terminal:
 
     def log_to(self, file: Path) -> None:
         """Write log lines with times to a file as well, those from before too, after what it has already."""
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = _File(file, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_Lines("%(asctime)s %(beginning)s%(message)s", "INFO "))
         self._add(handler)
         self.early.setTarget(handler)
