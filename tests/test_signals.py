@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from expert_merging.options import ROOT
+from expert_merging.signals import CONTINUES
+from tests.checkpoints import BASE
+from tests.faults.moments import children_of
 from tests.test_workers import FORKS, ended
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
@@ -223,3 +226,53 @@ def test_a_program_ends_with_the_one_that_has_started_it():
         child = next(int(line) for line in said if line[0].isdigit())
         process.kill()
         assert ended(child)
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command of the project in a session of its own, as one that a terminal has started."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def descendants(process: int) -> list[int]:
+    """Numbers of all processes below one."""
+    children = children_of(process)
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    for _ in range(1200):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+@FORKS
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_zoo_that_is_built_leaves_no_worker(number, tmp_path):
+    with started("-m", "zoo", "build", "mistral", "--output", tmp_path / "zoo") as process:
+        line = process.stdout.readline()
+        assert line.startswith("training the base"), line
+        wait_until(lambda: children_of(process.pid))
+        children = descendants(process.pid)
+        process.send_signal(number)
+        code, _, errors = told(process)
+        expected = (-9, "") if number == signal.SIGKILL else (143, f"\nended by SIGTERM; {CONTINUES}\n")
+        assert (code, errors) == expected
+        assert all(ended(child) for child in children)
+        assert not (tmp_path / "zoo" / BASE).exists()
