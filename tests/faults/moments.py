@@ -67,7 +67,7 @@ class Watch:
         self.worker: int | None = None
         self.started_workers = 0
         self.steps = 0
-        self.stopped = False
+        self.process = os.getpid()
 
     def start(self) -> None:
         """Count from now on, in this process and in the workers that it forks."""
@@ -78,7 +78,7 @@ class Watch:
         serve, make = forks._serve, forks._Fork.__init__
 
         def serve_watched(pipe: Any, *arguments: Any) -> None:
-            self.worker, self.steps = self.started_workers, 0
+            self.worker, self.steps, self.process = self.started_workers, 0, os.getpid()
             self.record = self.record.with_suffix(f".worker{self.worker:04}")
             pipe.recv, pipe.send = self._counted(pipe.recv), self._counted(pipe.send)
             os._exit = self._counted(os._exit)
@@ -92,11 +92,11 @@ class Watch:
 
     def stop(self) -> None:
         """Record what was counted."""
-        self.stopped = True
+        self.process = 0
         self._write({"steps": self.steps})
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _AUDITED:
+        if event in _AUDITED and not str(arguments[0]).endswith((".py", ".pyc")):  # what is imported when may differ
             self._step(f"{event} {arguments[0]}")
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,13 +107,12 @@ class Watch:
         return counted
 
     def _step(self, what: str) -> None:
-        if self.stopped:
+        if self.process != os.getpid():  # it is over, or a process that has just been forked
             return
         self.steps += 1
         if self.moment == Moment(self.steps, self.worker):
-            self.stopped = True
+            self.process = 0
             self._write({"before": what, "at": time.monotonic(), "children": children_of(os.getpid())})
-            self.stopped = False
             self.act()
         elif self.moment is None and what.startswith("_exit"):
             self.stop()

@@ -46,7 +46,8 @@ def faulty(fault: str, number: int, place: Place, runs: Runs, name: str, act: Ca
     try:
         assert recorded, "it was not reached"
         assert "Traceback" not in done.stderr
-        place.check_ended(recorded)
+        if any(done.codes):
+            place.check_ended(recorded)
         yield done
         place.check_whole_or_absent(expected)
         place.finish(expected)
@@ -112,7 +113,7 @@ def test_an_expert_that_is_cut_off(number, runs: Runs, record_property):
     kept = shutil.copy2(file, file.with_suffix(".kept"))
     with faulty("truncation", number, replace(place, zoo=zoo), runs, name, partial(acts.cut, file)) as done:
         os.replace(kept, file)
-        check_told(done, file.name)
+        check_told(done, file.name, "a file of weights was cut off while it was read")
     record_property("fault: an expert is cut off", 1)
 
 
