@@ -13,17 +13,18 @@ from tests.test_signals import descendants, started, told
 from tests.test_workers import FORKS, ended
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+
+
 @FORKS
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
-    "launcher",
+    ("number", "launcher"),
     [
-        (),
-        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-        ("-m", *ACCELERATE, CONFIGS / "cpu_two_processes.yaml"),
+        *((number, ()) for number in (signal.SIGINT, signal.SIGKILL)),
+        *((number, TORCHRUN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
+        (signal.SIGTERM, ("-m", *ACCELERATE, CONFIGS / "cpu_two_processes.yaml")),
     ],
-    ids=["alone", "torchrun", "accelerate"],
 )
 def test_the_command_says_how_to_continue_once(number, launcher, answered_zoo, tmp_path):
     """Also below launchers, which add tracebacks of their own; a terminal sends to all."""
