@@ -6,9 +6,10 @@ SEED ?= 0
 WORKERS ?= 2
 CASES ?= 50000
 SECONDS ?= 1200
+FAULTS ?= 200
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-fast lint docs fuzz bench bench-quality clean
+.PHONY: help setup demo test test-fast faults lint docs fuzz bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -42,6 +43,9 @@ test: .venv/.installed-dev  ## run all tests (WORKERS= processes)
 
 test-fast: .venv/.installed-dev  ## run the tests that take less than half a second each, with fewer examples
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --hypothesis-profile fast
+
+faults: .venv/.installed-dev  ## kill runs and break what they need at random moments (FAULTS= kills of each kind)
+	FAULTS=$(FAULTS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/faults
 
 lint: .venv/.installed-dev docs  ## check format, style, types and the documentation's links
 	$(BIN)/ruff format --check .

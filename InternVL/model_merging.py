@@ -5,8 +5,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from expert_merging.cli import main
-from InternVL.backbone import BACKBONE
+from expert_merging.signals import CONTINUES, run_program
+
+
+def merge() -> int:
+    """Import what merging needs, which takes a while, and merge."""
+    from expert_merging.cli import main
+    from InternVL.backbone import BACKBONE
+
+    return main(BACKBONE)
+
 
 if __name__ == "__main__":
-    sys.exit(main(BACKBONE))
+    run_program(merge, CONTINUES)

@@ -33,6 +33,7 @@ from benchmarks.recipes import ABLATION, CHOICE, COEFFICIENTS, FIRST_STAGE, METH
 from expert_merging.catalogue import find_method
 from expert_merging.progress import no_progress
 from expert_merging.run import Run, provenance
+from expert_merging.signals import environment_of_child
 from expert_merging.writing import write_atomically
 from zoo.family import default_folder
 from zoo.report import with_mean
@@ -121,7 +122,7 @@ def merge(case: Case) -> None:
 def build(seed: int) -> None:
     """Build the zoo of a seed, in processes of its own."""
     command = [sys.executable, "-m", "zoo", "build", "mistral", "--seed", str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment_of_child())
     if done.returncode:
         raise SystemExit(done.stderr)
 

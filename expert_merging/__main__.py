@@ -17,6 +17,7 @@ from expert_merging.flags import read_options
 from expert_merging.parser import add_flag, single_value
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
+from expert_merging.signals import run_program
 
 ALIGN = read_options(AlignOptions)
 
@@ -158,4 +159,4 @@ def verify(given: Mapping[str, Any], console: Console) -> None:
 COMMANDS = {"analyse": analyse, "align": align, "extract": extract, "convert": convert, "verify": verify}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, "the same command begins again")

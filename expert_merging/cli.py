@@ -18,6 +18,7 @@ from expert_merging.parser import parse, show_default
 from expert_merging.processes import await_end, is_lost_process, is_main_process, tell_launcher
 from expert_merging.relief import advice, out_of_memory
 from expert_merging.shortage import shortage_of
+from expert_merging.signals import CONTINUES
 
 
 def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
         return _fail(lost, at_once=False)
     except KeyboardInterrupt:
         if is_main_process():
-            print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+            print(f"\ninterrupted; {CONTINUES}", file=sys.stderr)
         return 130
 
 

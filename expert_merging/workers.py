@@ -8,26 +8,18 @@ by threads.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import mmap
-import multiprocessing
-import os
-import pickle
-import signal
 import sys
 import threading
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from expert_merging.errors import InputError
+from expert_merging.forks import share_out
 from expert_merging.machine import cores
 from expert_merging.parts import Part
 from expert_merging.processes import local_count
@@ -126,69 +118,41 @@ class Workers:
             torch.set_num_threads(threads)
 
     def _share_out(self, parts: Iterable[Part], work: Work, done: Callable[[Part, Any], None]) -> None:
-        pending: dict[Future[list[Any]], list[Part]] = {}
+        if not self.forked:
+            self._share_with_threads(parts, work, done)
+            return
+        batches = list(_batches(parts, _BATCH))
+
+        def told(number: int, results: list[Any]) -> None:
+            for part, result in zip(batches[number], results, strict=True):
+                done(part, result)
+
+        share_out(len(batches), lambda number: [work(part) for part in batches[number]], told, self.size, _start_worker)
+
+    def _share_with_threads(self, parts: Iterable[Part], work: Work, done: Callable[[Part, Any], None]) -> None:
+        pending: dict[Future[Any], Part] = {}
+        numbers = itertools.count()
 
         def collect(most: int) -> None:
             while len(pending) > most:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    for part, result in zip(pending.pop(future), future.result(), strict=True):
-                        done(part, result)
+                    done(pending.pop(future), future.result())
 
-        with warnings.catch_warnings():
-            # Of forking beside other threads, which may hold locks for ever in the children. These only read and write
-            # files and call torch's and numpy's functions on one thread each, as the workers of torch's own data loader
-            # do; they neither log nor print.
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-            pool = self._pool(work)
-            try:
-                for batch in _batches(parts, _BATCH if self.forked else 1):
-                    pending[pool.submit(_work_on, batch)] = batch
-                    collect(most=4 * self.size)
-                collect(most=0)
-            except BrokenProcessPool as error:
-                raise InputError(
-                    "a process of this run was ended from outside, perhaps because memory ran out; "
-                    "the same command continues the run"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _pool(self, work: Work) -> Executor:
-        if self.forked:
-            context = multiprocessing.get_context("fork")
-            numbers = context.Value("i", 0)
-            return ProcessPoolExecutor(self.size, context, _start_process, (work, numbers, os.getpid()))
-        return ThreadPoolExecutor(self.size, "merge", _start_worker, (work, itertools.count()))
+        pool = ThreadPoolExecutor(self.size, "merge", lambda: _start_worker(next(numbers)))
+        try:
+            for part in parts:
+                pending[pool.submit(work, part)] = part
+                collect(most=4 * self.size)
+            collect(most=0)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(work: Work, numbers: Iterator[int]) -> None:
+def _start_worker(number: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    Workers.own.work, Workers.own.number = work, next(numbers)
-
-
-def _start_process(work: Work, numbers: Any, parent: int) -> None:
-    """Begin the life of a forked process, which ends with its parent's, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    with numbers.get_lock():
-        numbers.value += 1
-        number = numbers.value - 1
-    _start_worker(work, iter([number]))
-
-
-def _work_on(batch: list[Part]) -> list[Any]:
-    try:
-        return [Workers.own.work(part) for part in batch]
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))  # noqa: S301  (it was made here)
-        except Exception:  # noqa: BLE001  (whatever it is, it would be taken for the end of the process)
-            raise RuntimeError("".join(traceback.format_exception(error))) from None
-        raise
+    Workers.own.number = number
 
 
 def _batches(parts: Iterable[Part], entries: int) -> Iterator[list[Part]]:

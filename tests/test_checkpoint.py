@@ -628,3 +628,12 @@ def test_what_safetensors_reads_is_what_we_read(tmp_path):
     floats = {name: tensor for name, tensor in tensors_of(tmp_path).items() if checkpoint.entries[name].is_float}
     assert_same_bytes({name: checkpoint.read(name).view(tensor.shape) for name, tensor in floats.items()}, floats)
     assert {tensor.dtype for tensor in floats.values()} == set(TYPES)
+
+
+def test_a_file_that_is_cut_off_has_no_fingerprint(tmp_path):
+    """Or its run could not be continued with the whole file."""
+    checkpoint = Checkpoint(write_checkpoint(tmp_path / "base", {"a": torch.ones(10)}))
+    file = tmp_path / "base" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match="a file of weights was cut off while it was read, as when it is downloaded"):
+        checkpoint.fingerprint(whole=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -148,18 +149,46 @@ def test_processes_end_with_the_one_that_they_were_forked_from():
             assert ended(child), "a process outlived its parent"
 
 
-@pytest.mark.slow
 @FORKS
-def test_only_the_parent_hears_an_interrupt():
-    """A terminal sends it to all; the parent alone decides, and the others finish what they are writing."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_only_the_parent_hears_a_signal(number):
+    """A terminal sends it to all; the parent alone decides, and ends the others."""
     with working_for_long() as (parent, children, told):
-        os.killpg(parent.pid, signal.SIGINT)
-        time.sleep(0.3)
+        for child in children:
+            os.kill(child, number)
+        time.sleep(0.1)
         assert told.empty()
         assert not any(ended(child, patience=1) for child in children)
-        os.kill(parent.pid, signal.SIGTERM)
+        os.killpg(parent.pid, number)
         for child in children:
             assert ended(child), "a process outlived its parent"
+        assert told.empty()
+
+
+@FORKS
+@pytest.mark.parametrize("seed", range(20))
+def test_a_process_that_is_ended_at_any_moment_ends_the_run(seed):
+    """Also where it has nothing to do, and where all is done and the others are about to end."""
+    moments = random.Random(seed)
+    victim, moment = moments.randrange(3), moments.randrange(len(PARTS) + 1)
+    processes = shared_zeros((3,), torch.int64)
+    told = []
+
+    def work(part):
+        processes[Workers.number()] = os.getpid()
+        time.sleep(0.002)
+        return part
+
+    def done(part, _result):
+        told.append(part)
+        if len(told) >= moment and processes[victim]:
+            with suppress(ProcessLookupError):
+                os.kill(int(processes[victim]), signal.SIGKILL)
+
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="a process of this run was ended from outside"):
+        Workers(3, forked=True).work_through(PARTS, work, done)
+    assert time.monotonic() - begun < 5, f"seed {seed}: worker {victim} after {moment} parts"
 
 
 def ended(process: int, patience: int = 100) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from expert_merging.errors import InputError, tell
+from expert_merging.signals import CONTINUES, run_program
 from zoo.family import FAMILY_MODULES, default_folder, load_family
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(error)
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; the same command goes on from there\n")
+        sys.stderr.write(f"interrupted; {CONTINUES}\n")
         return 130
     return 0
 
@@ -99,4 +100,4 @@ def evaluate_command(runs: Sequence[Path], zoo: Path | None, questions: int | No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, CONTINUES)

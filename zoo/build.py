@@ -1,20 +1,21 @@
 """Build a zoo: write its questions, train the base, then the experts, each in a process of its own.
 
 A folder appears under its final name only when it is complete, so that a build that was stopped goes on with what is
-missing. A worker whose build is gone stops at its next report.
+missing. A worker ends with its build.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
-import signal
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from expert_merging.errors import InputError
 from expert_merging.libraries import import_transformers
 from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
+from expert_merging.signals import leave_signals_to, signals_held_back
 from expert_merging.writing import partial_name, write_atomically
 from zoo.family import Family, Schedule
 
@@ -154,7 +156,7 @@ def train_all(jobs: Sequence[Job], workers: int, progress: Progress) -> None:
                     running.remove(worker)
     finally:
         for worker in running:
-            worker.process.terminate()
+            worker.end()
 
 
 class Worker:
@@ -164,8 +166,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.job = job
         self.reports, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(job, sender), name=job.label)
-        self.process.start()
+        self.process = context.Process(target=_work_for, args=(os.getpid(), job, sender), name=job.label)
+        resource_tracker.ensure_running()  # which would let signals through if it started below
+        with signals_held_back():
+            self.process.start()
         # Only the worker may hold the sending end, or its death would not be seen.
         sender.close()
         self.shown = ExitStack()
@@ -190,13 +194,20 @@ class Worker:
             return False
         return True
 
+    def end(self) -> None:
+        """End the worker, whatever it is doing; its model begins again, or at its last saved state."""
+        self.process.kill()
+        self.process.join()
+
+
+def _work_for(build: int, job: Job, reports: Connection) -> None:
+    """The life of a worker, which ends with the process that has started it."""
+    leave_signals_to(build)
+    work(job, reports)
+
 
 def work(job: Job, reports: Connection) -> None:
-    """Train on one thread until done or until the build is gone.
-
-    An interrupt from the keyboard reaches the build too, which then ends its workers.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Train on one thread until done or until the build is gone."""
     import torch
 
     torch.set_num_threads(max(1, cores() // WORKERS) if job.family.large else 1)

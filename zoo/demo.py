@@ -19,6 +19,7 @@ from expert_merging.catalogue import all_methods, find_method
 from expert_merging.errors import InputError
 from expert_merging.options import ROOT
 from expert_merging.run import Run
+from expert_merging.signals import environment_of_child
 from zoo.build import build
 from zoo.evaluate import Scores, exact_match
 from zoo.family import Family, default_folder, load_family
@@ -100,7 +101,7 @@ class Merging:
         if console is not None:
             words = ["python", *(os.path.relpath(word) if Path(word).is_absolute() else word for word in command[1:])]
             console.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_of_child())
         if done.returncode:
             raise InputError(f"merging with {method} failed: {done.stderr.strip()}")
         if console is not None:

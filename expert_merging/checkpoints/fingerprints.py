@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from expert_merging.errors import InputError
+
 _BLOCK = 4096
 _STRETCH = 1 << 24
 # Files up to this size are read whole: tokenizers, processors and code are far smaller.
@@ -20,12 +22,22 @@ _PIECE = 1 << 20
 
 
 def blocks(descriptor: int, start: int, size: int) -> Iterator[bytes]:
-    """The blocks that stand for ``size`` bytes of an open file from ``start`` on; all of them if they are few."""
+    """The blocks that stand for ``size`` bytes of an open file from ``start`` on; all of them if they are few.
+
+    Raises:
+        InputError: the file is shorter than it was when its header was read.
+    """
     stretches = max(1, -(-size // _STRETCH))
     for number in range(stretches):
         middle = start + (size * (2 * number + 1)) // (2 * stretches)
         place = max(start, min(middle - _BLOCK // 2, start + size - _BLOCK))
-        yield os.pread(descriptor, min(_BLOCK, size), place)
+        block = os.pread(descriptor, min(_BLOCK, size), place)
+        if len(block) < min(_BLOCK, size):
+            raise InputError(
+                "a file of weights was cut off while it was read, as when it is downloaded again; wait until it is "
+                "complete, then start the same command again, which names it if it is not"
+            )
+        yield block
 
 
 def file_content(file: Path) -> bytes:

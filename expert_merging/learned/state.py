@@ -35,7 +35,7 @@ def full_disk_as_os_error() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "No space left")):
+        if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream", "No space left")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -185,14 +184,6 @@ def test_worker_that_fails_ends_the_build(tmp_path: Path) -> None:
     assert not (tmp_path / "zoo" / BACKBONE.base_folder).exists()
 
 
-@pytest.fixture
-def interrupt_handler() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interrupt_handler")
 def test_worker_stops_when_its_build_is_gone(tmp_path: Path) -> None:
     reports, sender = multiprocessing.Pipe(duplex=False)
     reports.close()

@@ -63,7 +63,7 @@ def test_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(build_module, "build", interrupted)
     assert main(["build", "mistral"]) == 130
-    assert capsys.readouterr().err == "error: interrupted; the same command goes on from there\n"
+    assert capsys.readouterr().err == "interrupted; the same command continues where this one stopped\n"
 
 
 def test_table_and_numbers(own_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
