@@ -465,7 +465,7 @@ def test_processes_that_learn_together_cannot_share_a_gpu(command, capsys, monke
     assert choose_device("cuda:0", one_each=True) == "cuda:0"
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/", "", "a\nb", "\udcff", "n" * 201], ids=ascii)
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x", "x/", "", "a\nb", "n" * 201], ids=ascii)
 def test_a_run_name_is_no_path(command, tmp_path, capsys, name):
     assert refusal(capsys, *command, "--run_name", name) == (
         f"--run_name is the name of a folder inside {tmp_path / 'out' / 'task_arithmetic'}, at most 200 bytes long, "

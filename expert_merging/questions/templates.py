@@ -31,7 +31,7 @@ JINJA, JSON, TOKENIZER = "chat_template.jinja", "chat_template.json", "tokenizer
 _FILES = (JINJA, JSON, TOKENIZER)
 _SPECIAL_TOKENS = "special_tokens_map.json"
 # Of a processor, which other programs cannot take away; templates take thousandths of them.
-_SECONDS = 2
+_SECONDS = 1
 _MEMORY = 1 << 29
 # Letters, digits and blanks alone, so that no template has a reason to change it.
 _QUESTION, _ANSWER = "Which of 7 seas is blue", "The 2nd one is blue"

@@ -222,7 +222,9 @@ def _template(folder: Path) -> None:
     for name in ("own", "settings"):
         found = templates.read_template(folder / name)
         if found is not None:
-            templates.fault.__wrapped__(found, "<image>")
+            problem = templates.fault.__wrapped__(found)
+            if problem is not None:
+                raise InputError(problem)
             templates.turn_end.__wrapped__(found)
             found.ask("Which of 7 seas is blue")
 

@@ -71,7 +71,7 @@ def run(name: str, count: int, until: float, number: int, keep: Path) -> Found:
             begun = time.process_time()
             with exchanged(folder / case[0], case[1]):
                 # What nothing in Python can end ends the process.
-                faulthandler.dump_traceback_later(20 * SECONDS, exit=True)
+                faulthandler.dump_traceback_later(120 * SECONDS, exit=True)
                 try:
                     found.counts[outcome(reader, folder)] += 1
                 except KeyboardInterrupt:
