@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.machine import half_of_memory
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
 from expert_merging.processes import ALONE, Processes
 from expert_merging.progress import Progress, no_progress
+from expert_merging.wholes import MemoryBudget, load_solver, whole_memory, whole_shape, whole_workers
 from expert_merging.workers import Workers, shared_zeros
 
 if TYPE_CHECKING:
@@ -317,6 +319,47 @@ class Passes:
             totals[block.name] += found
         return totals
 
+    def sums_of_wholes(
+        self, measure: Callable[[Tensor, Part], Tensor], shape: tuple[int, ...], title: str
+    ) -> dict[str, Tensor]:
+        """Numbers of each merged tensor that has entries, which is measured as a whole, by its name.
+
+        Args:
+            measure: ``(task_vectors (experts, *shape), part) -> numbers (*shape)``, called from several threads, with
+                tables of words as vectors. The task vectors may be overwritten.
+            shape: shape of the numbers, which are float64 on the CPU.
+            title: as for `go_through`.
+        """
+        import torch
+
+        parts = [part for part in map(self.plan.part, self.plan.merged) if part.elements]
+        places = {part: place for place, part in enumerate(parts)}
+        own = torch.zeros(len(parts), *shape, dtype=torch.float64)
+        sharing = self.processes.size if self.device.type == "cpu" else 1
+        reader, memory = Reader(self.plan, self.device), MemoryBudget(half_of_memory(self.device) // sharing)
+        load_solver(self.device)
+
+        def work(part: Part) -> Tensor:
+            need = whole_memory(self.plan.base.entries[part.name], len(self.plan.experts))
+            with memory.taking(need), reader.streaming():
+                _, task_vectors = reader.read(part)
+                return measure(task_vectors.view(len(task_vectors), *whole_shape(part)), part).double().cpu()
+
+        with self.progress(title, sum(map(self._bytes_of, parts)), "B") as advance:
+
+            def tell(part: Part, numbers: Tensor) -> None:
+                advance(self.processes.size * self._bytes_of(part), part.name)
+                own[places[part]] = numbers
+
+            workers = Workers(whole_workers(self.plan.base_elements, self.device))
+            workers.work_through(self.processes.share(parts), work, tell)
+        totals = self.processes.add(own)  # of the others' tensors, zeros
+        return {part.name: numbers for part, numbers in zip(parts, totals, strict=True)}
+
+    def _bytes_of(self, part: Part) -> float:
+        """Bytes of a part in all checkpoints."""
+        return (1 + len(self.plan.experts)) * self.plan.base.entries[part.name].size * part.entries / part.elements
+
     def _blocks(self, names: Iterable[str]) -> list[Part]:
         return [block for name in names for block in self.plan.part(name).cut(block_entries(self.device))]
 
@@ -336,13 +379,10 @@ class Passes:
             with reader.streaming():
                 return [look(*piece) for piece in reader.steps(part)]
 
-        def bytes_of(part: Part) -> float:
-            return (1 + len(self.plan.experts)) * self.plan.base.entries[part.name].size * part.entries / part.elements
-
-        with progress(title, sum(map(bytes_of, blocks)), "B") as advance:
+        with progress(title, sum(map(self._bytes_of, blocks)), "B") as advance:
 
             def tell(block: Part, found: list[Any]) -> None:
-                advance(self.processes.size * bytes_of(block), block.name)
+                advance(self.processes.size * self._bytes_of(block), block.name)
                 done(block, found)
 
             workers.work_through(self.processes.share(blocks), work, tell)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging import merge, streaming
+from expert_merging import merge, streaming, wholes
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.context import Context
 from expert_merging.errors import InputError
@@ -23,6 +23,7 @@ from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.outputs import Copied, Merged, Output, Slot, mirror_of
 from expert_merging.plan import Plan, make_plan
 from expert_merging.progress import no_progress
+from expert_merging.roles import is_word_table
 from expert_merging.run import Run
 from expert_merging.streaming import Passes, Reader
 from expert_merging.workers import Workers
@@ -394,7 +395,7 @@ def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, 
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
     assert working_memory(plan, unit="tensor", device=CPU) == largest
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert working_memory(plan, unit="tensor", device=CPU) == largest + 4 * 7 * 33
     monkeypatch.setattr(merge, "half_of_memory", lambda device: largest + 1)
@@ -409,7 +410,7 @@ def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, 
 @pytest.mark.parametrize("room", [0, 200_000, 10**9])
 def test_matrix_rules_run_side_by_side_as_far_as_memory_allows(room, tmp_path, monkeypatch):
     """They give the same bytes, the largest tensor alone may need more than there is, and nothing waits for ever."""
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     monkeypatch.setattr(merge, "half_of_memory", lambda device: room)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     shapes = {name: (60, 40 + number) for number, name in enumerate("abcdef")}
@@ -562,6 +563,27 @@ def test_sums_of_each_tensor_do_not_depend_on_who_adds(workers, base, experts, m
     close(plan)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whole_tensors_are_measured_once_each(threads, base, experts, monkeypatch):
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plan, bar = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED), Bar()
+
+    def measure(task_vectors, part):
+        shape = tuple(task_vectors.shape[1:])
+        assert shape == part.shape or is_word_table(part.name)
+        return torch.stack([task_vectors[0].sum(), task_vectors[1].abs().max()])
+
+    found = Passes(plan, CPU, bar).sums_of_wholes(measure, (2,), "measuring")
+    assert list(found) == [name for name in plan.merged if plan.base.entries[name].elements]
+    first = tensors_of(base)
+    for name, numbers in found.items():
+        one, other = (tensors_of(folder)[name].double() - first[name].double() for folder in experts[:2])
+        torch.testing.assert_close(numbers, torch.stack([one.sum(), other.abs().max()]), rtol=1e-5, atol=1e-5)
+    assert bar.counts == pytest.approx(bar.totals)
+    close(plan)
+
+
 class StandIn:
     """What a GPU's stream does, on a CPU: nothing."""
 
@@ -594,7 +616,7 @@ def merge_by_method(name: str, base: Path, experts: list[Path], output: Path, de
 @pytest.mark.parametrize("name", ["svd", "iwudi"])
 def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp_path, monkeypatch):
     """Matrices are so large that products of several threads would be summed up in another order."""
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     shapes = {"a.weight": (300, 200), "b.weight": (200, 300), "c.weight": (250, 250)}
     folders = [write_checkpoint(tmp_path / str(seed), random_tensors(shapes, TYPES, seed)) for seed in range(3)]
     before = torch.get_num_threads()
