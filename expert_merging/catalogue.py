@@ -11,6 +11,7 @@ from expert_merging.methods import (
     ace,
     consensus,
     doge,
+    drm,
     interpolation,
     linear,
     opcm,
@@ -26,7 +27,7 @@ from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi, ace, opcm, doge),
+    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi, ace, opcm, doge, drm),
     "several artefacts": (tall,),
     "modifiers": (consensus,),
     "statistics": (regmean,),
