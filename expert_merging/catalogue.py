@@ -9,14 +9,17 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
     ace,
+    calibration,
     consensus,
     doge,
     drm,
     interpolation,
     linear,
+    lore,
     opcm,
     sparse,
     spectral,
+    superposition,
     tall,
     truncation,
     wudi,
@@ -27,9 +30,22 @@ from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi, ace, opcm, doge, drm),
+    "closed forms": (
+        linear,
+        interpolation,
+        sparse,
+        spectral,
+        truncation,
+        wudi,
+        ace,
+        opcm,
+        doge,
+        drm,
+        lore,
+        superposition,
+    ),
     "several artefacts": (tall,),
-    "modifiers": (consensus,),
+    "modifiers": (consensus, calibration),
     "statistics": (regmean,),
     "learned": (learned_methods,),
     "search": (search_methods,),
