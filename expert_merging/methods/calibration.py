@@ -31,12 +31,14 @@ def svc(task_vectors: Tensor, merged: Tensor, *, svc_alpha: Positive | None = No
     Returns:
         Merged task vector ``(rows, columns)``.
     """
+    import torch
+
     least = svc_alpha or 1 / len(task_vectors)
-    left, values, right = singular_triples(merged, rounding_floor(merged[None]))
-    shares = values.new_zeros(len(values))
+    left, values, right = singular_triples(merged, rounding_floor(merged[None]), single=True)
+    shares = values.new_zeros(len(values), dtype=torch.float64)
     for task_vector in task_vectors:
-        own = left.mT @ task_vector.double()
+        own = (left.mT @ task_vector).double()  # whose squares may not be float32
         squares = own.square().sum(1)
-        share = values * (own * right.mT).sum(1) / squares.clamp(min=squares.new_tensor(1e-300))
+        share = values * (own * right.mT).sum(1) / squares
         shares += share.where(squares > 0, 0).clamp_(min=least)
-    return ((left * (values * len(task_vectors) / shares)) @ right.mT).float()
+    return (left * (values * (len(task_vectors) / shares)).float()) @ right.mT

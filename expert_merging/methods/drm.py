@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from expert_merging.flags import Factor
 from expert_merging.method import ORDER_FREE, register
-from expert_merging.methods.sparse import DropRate
-from expert_merging.methods.spectral import norms, singular_triples
-from expert_merging.methods.thresholds import elected_signs
+from expert_merging.methods.sparse import DropRate, disjoint_mean
+from expert_merging.methods.spectral import singular_triples
+from expert_merging.methods.thresholds import elected_signs, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +39,17 @@ def _in_common_basis(task_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return directions, lengths * values[kept].float(), right[:, kept].float()
 
 
-def _trimmed(directions: Tensor, drop_rate: float) -> Tensor:
-    """The directions' entries of largest magnitude, of all experts together; the others are zero."""
+def _coordinates(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each expert's trimmed coordinates, ``(experts, rows, rank)``, their elected signs, and the right directions."""
+    directions, values, right = _in_common_basis(task_vectors)
     entries = directions.numel()
     dropped = entries - round(entries * (1 - drop_rate))
-    if not dropped:
-        return directions
-    threshold = directions.abs().flatten().kthvalue(dropped).values
-    return directions.where(directions.abs() >= threshold, 0)
+    if dropped:
+        threshold = directions.abs().flatten().kthvalue(dropped).values
+        trim(directions, threshold.cpu().expand(len(directions)))
+    coordinates = directions.mul_(values[:, None])
+    signs = elected_signs(coordinates)
+    return coordinates, elected_signs(coordinates, float(signs.sum().sign())), right
 
 
 def drm_v_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: float) -> Tensor:
@@ -57,8 +60,9 @@ def drm_v_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: 
         scaling_coefficient: factor on the merged task vector.
         drop_rate: as `drm_v` has it.
     """
-    coordinates, right = _shares(task_vectors, drop_rate)
-    return coordinates.mul_(scaling_coefficient) @ right.mT
+    coordinates, signs, right = _coordinates(task_vectors, drop_rate)
+    agreeing = coordinates.where(coordinates * signs > 0, 0)
+    return agreeing.mul_(scaling_coefficient).div_((agreeing != 0).sum(0).clamp_(min=1)) @ right.mT
 
 
 def drm_h_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: float) -> Tensor:
@@ -70,19 +74,6 @@ def drm_h_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: 
         drop_rate: as `drm_h` has it.
     """
     return drm_v_parts(task_vectors.mT, scaling_coefficient=scaling_coefficient, drop_rate=drop_rate).mT
-
-
-def _shares(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor]:
-    """Each expert's share of the merged coordinates, ``(experts, rows, rank)``, and the right directions."""
-    if not norms(task_vectors).any():
-        return task_vectors[:, :, :0], task_vectors[0, :0].mT
-    directions, values, right = _in_common_basis(task_vectors)
-    coordinates = _trimmed(directions, drop_rate) * values[:, None]
-    signs = elected_signs(coordinates)
-    majority = signs.sum().sign()
-    agreeing = coordinates.sign() == signs.where(signs != 0, majority)
-    coordinates = coordinates.where(agreeing, 0)
-    return coordinates.div_((coordinates != 0).sum(0).clamp_(min=1)), right
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}), parts=drm_v_parts)
@@ -104,8 +95,8 @@ def drm_v(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate:
     Returns:
         Merged task vector ``(rows, columns)``.
     """
-    coordinates, right = _shares(task_vectors, drop_rate)
-    return (coordinates.sum(0) * scaling_coefficient) @ right.mT
+    coordinates, signs, right = _coordinates(task_vectors, drop_rate)
+    return disjoint_mean(coordinates, signs).mul_(scaling_coefficient) @ right.mT
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}), parts=drm_h_parts)
