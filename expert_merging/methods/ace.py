@@ -31,25 +31,26 @@ class _Experts:
     """Experts that are not zero.
 
     Args:
-        task_vectors: ``(experts, rows, side)`` float64, in an orthonormal basis of so many directions.
+        task_vectors: of each, ``(rows, side)`` in an orthonormal basis of so many directions.
         ones: the vector of ones over the columns in that basis, ``(side,)``.
         columns: how many there are.
         ridge: number on the diagonal of a covariance that is not scaled.
         energy: mean of the squared norms where the experts are heterogeneous, otherwise None.
     """
 
-    task_vectors: Tensor
+    task_vectors: list[Tensor]
     ones: Tensor
     columns: int
     ridge: float
     energy: float | None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Centred task vector ``(rows, side)``, covariance ``(side, side)`` and ridge of each expert."""
+        """Centred task vector ``(rows, side)``, covariance ``(side, side)`` and ridge of each expert, in float64."""
         for task_vector in self.task_vectors:
-            centred = task_vector - task_vector.mean(0)
+            centred = task_vector.double()
+            centred = centred - centred.mean(0)
             divisor = 1.0 if self.energy is None else float(centred.square().sum()) + _TINY
-            yield centred, centred.mT @ centred / divisor, self.ridge / divisor
+            yield centred, (centred.mT @ centred).div_(divisor), self.ridge / divisor
 
     def regression(self, *, keep: bool) -> tuple[Tensor, Tensor]:
         """The solution by expert, ``(experts, rows, side)``, or its sum ``(1, rows, side)``.
@@ -80,7 +81,8 @@ class _Experts:
         import torch
 
         mean = total / len(self.task_vectors)
-        residuals = (own @ (covariance - mean) for own, (_, covariance, _) in zip(self.task_vectors, self, strict=True))
+        pairs = zip(self.task_vectors, self, strict=True)
+        residuals = (own.double() @ (covariance - mean) for own, (_, covariance, _) in pairs)
         fused = terms + (torch.stack([*residuals]) if keep else sum(residuals))
         whole = fused.sum(0)
         count = int(min(whole.shape[0], self.columns) * leading_share)
@@ -100,7 +102,9 @@ def _merge(
     merged = torch.zeros_like(task_vectors if keep else task_vectors[:1])
     if not present.any():
         return merged
-    given, basis, ones = _in_row_space(task_vectors[present])
+    given, basis, ones = _in_row_space(
+        [own for own, is_present in zip(task_vectors, present, strict=True) if is_present]
+    )
     energies = sizes[present].square()
     logs = (energies + _TINY).log()
     spread = float(logs.var() / (logs.mean().square() + _TINY)) if len(logs) > 1 else 0.0
@@ -114,21 +118,20 @@ def _merge(
     return merged
 
 
-def _in_row_space(task_vectors: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _in_row_space(task_vectors: list[Tensor]) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """Task vectors and the vector of ones in a basis of the space of all rows, where that is smaller.
 
     Returns:
-        ``(experts, rows, side)`` float64, the basis ``(columns, side)``, None for the columns' own, and ``(side,)``.
+        ``(rows, side)`` of each, the basis ``(columns, side)``, None for the columns' own, and ``(side,)`` float64.
     """
     import torch
 
-    experts, rows, columns = task_vectors.shape
-    exact = task_vectors.double()
-    ones = exact.new_ones(columns)
-    if experts * rows + 1 >= columns:
-        return exact, None, ones
-    basis = torch.linalg.qr(torch.cat([exact.flatten(0, 1), ones[None]]).mT).Q
-    return exact @ basis, basis, ones @ basis
+    rows, columns = task_vectors[0].shape
+    ones = task_vectors[0].new_ones(columns, dtype=torch.float64)
+    if len(task_vectors) * rows + 1 >= columns:
+        return task_vectors, None, ones
+    basis = torch.linalg.qr(torch.cat([*task_vectors, ones[None]]).mT).Q
+    return [own.double() @ basis for own in task_vectors], basis, ones @ basis
 
 
 def ace_parts(task_vectors: Tensor, *, scaling_coefficient: float, ace_ridge: float, leading_share: float) -> Tensor:

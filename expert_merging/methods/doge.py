@@ -86,13 +86,13 @@ def _least_squares(misses: _Misses, missing: Tensor) -> Tensor:
     return change
 
 
-def _protected(task_vectors: Tensor, experts: int, subspace_share: float) -> Tensor:
+def _protected(task_vectors: Tensor, experts: int, divisor: int) -> Tensor:
     """The leading left directions of all experts' leading ones, ``(rows, so many)`` float32.
 
     Args:
         task_vectors: those that are not zero.
         experts: how many there are, with those that are.
-        subspace_share: of the shorter side.
+        divisor: of the shorter side, for the number of directions.
     """
     import torch
 
@@ -101,8 +101,7 @@ def _protected(task_vectors: Tensor, experts: int, subspace_share: float) -> Ten
     together = torch.cat(lefts, 1)
     if not together.shape[1]:
         return together
-    # A hair more, as a sixth of twelve is 1.9999999.
-    return singular_triples(together, _PARALLEL, int(side * subspace_share * (1 + 1e-9)), single=True)[0]
+    return singular_triples(together, _PARALLEL, side // divisor, single=True)[0]
 
 
 def find_masks(context: Context, *, density: float) -> Preparation:
@@ -118,7 +117,7 @@ def doge_ta(
     scaling_coefficient: Factor = 1.0,
     doge_eta: Positive = 0.07,
     density: Fraction = 0.3,
-    subspace_share: Fraction = 1 / 6,
+    doge_subspace: Count = 6,
     solver: Literal["adam", "exact"] = "adam",
     steps: Count = 400,
     step_size: Positive = 1e-4,
@@ -140,7 +139,7 @@ def doge_ta(
         scaling_coefficient: factor on the merged task vector.
         doge_eta: norm that every expert's matrix is scaled to.
         density: fraction of the entries that each expert keeps, over all merged parameters.
-        subspace_share: number of left directions that gradients lose, as a share of a matrix's shorter side.
+        doge_subspace: a matrix's shorter side over this is the number of left directions that gradients lose.
         solver: adam, or exact for the shortest change that loses least.
         steps: number of Adam's steps.
         step_size: Adam's learning rate.
@@ -158,7 +157,7 @@ def doge_ta(
     given = task_vectors[present]
     weights = [doge_eta / size for size in sizes[present].tolist()]
     rows = given.transpose(0, 1).contiguous()
-    misses = _Misses(rows, _protected(given, len(task_vectors), subspace_share), sum(weights))
+    misses = _Misses(rows, _protected(given, len(task_vectors), doge_subspace), sum(weights))
     kept = weighted_sum(given, weights)
     missing = rows.square().sum(2) - (rows @ kept[:, :, None]).squeeze(2)
     change = _least_squares(misses, missing) if solver == "exact" else _adam(misses, missing, steps, step_size)

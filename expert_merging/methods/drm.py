@@ -32,11 +32,11 @@ def _in_common_basis(task_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     experts, rows, columns = task_vectors.shape
     stacked = task_vectors.reshape(experts * rows, columns)
     left, values, right = singular_triples(stacked, 0.0)
-    kept = values > _SMALLEST * values[:1]
-    directions = left[:, kept].float().view(experts, rows, -1)
+    rank = int((values > _SMALLEST * values[:1]).sum())
+    directions = left[:, :rank].float().view(experts, rows, rank)
     lengths = directions.norm(dim=1)
     directions /= torch.where(lengths > 0, lengths, 1)[:, None]  # of an expert that has no part in a direction, zero
-    return directions, lengths * values[kept].float(), right[:, kept].float()
+    return directions, lengths * values[:rank].float(), right[:, :rank].float()
 
 
 def _coordinates(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -144,6 +144,12 @@ def test_zero_task_vectors_give_zero(method, shape):
     assert merged.equal(torch.zeros(shape))
 
 
+@each([method for method in METHODS if "scaling_coefficient" in method.options])
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
+def test_the_coefficient_zero_gives_the_base(method, shape):
+    assert not apply(method, as_many_as(method, shape), scaling_coefficient=0.0).any()
+
+
 @each()
 def test_the_result_depends_on_every_expert(method):
     """Without this, a method that returns zeros would pass everything else."""

@@ -13,12 +13,12 @@ DOGE = find_method("doge_ta")
 SHAPES = [(30, 12), (12, 30), (20, 20), (2, 3), (1, 9), (9, 1)]
 
 
-def projection(task_vectors: torch.Tensor, share: float) -> torch.Tensor:
+def projection(task_vectors: torch.Tensor, divisor: int) -> torch.Tensor:
     experts, rows, columns = task_vectors.shape
     side = min(rows, columns)
     lefts = [torch.linalg.svd(own, full_matrices=False)[0][:, : side // experts] for own in task_vectors]
     left, values, _ = torch.linalg.svd(torch.cat(lefts, 1), full_matrices=False)
-    left = left[:, values > 1e-5][:, : round(side * share - 0.499)]
+    left = left[:, values > 1e-5][:, : side // divisor]
     return left @ left.T
 
 
@@ -27,12 +27,12 @@ def loss(task_vectors: torch.Tensor, weights: torch.Tensor, change: torch.Tensor
     return (task_vectors * lost).sum(2).square().sum()
 
 
-def doge_reference(given: torch.Tensor, steps=400, step_size=1e-4, eta=0.07, density=0.3, share=1 / 6) -> torch.Tensor:
+def doge_reference(given: torch.Tensor, steps=400, step_size=1e-4, eta=0.07, density=0.3, divisor=6) -> torch.Tensor:
     given = given.double()
     weights = eta / given.square().sum((1, 2), keepdim=True).sqrt()
     change = torch.nn.Parameter(torch.zeros_like(given[0]))
     optimizer = torch.optim.Adam([change], lr=step_size)
-    protected = projection(given, share)
+    protected = projection(given, divisor)
     for _ in range(steps):
         optimizer.zero_grad()
         loss(given, weights, change).backward()
@@ -52,8 +52,8 @@ def test_the_twin_agrees(shape, experts):
 
 def test_the_twin_agrees_with_all_flags():
     given = draw(3, 20, 14) * torch.tensor([0.01, 0.03, 0.1]).view(-1, 1, 1)
-    options = {"steps": 30, "step_size": 1e-3, "doge_eta": 0.5, "density": 0.6, "subspace_share": 0.5}
-    assert_near(apply(DOGE, given, **options), doge_reference(given, 30, 1e-3, 0.5, 0.6, 0.5), 1e-3)
+    options = {"steps": 30, "step_size": 1e-3, "doge_eta": 0.5, "density": 0.6, "doge_subspace": 2}
+    assert_near(apply(DOGE, given, **options), doge_reference(given, 30, 1e-3, 0.5, 0.6, 2), 1e-3)
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20), (9, 2)], ids=str)
@@ -68,7 +68,7 @@ def test_the_exact_solver_leaves_no_gradient_and_less_loss_than_adam(shape):
 
     exact = change("exact")
     (gradient,) = torch.autograd.grad(loss(given.double(), weights, exact), exact)
-    protected = projection(given.double(), 1 / 6)
+    protected = projection(given.double(), 6)
     start = torch.zeros_like(exact, requires_grad=True)
     (first,) = torch.autograd.grad(loss(given.double(), weights, start), start)
     assert (gradient - protected @ gradient).norm() < 1e-4 * first.norm()
