@@ -319,7 +319,7 @@ class Passes:
             totals[block.name] += found
         return totals
 
-    def sums_of_wholes(
+    def measure_wholes(
         self, measure: Callable[[Tensor, Part], Tensor], shape: tuple[int, ...], title: str
     ) -> dict[str, Tensor]:
         """Numbers of each merged tensor that has entries, which is measured as a whole, by its name.

@@ -574,7 +574,7 @@ def test_whole_tensors_are_measured_once_each(threads, base, experts, monkeypatc
         assert shape == part.shape or is_word_table(part.name)
         return torch.stack([task_vectors[0].sum(), task_vectors[1].abs().max()])
 
-    found = Passes(plan, CPU, bar).sums_of_wholes(measure, (2,), "measuring")
+    found = Passes(plan, CPU, bar).measure_wholes(measure, (2,), "measuring")
     assert list(found) == [name for name in plan.merged if plan.base.entries[name].elements]
     first = tensors_of(base)
     for name, numbers in found.items():

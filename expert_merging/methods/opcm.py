@@ -65,7 +65,7 @@ def measure_scale(context: Context, *, projection_threshold: float) -> Preparati
 
     def find() -> dict[str, float]:
         count = len(context.plan.experts)
-        found = context.passes.sums_of_wholes(measure, (count + 1,), "measuring what is merged")
+        found = context.passes.measure_wholes(measure, (count + 1,), "measuring what is merged")
         *sizes, merged = _total(list(found.values()), count + 1).sqrt().tolist()
         return {"opcm_scale": sum(sizes) / count / merged if merged else 0.0}
 

@@ -69,7 +69,7 @@ class OneTensor:
         assert found.shape == shape
         return {"weight": found}
 
-    def sums_of_wholes(self, measure, shape, title):
+    def measure_wholes(self, measure, shape, title):
         return {"weight": measure(self.task_vectors.clone(), self.part).double().cpu()} if self.part.elements else {}
 
 
