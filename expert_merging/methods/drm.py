@@ -5,16 +5,17 @@ The horizontal variant stacks the matrices side by side, which is the vertical o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from expert_merging.flags import Factor
+from expert_merging.flags import Factor, Interval
 from expert_merging.method import ORDER_FREE, register
-from expert_merging.methods.sparse import DropRate, disjoint_mean
 from expert_merging.methods.spectral import singular_triples
 from expert_merging.methods.thresholds import elected_signs, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DropRate = Annotated[float, Interval("[0, 1)")]
 
 # Singular values up to this share of the largest are left out, as in the authors' code.
 _SMALLEST = 0.01
@@ -39,8 +40,13 @@ def _in_common_basis(task_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return directions, lengths * values[:rank].float(), right[:, :rank].float()
 
 
-def _coordinates(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Each expert's trimmed coordinates, ``(experts, rows, rank)``, their elected signs, and the right directions."""
+def _agreeing(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each expert's coordinates that are kept and have the elected sign.
+
+    Returns:
+        Their magnitudes, ``(experts, rows, rank)``; the elected signs over the number of experts that have them,
+        ``(rows, rank)``; and the right directions, ``(columns, rank)``.
+    """
     directions, values, right = _in_common_basis(task_vectors)
     entries = directions.numel()
     dropped = entries - round(entries * (1 - drop_rate))
@@ -49,7 +55,9 @@ def _coordinates(task_vectors: Tensor, drop_rate: float) -> tuple[Tensor, Tensor
         trim(directions, threshold.cpu().expand(len(directions)))
     coordinates = directions.mul_(values[:, None])
     signs = elected_signs(coordinates)
-    return coordinates, elected_signs(coordinates, float(signs.sum().sign())), right
+    signs = elected_signs(coordinates, float(signs.sum().sign()))
+    agreeing = coordinates.mul_(signs).relu_()
+    return agreeing, signs.div_(agreeing.sign().sum(0).clamp_(min=1)), right
 
 
 def drm_v_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: float) -> Tensor:
@@ -60,9 +68,8 @@ def drm_v_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: 
         scaling_coefficient: factor on the merged task vector.
         drop_rate: as `drm_v` has it.
     """
-    coordinates, signs, right = _coordinates(task_vectors, drop_rate)
-    agreeing = coordinates.where(coordinates * signs > 0, 0)
-    return agreeing.mul_(scaling_coefficient).div_((agreeing != 0).sum(0).clamp_(min=1)) @ right.mT
+    agreeing, weights, right = _agreeing(task_vectors, drop_rate)
+    return agreeing.mul_(weights * scaling_coefficient) @ right.mT
 
 
 def drm_h_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: float) -> Tensor:
@@ -95,8 +102,8 @@ def drm_v(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate:
     Returns:
         Merged task vector ``(rows, columns)``.
     """
-    coordinates, signs, right = _coordinates(task_vectors, drop_rate)
-    return disjoint_mean(coordinates, signs).mul_(scaling_coefficient) @ right.mT
+    agreeing, weights, right = _agreeing(task_vectors, drop_rate)
+    return agreeing.sum(0).mul_(weights * scaling_coefficient) @ right.mT
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}), parts=drm_h_parts)
