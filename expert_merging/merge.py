@@ -170,7 +170,7 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
 
 def _takes_blocks(part: Part, unit: str) -> bool:
     """Whether a tensor may be merged block by block."""
-    return unit == "entries" or (unit == "matrix" and not is_matrix(part))
+    return unit in ("entries", "rows") or (unit == "matrix" and not is_matrix(part))
 
 
 def _whole_shape(part: Part) -> tuple[int, ...]:
@@ -256,7 +256,7 @@ class _Merger:
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
         workers = Workers.for_entries(plan.base_elements, device)
-        self.workers = workers if unit == "entries" else Workers(_whole_workers(plan, device))
+        self.workers = workers if unit in ("entries", "rows") else Workers(_whole_workers(plan, device))
         self.memory = _MemoryBudget(half_of_memory(device) // (processes.size if device.type == "cpu" else 1))
         if device.type != "cpu":
             import torch
@@ -315,7 +315,8 @@ class _Merger:
         """Blocks of tensors that are merged, or whole tensors."""
         for name in names:
             part = self.plan.part(name)
-            yield from part.cut(self.block if _takes_blocks(part, self.unit) else max(1, part.elements))
+            block = part.whole_rows(self.block) if self.unit == "rows" else self.block
+            yield from part.cut(block if _takes_blocks(part, self.unit) else max(1, part.elements))
 
     def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
         """Runs of bytes of everything else, which is seen as vectors of bytes."""
@@ -404,7 +405,7 @@ class _Merger:
     def _pieces(self, part: Part, *, blocks: bool) -> Iterator[tuple[Part, Tensor, Tensor]]:
         """Base and task vectors: in steps, or of the whole tensor."""
         if blocks:
-            yield from self.reader.steps(part)
+            yield from self.reader.steps(part, rows=self.unit == "rows")
         else:
             base, task_vectors = self.reader.read(part)
             yield part, base, task_vectors.view(len(task_vectors), *_whole_shape(part))

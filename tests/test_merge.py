@@ -334,6 +334,7 @@ def test_progress_ends_at_its_total(base, experts, tmp_path):
 
 def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "STEP", 8)
     plan = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED)
     lock, seen = threading.Lock(), []
 
@@ -346,10 +347,16 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
 
     write_mirror(plan, rule, tmp_path / "blocks")
     assert sorted(entry for entry in seen if entry[0] == "layers.1.weight") == [
-        ("layers.1.weight", 0, 10, (2, 10)),
-        ("layers.1.weight", 10, 20, (2, 10)),
-        ("layers.1.weight", 20, 30, (2, 10)),
+        *(("layers.1.weight", start, start + size, (2, size)) for start in (0, 10, 20) for start, size in
+          ((start, 8), (start + 8, 2))),
         ("layers.1.weight", 30, 33, (2, 3)),
+    ]  # fmt: skip
+    seen.clear()
+    write_mirror(plan, rule, tmp_path / "rows", unit="rows")
+    assert sorted(entry[:3] for entry in seen if entry[0] in ("layers.0.weight", "layers.1.weight", "cube")) == [
+        *(("cube", start, start + 8) for start in (0, 8, 16)),
+        *(("layers.0.weight", start, start + 5) for start in range(0, 45, 5)),
+        ("layers.1.weight", 0, 33),
     ]
     seen.clear()
     write_mirror(plan, rule, tmp_path / "whole", unit="tensor")
@@ -530,6 +537,27 @@ def test_passes_go_over_every_entry_once_or_over_the_first_of_every_block(sample
 
     counted = Passes(plan, CPU, bar).total(count, (33,), "counting", None, sample)
     assert counted.tolist() == ([1] * 33 if sample == 1 else ([1] * 3 + [0] * 7) * 3 + [1, 0, 0])
+    assert bar.counts == pytest.approx(bar.totals)
+    close(plan)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_sums_of_each_tensor_do_not_depend_on_who_adds(workers, base, experts, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "STEP", 4)
+    monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
+    plan, bar = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED), Bar()
+
+    def measure(base, task_vectors, part):
+        return torch.cat([base.sum()[None], task_vectors.sum(1), torch.tensor([part.entries])])
+
+    found = Passes(plan, CPU, bar).sums(measure, (4,), "adding up")
+    assert list(found) == list(plan.merged)
+    first = tensors_of(base)
+    for name, sums in found.items():
+        vectors = [tensors_of(folder)[name].double() - first[name].double() for folder in experts[:2]]
+        expected = [first[name].double().sum(), *(vector.sum() for vector in vectors), first[name].numel()]
+        torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     assert bar.counts == pytest.approx(bar.totals)
     close(plan)
 

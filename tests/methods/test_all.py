@@ -45,6 +45,7 @@ class OneTensor:
 
     def __init__(self, task_vectors: torch.Tensor) -> None:
         self.task_vectors = task_vectors
+        self.base = base_weights(task_vectors)
         self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part.whole("weight", tuple(task_vectors.shape[1:]))
@@ -59,6 +60,14 @@ class OneTensor:
             if returned is not None:
                 keep(returned)
         return counts
+
+    def sums(self, measure, shape, title):
+        if not self.part.elements:
+            return {"weight": torch.zeros(shape, dtype=torch.float64)}
+        rows = self.task_vectors.reshape(-1, self.part.elements)
+        found = measure(self.base.reshape(-1).clone(), rows.clone(), self.part).double().cpu()
+        assert found.shape == shape
+        return {"weight": found}
 
 
 def base_weights(given: torch.Tensor) -> torch.Tensor:
@@ -166,6 +175,19 @@ def test_blocks_give_the_bytes_of_the_whole(method, cuts):
     rule, part = rule_for(method, given)
     blocks = [rule(given[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)]
     assert torch.cat(blocks).equal(apply(method, given))
+
+
+@each(those("rows"))
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_blocks_of_rows_give_the_bytes_of_the_whole(method, cuts):
+    given = as_many_as(method, (40, 25))
+    bounds = [25 * row for row in sorted({0, *cuts, 40})]
+    rule, part = rule_for(method, given)
+    blocks = [
+        rule(given.flatten(1)[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)
+    ]
+    assert torch.cat(blocks).equal(apply(method, given).flatten())
 
 
 @each(those("entries"))
