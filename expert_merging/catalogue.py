@@ -7,14 +7,26 @@ import itertools
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
-from expert_merging.methods import consensus, della, interpolation, linear, sparse, spectral, tall, truncation, wudi
+from expert_merging.methods import (
+    breadcrumbs,
+    consensus,
+    della,
+    fusechat,
+    interpolation,
+    linear,
+    sparse,
+    spectral,
+    tall,
+    truncation,
+    wudi,
+)
 from expert_merging.mixtures import moe
 from expert_merging.search import methods as search_methods
 from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, sparse, della, spectral, truncation, wudi),
+    "closed forms": (linear, interpolation, sparse, della, breadcrumbs, fusechat, spectral, truncation, wudi),
     "several artefacts": (tall,),
     "modifiers": (consensus,),
     "statistics": (regmean,),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.flags import Interval
+from expert_merging.flags import Share
 from expert_merging.method import AT_MOST_TWO, Preparation, Prepare, register
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Share = Annotated[float, Interval("[0, 1]")]
 
 # Up to this length a tensor has no direction, and beyond this cosine two have the same or opposite ones (mergekit's).
 _SHORT = 1e-8
