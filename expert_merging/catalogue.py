@@ -12,6 +12,7 @@ from expert_merging.methods import (
     consensus,
     della,
     fusechat,
+    geometry,
     interpolation,
     linear,
     sparse,
@@ -26,7 +27,7 @@ from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, sparse, della, breadcrumbs, fusechat, spectral, truncation, wudi),
+    "closed forms": (linear, interpolation, geometry, sparse, della, breadcrumbs, fusechat, spectral, truncation, wudi),
     "several artefacts": (tall,),
     "modifiers": (consensus,),
     "statistics": (regmean,),
