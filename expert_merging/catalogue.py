@@ -9,6 +9,7 @@ from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
     breadcrumbs,
+    competition,
     consensus,
     della,
     fusechat,
@@ -27,7 +28,19 @@ from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, geometry, sparse, della, breadcrumbs, fusechat, spectral, truncation, wudi),
+    "closed forms": (
+        linear,
+        interpolation,
+        geometry,
+        sparse,
+        della,
+        breadcrumbs,
+        fusechat,
+        competition,
+        spectral,
+        truncation,
+        wudi,
+    ),
     "several artefacts": (tall,),
     "modifiers": (consensus,),
     "statistics": (regmean,),
