@@ -1,15 +1,13 @@
-"""Methods that leave out part of every task vector: TIES and DARE."""
+"""TIES, and its steps, which other methods take too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
 from expert_merging.flags import Factor, Fraction, NotNegative
 from expert_merging.method import ORDER_FREE, Preparation, Prepare, register
-from expert_merging.methods.drawing import DropRate, drop
 from expert_merging.methods.thresholds import Change, elected_signs, find_thresholds, trim
 from expert_merging.parts import Part
 from expert_merging.streaming import Passes
@@ -88,10 +86,11 @@ def weigh(task_vectors: Tensor, weights: Sequence[float]) -> Tensor:
     return task_vectors
 
 
-_FOUND = ("thresholds", "majorities")
+# What `first_pass` gives.
+FOUND = ("thresholds", "majorities")
 
 
-@register(unit="entries", promises=frozenset({ORDER_FREE}), prepare=Prepare(prepare_ties, _FOUND))
+@register(unit="entries", promises=frozenset({ORDER_FREE}), prepare=Prepare(prepare_ties, FOUND))
 def ties(
     task_vectors: Tensor,
     part: Part,
@@ -128,78 +127,3 @@ def ties(
     trimmed = trim(weigh(task_vectors, weights), thresholds[part.name])
     signs = elected_signs(trimmed, majorities[part.name])
     return merge_agreeing(trimmed, signs, weights, normalize=ties_normalize).mul_(scaling_coefficient)
-
-
-@register(unit="entries", promises=frozenset(), family_defaults=("scaling_coefficient",))
-def dare_ta(
-    task_vectors: Tensor,
-    part: Part,
-    seed: int,
-    experts: tuple[str, ...],
-    *,
-    drop_rate: DropRate = 0.2,
-    scaling_coefficient: Factor | list[Factor] = 0.3,
-) -> Tensor:
-    """Drop entries at random, rescale the rest, then task arithmetic (Yu et al., 2024, arXiv 2311.03099).
-
-    Args:
-        task_vectors: ``(experts, *shape)`` float32.
-        part: where the entries stand.
-        seed: seed of the run.
-        experts: names of the experts.
-        drop_rate: probability with which an entry of a task vector is dropped.
-        scaling_coefficient: factor on each task vector, one for all or a list with one per expert.
-
-    Returns:
-        Merged task vector ``(*shape)``.
-    """
-    weights = scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * len(experts)
-    dropped = drop(task_vectors, part, seed, experts, drop_rate)
-    return weighted_sum(dropped, [weight / (1 - drop_rate) for weight in weights])
-
-
-def prepare_dare_ties(context: Context, *, density: float, ties_scope: str, drop_rate: float) -> Preparation:
-    """What TIES needs of the whole model whose entries were dropped."""
-    experts = tuple(context.plan.experts)
-
-    def change(task_vectors: Tensor, part: Part) -> Tensor:
-        return drop(task_vectors, part, context.seed, experts, drop_rate)
-
-    return Preparation(lambda: first_pass(context.passes, change, density=density, ties_scope=ties_scope))
-
-
-@register(unit="entries", promises=frozenset(), prepare=Prepare(prepare_dare_ties, _FOUND))
-def dare_ties(
-    task_vectors: Tensor,
-    part: Part,
-    seed: int,
-    experts: tuple[str, ...],
-    thresholds: Mapping[str, Tensor],
-    majorities: Mapping[str, float],
-    *,
-    drop_rate: DropRate = 0.2,
-    density: Fraction = 0.2,
-    ties_scope: Literal["global", "tensor"] = "global",
-    scaling_coefficient: Factor = 1.0,
-) -> Tensor:
-    """Drop entries at random, rescale the rest, then TIES (Yu et al., 2024, arXiv 2311.03099).
-
-    Args:
-        task_vectors: ``(experts, *shape)`` float32.
-        part: where the entries stand.
-        seed: seed of the run.
-        experts: names of the experts.
-        thresholds: smallest magnitude kept, ``(experts,)`` by tensor name.
-        majorities: sign for sums of zero, by tensor name.
-        drop_rate: probability with which an entry of a task vector is dropped.
-        density: fraction of the entries that each expert keeps.
-        ties_scope: whether entries are ranked over all merged parameters together (as in the paper) or in each tensor.
-        scaling_coefficient: factor on the merged task vector.
-
-    Returns:
-        Merged task vector ``(*shape)``.
-    """
-    dropped = drop(task_vectors, part, seed, experts, drop_rate)
-    factor = scaling_coefficient / (1 - drop_rate)
-    options = {"density": density, "ties_scope": ties_scope, "scaling_coefficient": factor}
-    return ties(dropped, part, thresholds, majorities, **options)  # type: ignore[no-any-return]

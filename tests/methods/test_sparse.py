@@ -254,6 +254,27 @@ def test_dare_with_its_own_masks_agrees_with_peft(monkeypatch):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(400,), (30, 20)], ids=str)
+def test_dare_can_keep_the_norm_of_each_expert_s_tensor(shape):
+    """As mergekit does: times the L1 norm before, by that after."""
+    given_vectors = task_vectors(shape) * torch.tensor([1.0, 2.0, 0.1]).view(-1, *[1] * len(shape))
+    part, names = Part.whole("weight", shape), tuple(f"expert {k}" for k in range(3))
+    dropped = drop(given_vectors.clone(), part, 3, names, 0.6)
+    rescaled = torch.stack(
+        [row * (was.abs().sum() / row.abs().sum()) for row, was in zip(dropped, given_vectors, strict=True)]
+    )
+    options = {"drop_rate": 0.6, "dare_rescale": "l1"}
+    ours = apply(find_method("dare_ta"), given_vectors, **options, scaling_coefficient=0.4)
+    torch.testing.assert_close(ours, 0.4 * rescaled.sum(0))
+    ours = apply(find_method("dare_ties"), given_vectors, **options, density=0.3)
+    torch.testing.assert_close(ours.flatten(), plain_ties(rescaled.flatten(1), 0.3))
+
+
+def test_nothing_kept_of_a_tensor_has_no_norm_to_restore():
+    ours = apply(find_method("dare_ta"), torch.full((3, 1), 0.5), drop_rate=0.999, dare_rescale="l1")
+    assert ours.isfinite().all()
+
+
 def test_dare_ties_trims_what_was_not_dropped():
     given_vectors = task_vectors((400,))
     dropped = drop(
