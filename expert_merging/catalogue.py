@@ -8,6 +8,7 @@ from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
+    arcee,
     breadcrumbs,
     competition,
     consensus,
@@ -22,6 +23,7 @@ from expert_merging.methods import (
     spectral,
     tall,
     truncation,
+    widen,
     wudi,
 )
 from expert_merging.mixtures import moe
@@ -33,6 +35,7 @@ KINDS = {
     "closed forms": (
         linear,
         interpolation,
+        arcee,
         geometry,
         sparse,
         dare,
@@ -40,6 +43,7 @@ KINDS = {
         breadcrumbs,
         fusechat,
         competition,
+        widen,
         spectral,
         truncation,
         wudi,
