@@ -42,7 +42,8 @@ def arcee_fusion(task_vectors: Tensor, part: Part, base: Tensor) -> Tensor:
     importance = change.abs() * divergence(base.view(rows) + ends[1], base.view(rows) + ends[0])[:, None]
     low, middle, high = values_at(importance, [int(share * (importance.numel() - 1)) for share in _QUARTILES])
     chosen = importance >= middle + 1.5 * (high - low)
-    return (ends[0] + change * chosen).view(base.shape)
+    merged: Tensor = (ends[0] + change * chosen).view(base.shape)
+    return merged
 
 
 def divergence(weights: Tensor, others: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # Values are counted by the upper half of their bits first, then by the lower half.
 _HALF = 1 << 16
+# Which of the two halves in memory is the upper one.
+_UPPER = 1 if sys.byteorder == "little" else 0
 
 
 def count_of(share: float, entries: int) -> int:
@@ -54,40 +57,39 @@ def find_values_at(
     Returns:
         The values, ``(rows, places)`` float32. They are exact.
     """
+    import numpy
     import torch
 
     def count_upper(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
-        for row, values in zip(counts, make(task_vectors, part), strict=True):
-            row += torch.bincount(_keys(values) >> 16, minlength=_HALF).cpu()
+        for row, values in zip(counts.numpy(), make(task_vectors, part).cpu().numpy(), strict=True):
+            row += numpy.bincount(values.view(numpy.uint16)[_UPPER::2], minlength=_HALF)
 
-    seen = passes.total(count_upper, (rows, _HALF), title).cumsum(1)
+    seen = _ascending(passes.total(count_upper, (rows, _HALF), title)).cumsum(1)
     wanted = torch.tensor(places).expand(rows, -1).contiguous()
     upper = torch.searchsorted(seen, wanted, right=True).clamp_(max=_HALF - 1)
+    patterns = _ascending(torch.arange(_HALF))[upper]
 
     def count_lower(task_vectors: Tensor, part: Part, counts: Tensor) -> None:
-        for row, halves, values in zip(counts, upper.tolist(), make(task_vectors, part), strict=True):
-            keys = _keys(values)
+        made = make(task_vectors, part).cpu().numpy().view(numpy.uint32)
+        for row, halves, bits in zip(counts.numpy(), patterns.tolist(), made, strict=True):
             for count, half in zip(row, halves, strict=True):
-                found = keys[(keys >> 16) == half].bitwise_and_(_HALF - 1).cpu()
-                count.scatter_add_(0, found, torch.ones_like(found))
+                found = bits[(bits >> 16) == half] & (_HALF - 1)
+                numpy.add.at(count, found, 1)
 
-    within = passes.total(count_lower, (rows, len(places), _HALF), title).cumsum(2)
+    within = passes.total(count_lower, (rows, len(places), _HALF), title)
+    is_negative = patterns >= _HALF // 2
+    within = torch.where(is_negative[:, :, None], within.flip(2), within).cumsum(2)
     below = torch.where(upper > 0, seen.gather(1, (upper - 1).clamp(min=0)), 0)
     lower = (within <= (wanted - below)[:, :, None]).sum(2).clamp_(max=_HALF - 1)
-    return _values(upper * _HALF + lower)
+    bits = patterns * _HALF + torch.where(is_negative, _HALF - 1 - lower, lower)
+    return torch.from_numpy(bits.numpy().astype(numpy.uint32).view(numpy.float32))
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Whole numbers below 2**32 in the order of the values, ``(entries,)`` int64: their bits, rearranged."""
+def _ascending(by_bits: Tensor) -> Tensor:
+    """What is ordered by the upper halves of the bits of values, ``(..., 65536)``, in the order of the values.
+
+    Bits of negative numbers come after those of others, and ascend with their magnitude.
+    """
     import torch
 
-    bits = values.view(torch.int32)
-    # Bits of negative numbers ascend with their magnitude.
-    return bits.bitwise_xor((bits >> 31).bitwise_and_(0x7FFFFFFF)).long().add_(1 << 31)
-
-
-def _values(keys: Tensor) -> Tensor:
-    import torch
-
-    bits = (keys - (1 << 31)).to(torch.int32)
-    return bits.bitwise_xor((bits >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
+    return torch.cat([by_bits[..., _HALF // 2 :].flip(-1), by_bits[..., : _HALF // 2]], -1)
