@@ -629,15 +629,16 @@ def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_passes_and_merges_give_the_same_bytes_whoever_does_them(workers, base, experts, tmp_path, monkeypatch):
-    expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
+@pytest.mark.parametrize("name", ["dare_ties", "della", "varm", "pcb"])
+def test_passes_and_merges_give_the_same_bytes_whoever_does_them(name, workers, base, experts, tmp_path, monkeypatch):
+    expected = merge_by_method(name, base, experts, tmp_path / "expected", CPU)
     monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
     monkeypatch.setattr(streaming, "BLOCK", 10)
     monkeypatch.setattr("expert_merging.workers._BATCH", 20)
-    assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)
+    assert_same_bytes(merge_by_method(name, base, experts, tmp_path / "output", CPU), expected)
 
 
-@pytest.mark.parametrize("name", ["dare_ties", "iso"])
+@pytest.mark.parametrize("name", ["dare_ties", "della", "iso", "pcb"])
 def test_reading_as_for_a_gpu_gives_the_same(name, base, given_experts, tmp_path, monkeypatch):
     expected = merge_by_method(name, base, given_experts, tmp_path / "expected", CPU)
     empty = torch.empty

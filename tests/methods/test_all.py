@@ -43,9 +43,9 @@ def as_many_as(method: Method, shape: tuple[int, ...]) -> torch.Tensor:
 class OneTensor:
     """Passes over a model that is a single tensor, as `expert_merging.streaming.Passes` makes them over files."""
 
-    def __init__(self, task_vectors: torch.Tensor) -> None:
+    def __init__(self, task_vectors: torch.Tensor, base: torch.Tensor | None = None) -> None:
         self.task_vectors = task_vectors
-        self.base = base_weights(task_vectors)
+        self.base = base_weights(task_vectors) if base is None else base
         self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part.whole("weight", tuple(task_vectors.shape[1:]))
@@ -78,17 +78,18 @@ def base_weights(given: torch.Tensor) -> torch.Tensor:
     return torch.randn(given.shape[1:], generator=torch.Generator().manual_seed(7)).to(given.device)
 
 
-def rule_for(method: Method, given: torch.Tensor, **options: object):
+def rule_for(method: Method, given: torch.Tensor, *, base: torch.Tensor | None = None, **options: object):
     """The method's rule for a model that is one tensor, and the part that is all of it."""
+    base = base_weights(given) if base is None else base
     defaults = {name: option.default for name, option in method.options.items()}
     chosen = {**defaults, **{name: value for name, value in options.items() if name in defaults}}
-    passes = OneTensor(given)
+    passes = OneTensor(given, base)
     context = SimpleNamespace(passes=passes, plan=SimpleNamespace(experts=dict.fromkeys(passes.expert_names)), seed=3)
     known = {"seed": 3, "experts": passes.expert_names, **method.prepared(context, chosen).run()}
-    rule, base = method.rule(known, chosen), base_weights(given).view(-1)
+    rule, flat = method.rule(known, chosen), base.reshape(-1)
 
     def apply_to(task_vectors: torch.Tensor, part: Part, *merged: torch.Tensor) -> torch.Tensor:
-        return rule(task_vectors, part, base[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
+        return rule(task_vectors, part, flat[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
 
     return apply_to, passes.part
 
