@@ -69,9 +69,9 @@ def parser() -> argparse.ArgumentParser:
     for option in ALIGN.values():
         add_flag(align, option, option.default, takes_several=False)
     extract = commands.add_parser(
-        "extract", help="rebuild an expert from a merge by --method tall, which needs the base alone"
+        "extract", help="rebuild an expert from a merge by --method tall or emr, which needs the base alone"
     )
-    extract.add_argument("run", type=Path, metavar="RUN", help="folder of a run of --method tall")
+    extract.add_argument("run", type=Path, metavar="RUN", help="folder of a run of --method tall or emr")
     extract.add_argument("--expert", required=True, metavar="NAME", help="name of the expert in that run")
     extract.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the model goes")
     extract.add_argument(

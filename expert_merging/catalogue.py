@@ -7,16 +7,62 @@ import itertools
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
 from expert_merging.method import TABLE, Method
-from expert_merging.methods import consensus, interpolation, linear, sparse, spectral, tall, truncation, wudi
+from expert_merging.methods import (
+    ace,
+    arcee,
+    breadcrumbs,
+    calibration,
+    competition,
+    consensus,
+    dare,
+    della,
+    doge,
+    drm,
+    emr,
+    fusechat,
+    geometry,
+    interpolation,
+    linear,
+    lore,
+    opcm,
+    sparse,
+    spectral,
+    superposition,
+    tall,
+    truncation,
+    widen,
+    wudi,
+)
 from expert_merging.mixtures import moe
 from expert_merging.search import methods as search_methods
 from expert_merging.statistics import regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
-    "closed forms": (linear, interpolation, sparse, spectral, truncation, wudi),
-    "several artefacts": (tall,),
-    "modifiers": (consensus,),
+    "closed forms": (
+        linear,
+        interpolation,
+        arcee,
+        geometry,
+        sparse,
+        dare,
+        della,
+        breadcrumbs,
+        fusechat,
+        competition,
+        widen,
+        spectral,
+        truncation,
+        wudi,
+        ace,
+        opcm,
+        doge,
+        drm,
+        lore,
+        superposition,
+    ),
+    "several artefacts": (tall, emr),
+    "modifiers": (consensus, calibration),
     "statistics": (regmean,),
     "learned": (learned_methods,),
     "search": (search_methods,),

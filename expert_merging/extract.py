@@ -1,4 +1,4 @@
-"""Rebuild an expert from a run of ``tall``: the base, with the merged model's entries where the expert's mask has ones.
+"""Rebuild an expert from a run of ``tall`` or ``emr``: the base, with merged entries where the expert's mask has ones.
 
 Nothing but the run and the base is read. The driver that merges does it: the merged model is its only expert.
 """
@@ -25,7 +25,7 @@ from expert_merging.console import Terminal, say
 from expert_merging.errors import InputError, Problems, near_name, one_line
 from expert_merging.machine import limit_threads, show_size
 from expert_merging.merge import write_output
-from expert_merging.methods import tall
+from expert_merging.methods import emr, tall
 from expert_merging.outputs import mirror_of
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
@@ -46,10 +46,12 @@ tags:
 
 # {expert}
 
-An expert rebuilt from a merge of {count} experts of {base} and the expert's mask (TALL masks, arXiv 2405.07813):
+An expert rebuilt from a merge of {count} experts of {base} and the expert's mask ({paper}):
 {tensors} tensors have the merged model's entries where the mask has ones, {share:.1%} of them all, and the base's
-elsewhere. All other tensors and files of this folder are the base's.
+elsewhere.{rescaled} All other tensors and files of this folder are the base's.
 """
+_SOURCES = {"tall": "TALL masks, arXiv 2405.07813", "emr": "EMR merging, arXiv 2405.17461"}
+_RESCALED = " What the merge changed is multiplied by {factor:g} there."
 # Bytes of a tensor by which two bases are told apart.
 _SAMPLE = 4096
 
@@ -58,7 +60,7 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
     """Write an expert as a complete model folder.
 
     Args:
-        folder: folder of a complete run of ``tall``.
+        folder: folder of a complete run with masks.
         expert: name of the expert.
         target: where the model goes; nothing may be there.
         base_folder: the base the run was made of, where it is not at its place any more.
@@ -77,14 +79,14 @@ def extract(folder: Path, expert: str, target: Path, base_folder: Path | None, c
     limit_threads()
 
     def rule(task_vectors: Tensor, part: Part, _base: Tensor) -> Tensor:
-        return task_vectors[0].mul_(masks.read(part))
+        return task_vectors[0].mul_(masks.read(part)).mul_(masks.factor)
 
     with closing(Terminal()) as terminal, making_folder(target) as partial:
         for line in not_copied(plan.base.folder):
             logger.warning("%s", line)
         device = torch.device("cpu")
         write_output(output, plan, rule, partial, unit="entries", device=device, progress=terminal.progress)
-        write_atomically(partial / CARD, _card(plan, masks).encode())
+        write_atomically(partial / CARD, _card(plan, masks, Run(folder)).encode())
     say(console, f"expert {expert}: {target} ({show_size(output.size)})")
 
 
@@ -108,18 +110,21 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
             f"{base.folder} is not the base that {run.folder} was made of; give that with --base_model_path"
         )
     masks.check(base.entries)
+    if record["method"] == emr.emr.__name__:
+        masks.factor = _read_factor(masks.folder / emr.RESCALERS, expert)
     merged = [entry.name for file in base.files for entry in base.in_file(file) if entry.name in masks.entries]
     return Plan(base, {expert: model}, tuple(merged), heads), masks
 
 
 def _read_record(run: Run) -> Mapping[str, Any]:
-    """``config.json`` of a complete run of ``tall``."""
+    """``config.json`` of a complete run with masks."""
     record = run.record
     if record is None or not isinstance(record["options"].get("base_model_path"), str):
         raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one")
-    if record["method"] != tall.tall.__name__:
+    if record["method"] not in _SOURCES:
         raise InputError(
-            f"{run.folder} is a run of {record['method']}; experts can be rebuilt from runs of --method tall"
+            f"{run.folder} is a run of {record['method']}; experts can be rebuilt from runs of --method "
+            f"{' and '.join(_SOURCES)}"
         )
     if not run.is_complete:
         raise InputError(f"{run.folder} is not complete; its own command continues it")
@@ -151,6 +156,7 @@ class Masks:
         entries: the masks in their files, by name of the tensor that they are for.
         experts: names of all experts.
         base: digest of the base's weights, None where it is not recorded.
+        factor: what the merged model's changes are multiplied by where the mask has ones.
     """
 
     def __init__(self, folder: Path, expert: str) -> None:
@@ -158,7 +164,10 @@ class Masks:
         self.entries: dict[str, Entry] = {}
         self.experts: list[str] = []
         self.base: str | None = None
+        self.factor = 1.0
         for file in sorted(folder.glob("*.safetensors")):
+            if file.name == emr.RESCALERS:
+                continue
             header, entries = read_header(file)
             self.base = tall.base_of(header) or self.base
             for entry in entries:
@@ -203,7 +212,23 @@ class Masks:
         return Part.whole(name, (tall.PACKED * self.entries[name].size,)).cut(1 << 22)
 
 
-def _card(plan: Plan, masks: Masks) -> str:
+def _read_factor(file: Path, expert: str) -> float:
+    """The expert's factor of a run of ``emr``.
+
+    Raises:
+        InputError: it is not there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return float(load_file(file)[expert])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        raise InputError(f"{file} does not have the factor of {expert!r}; was it changed or moved away?") from None
+
+
+def _card(plan: Plan, masks: Masks, run: Run) -> str:
+    assert run.record is not None  # noqa: S101  (the run was checked)
     return _CARD.format(
         source=json.dumps(one_line(owner(plan.base.folder)), ensure_ascii=False),
         base=code(owner(plan.base.folder)),
@@ -211,4 +236,6 @@ def _card(plan: Plan, masks: Masks) -> str:
         count=len(masks.experts),
         tensors=len(plan.merged),
         share=masks.share(),
+        paper=_SOURCES[run.record["method"]],
+        rescaled=_RESCALED.format(factor=masks.factor) if masks.factor != 1 else "",
     )

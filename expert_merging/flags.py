@@ -46,6 +46,7 @@ def current_name(name: str) -> str:
 
 
 Fraction = Annotated[float, Interval("(0, 1]")]
+Share = Annotated[float, Interval("[0, 1]")]
 Positive = Annotated[float, Interval("(0, inf)")]
 NotNegative = Annotated[float, Interval("[0, inf)")]
 Count = Annotated[int, Interval("[1, inf)")]

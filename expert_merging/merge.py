@@ -12,9 +12,7 @@ import itertools
 import json
 import logging
 import math
-import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,9 +36,10 @@ from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
 from expert_merging.processes import ALONE, Processes
 from expert_merging.progress import Advance, Progress
-from expert_merging.roles import is_matrix, is_word_table
+from expert_merging.roles import is_matrix
 from expert_merging.streaming import Reader, block_entries
-from expert_merging.workers import SMALL_MODEL, Workers
+from expert_merging.wholes import MemoryBudget, load_solver, whole_memory, whole_shape, whole_workers
+from expert_merging.workers import Workers
 from expert_merging.writing import ShardWriter, copy_file, put_aside, sync_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ def working_memory(plan: Plan, *, unit: str, device: torch.device, copies: int =
         largest = max((entry.elements for entry in entries), default=0)
         workers = Workers.for_entries(plan.base_elements, device).size
         return 4 * (experts + 4) * min(block_entries(device), largest) * workers
-    needs = sorted((_whole_memory(entry, experts) for entry in whole), reverse=True)
-    return max(needs[0], min(sum(needs[: _whole_workers(plan, device)]), half_of_memory(device)))
+    needs = sorted((whole_memory(entry, experts) for entry in whole), reverse=True)
+    return max(needs[0], min(sum(needs[: whole_workers(plan.base_elements, device)]), half_of_memory(device)))
 
 
 def write_output(
@@ -193,59 +192,7 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
 
 def _takes_blocks(part: Part, unit: str) -> bool:
     """Whether a tensor may be merged block by block."""
-    return unit == "entries" or (unit == "matrix" and not is_matrix(part))
-
-
-def _whole_shape(part: Part) -> tuple[int, ...]:
-    """The shape in which rules get a whole tensor: its own, but tables of words as vectors, as rows are words."""
-    return (part.elements,) if is_word_table(part.name) else part.shape
-
-
-def _whole_memory(entry: Entry, experts: int) -> int:
-    """Bytes that merging a whole tensor takes, at most.
-
-    Base and task vectors and a few more of its size in float32; for a matrix a few in float64, and of the size of the
-    Gram matrix of its columns (or, where that is smaller, of all experts' rows) too.
-    """
-    need = 4 * (experts + 4) * entry.elements
-    if is_matrix(Part.whole(entry.name, entry.shape)):
-        rows, columns = entry.shape
-        need += 8 * (3 * entry.elements + 4 * min(columns, 2 * experts * rows) ** 2)
-    return need
-
-
-def _whole_workers(plan: Plan, device: torch.device) -> int:
-    """Number of threads that merge whole tensors side by side; on a GPU, so many that one reads while others compute.
-
-    A small model is worked on with one thread: more would wait for each other, many times as long as they compute.
-    """
-    import torch
-
-    if device.type != "cpu":
-        return 3
-    return torch.get_num_threads() if plan.base_elements >= SMALL_MODEL else 1
-
-
-class _MemoryBudget:
-    """Memory that threads share; each takes what it needs, and waits while the others leave too little."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.taken = 0
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def taking(self, need: int) -> Iterator[None]:
-        """Hold that many bytes; one thread alone may hold more than there are."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.taken or self.taken + need <= self.size)
-            self.taken += need
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.taken -= need
-                self.changed.notify_all()
+    return unit in ("entries", "rows") or (unit == "matrix" and not is_matrix(part))
 
 
 @dataclass(frozen=True)
@@ -286,12 +233,9 @@ class _Merger:
         self.reader = Reader(plan, device)
         self.block = block_entries(device)
         workers = Workers.for_entries(plan.base_elements, device)
-        self.workers = workers if unit == "entries" else Workers(_whole_workers(plan, device))
-        self.memory = _MemoryBudget(half_of_memory(device) // (processes.size if device.type == "cpu" else 1))
-        if device.type != "cpu":
-            import torch
-
-            torch.linalg.eigh(torch.eye(2, device=device))  # loads the library, which several threads at once must not
+        self.workers = workers if unit in ("entries", "rows") else Workers(whole_workers(plan.base_elements, device))
+        self.memory = MemoryBudget(half_of_memory(device) // (processes.size if device.type == "cpu" else 1))
+        load_solver(device)
 
     def write(
         self, slots: tuple[Slot, ...], header: bytes, target: Path, advance: Advance, kept: Kept | None
@@ -371,7 +315,8 @@ class _Merger:
         """Blocks of tensors that are merged, or whole tensors."""
         for name in names:
             part = self.plan.part(name)
-            yield from part.cut(self.block if _takes_blocks(part, self.unit) else max(1, part.elements))
+            block = part.whole_rows(self.block) if self.unit == "rows" else self.block
+            yield from part.cut(block if _takes_blocks(part, self.unit) else max(1, part.elements))
 
     def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
         """Runs of bytes of everything else, which is seen as vectors of bytes."""
@@ -422,7 +367,7 @@ class _Merger:
 
         squares = base_squares = 0.0
         blocks = _takes_blocks(part, self.unit)
-        need = 0 if blocks else _whole_memory(self.plan.base.entries[part.name], self.held)
+        need = 0 if blocks else whole_memory(self.plan.base.entries[part.name], self.held)
         slots = {
             place.slot.source: place.slot for place in places
         }  # of a head tied to embeddings, both have one source
@@ -466,10 +411,10 @@ class _Merger:
     def _pieces(self, part: Part, *, blocks: bool) -> Iterator[tuple[Part, Tensor, Tensor]]:
         """Base and task vectors: in steps, or of the whole tensor."""
         if blocks:
-            yield from self.reader.steps(part)
+            yield from self.reader.steps(part, rows=self.unit == "rows")
         else:
             base, task_vectors = self.reader.read(part)
-            yield part, base, task_vectors.view(len(task_vectors), *_whole_shape(part))
+            yield part, base, task_vectors.view(len(task_vectors), *whole_shape(part))
 
 
 def _packed_run(part: Part, piece: Part, source: Merged, found: int) -> slice:

@@ -27,9 +27,10 @@ from expert_merging.roles import is_matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a method is fed: blocks of entries, 2-D tensors as a whole, or any tensor as a whole; from fine to coarse.
-Unit = Literal["entries", "matrix", "tensor"]
-UNITS: tuple[Unit, ...] = ("entries", "matrix", "tensor")
+# What a method is fed: blocks of entries, blocks of rows, 2-D tensors as a whole, or any tensor as a whole; from fine
+# to coarse.
+Unit = Literal["entries", "rows", "matrix", "tensor"]
+UNITS: tuple[Unit, ...] = ("entries", "rows", "matrix", "tensor")
 
 ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO = "order_free", "keeps_single", "at_most_two"
 PROMISES = (ORDER_FREE, KEEPS_SINGLE, AT_MOST_TWO)
@@ -94,8 +95,9 @@ class Method:
             ``experts`` (names), ``merged`` (what another method has made of the same entries), and what `prepare`
             gives. They are its positional parameters after the task vectors.
         unit: ``entries``: each entry of the result depends on the same entry of the task vectors alone, so that blocks
-            may be fed; ``matrix``: 2-D tensors are fed as a whole, and all others, tables of words included, get the
-            scaled mean; ``tensor``: all tensors are fed as a whole, tables of words as vectors.
+            may be fed; ``rows``: the same of rows, ``(experts, rows, columns)``, where a row runs along a tensor's last
+            dimension and a vector is one row; ``matrix``: 2-D tensors are fed as a whole, and all others, tables of
+            words included, get the scaled mean; ``tensor``: all tensors are fed as a whole, tables of words as vectors.
         reads: what is read beside checkpoints: ``samples`` or nothing.
         prepare: what is done before merging.
         parts: ``(task_vectors, *needs, **options) -> (experts, *shape)``: what each expert adds to the result, which is
@@ -238,11 +240,24 @@ class Method:
                     return merged
                 weight = coefficient / len(task_vectors)
                 return task_vectors * weight if keeps_experts else scaled_mean(task_vectors, coefficient)
+            shape = task_vectors.shape[1:]
+            if self.unit == "rows":
+                task_vectors, base, merged = _in_rows(part, task_vectors, base, merged)
             given = {"part": part, "base": base, "merged": merged}
             needed = [given[name] if name in given else known[name] for name in self.needs]
-            return function(task_vectors, *needed, **own)
+            made = function(task_vectors, *needed, **own)
+            return made.view(shape) if self.unit == "rows" else made
 
         return rule
+
+
+def _in_rows(
+    part: Part, task_vectors: Tensor, base: Tensor, merged: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a rule is given, as rows of the part's tensor."""
+    columns = max(1, part.columns)
+    merged = None if merged is None else merged.reshape(-1, columns)
+    return task_vectors.reshape(len(task_vectors), -1, columns), base.reshape(-1, columns), merged
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -251,7 +266,9 @@ def _listed(names: Iterable[str]) -> str:
 
 def coarsest(units: Iterable[Unit]) -> Unit:
     """The unit that contains all of them."""
-    return max(units, key=UNITS.index)
+    found = set(units)
+    # Tensors that are no matrices are fed in blocks for the one, whose bounds may lie inside rows.
+    return "tensor" if {"rows", "matrix"} <= found else max(found, key=UNITS.index)
 
 
 def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,15 @@ class Part(NamedTuple):
         """Number of entries of the part."""
         return self.stop - self.start
 
+    @property
+    def columns(self) -> int:
+        """Number of entries of a row: the last dimension; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
+
+    def whole_rows(self, entries: int) -> int:
+        """Entries of as many whole rows of the tensor as so many entries have room for, at least one."""
+        return max(1, self.columns, entries - entries % max(1, self.columns))
+
     def between(self, start: int, stop: int) -> Part:
         """Other entries of the same tensor."""
         return self._replace(start=start, stop=stop)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
+from expert_merging.machine import half_of_memory
 from expert_merging.parts import Part
 from expert_merging.plan import Plan
 from expert_merging.processes import ALONE, Processes
 from expert_merging.progress import Progress, no_progress
+from expert_merging.wholes import MemoryBudget, load_solver, whole_memory, whole_shape, whole_workers
 from expert_merging.workers import Workers, shared_zeros
 
 if TYPE_CHECKING:
@@ -133,8 +135,12 @@ class Reader(threading.local):
             self._buffers[role] = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
         return self._buffers[role][:size].view(dtype)
 
-    def steps(self, part: Part) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    def steps(self, part: Part, *, rows: bool = False) -> Iterator[tuple[Part, Tensor, Tensor]]:
         """The entries of a part in pieces that are computed with at a time.
+
+        Args:
+            part: the entries.
+            rows: pieces are whole rows, as the part is.
 
         Yields:
             The piece, the base's entries ``(entries,)`` and all task vectors' ``(experts, entries)`` in float32. Both
@@ -143,7 +149,9 @@ class Reader(threading.local):
         Raises:
             InputError: NaN or infinite values.
         """
-        pieces = self._convert_in_steps(part) if self.stream is None else iter([(part, *self._convert_on_gpu(part))])
+        step = part.whole_rows(STEP) if rows else STEP
+        is_on_cpu = self.stream is None
+        pieces = self._convert_in_steps(part, step) if is_on_cpu else iter([(part, *self._convert_on_gpu(part))])
         for piece, base, task_vectors in pieces:
             # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
             # know it, the host waits for the copies to the device, so that its buffers can be used again.
@@ -151,11 +159,11 @@ class Reader(threading.local):
                 _refuse_non_finite(self.plan, piece, task_vectors)
             yield piece, base, task_vectors
 
-    def _convert_in_steps(self, part: Part) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    def _convert_in_steps(self, part: Part, step: int) -> Iterator[tuple[Part, Tensor, Tensor]]:
         import torch
 
         stored = self._stored(part)
-        for piece in part.cut(STEP):
+        for piece in part.cut(step):
             shape = len(self.checkpoints), piece.entries
             rows = self.host_buffer("rows", shape[0] * shape[1], torch.float32).view(shape)
             yield piece, *in_float32(stored, piece.start - part.start, rows)
@@ -265,31 +273,117 @@ class Passes:
             sample: look at the first one of so many entries of each block, rounded up.
             workers: who looks; by default as many as suit the entries.
         """
-        parts = [self.plan.part(name) for name in ([only] if only else self.plan.merged)]
-        reader = Reader(self.plan, self.device)
+        blocks = [
+            block.between(block.start, block.start + -(-block.entries // sample))
+            for block in self._blocks([only] if only else self.plan.merged)
+        ]
         workers = workers or self.workers(only, sample)
+
+        def tell(_block: Part, found: list[Any]) -> None:
+            for result in found:
+                if result is not None:
+                    done(result)
+
+        progress = self.progress if only is None else no_progress
+        self._look(lambda piece, _, task_vectors: look(task_vectors, piece), blocks, tell, workers, title, progress)
+
+    def sums(
+        self, measure: Callable[[Tensor, Tensor, Part], Tensor], shape: tuple[int, ...], title: str
+    ) -> dict[str, Tensor]:
+        """Sums over all entries of each merged tensor, by its name.
+
+        They are added in the order of the entries, so that they do not depend on who measured which.
+
+        Args:
+            measure: ``(base (entries,), task_vectors (experts, entries), part) -> sums over these entries (*shape)``,
+                called from any worker. Base and task vectors may be overwritten.
+            shape: shape of the sums, which are float64 on the CPU.
+            title: as for `go_through`.
+        """
+        import torch
+
+        blocks = self._blocks(self.plan.merged)
+        places = {block: place for place, block in enumerate(blocks)}
+        own = torch.zeros(len(blocks), *shape, dtype=torch.float64)
+
+        def tell(block: Part, found: list[Any]) -> None:
+            for numbers in found:
+                own[places[block]] += torch.from_numpy(numbers)
+
+        def look(piece: Part, base: Tensor, task_vectors: Tensor) -> Any:
+            return measure(base, task_vectors, piece).double().cpu().numpy()  # arrays go between processes as bytes
+
+        self._look(look, blocks, tell, self.workers(), title, self.progress)
+        totals = {name: torch.zeros(shape, dtype=torch.float64) for name in self.plan.merged}
+        for block, found in zip(blocks, self.processes.add(own), strict=True):  # of the others' blocks, zeros
+            totals[block.name] += found
+        return totals
+
+    def measure_wholes(
+        self, measure: Callable[[Tensor, Part], Tensor], shape: tuple[int, ...], title: str
+    ) -> dict[str, Tensor]:
+        """Numbers of each merged tensor that has entries, which is measured as a whole, by its name.
+
+        Args:
+            measure: ``(task_vectors (experts, *shape), part) -> numbers (*shape)``, called from several threads, with
+                tables of words as vectors. The task vectors may be overwritten.
+            shape: shape of the numbers, which are float64 on the CPU.
+            title: as for `go_through`.
+        """
+        import torch
+
+        parts = [part for part in map(self.plan.part, self.plan.merged) if part.elements]
+        places = {part: place for place, part in enumerate(parts)}
+        own = torch.zeros(len(parts), *shape, dtype=torch.float64)
+        sharing = self.processes.size if self.device.type == "cpu" else 1
+        reader, memory = Reader(self.plan, self.device), MemoryBudget(half_of_memory(self.device) // sharing)
+        load_solver(self.device)
+
+        def work(part: Part) -> Tensor:
+            need = whole_memory(self.plan.base.entries[part.name], len(self.plan.experts))
+            with memory.taking(need), reader.streaming():
+                _, task_vectors = reader.read(part)
+                return measure(task_vectors.view(len(task_vectors), *whole_shape(part)), part).double().cpu()
+
+        with self.progress(title, sum(map(self._bytes_of, parts)), "B") as advance:
+
+            def tell(part: Part, numbers: Tensor) -> None:
+                advance(self.processes.size * self._bytes_of(part), part.name)
+                own[places[part]] = numbers
+
+            workers = Workers(whole_workers(self.plan.base_elements, self.device))
+            workers.work_through(self.processes.share(parts), work, tell)
+        totals = self.processes.add(own)  # of the others' tensors, zeros
+        return {part.name: numbers for part, numbers in zip(parts, totals, strict=True)}
+
+    def _bytes_of(self, part: Part) -> float:
+        """Bytes of a part in all checkpoints."""
+        return (1 + len(self.plan.experts)) * self.plan.base.entries[part.name].size * part.entries / part.elements
+
+    def _blocks(self, names: Iterable[str]) -> list[Part]:
+        return [block for name in names for block in self.plan.part(name).cut(block_entries(self.device))]
+
+    def _look(
+        self,
+        look: Callable[[Part, Tensor, Tensor], Any],
+        blocks: list[Part],
+        done: Callable[[Part, list[Any]], None],
+        workers: Workers,
+        title: str,
+        progress: Progress,
+    ) -> None:
+        """Show every piece of this process's share to a function: ``look(piece, base, task_vectors)``."""
+        reader = Reader(self.plan, self.device)
 
         def work(part: Part) -> list[Any]:
             with reader.streaming():
-                return [look(task_vectors, piece) for piece, _, task_vectors in reader.steps(part)]
+                return [look(*piece) for piece in reader.steps(part)]
 
-        blocks = [
-            block.between(block.start, block.start + -(-block.entries // sample))
-            for part in parts
-            for block in part.cut(block_entries(self.device))
-        ]
-
-        def bytes_of(part: Part) -> float:
-            return (1 + len(self.plan.experts)) * self.plan.base.entries[part.name].size * part.entries / part.elements
-
-        progress = self.progress if only is None else no_progress
-        with progress(title, sum(map(bytes_of, blocks)), "B") as advance:
+        with progress(title, sum(map(self._bytes_of, blocks)), "B") as advance:
 
             def tell(block: Part, found: list[Any]) -> None:
-                advance(self.processes.size * bytes_of(block), block.name)
-                for result in found:
-                    if result is not None:
-                        done(result)
+                advance(self.processes.size * self._bytes_of(block), block.name)
+                done(block, found)
 
             workers.work_through(self.processes.share(blocks), work, tell)
 

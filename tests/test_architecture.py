@@ -20,7 +20,7 @@ LAYERS = (
     ("checkpoints",),
     ("questions",),
     ("backbone",),
-    ("plan", "stored"),
+    ("plan", "stored", "wholes"),
     ("streaming", "likeness", "card", "asking"),
     ("context",),
     ("outputs",),

@@ -157,7 +157,7 @@ def test_other_folders_are_refused(run, zoo, tmp_path, capsys):
     output = tmp_path / "new"
     other = merged(tmp_path / "other", "--method", "weight_average", "--cache_dir", zoo)
     assert refusal(capsys, other, output=output) == (
-        f"{other.folder} is a run of weight_average; experts can be rebuilt from runs of --method tall"
+        f"{other.folder} is a run of weight_average; experts can be rebuilt from runs of --method tall and emr"
     )
     for text in ("{", "[]", '{"method": "tall"}', "{}", '{"method": "tall", "options": {"base_model_path": 3}}'):
         other.config.write_text(text)

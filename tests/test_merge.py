@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_merging import merge, streaming
+from expert_merging import merge, streaming, wholes
 from expert_merging.catalogue import all_methods, find_method
 from expert_merging.context import Context
 from expert_merging.errors import InputError
@@ -24,6 +24,7 @@ from expert_merging.methods.linear import task_arithmetic, weight_average
 from expert_merging.outputs import Copied, Merged, Output, Slot, mirror_of
 from expert_merging.plan import Plan, make_plan
 from expert_merging.progress import no_progress
+from expert_merging.roles import is_word_table
 from expert_merging.run import Run
 from expert_merging.streaming import Passes, Reader
 from expert_merging.workers import Workers
@@ -378,6 +379,7 @@ def test_progress_ends_at_its_total(base, experts, tmp_path):
 
 def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "STEP", 8)
     plan = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED)
     lock, seen = threading.Lock(), []
 
@@ -390,10 +392,16 @@ def test_rules_get_the_blocks_or_the_tensors_that_they_ask_for(base, experts, tm
 
     write_mirror(plan, rule, tmp_path / "blocks")
     assert sorted(entry for entry in seen if entry[0] == "layers.1.weight") == [
-        ("layers.1.weight", 0, 10, (2, 10)),
-        ("layers.1.weight", 10, 20, (2, 10)),
-        ("layers.1.weight", 20, 30, (2, 10)),
+        *(("layers.1.weight", start, start + size, (2, size)) for start in (0, 10, 20) for start, size in
+          ((start, 8), (start + 8, 2))),
         ("layers.1.weight", 30, 33, (2, 3)),
+    ]  # fmt: skip
+    seen.clear()
+    write_mirror(plan, rule, tmp_path / "rows", unit="rows")
+    assert sorted(entry[:3] for entry in seen if entry[0] in ("layers.0.weight", "layers.1.weight", "cube")) == [
+        *(("cube", start, start + 8) for start in (0, 8, 16)),
+        *(("layers.0.weight", start, start + 5) for start in range(0, 45, 5)),
+        ("layers.1.weight", 0, 33),
     ]
     seen.clear()
     write_mirror(plan, rule, tmp_path / "whole", unit="tensor")
@@ -431,7 +439,7 @@ def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, 
     plan = make_plan(base, dict(zip("ABC", experts, strict=True)), EXCLUDED)
     largest = 4 * 7 * 45 + 8 * (3 * 45 + 4 * 5 * 5)  # a matrix of nine rows and five columns
     assert working_memory(plan, unit="tensor", device=CPU) == largest
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert working_memory(plan, unit="tensor", device=CPU) == largest + 4 * 7 * 33
     monkeypatch.setattr(merge, "half_of_memory", lambda device: largest + 1)
@@ -446,7 +454,7 @@ def test_memory_is_estimated_by_blocks_or_by_the_largest_tensors(base, experts, 
 @pytest.mark.parametrize("room", [0, 200_000, 10**9])
 def test_matrix_rules_run_side_by_side_as_far_as_memory_allows(room, tmp_path, monkeypatch):
     """They give the same bytes, the largest tensor alone may need more than there is, and nothing waits for ever."""
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     monkeypatch.setattr(merge, "half_of_memory", lambda device: room)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     shapes = {name: (60, 40 + number) for number, name in enumerate("abcdef")}
@@ -578,6 +586,48 @@ def test_passes_go_over_every_entry_once_or_over_the_first_of_every_block(sample
     close(plan)
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_sums_of_each_tensor_do_not_depend_on_who_adds(workers, base, experts, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK", 10)
+    monkeypatch.setattr(streaming, "STEP", 4)
+    monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
+    plan, bar = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED), Bar()
+
+    def measure(base, task_vectors, part):
+        return torch.cat([base.sum()[None], task_vectors.sum(1), torch.tensor([part.entries])])
+
+    found = Passes(plan, CPU, bar).sums(measure, (4,), "adding up")
+    assert list(found) == list(plan.merged)
+    first = tensors_of(base)
+    for name, sums in found.items():
+        vectors = [tensors_of(folder)[name].double() - first[name].double() for folder in experts[:2]]
+        expected = [first[name].double().sum(), *(vector.sum() for vector in vectors), first[name].numel()]
+        torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert bar.counts == pytest.approx(bar.totals)
+    close(plan)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whole_tensors_are_measured_once_each(threads, base, experts, monkeypatch):
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plan, bar = make_plan(base, {"A": experts[0], "B": experts[1]}, EXCLUDED), Bar()
+
+    def measure(task_vectors, part):
+        shape = tuple(task_vectors.shape[1:])
+        assert shape == part.shape or is_word_table(part.name)
+        return torch.stack([task_vectors[0].sum(), task_vectors[1].abs().max()])
+
+    found = Passes(plan, CPU, bar).measure_wholes(measure, (2,), "measuring")
+    assert list(found) == [name for name in plan.merged if plan.base.entries[name].elements]
+    first = tensors_of(base)
+    for name, numbers in found.items():
+        one, other = (tensors_of(folder)[name].double() - first[name].double() for folder in experts[:2])
+        torch.testing.assert_close(numbers, torch.stack([one.sum(), other.abs().max()]), rtol=1e-5, atol=1e-5)
+    assert bar.counts == pytest.approx(bar.totals)
+    close(plan)
+
+
 class StandIn:
     """What a GPU's stream does, on a CPU: nothing."""
 
@@ -610,7 +660,7 @@ def merge_by_method(name: str, base: Path, experts: list[Path], output: Path, de
 @pytest.mark.parametrize("name", ["svd", "iwudi"])
 def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp_path, monkeypatch):
     """Matrices are so large that products of several threads would be summed up in another order."""
-    monkeypatch.setattr(merge, "SMALL_MODEL", 0)
+    monkeypatch.setattr(wholes, "SMALL_MODEL", 0)
     shapes = {"a.weight": (300, 200), "b.weight": (200, 300), "c.weight": (250, 250)}
     folders = [write_checkpoint(tmp_path / str(seed), random_tensors(shapes, TYPES, seed)) for seed in range(3)]
     before = torch.get_num_threads()
@@ -623,15 +673,16 @@ def test_matrix_methods_give_the_same_bytes_with_any_number_of_threads(name, tmp
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_passes_and_merges_give_the_same_bytes_whoever_does_them(workers, base, experts, tmp_path, monkeypatch):
-    expected = merge_by_method("dare_ties", base, experts, tmp_path / "expected", CPU)
+@pytest.mark.parametrize("name", ["dare_ties", "della", "varm", "pcb"])
+def test_passes_and_merges_give_the_same_bytes_whoever_does_them(name, workers, base, experts, tmp_path, monkeypatch):
+    expected = merge_by_method(name, base, experts, tmp_path / "expected", CPU)
     monkeypatch.setattr(Workers, "for_entries", lambda *_: workers)
     monkeypatch.setattr(streaming, "BLOCK", 10)
     monkeypatch.setattr("expert_merging.workers._BATCH", 20)
-    assert_same_bytes(merge_by_method("dare_ties", base, experts, tmp_path / "output", CPU), expected)
+    assert_same_bytes(merge_by_method(name, base, experts, tmp_path / "output", CPU), expected)
 
 
-@pytest.mark.parametrize("name", ["dare_ties", "iso"])
+@pytest.mark.parametrize("name", ["dare_ties", "della", "iso", "pcb"])
 def test_reading_as_for_a_gpu_gives_the_same(name, base, given_experts, tmp_path, monkeypatch):
     expected = merge_by_method(name, base, given_experts, tmp_path / "expected", CPU)
     empty = torch.empty

@@ -85,7 +85,7 @@ def test_the_family_sets_defaults_of_single_methods():
     [
         ({}, "needs cannot be 'thresholds'; known are base, experts, merged, part, seed"),
         ({"prepare": Prepare(lambda context: Preparation(), ("threshold",))}, "needs cannot be 'thresholds'"),
-        ({"unit": "rows"}, "unit cannot be 'rows'; known are entries, matrix, tensor"),
+        ({"unit": "columns"}, "unit cannot be 'columns'; known are entries, matrix, rows, tensor"),
         ({"reads": frozenset({"labels"})}, "reads cannot be 'labels'; known are samples"),
         (
             {"promises": frozenset({"fast"})},
@@ -209,6 +209,36 @@ def test_a_modifier_of_matrices_leaves_what_is_none_as_it_is():
     )
     assert modifier(GIVEN, Part.whole("a", (6,)), BASE, BASE + 1).equal(BASE + 1)
     assert modifier(GIVEN, PART, BASE, BASE + 1).equal(BASE + 2)
+
+
+def test_a_method_of_rows_is_given_rows():
+    """Of blocks, of whole tensors, and of tables of words, which are fed as vectors."""
+
+    def longest(task_vectors, base, merged):
+        assert task_vectors.shape == (2, 2, 3)
+        assert base.shape == merged.shape == (2, 3)
+        return task_vectors.amax(2, keepdim=True).expand(2, 2, 3).sum(0) + base + merged
+
+    method = Method("longest", longest, {}, longest, needs=("base", "merged"), unit="rows")
+    given = torch.tensor([[[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]]] * 2)
+    base = torch.ones(2, 3)
+    expected = torch.tensor([[6.0] * 3, [12.0] * 3]) + 2
+    for shape, part in [((2, 3), Part.whole("a", (2, 3))), ((6,), Part("a", (4, 3), 3, 9))]:
+        made = method.rule({}, {})(given.view(2, *shape), part, base.view(shape), base.view(shape))
+        assert made.equal(expected.view(shape))
+
+
+@pytest.mark.parametrize(
+    ("units", "unit"),
+    [
+        (("entries", "rows"), "rows"),
+        (("entries", "matrix"), "matrix"),
+        (("rows", "tensor"), "tensor"),
+        (("rows", "matrix"), "tensor"),
+    ],
+)
+def test_steps_are_fed_what_all_of_them_can_use(units, unit):
+    assert coarsest(units) == coarsest(reversed(units)) == unit
 
 
 @pytest.mark.usefixtures("table")

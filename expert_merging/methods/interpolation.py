@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.flags import Interval
+from expert_merging.flags import Share
 from expert_merging.method import AT_MOST_TWO, Preparation, Prepare, register
+from expert_merging.parts import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Share = Annotated[float, Interval("[0, 1]")]
-
 # Up to this length a tensor has no direction, and beyond this cosine two have the same or opposite ones (mergekit's).
 _SHORT = 1e-8
 _COLINEAR = 0.9995
+# Below this sine an arc differs from a straight line by less than float32 can tell.
+_STRAIGHT = 1e-6
 # Entries of which products are summed at a time: few in a core's cache, many on a GPU.
 _CACHED, _ON_GPU = 1 << 16, 1 << 22
 
@@ -83,6 +84,63 @@ def slerp(task_vectors: Tensor, base: Tensor, *, t: Share = 0.5) -> Tensor:
     start, end = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     # Both models' weights are the base's and a task vector; less the base, this leaves more or less of it than nothing.
     return weighted_sum(task_vectors, [start, end][-experts:]).add_(base, alpha=start + end - 1)
+
+
+@register(unit="tensor", promises=frozenset({AT_MOST_TWO}), prepare=Prepare(prepare_ends, ()))
+def nuslerp(
+    task_vectors: Tensor,
+    part: Part,
+    base: Tensor,
+    *,
+    t: Share = 0.5,
+    nuslerp_space: Literal["task_vectors", "weights"] = "task_vectors",
+    nuslerp_along: Literal["tensor", "rows", "columns"] = "tensor",
+) -> Tensor:
+    """Interpolation along the arc between two task vectors, or weights, by tensor, row or column (mergekit's nuslerp).
+
+    The way is straight only where the two have the same or opposite directions. Vectors of zeros count as perpendicular
+    to every other. mergekit's task vectors are those of a merge with a base model; its ``nuslerp_row_wise`` goes along
+    columns, and has no effect but with ``nuslerp_flatten: false``, which by itself goes along rows.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32, of one expert or two.
+        part: where the entries stand.
+        base: the base's weights ``(*shape)``.
+        t: how far to go, from the first expert (the base, where there is one expert) at 0 to the last one at 1.
+        nuslerp_space: what the arc is between.
+        nuslerp_along: which vectors have a direction: whole tensors, or rows or columns of matrices.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    import torch
+
+    by_tensor = nuslerp_along == "tensor" or len(part.shape) < 2
+    columns = max(1, base.numel() if by_tensor else part.columns)
+    origin = base.reshape(base.numel() // columns, columns)
+    ends = [torch.zeros_like(origin), *task_vectors.reshape(len(task_vectors), *origin.shape)]
+    if nuslerp_space == "weights":
+        ends = [origin + end for end in ends]
+    dim = 0 if nuslerp_along == "columns" and not by_tensor else 1
+    start, end = (factor.float() for factor in _arc(ends[-2].double(), ends[-1].double(), t, dim))
+    merged: Tensor = (ends[-2] * start).addcmul_(ends[-1], end)
+    if nuslerp_space == "weights":
+        merged.sub_(origin)
+    return merged.view(base.shape)
+
+
+def _arc(first: Tensor, last: Tensor, t: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Factors on the two ends of arcs, along a dimension, that give their points at t of the way."""
+    import torch
+
+    lengths = first.norm(dim=dim, keepdim=True) * last.norm(dim=dim, keepdim=True)
+    product = (first * last).sum(dim, keepdim=True)
+    angle = torch.where(lengths > 0, product / lengths, 0.0).clamp(-1, 1).arccos()
+    sine = angle.sin()
+    is_straight = sine < _STRAIGHT
+    sine = torch.where(is_straight, 1.0, sine)
+    start = torch.where(is_straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    return start, torch.where(is_straight, t, (t * angle).sin() / sine)
 
 
 def _cosine(base: Tensor, task_vectors: Tensor) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from expert_merging.arithmetic import scaled_mean, weighted_sum
-from expert_merging.flags import Factor
-from expert_merging.method import register
+from expert_merging.flags import Factor, Fraction
+from expert_merging.method import KEEPS_SINGLE, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,3 +57,33 @@ def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: Factor | list[
         Merged task vector ``(*shape)``.
     """
     return weighted_sum(task_vectors, _weights(scaling_coefficient, len(task_vectors)))
+
+
+@register(unit="entries", promises=frozenset({KEEPS_SINGLE}))
+def pma(
+    task_vectors: Tensor, *, pma_average: Literal["sma", "wma", "ema"] = "sma", pma_alpha: Fraction = 0.2
+) -> Tensor:
+    """Average of checkpoints of one training run, in their order (Li et al., 2025, arXiv 2505.12082).
+
+    The base has no part in it: it gives the other files, and the parameters that are not merged.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32, of the earliest checkpoint first.
+        pma_average: ``sma``, all checkpoints alike; ``wma``, the i-th one counts i times; ``ema``, exponential moving
+            average.
+        pma_alpha: share of the newest checkpoint in an exponential moving average, whose value is the first checkpoint
+            to begin with.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    return weighted_sum(task_vectors, _ageing(len(task_vectors), pma_average, pma_alpha))
+
+
+def _ageing(checkpoints: int, average: str, alpha: float) -> list[float]:
+    """Weight of each checkpoint from the earliest on; they sum to 1."""
+    if average == "ema":
+        later = [alpha * (1 - alpha) ** age for age in reversed(range(checkpoints - 1))]
+        return [(1 - alpha) ** (checkpoints - 1), *later]
+    counts = range(1, checkpoints + 1) if average == "wma" else [1] * checkpoints
+    return [count / sum(counts) for count in counts]

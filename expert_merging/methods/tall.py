@@ -10,9 +10,9 @@ Masks lie in ``masks/`` beside the merged weights, in a file for each of the bas
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
@@ -77,6 +77,17 @@ def model_and_masks(
     context: Context, *, tall_lambda: float | list[float], scaling_coefficient: float
 ) -> tuple[Output, ...]:
     """Masks of every expert, and the merged model, of which a run tells last."""
+    facts = {"tall_lambda": tall_lambda, "scaling_coefficient": scaling_coefficient}
+    return mask_files(context, facts), replace(mirror_of(context.plan), about=_ABOUT)
+
+
+def mask_files(context: Context, made_with: Mapping[str, Any]) -> Output:
+    """A file of masks for each of the base's files.
+
+    Args:
+        context: the run.
+        made_with: what their headers say beside experts, base and shapes.
+    """
     plan, merged = context.plan, set(context.plan.merged)
     files, headers = {}, {}
     for file in plan.base.files:
@@ -86,7 +97,7 @@ def model_and_masks(
                 mask_name(expert, entry.name),
                 "U8",
                 (-(-entry.elements // PACKED),),
-                Merged(entry.name, _result(expert), PACKED),
+                Merged(entry.name, mask_result(expert), PACKED),
             )
             for expert in plan.experts
             for entry in entries
@@ -95,18 +106,17 @@ def model_and_masks(
             continue
         facts = {
             "experts": list(plan.experts),
-            "tall_lambda": tall_lambda,
-            "scaling_coefficient": scaling_coefficient,
+            **made_with,
             "base_content": plan.base.content(),
             "shapes": {entry.name: list(entry.shape) for entry in entries},
         }
         files[file.name] = slots
         metadata = {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
         headers[file.name] = make_header(slots, {"format": "pt", "packing": "numpy.packbits", **metadata})
-    return Output(files, FOLDER, headers, is_model=False), replace(mirror_of(plan), about=_ABOUT)
+    return Output(files, FOLDER, headers, is_model=False)
 
 
-def _result(expert: str) -> str:
+def mask_result(expert: str) -> str:
     """What the merge function calls an expert's mask, whatever the expert is called."""
     return f"mask of {expert}"
 
@@ -145,7 +155,7 @@ def tall(
     """
     multi_task = weighted_sum(task_vectors, [scaling_coefficient] * len(task_vectors))
     masks = make_masks(task_vectors, multi_task, tall_lambda)
-    packed = {_result(expert): pack(mask) for expert, mask in zip(experts, masks, strict=True)}
+    packed = {mask_result(expert): pack(mask) for expert, mask in zip(experts, masks, strict=True)}
     return {"merged": multi_task, **packed}
 
 

@@ -43,8 +43,9 @@ def as_many_as(method: Method, shape: tuple[int, ...]) -> torch.Tensor:
 class OneTensor:
     """Passes over a model that is a single tensor, as `expert_merging.streaming.Passes` makes them over files."""
 
-    def __init__(self, task_vectors: torch.Tensor) -> None:
+    def __init__(self, task_vectors: torch.Tensor, base: torch.Tensor | None = None) -> None:
         self.task_vectors = task_vectors
+        self.base = base_weights(task_vectors) if base is None else base
         self.expert_names = tuple(f"expert {number}" for number in range(len(task_vectors)))
         self.sizes = {"weight": task_vectors[0].numel()}
         self.part = Part.whole("weight", tuple(task_vectors.shape[1:]))
@@ -60,23 +61,35 @@ class OneTensor:
                 keep(returned)
         return counts
 
+    def sums(self, measure, shape, title):
+        if not self.part.elements:
+            return {"weight": torch.zeros(shape, dtype=torch.float64)}
+        rows = self.task_vectors.reshape(-1, self.part.elements)
+        found = measure(self.base.reshape(-1).clone(), rows.clone(), self.part).double().cpu()
+        assert found.shape == shape
+        return {"weight": found}
+
+    def measure_wholes(self, measure, shape, title):
+        return {"weight": measure(self.task_vectors.clone(), self.part).double().cpu()} if self.part.elements else {}
+
 
 def base_weights(given: torch.Tensor) -> torch.Tensor:
     """Weights of the base, about ten times as large as the task vectors."""
     return torch.randn(given.shape[1:], generator=torch.Generator().manual_seed(7)).to(given.device)
 
 
-def rule_for(method: Method, given: torch.Tensor, **options: object):
+def rule_for(method: Method, given: torch.Tensor, *, base: torch.Tensor | None = None, **options: object):
     """The method's rule for a model that is one tensor, and the part that is all of it."""
+    base = base_weights(given) if base is None else base
     defaults = {name: option.default for name, option in method.options.items()}
     chosen = {**defaults, **{name: value for name, value in options.items() if name in defaults}}
-    passes = OneTensor(given)
+    passes = OneTensor(given, base)
     context = SimpleNamespace(passes=passes, plan=SimpleNamespace(experts=dict.fromkeys(passes.expert_names)), seed=3)
     known = {"seed": 3, "experts": passes.expert_names, **method.prepared(context, chosen).run()}
-    rule, base = method.rule(known, chosen), base_weights(given).view(-1)
+    rule, flat = method.rule(known, chosen), base.reshape(-1)
 
     def apply_to(task_vectors: torch.Tensor, part: Part, *merged: torch.Tensor) -> torch.Tensor:
-        return rule(task_vectors, part, base[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
+        return rule(task_vectors, part, flat[part.start : part.stop].view(task_vectors.shape[1:]), *merged)
 
     return apply_to, passes.part
 
@@ -132,6 +145,12 @@ def test_zero_task_vectors_give_zero(method, shape):
     assert merged.equal(torch.zeros(shape))
 
 
+@each([method for method in METHODS if "scaling_coefficient" in method.options])
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
+def test_the_coefficient_zero_gives_the_base(method, shape):
+    assert not apply(method, as_many_as(method, shape), scaling_coefficient=0.0).any()
+
+
 @each()
 def test_the_result_depends_on_every_expert(method):
     """Without this, a method that returns zeros would pass everything else."""
@@ -166,6 +185,19 @@ def test_blocks_give_the_bytes_of_the_whole(method, cuts):
     rule, part = rule_for(method, given)
     blocks = [rule(given[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)]
     assert torch.cat(blocks).equal(apply(method, given))
+
+
+@each(those("rows"))
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_blocks_of_rows_give_the_bytes_of_the_whole(method, cuts):
+    given = as_many_as(method, (40, 25))
+    bounds = [25 * row for row in sorted({0, *cuts, 40})]
+    rule, part = rule_for(method, given)
+    blocks = [
+        rule(given.flatten(1)[:, start:stop].clone(), part.between(start, stop)) for start, stop in pairwise(bounds)
+    ]
+    assert torch.cat(blocks).equal(apply(method, given).flatten())
 
 
 @each(those("entries"))

@@ -16,10 +16,11 @@ from peft.utils.merge_utils import dare_linear
 from peft.utils.merge_utils import ties as peft_ties
 
 from expert_merging.catalogue import find_method
-from expert_merging.methods.sparse import drop
+from expert_merging.methods.drawing import drop
 from expert_merging.parts import Part
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal
+from tests.methods.elsewhere import assert_agrees, inputs
 from tests.methods.test_all import apply, task_vectors
 
 NAMES = ("a", "b", "c")
@@ -64,6 +65,41 @@ def test_ties_agrees_with_peft():
     # peft keeps exactly the given share; the published rule keeps the entry of rank k itself, which is one more.
     theirs = peft_ties(list(given_vectors), torch.ones(4), density=0.3011)
     torch.testing.assert_close(apply(find_method("ties"), given_vectors, density=0.3), theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "ties 0.4 1,1,1"),
+        ({"ties_weights": [1.0, 0.5, 2.0]}, "ties 0.4 1,0.5,2"),
+        ({"ties_weights": [1.0, 0.5, 2.0], "ties_normalize": False}, "ties 0.4 1,0.5,2 sum"),
+    ],
+)
+def test_ties_with_weights_is_mergekit_s(options, name):
+    """Which keeps 21 of 54 entries where the published rule keeps one more."""
+    base, given_vectors = inputs()
+    assert_agrees(apply(find_method("ties"), given_vectors, base=base, density=19.5 / 54, **options), "mergekit", name)
+
+
+def test_weights_count_in_the_election_and_in_the_majority():
+    given_vectors = torch.tensor([[1.0, -2.0, 3.0, 1.0], [3.0, 1.0, -3.0, -1.0]])
+    # Weighted sums are 3.5, 0, -1.5 and -0.5: more are negative.
+    weights = {"ties_weights": [0.5, 1.0], "density": 1.0}
+    assert apply(find_method("ties"), given_vectors, **weights).tolist() == pytest.approx([3.5 / 1.5, -2.0, -3.0, -1.0])
+    assert apply(find_method("ties"), given_vectors, **weights, ties_normalize=False).tolist() == [
+        3.5,
+        -1.0,
+        -3.0,
+        -1.0,
+    ]
+
+
+def test_equal_weights_are_none_and_a_weight_of_zero_leaves_an_expert_out():
+    given_vectors = task_vectors((6, 5))
+    plain = apply(find_method("ties"), given_vectors)
+    torch.testing.assert_close(apply(find_method("ties"), given_vectors, ties_weights=0.25), plain)
+    alone = apply(find_method("ties"), given_vectors, ties_weights=[0.0, 1.0, 0.0])
+    torch.testing.assert_close(alone, apply(find_method("ties"), given_vectors[1:2]))
 
 
 def test_each_tensor_has_a_majority_of_its_own(tmp_path):
@@ -216,6 +252,27 @@ def test_dare_with_its_own_masks_agrees_with_peft(monkeypatch):
     theirs = dare_linear(list(given_vectors), torch.full((3,), 0.4), density=0.75)
     ours = apply(find_method("dare_ta"), given_vectors, drop_rate=0.25, scaling_coefficient=0.4)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(400,), (30, 20)], ids=str)
+def test_dare_can_keep_the_norm_of_each_expert_s_tensor(shape):
+    """As mergekit does: times the L1 norm before, by that after."""
+    given_vectors = task_vectors(shape) * torch.tensor([1.0, 2.0, 0.1]).view(-1, *[1] * len(shape))
+    part, names = Part.whole("weight", shape), tuple(f"expert {k}" for k in range(3))
+    dropped = drop(given_vectors.clone(), part, 3, names, 0.6)
+    rescaled = torch.stack(
+        [row * (was.abs().sum() / row.abs().sum()) for row, was in zip(dropped, given_vectors, strict=True)]
+    )
+    options = {"drop_rate": 0.6, "dare_rescale": "l1"}
+    ours = apply(find_method("dare_ta"), given_vectors, **options, scaling_coefficient=0.4)
+    torch.testing.assert_close(ours, 0.4 * rescaled.sum(0))
+    ours = apply(find_method("dare_ties"), given_vectors, **options, density=0.3)
+    torch.testing.assert_close(ours.flatten(), plain_ties(rescaled.flatten(1), 0.3))
+
+
+def test_nothing_kept_of_a_tensor_has_no_norm_to_restore():
+    ours = apply(find_method("dare_ta"), torch.full((3, 1), 0.5), drop_rate=0.999, dare_rescale="l1")
+    assert ours.isfinite().all()
 
 
 def test_dare_ties_trims_what_was_not_dropped():

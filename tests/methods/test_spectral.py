@@ -11,6 +11,7 @@ from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.methods import spectral
 from expert_merging.methods.spectral import iso, iso_cts, newton_schulz, polar_factor, singular_triples, svd
+from tests.methods.numbers import assert_near, draw, low_rank, orthogonal
 from tests.methods.reference import iso_cts_reference, iso_reference, polar, svd_reference
 
 TWINS = [(svd, svd_reference), (iso, iso_reference), (iso_cts, iso_cts_reference)]
@@ -21,26 +22,6 @@ methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method._
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 sides = st.integers(1, 12)
 seeds = st.integers(0, 1000)
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def low_rank(experts: int, rows: int, columns: int, rank: int, seed: int = 0) -> torch.Tensor:
-    """Of that rank, but for the rounding to float32."""
-    return (
-        draw(experts, rows, rank, seed=seed).double() @ draw(experts, rank, columns, seed=seed + 1).double()
-    ).float()
-
-
-def orthogonal(side: int, seed: int) -> torch.Tensor:
-    return torch.linalg.qr(draw(side, side, seed=seed).double())[0].float()
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    distance = float((actual.double() - expected.double()).norm())
-    assert distance <= tolerance * float(expected.double().norm()), distance
 
 
 @pytest.mark.parametrize(("method", "twin"), TWINS, ids=["svd", "iso", "iso_cts"])
