@@ -22,6 +22,11 @@ def weighted_sum(task_vectors: Tensor | Sequence[Tensor], weights: Sequence[floa
     return total
 
 
+def one_each(weights: float | list[float], experts: int) -> list[float]:
+    """A weight for every expert, from one for all or a list of them."""
+    return weights if isinstance(weights, list) else [weights] * experts
+
+
 def scaled_mean(task_vectors: Tensor, scaling_coefficient: float) -> Tensor:
     """The mean of ``(experts, *shape)`` times the coefficient."""
     return weighted_sum(task_vectors, [scaling_coefficient / len(task_vectors)] * len(task_vectors))

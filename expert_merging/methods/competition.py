@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.arithmetic import weighted_sum
+from expert_merging.arithmetic import one_each, weighted_sum
 from expert_merging.context import Context
 from expert_merging.flags import Factor, Fraction
 from expert_merging.method import ORDER_FREE, Preparation, Prepare, register
@@ -69,7 +69,7 @@ def pcb(
     for row, (low, high) in zip(task_vectors, bounds, strict=True):
         magnitudes = row.abs().clamp_(low, high)
         row.sign_().mul_(magnitudes)
-    factors = scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * experts
+    factors = one_each(scaling_coefficient, experts)
     total = weighted_sum(weights, [1.0] * experts).clamp_(min=_LEAST_WEIGHT)
     return weighted_sum(task_vectors.mul_(weights), factors).div_(total)
 

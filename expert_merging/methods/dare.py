@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from expert_merging.arithmetic import weighted_sum
+from expert_merging.arithmetic import one_each, weighted_sum
 from expert_merging.context import Context
 from expert_merging.flags import Factor, Fraction
 from expert_merging.method import Preparation, Prepare, register
 from expert_merging.methods.drawing import DropRate, drop
-from expert_merging.methods.sparse import FOUND, first_pass, one_each, ties, weigh
+from expert_merging.methods.sparse import FOUND, first_pass, ties, weigh
 from expert_merging.parts import Part
 from expert_merging.streaming import Passes
 

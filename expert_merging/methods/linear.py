@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from expert_merging.arithmetic import scaled_mean, weighted_sum
+from expert_merging.arithmetic import one_each, scaled_mean, weighted_sum
 from expert_merging.flags import Factor, Fraction
 from expert_merging.method import KEEPS_SINGLE, register
 
@@ -14,18 +14,13 @@ if TYPE_CHECKING:
 
 def scaled(task_vectors: Tensor, *, scaling_coefficient: float | list[float]) -> Tensor:
     """What each expert adds to task arithmetic's sum, ``(experts, *shape)``."""
-    weights = _weights(scaling_coefficient, len(task_vectors))
+    weights = one_each(scaling_coefficient, len(task_vectors))
     return task_vectors * task_vectors.new_tensor(weights).view(-1, *[1] * (task_vectors.ndim - 1))
 
 
 def scaled_share(task_vectors: Tensor, *, scaling_coefficient: float) -> Tensor:
     """What each expert adds to the average, ``(experts, *shape)``."""
     return task_vectors * (scaling_coefficient / len(task_vectors))
-
-
-def _weights(scaling_coefficient: float | list[float], experts: int) -> list[float]:
-    """One factor per expert."""
-    return scaling_coefficient if isinstance(scaling_coefficient, list) else [scaling_coefficient] * experts
 
 
 @register(unit="entries", parts=scaled_share)
@@ -56,7 +51,7 @@ def task_arithmetic(task_vectors: Tensor, *, scaling_coefficient: Factor | list[
     Returns:
         Merged task vector ``(*shape)``.
     """
-    return weighted_sum(task_vectors, _weights(scaling_coefficient, len(task_vectors)))
+    return weighted_sum(task_vectors, one_each(scaling_coefficient, len(task_vectors)))
 
 
 @register(unit="entries", promises=frozenset({KEEPS_SINGLE}))

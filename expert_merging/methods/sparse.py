@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from expert_merging.arithmetic import one_each
 from expert_merging.context import Context
 from expert_merging.flags import Factor, Fraction, NotNegative
 from expert_merging.method import ORDER_FREE, Preparation, Prepare, register
@@ -71,11 +72,6 @@ def prepare_ties(
         return weigh(task_vectors, one_each(ties_weights, len(task_vectors)))
 
     return Preparation(lambda: first_pass(context.passes, change, density=density, ties_scope=ties_scope))
-
-
-def one_each(weights: float | list[float], experts: int) -> list[float]:
-    """A weight for every expert."""
-    return weights if isinstance(weights, list) else [weights] * experts
 
 
 def weigh(task_vectors: Tensor, weights: Sequence[float]) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.arithmetic import weighted_sum
+from expert_merging.arithmetic import one_each, weighted_sum
 from expert_merging.context import Context
 from expert_merging.flags import Factor, NotNegative
 from expert_merging.method import Preparation, Prepare, register
@@ -57,7 +57,7 @@ def make_masks(task_vectors: Tensor, multi_task: Tensor, tall_lambda: float | li
         multi_task: sum of the task vectors, ``(*shape)``.
         tall_lambda: factor on the distance, one for all or one per expert.
     """
-    factors = tall_lambda if isinstance(tall_lambda, list) else [tall_lambda] * len(task_vectors)
+    factors = one_each(tall_lambda, len(task_vectors))
     for task_vector, factor in zip(task_vectors, factors, strict=True):
         yield _is_greater(task_vector.abs(), (multi_task - task_vector).abs_().mul_(factor))
 
