@@ -66,6 +66,7 @@ def variants() -> list[Variant]:
         Variant("weight_average"),
         *_scaled("task_arithmetic", 0.3, 0.45, 0.6, 0.8, 1),
         Variant("expert_merging"),
+        Variant("align_merge"),
         Variant("aswudi"),
         Variant("expert_merging", {"directions": "aswudi", **ON_PARTS}),
         Variant("svd"),

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.flags import Factor
-from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
+from expert_merging.learned.options import (
+    AligningOptions,
+    ChunkingOptions,
+    LearningOptions,
+    TrainingOptions,
+    TrimmingOptions,
+)
 from expert_merging.method import ORDER_FREE, SAMPLES, Preparation, Prepare, enter_method
 from expert_merging.parts import Part
 from expert_merging.plan import Rule
@@ -57,6 +63,21 @@ def expert_merging(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, LearningOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=AligningOptions, family_defaults=("samples_per_task",))
+def align_merge(context: Context, **options: object) -> Preparation:
+    """A coefficient per expert and row of the closed form that is nearest to the experts, aligned with each expert.
+
+    Expert Merging where interference has been taken out first: it begins at the best of several closed forms, moves
+    along what each expert adds to that one's result, and learns from questions that are crossed out of those given.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, AligningOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(

@@ -101,7 +101,7 @@ class AlignmentOptions(TrainingOptions):
         directions: what the coefficients multiply, task_vectors or what each expert adds to the result of a method
             (svd, aswudi, ...), with the coefficient 1 and that method's other defaults; these coefficients may pass 1.
             Or trimmed, task vectors as TIES trims them. Of several, separated by commas, those are taken whose merge is
-            nearest to the experts on the samples, with one of five coefficients or the given one.
+            nearest to the experts on the samples.
         temperature: softens both distributions in the logit alignment.
         logits_weight: weight of the logit alignment.
         hidden_states_weight: weight of the hidden-state alignment.
@@ -185,6 +185,20 @@ class LearningOptions(AlignmentOptions):
         from expert_merging.learned.chunks import choose_chunks
 
         return choose_chunks(parts, self.coeffs_size_dict or {}, self.parametrisation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AligningOptions(LearningOptions):
+    """Options of `align_merge`: those of Expert Merging with other defaults."""
+
+    directions: str = "svd,aswudi"
+    parametrisation: Literal["layer", "chunk", "row"] = "row"
+    synthesize: Annotated[int, Interval("[0, inf)")] = 100
+    held_out: Annotated[float, Interval("[0, 1)")] = 0.1
+    num_epochs: Count = 4
+    learning_rate: Positive = 0.02
+    loss_tokens: Literal["all", "response"] = "response"
+    sparsity_reg_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

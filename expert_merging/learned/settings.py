@@ -21,8 +21,6 @@ from expert_merging.running.samples import Samples, check_samples
 
 # Initial value of coefficients of task vectors, where the family has none.
 _USUAL = 0.3
-# Initial values that are tried where the start is chosen.
-_TRIED = (0.3, 0.5, 0.75, 1.0, 1.25)
 
 
 @dataclass(frozen=True)
@@ -132,17 +130,9 @@ def check(context: Context, options: TrainingOptions) -> Settings:
 
 
 def _starts(context: Context, options: TrainingOptions) -> tuple[Start, ...]:
-    """Where learning may begin: at the one value of the directions, or at several of each if there are several."""
+    """Where learning may begin: at the given coefficient, or at that which the directions are made for."""
     found = [find_directions(context, *asked) for asked in options.asked_directions]
-    if len(found) == 1 or options.scaling_coefficient is not None:
-        return tuple(Start(directions, _initial_values(options, directions, context)) for directions in found)
-    experts = len(context.plan.experts)
-    return tuple(
-        Start(directions, (value,) * experts)
-        for directions in found
-        for value in _TRIED
-        if value < 1 or not directions.bounded
-    )
+    return tuple(Start(directions, _initial_values(options, directions, context)) for directions in found)
 
 
 def _initial_values(options: TrainingOptions, directions: Directions, context: Context) -> tuple[float, ...]:

@@ -1,8 +1,9 @@
-"""Where learning begins: the directions and the coefficient, one for all, whose merge is nearest to the experts.
+"""Where learning begins: the directions whose merge is nearest to the experts.
 
-Which directions are right depends on the experts: the filtered parts of one closed form, the orthogonalised ones of
-another, or plain task vectors. So all are merged in memory and scored on the calibration samples, and learning begins
-at the best. No answers are needed for it.
+Which directions are right depends on the experts: the filtered parts of one closed form, or the orthogonalised ones of
+another. So all are merged in memory and scored on the calibration samples, and learning begins at the best. No answers
+are needed for it. Other coefficients than those that directions are made for are not tried: a smaller one is often
+nearer, but learning gets less far from there.
 """
 
 from __future__ import annotations
