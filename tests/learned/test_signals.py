@@ -12,7 +12,6 @@ from tests.learned.test_parallel import ACCELERATE, CONFIGS
 from tests.test_signals import descendants, started, told
 from tests.test_workers import FORKS, ended
 
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 
 
