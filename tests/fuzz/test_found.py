@@ -56,6 +56,7 @@ def test_damaged_settings(name, file, change, expected, tmp_path):
         # Time grew with the square of the depth.
         ("options", "options.yaml", b"[" * 3000),
         ("options", "options.yaml", b"- " * 100_000),
+        ("calibration", "Chat.json", b'[{"instruction": "a", "history": true}]'),
         ("calibration", "Chat.json", b'[{"question": "a", "image_path": "\\u0096\\n\\u2028"}]'),
     ],
 )
