@@ -111,6 +111,7 @@ MULTIPLIED = "{% set x = namespace(a='a') %}{% for a in range(99) %}{% set x.a =
         ("{{ 'a'.ljust(10000000000) }}", "", "the chat template of X raises an error (MemoryError)"),
         (MULTIPLIED, "", "the chat template of X raises an error (MemoryError)"),
         ("{{ 9 ** 9 ** 9 }}", "", "the chat template of X computes a power (**), which none needs and none may"),
+        ("{% break %}", "", "the chat template of X raises an error ('break' outside loop"),
         ("{{ cycler() }}", "", "the chat template of X raises an error (at least one item has to be provided)"),
         (
             "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",

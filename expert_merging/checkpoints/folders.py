@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.documents import read_object
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, excerpt
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,6 +34,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DEEPSPEED = re.compile(r"global_step\d+")
 _FSDP = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?")
 _CACHED = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[^/]+)")
+# Bytes of a file's name on every usual file system.
+_LONGEST_NAME = 255
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # more than a pointer ever has
 
@@ -86,9 +88,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     names = sorted(set(weight_map(folder).values())) if (folder / INDEX).is_file() else _numbered(folder)
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or len(name.encode()) > _LONGEST_NAME]
     if outside:
-        raise InputError(f"{folder / INDEX} names {outside[0]!r}; weight files must lie in the folder itself")
+        raise InputError(
+            f"{folder / INDEX} names {excerpt(outside[0], quoted=False)!r}; weight files must lie in the folder itself"
+        )
     missing = [
         f"{folder / name} is missing, and {INDEX} names it; download it"
         for name in names

@@ -23,7 +23,17 @@ _FILES = (
 _COUNTED = re.compile(r"(^|_)(layers?|depths?|blocks|experts|heads|stages)$")
 _MOST = 10_000
 # What damaged files lead to in code that takes them to be whole.
-_CONFUSED = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+_CONFUSED = (
+    ImportError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+)
 
 
 @contextmanager

@@ -172,7 +172,8 @@ def _turns(entry: Mapping[str, Any]) -> list[_Turn] | None:
         if not isinstance(part, str):
             raise InputError(f"{name!r} must be a text, got {excerpt(part)}")
     turns = [_Turn(_SYSTEM, entry["system"])] if entry.get("system") else []
-    for pair in entry.get("history") or []:
+    history = entry.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"'history' must be a list of questions with their answers, got {excerpt(pair)}")
         turns += [_Turn(_USER, pair[0]), _Turn(_ASSISTANT, pair[1])]

@@ -46,6 +46,7 @@ _FAULTS = (
     OSError,
     RuntimeError,
     StopIteration,
+    SyntaxError,
     TypeError,
     ValueError,
 )

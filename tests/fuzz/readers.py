@@ -42,6 +42,7 @@ from expert_merging.questions.calibration import Sample, load_samples
 from expert_merging.questions.pictures import read_picture
 from expert_merging.run import Run
 from expert_merging.search.record import Evaluation, Record
+from expert_merging.shortage import shortage_of
 from Mistral.backbone import BACKBONE
 from tests import checkpoints, internvl, qwen2vl
 from tests.adapters import save_adapter
@@ -106,6 +107,10 @@ def outcome(reader: Reader, folder: Path) -> str:
         return "read"
     except InputError as error:
         problems, lines = error.problems, lines_of(error).splitlines()
+    except (MemoryError, RuntimeError) as error:
+        if shortage_of(error) is None:
+            raise
+        return "refused"  # by the command, which tells of memory in one line
     assert problems
     assert all(map(str.strip, problems))
     assert len(lines) == len(problems), lines

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fuzz.readers import READERS, exchanged, outcome
 
+DEEP = "[" * 3000 + "]" * 3000
 BY_NAME = {reader.name: reader for reader in READERS}
 
 
@@ -28,6 +29,11 @@ BY_NAME = {reader.name: reader for reader in READERS}
         ("config Qwen2-VL", "config.json", {"hidden_size": -4}, "refused"),
         # transformers makes a list with an entry for every layer before it makes any.
         ("processor InternVL", "config.json", {"llm_config": {"num_hidden_layers": 10**9}}, "refused"),
+        # transformers reads its files by itself, without a bound of their depth.
+        ("config Mistral", "generation_config.json", {"pad_token_id": "@deep@"}, "refused"),
+        ("processor Qwen2-VL", "preprocessor_config.json", {"size": "@deep@"}, "refused"),
+        # The index may name what no file can be called.
+        ("index", "model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, "refused"),
         # Some tokenizers fail at the first text only.
         ("tokenizer", "tokenizer_config.json", {"model_max_length": ""}, "refused"),
         # A name with the end of a line in it made two lines of an error.
@@ -40,7 +46,7 @@ def test_damaged_settings(name, file, change, expected, tmp_path):
     given = json.loads((folder / file).read_text())
     for key, value in change.items():
         given[key] = {**given[key], **value} if isinstance(value, dict) and isinstance(given.get(key), dict) else value
-    with exchanged(folder / file, json.dumps(given).encode()):
+    with exchanged(folder / file, json.dumps(given).replace('"@deep@"', DEEP).encode()):
         assert outcome(reader, folder) == expected
 
 
@@ -50,6 +56,7 @@ def test_damaged_settings(name, file, change, expected, tmp_path):
         # Time grew with the square of the depth.
         ("options", "options.yaml", b"[" * 3000),
         ("options", "options.yaml", b"- " * 100_000),
+        ("calibration", "Chat.json", b'[{"instruction": "a", "history": true}]'),
         ("calibration", "Chat.json", b'[{"question": "a", "image_path": "\\u0096\\n\\u2028"}]'),
     ],
 )
