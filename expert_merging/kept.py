@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from expert_merging.digests import Section, digest_of, read_digest, section_of
+from expert_merging.documents import read_object
+from expert_merging.errors import InputError
 from expert_merging.writing import write_atomically
 
 # Name of the section of what stands before the tensors; of a file without tensors it is all there is.
@@ -138,11 +140,11 @@ class Kept:
 
     def _read(self) -> dict[str, Written]:
         try:
-            record = json.loads(self.file.read_text(encoding="utf-8"))
+            record = read_object(self.file)
             if record["digest"] != _DIGEST:
                 return {}
             return {_checked(name): Written.read(entry) for name, entry in record["files"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (InputError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
 

@@ -22,7 +22,7 @@ from expert_merging.documents import (
     read_text,
     resolved,
 )
-from expert_merging.errors import InputError
+from expert_merging.errors import InputError, one_line
 
 DEEP = 100_000
 
@@ -75,7 +75,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     assert refusal(read_bytes, tmp_path / "no") == f"{tmp_path / 'no'} cannot be read (No such file or directory)"
     (tmp_path / "loop").symlink_to("loop")
     assert refusal(read_text, tmp_path / "loop").endswith("loop cannot be read (Too many levels of symbolic links)")
-    assert refusal(read_text, tmp_path / "a\0b").endswith(r"a\x00b cannot be read (embedded null byte)")
+    assert one_line(refusal(read_text, tmp_path / "a\0b")).endswith(r"a\x00b cannot be read (embedded null byte)")
     (tmp_path / "text").write_bytes(b"\xff")
     assert refusal(read_text, tmp_path / "text") == f"{tmp_path / 'text'} is no text in UTF-8; download it again"
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from expert_merging.context import Context
+from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.learned.task_vectors import mean_magnitudes
 from expert_merging.processes import is_main_process
@@ -67,8 +68,8 @@ def check_rewritten(context: Context) -> None:
 def _read(context: Context) -> Magnitudes | None:
     """What was noted, None where nothing was that fits."""
     try:
-        noted = json.loads(context.run.magnitudes.read_text(encoding="utf-8"))
+        noted = read_object(context.run.magnitudes)
         rows = {name: [float(value) for value in noted[name]] for name in context.plan.merged}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (InputError, ValueError, TypeError, KeyError):
         return None
     return rows if all(len(row) == len(context.plan.experts) for row in rows.values()) else None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from expert_merging.context import Context
+from expert_merging.documents import read_object
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.material import Material, open_task_vectors, targets_of
 from expert_merging.learned.settings import Settings, Start
@@ -41,7 +42,7 @@ def choose_start(context: Context, settings: Settings, accelerator: Any) -> tupl
         InputError: the base and an expert agree, so that there is nothing to compare with.
     """
     if context.run.start.exists():
-        known = json.loads(context.run.start.read_text(encoding="utf-8"))
+        known = read_object(context.run.start, advice="move the run's folder away")
         return settings.beginning_at(settings.starts[known["chosen"]]), None
     with accelerator.main_process_first():  # the others find the responses
         targets = targets_of(context, settings, accelerator.device)

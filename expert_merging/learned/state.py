@@ -106,11 +106,10 @@ def _check_digests(folder: Path) -> None:
     """Check that a saved state is what was saved.
 
     Raises:
+        InputError: its digests cannot be read.
         ValueError: it is not.
     """
-    noted = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
-    if not isinstance(noted, dict):
-        raise ValueError(f"{_DIGESTS} holds no digests")
+    noted = read_object(folder / _DIGESTS)
     found = digest_files(folder)
     differing = [name for name in noted if found.get(name) != noted[name]]
     if differing:
