@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from expert_merging.backbone import Backbone
@@ -137,5 +138,7 @@ def _list_methods(backbone: Backbone) -> None:
 
 
 def _in_all(lines: Mapping[str, list[str]], names: Sequence[str]) -> list[str]:
-    """The lines that all methods of these names have."""
-    return [line for line in lines[names[0]] if all(line in lines[name] for name in names)]
+    """A line for each option that all methods of these names have, with the value that most of them have."""
+    by_option = [{line.split()[0]: line for line in lines[name]} for name in names]
+    options = [option for option in by_option[0] if all(option in own for own in by_option)]
+    return [Counter(own[option] for own in by_option).most_common(1)[0][0] for option in options]

@@ -86,7 +86,9 @@ def test_the_list_fits_80_columns_and_has_what_methods_share_once(capsys, monkey
     learning = [method for method in reading if "num_epochs" in method.options]
     assert shown.count("the sample options below") == len(reading) > len(learning)
     assert shown.count("the learning options below") == len(learning)
-    assert shown.count("--density 0.2") == sum("density" in method.options for method in all_methods().values())
+    assert shown.count("--density 0.2") == sum(
+        method.defaults({}).get("density") == 0.2 for method in all_methods().values()
+    )
 
 
 def test_help_tells_every_option(capsys, monkeypatch):

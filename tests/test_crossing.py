@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from expert_merging.backbone import load_tokenizer
-from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.crossing import crossed, token_pieces
 from tests.checkpoints import save_tokenizer
@@ -60,11 +57,11 @@ def test_pictures_are_those_of_either_and_marks_keep_a_question_whole():
     assert found == {("<image> abcd", (Path("2.png"),)), ("<image> efgh", (Path("1.png"),))}
 
 
-def test_one_question_has_no_other_to_be_crossed_with():
-    with pytest.raises(
-        InputError, match="--synthesize crosses a task's questions with one another, and T has one; give"
-    ):
-        crossed(OWN[:1], 3, list, 0)
+def test_one_question_has_no_other_to_be_crossed_with(caplog):
+    caplog.set_level("INFO")
+    assert {one.task for one in crossed([*OWN, sample("alone", task="U")], 3, list, 0)} == {"T"}
+    (record,) = caplog.records
+    assert record.getMessage() == "U has one question alone, so no further ones are made of it"
 
 
 def test_texts_are_cut_between_tokens(tmp_path):

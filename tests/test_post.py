@@ -40,7 +40,13 @@ def test_options_of_the_method_and_of_its_modifiers_are_known_and_kept_apart():
     assert found.general["post"] == ["consensus"]
     assert found.options["consensus_k"] == 1
     assert not found.ignored
-    assert set(found.options_of(found.method)) == {"density", "ties_scope", "scaling_coefficient"}
+    assert set(found.options_of(found.method)) == {
+        "density",
+        "ties_scope",
+        "ties_weights",
+        "ties_normalize",
+        "scaling_coefficient",
+    }
     assert found.options_of(found.modifiers[0]) == {"tall_lambda": 0.2, "consensus_k": 1}
 
 
@@ -63,7 +69,7 @@ def test_modifiers_can_come_from_a_file_and_be_repeated(root):
 def test_unknown_names_are_told_with_the_nearest():
     assert problems("--post", "consenus") == ["--post consenus: no such modifier. Did you mean 'consensus'?"]
     (problem,) = problems("--post", "nothing")
-    assert problem == "--post nothing: no such modifier. Known: consensus."
+    assert problem == "--post nothing: no such modifier. Known: consensus, svc."
 
 
 def test_a_method_of_its_own_is_no_modifier():

@@ -27,7 +27,7 @@ from tests.test_card import DESCRIPTION, LOADING
 # A line of its own, a colour, a window's title, a turn of the writing direction, markup, another line's end.
 FORGED = (
     "a\nerror: all is lost", "a\rb", "a\x1b[31mred", "a\x1b]0;title\x07", "a\u202eb", "[/red]", "[bold]x", "a\u2028b",
-    "a\x85b", "a\x00b", ":bomb:", "a\tb", "\udcff",
+    "a\x85b", "a\x00b", ":bomb:", "a\tb",
 )  # fmt: skip
 # What Markdown may take for something else.
 MARKED = (

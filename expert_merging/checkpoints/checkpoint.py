@@ -351,7 +351,8 @@ def read_header(file: Path) -> tuple[bytes, list[Entry]]:
         ) from None
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror or error})") from None
-    return length_field + header, entries
+    # The library has no order for empty tensors in one place.
+    return length_field + header, sorted(entries, key=lambda entry: (entry.offset, entry.size, entry.name))
 
 
 def _reason(error: Exception) -> str:

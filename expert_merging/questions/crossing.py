@@ -7,14 +7,16 @@ shows how its expert behaves near them. Experts answer anything, and nothing but
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.entries import MARK
+
+logger = logging.getLogger(__name__)
 
 # Drawings for each question that is wanted, after which there are no more.
 _ATTEMPTS = 20
@@ -31,14 +33,13 @@ def crossed(samples: Sequence[Sample], count: int, pieces: Callable[[str], list[
         pieces: cuts a text where it may be cut.
         seed: decides which are crossed and where.
 
-    Raises:
-        InputError: a task has one question alone.
     """
     found: list[Sample] = []
     for task in dict.fromkeys(sample.task for sample in samples):
         own = [sample for sample in samples if sample.task == task]
         if len(own) == 1:
-            raise InputError(f"--synthesize crosses a task's questions with one another, and {task} has one; give two")
+            logger.info("%s has one question alone, so no further ones are made of it", task)
+            continue
         found += _of_task(own, count, pieces, random.Random(f"{seed}/{task}"))
     return found
 
