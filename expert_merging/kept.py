@@ -61,6 +61,8 @@ class Written:
         for name, (start, size, piece, digest, *source) in entry["sections"].items():
             if not all(type(number) is int and number >= 0 for number in (start, size, piece - 1)):
                 raise ValueError(name)
+            if start + size > entry["size"]:
+                raise ValueError(f"{name} lies beyond the end of its file")
             owner, tensor = source or ("", "")
             sections[name] = Section(start, size, piece, str(digest), (str(owner), str(tensor)) if source else ())
         return cls(int(entry["size"]), sections, str(entry["made_of"]))

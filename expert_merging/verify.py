@@ -20,7 +20,7 @@ from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry, rea
 from expert_merging.checkpoints.folders import is_weights
 from expert_merging.checkpoints.naming import published_names
 from expert_merging.comparing.compare import load_family
-from expert_merging.console import Terminal
+from expert_merging.console import Terminal, say
 from expert_merging.digests import Section, read_digest
 from expert_merging.errors import InputError, Problems, first_of
 from expert_merging.kept import HEAD, Written
@@ -93,9 +93,9 @@ def verify(folder: Path, console: Console) -> None:
         with found.problems.collecting():
             check_learned(run, record, load_family(record["family"]), merges_again=not found.problems.found)
     for note in found.notes:
-        console.print(f"not looked at: {note}", markup=False)
+        say(console, f"not looked at: {note}")
     found.problems.check()
-    console.print(_summary(run, checkpoints, found), markup=False)
+    say(console, _summary(run, checkpoints, found))
 
 
 def _complete_run(folder: Path) -> Run:
@@ -283,5 +283,6 @@ def _summary(run: Run, checkpoints: Mapping[str, Checkpoint], found: Findings) -
     whose = ", ".join(map(_called, checkpoints)) or "no checkpoint"
     return (
         f"{run.folder}: {found.files} files of {run.model.name} ({show_size(found.size)}) are as they were written, "
-        f"{found.tensors} tensors; {found.copies} copied tensors are those of their checkpoints; unchanged: {whose}"
+        f"{found.tensors} tensors; {found.copies} copied tensors are those of their checkpoints; "
+        f"fingerprints unchanged: {whose}"
     )

@@ -300,3 +300,15 @@ def test_no_model_is_left_of_other_files_that_were_written_meanwhile(meddle, com
     }
     Meddling(monkeypatch, act[meddle])
     assert f"files of the base ({folders[0]}) were written while this run read them" in refusal(capsys, *command)
+
+
+def test_a_record_that_goes_beyond_its_file_is_no_record(tmp_path):
+    """Which would be read for ever, or from where nothing is."""
+    kept = Kept(tmp_path / "digests.json")
+    for start, size in ((0, 10**18), (2**63, 1), (90, 11)):
+        entry = {"size": 100, "made_of": "", "sections": {HEAD: [start, size, 50, "00"]}}
+        with pytest.raises(ValueError, match="beyond the end of its file"):
+            Written.read(entry)
+    whole = Written.read({"size": 100, "made_of": "", "sections": {HEAD: [90, 10, 50, "00"]}})
+    assert whole.sections[HEAD].size == 10
+    assert kept.files() == {}

@@ -72,7 +72,7 @@ def test_a_run_is_what_it_was(run, capsys):
         assert code == 0
         assert told[-1] == (
             f"{run}: 5 files of model (0.0 MB) are as they were written, 4 tensors; 2 copied tensors are those of "
-            "their checkpoints; unchanged: the base, expert A, expert B"
+            "their checkpoints; fingerprints unchanged: the base, expert A, expert B"
         )
 
 
@@ -175,7 +175,7 @@ def test_checkpoints_that_are_gone_are_not_looked_at(run, folders, capsys):
         f"not looked at: the base, which is not at {folders[0]} any more",
         f"not looked at: expert A, which is not at {folders[1]} any more",
     ]
-    assert told[-1].endswith("; unchanged: expert B")
+    assert told[-1].endswith("; fingerprints unchanged: expert B")
 
 
 def test_runs_that_nothing_can_be_said_of(run, tmp_path, capsys):

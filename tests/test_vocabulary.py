@@ -17,6 +17,7 @@ from expert_merging.checkpoints.vocabulary import (
     with_size,
 )
 from expert_merging.errors import InputError
+from expert_merging.running.batches import kept_bytes
 from tests.checkpoints import write_checkpoint
 from tests.command import flags, merge, refused
 
@@ -292,3 +293,12 @@ def test_numbers_of_special_tokens_are_taken_over_where_both_have_them():
         "hidden_size": 3,
         "text_config": {"bos_token_id": 6},
     }
+
+
+@pytest.mark.parametrize("said", [[6], {}, "x", None, 1e400])
+def test_settings_that_are_no_numbers_say_nothing(said, tmp_path):
+    model = checkpoint(tmp_path / "model", config={"vocab_size": said, "hidden_size": said})
+    check_size("the base", model)
+    assert kept_bytes(model.config, 2) == 0
+    odd = checkpoint(tmp_path / "odd", generation={"eos_token_id": said if isinstance(said, dict) else [said]})
+    assert told(checkpoint(tmp_path / "base"), A=odd) is not None

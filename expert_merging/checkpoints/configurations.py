@@ -244,6 +244,12 @@ def language_setting(config: Mapping[str, Any], name: str) -> Any:
     return None
 
 
+def size_setting(config: Mapping[str, Any], name: str) -> int | None:
+    """A size of the language model from ``config.json``; None if it is not said, or is no number above 0."""
+    value = language_setting(config, name)
+    return value if type(value) is int and value > 0 else None
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers of the language model, from ``config.json``; None where it does not say."""
     count = language_setting(config, "num_hidden_layers")

@@ -39,7 +39,7 @@ def check_size(owner: str, checkpoint: Checkpoint) -> None:
     """
     said = language_setting(checkpoint.config, "vocab_size")
     others = {name: value for name, value in checkpoint.config.items() if name != "vocab_size"}
-    allowed = {said, *_sizes(others)}
+    allowed = {size for size in (said, *_sizes(others)) if isinstance(size, int)}
     for name, entry in checkpoint.entries.items():
         if isinstance(said, int) and has_row_per_word(name) and entry.shape and entry.shape[0] not in allowed:
             raise InputError(
@@ -175,7 +175,7 @@ def _ends(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> set[str]:
     numbers = said if said is not None else language_setting(checkpoint.config, "eos_token_id")
     names = {number: token for token, number in vocabulary.tokens.items()} if vocabulary else {}
     listed: Iterable[Any] = numbers if isinstance(numbers, list) else [numbers]
-    return {names.get(number, f"token {number}") for number in listed if number is not None}
+    return {names.get(number, f"token {number}") for number in listed if isinstance(number, int)}
 
 
 def with_size(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

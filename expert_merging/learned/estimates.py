@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from expert_merging.checkpoints.configurations import language_setting, layer_count
+from expert_merging.checkpoints.configurations import layer_count, size_setting
 from expert_merging.learned.directions import PLAIN, Directions
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.task_vectors import BLOCK_ON_CPU, BLOCK_ON_GPU, DEVICE, HOST, STEP_ON_CPU
@@ -70,7 +70,7 @@ def estimate(
         directions: what coefficients multiply.
     """
     config, entries = plan.base.config, plan.base.entries
-    hidden = language_setting(config, "hidden_size") or 0
+    hidden = size_setting(config, "hidden_size") or 0
     layers = layer_count(config) or 0
     # What is kept of a layer per token where layers are computed again in the backward pass.
     kept = kept_bytes(config, width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from expert_merging.checkpoints.configurations import language_setting, layer_count
+from expert_merging.checkpoints.configurations import layer_count, size_setting
 from expert_merging.machine import half_of_memory
 
 # Tokens beyond which a pass gains nothing, and the share of a device's memory that their activations may take.
@@ -31,7 +31,7 @@ def kept_bytes(config: Mapping[str, Any], width: int) -> int:
         config: the checkpoint's ``config.json``.
         width: bytes of a weight.
     """
-    hidden, middle = language_setting(config, "hidden_size") or 0, language_setting(config, "intermediate_size") or 0
+    hidden, middle = size_setting(config, "hidden_size") or 0, size_setting(config, "intermediate_size") or 0
     return int(width * (4 * middle + 4.5 * hidden) + 11.4 * hidden)
 
 

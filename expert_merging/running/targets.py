@@ -22,7 +22,7 @@ from torch import Tensor
 from expert_merging.asking import choose_formats
 from expert_merging.backbone import Backbone
 from expert_merging.checkpoints.checkpoint import Checkpoint
-from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.configurations import size_setting
 from expert_merging.checkpoints.tying import same_tensor
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
@@ -278,7 +278,7 @@ class TargetMaker:
         """The expert's answers as fields of `Sample`."""
         inputs = [place(prompts.get(sample), self.device, self.dtype) for sample in samples]
         # A fine-tune may have added tokens, such as an end of its own, that the base has no embedding for.
-        known = language_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(prompts.processor))
+        known = size_setting(self.plan.base.config, "vocab_size") or len(tokenizer_of(prompts.processor))
         return [
             {"response": response, "tokens": list(itertools.takewhile(lambda token: token < known, tokens))}
             for response, tokens in generate(model, prompts.processor, inputs, self.max_new_tokens, ends)
