@@ -88,6 +88,7 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
             given, told = earlier_coefficients(context, Path(options.coefficients), force=options.force)
     problems.check()
     if given is not None:
+        settings = _beginning_as(given, settings)
         _check_first_stage(given, settings)
 
     def learn() -> Coefficients:
@@ -143,6 +144,12 @@ def second_stage(
         layout=replace(settings.layout, chunks=chunks, first=begin),
         regularisation=Regularisation(settings.regularisation.weight, budget),
     )
+
+
+def _beginning_as(given: Coefficients, settings: Settings) -> Settings:
+    """The settings with the directions of coefficients from elsewhere, if those are among several to choose from."""
+    same = [start for start in settings.starts if start.directions.record == given.directions]
+    return settings.beginning_at(same[0]) if same else settings
 
 
 def _check_first_stage(given: Coefficients, settings: Settings) -> None:
@@ -216,8 +223,7 @@ def _work(
         coefficients = kept_or_made(context, train)
         if is_main_process():
             shutil.rmtree(context.run.directions, ignore_errors=True)  # merging makes a tensor's directions itself
-        record = coefficients.directions
-        chosen = next((one for one in every if one.name == record["name"]), directions)
+        chosen = {one.name: one for one in every}[coefficients.directions["name"]]
         return {"coefficients": coefficients, "directions": chosen.prepare()}
 
     layers = settings.objective.layers

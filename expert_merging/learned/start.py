@@ -16,6 +16,7 @@ import torch
 
 from expert_merging.context import Context
 from expert_merging.documents import read_object
+from expert_merging.errors import InputError
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.material import Material, open_task_vectors, targets_of
 from expert_merging.learned.settings import Settings, Start
@@ -41,9 +42,9 @@ def choose_start(context: Context, settings: Settings, accelerator: Any) -> tupl
     Raises:
         InputError: the base and an expert agree, so that there is nothing to compare with.
     """
-    if context.run.start.exists():
-        known = read_object(context.run.start, advice="move the run's folder away")
-        return settings.beginning_at(settings.starts[known["chosen"]]), None
+    remembered = _remembered(context, settings)
+    if remembered is not None:
+        return settings.beginning_at(remembered), None
     with accelerator.main_process_first():  # the others find the responses
         targets = targets_of(context, settings, accelerator.device)
     model = load_on(
@@ -65,10 +66,19 @@ def choose_start(context: Context, settings: Settings, accelerator: Any) -> tupl
     chosen = settings.starts[number]
     logger.info("learning begins at %s", chosen)
     if accelerator.is_main_process:
-        record = {"chosen": number, "divergence": {str(start): score for start, score in scores.items()}}
+        record = {"chosen": str(chosen), "divergence": {str(start): score for start, score in scores.items()}}
         context.run.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(context.run.start, (json.dumps(record, indent=2) + "\n").encode())
     return settings.beginning_at(chosen), Material(targets, made[chosen.directions.name], model)
+
+
+def _remembered(context: Context, settings: Settings) -> Start | None:
+    """What an earlier part of the run has chosen; None where it has not, or its record is damaged."""
+    try:
+        chosen = read_object(context.run.start).get("chosen")
+    except InputError:
+        return None
+    return next((start for start in settings.starts if str(start) == chosen), None)
 
 
 def _score(

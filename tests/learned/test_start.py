@@ -11,6 +11,8 @@ import torch
 
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.epochs import hold_out
+from expert_merging.learned.settings import Start
+from expert_merging.learned.start import choose_start
 from expert_merging.learned.trainer import Trainer
 from expert_merging.running.scores import relative_mean
 from tests.command import merged, refusal
@@ -28,7 +30,7 @@ def test_learning_begins_where_the_merge_is_nearest_to_the_experts(answered_zoo,
     names = [*record["divergence"]]
     assert names == ["svd at 1", "task_vectors at 0.3"]
     best = min(record["divergence"], key=record["divergence"].get)
-    assert names[record["chosen"]] == best
+    assert record["chosen"] == best
     lines = run.log.read_text()
     assert f"learning begins at {best}" in lines
     assert f"{best}: {record['divergence'][best]:.4g} of the base's divergence from the experts" in lines
@@ -66,12 +68,31 @@ def test_a_choice_is_made_once(answered_zoo, tmp_path, monkeypatch):
             merged(tmp_path / "out", *given)
     (start,) = tmp_path.rglob("start.json")
     record = json.loads(start.read_text())
-    record["chosen"] = 1 - record["chosen"]
+    record["chosen"] = next(name for name in record["divergence"] if name != record["chosen"])
     start.write_text(json.dumps(record))
     monkeypatch.setattr("expert_merging.learned.start._score", stop)
     run = merged(tmp_path / "out", *given)
-    assert load_coefficients(run.folder).directions["name"] == ("task_vectors", "svd")[record["chosen"]]
+    assert load_coefficients(run.folder).directions["name"] == record["chosen"].partition(" at ")[0]
     assert json.loads(start.read_text()) == record
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"chosen": 7}', '{"chosen": "svd at 2"}'])
+def test_a_damaged_record_is_no_choice(content, answered_zoo, tmp_path):
+    (tmp_path / "start.json").write_text(content)
+    trainer = make_trainer(answered_zoo, tmp_path, directions="weight_average,task_vectors", samples_per_task=2)
+    chosen, material = choose_start(trainer.context, trainer.settings, trainer.accelerator)
+    assert material is not None
+    recorded = json.loads((tmp_path / "start.json").read_text())["chosen"]
+    assert str(Start(chosen.directions, chosen.layout.initial)) == recorded
+
+
+@pytest.mark.parametrize("first", ["weight_average", "task_vectors"])
+def test_given_coefficients_decide_what_they_multiply(first, answered_zoo, tmp_path):
+    """Though others of the directions may be nearer to the experts."""
+    learned = merged(tmp_path / "first", *flags(answered_zoo, "--directions", first))
+    given = ["--method", "expert_merging++", "--directions", "weight_average,task_vectors", "--budget", 2]
+    run = merged(tmp_path / "second", *flags(answered_zoo, *given, "--coefficients", learned.folder))
+    assert load_coefficients(run.folder).directions["name"] == first
 
 
 def test_the_plus_plus_variant_chooses_as_well(answered_zoo, tmp_path):
