@@ -47,9 +47,11 @@ def current_name(name: str) -> str:
 
 Fraction = Annotated[float, Interval("(0, 1]")]
 Share = Annotated[float, Interval("[0, 1]")]
+BelowOne = Annotated[float, Interval("[0, 1)")]
 Positive = Annotated[float, Interval("(0, inf)")]
 NotNegative = Annotated[float, Interval("[0, inf)")]
 Count = Annotated[int, Interval("[1, inf)")]
+CountOrNone = Annotated[int, Interval("[0, inf)")]
 # Nobody scales task vectors by more than a few; what is far beyond has been mistyped.
 Factor = Annotated[float, Interval("[-1000, 1000]")]
 

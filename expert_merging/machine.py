@@ -78,13 +78,16 @@ def limited_memory(more: int, proc: Path = _PROC) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def half_of_memory(device: torch.device) -> int:
-    """Half of the bytes of memory that the device has: what threads that share it may work with."""
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
     import torch
 
-    if device.type == "cpu":
-        return host_memory() // 2
-    return torch.cuda.get_device_properties(device).total_memory // 2
+    return host_memory() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+
+
+def half_of_memory(device: torch.device) -> int:
+    """Half of the bytes of memory that the device has: what threads that share it may work with."""
+    return memory_of(device) // 2
 
 
 def gib(count: float) -> str:

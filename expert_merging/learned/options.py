@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from expert_merging.errors import InputError
-from expert_merging.flags import Count, Factor, Fraction, Interval, NotNegative, Positive
+from expert_merging.flags import BelowOne, Count, CountOrNone, Factor, Fraction, Interval, NotNegative, Positive
 from expert_merging.parts import Part
 from expert_merging.running.options import ComparingOptions
 
@@ -49,7 +49,7 @@ class TrainingOptions(ComparingOptions):
 
     scaling_coefficient: Factor | list[Factor | None] | None = 0.3
     num_epochs: Count = 1
-    held_out: Annotated[float, Interval("[0, 1)")] = 0.0
+    held_out: BelowOne = 0.0
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
@@ -193,8 +193,8 @@ class AligningOptions(LearningOptions):
 
     directions: str = "svd,aswudi"
     parametrisation: Literal["layer", "chunk", "row"] = "row"
-    synthesize: Annotated[int, Interval("[0, inf)")] = 100
-    held_out: Annotated[float, Interval("[0, 1)")] = 0.1
+    synthesize: CountOrNone = 100
+    held_out: BelowOne = 0.1
     num_epochs: Count = 4
     learning_rate: Positive = 0.02
     loss_tokens: Literal["all", "response"] = "response"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from expert_merging.arithmetic import one_each, weighted_sum
 from expert_merging.context import Context
-from expert_merging.flags import Factor, Fraction
+from expert_merging.flags import BelowOne, Factor, Fraction
 from expert_merging.method import Preparation, Prepare, register
-from expert_merging.methods.drawing import DropRate, drop
+from expert_merging.methods.drawing import drop
 from expert_merging.methods.sparse import FOUND, first_pass, ties, weigh
 from expert_merging.parts import Part
 from expert_merging.streaming import Passes
@@ -80,7 +80,7 @@ def dare_ta(
     experts: tuple[str, ...],
     factors: Mapping[str, list[float]],
     *,
-    drop_rate: DropRate = 0.2,
+    drop_rate: BelowOne = 0.2,
     dare_rescale: Rescale = "probability",
     scaling_coefficient: Factor | list[Factor] = 0.3,
 ) -> Tensor:
@@ -137,7 +137,7 @@ def dare_ties(
     thresholds: Mapping[str, Tensor],
     majorities: Mapping[str, float],
     *,
-    drop_rate: DropRate = 0.2,
+    drop_rate: BelowOne = 0.2,
     dare_rescale: Rescale = "probability",
     density: Fraction = 0.2,
     ties_scope: Literal["global", "tensor"] = "global",

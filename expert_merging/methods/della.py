@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 from expert_merging.arithmetic import weighted_sum
 from expert_merging.context import Context
 from expert_merging.errors import InputError
-from expert_merging.flags import Factor, Interval
+from expert_merging.flags import BelowOne, Factor, Interval
 from expert_merging.method import Preparation, Prepare, register
-from expert_merging.methods.drawing import DropRate, draw_uniform
+from expert_merging.methods.drawing import draw_uniform
 from expert_merging.methods.sparse import merge_agreeing
 from expert_merging.methods.thresholds import elected_signs
 from expert_merging.parts import Part
@@ -42,7 +42,7 @@ def della(
     seed: int,
     experts: tuple[str, ...],
     *,
-    drop_rate: DropRate = 0.3,
+    drop_rate: BelowOne = 0.3,
     window_size: Window = 0.14,
     della_elect: bool = True,
     della_normalize: bool = True,

@@ -6,9 +6,8 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from expert_merging.flags import Interval
 from expert_merging.parts import Part
 
 if TYPE_CHECKING:
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 # Random bits are drawn for runs of this many entries, each from a seed of its own, so that any block can be drawn
 # alone. Part of what decides a result's bytes: changing it changes every mask.
 _SEGMENT = 1 << 16
-
-DropRate = Annotated[float, Interval("[0, 1)")]
 
 
 def drop(task_vectors: Tensor, part: Part, seed: int, experts: tuple[str, ...], drop_rate: float) -> Tensor:

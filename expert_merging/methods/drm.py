@@ -5,17 +5,15 @@ The horizontal variant stacks the matrices side by side, which is the vertical o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from expert_merging.flags import Factor, Interval
+from expert_merging.flags import BelowOne, Factor
 from expert_merging.method import ORDER_FREE, register
 from expert_merging.methods.spectral import singular_triples
 from expert_merging.methods.thresholds import elected_signs, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DropRate = Annotated[float, Interval("[0, 1)")]
 
 # Singular values up to this share of the largest are left out, as in the authors' code.
 _SMALLEST = 0.01
@@ -84,7 +82,7 @@ def drm_h_parts(task_vectors: Tensor, *, scaling_coefficient: float, drop_rate: 
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}), parts=drm_v_parts)
-def drm_v(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate: DropRate = 0.8) -> Tensor:
+def drm_v(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate: BelowOne = 0.8) -> Tensor:
     """DRM-V: TIES in the right singular directions that all experts share (Chaichana et al., 2025, arXiv 2505.23117).
 
     The task vectors are stacked below each other and decomposed. Each expert's rows of left directions are scaled to
@@ -107,7 +105,7 @@ def drm_v(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate:
 
 
 @register(unit="matrix", promises=frozenset({ORDER_FREE}), parts=drm_h_parts)
-def drm_h(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate: DropRate = 0.8) -> Tensor:
+def drm_h(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0, drop_rate: BelowOne = 0.8) -> Tensor:
     """DRM-H: TIES in the left singular directions that all experts share (Chaichana et al., 2025, arXiv 2505.23117).
 
     As `drm_v`, of task vectors stacked side by side.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from expert_merging.checkpoints.configurations import layer_count, size_setting
-from expert_merging.machine import half_of_memory
+from expert_merging.machine import memory_of
 
 # Tokens beyond which a pass gains nothing, and the share of a device's memory that their activations may take.
 _MOST_TOKENS, _SHARE = 2048, 0.1
@@ -44,8 +44,7 @@ def fitting_tokens(config: Mapping[str, Any], width: int, device: torch.device) 
         device: where the model runs.
     """
     token = kept_bytes(config, width) * (layer_count(config) or 0)
-    memory = 2 * half_of_memory(device)
-    return min(_MOST_TOKENS, int(_SHARE * memory / token)) if token else _MOST_TOKENS
+    return min(_MOST_TOKENS, int(_SHARE * memory_of(device) / token)) if token else _MOST_TOKENS
 
 
 def pack(

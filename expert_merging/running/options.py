@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from expert_merging.flags import Count, Interval
+from expert_merging.flags import Count, CountOrNone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +47,5 @@ class ComparingOptions(SampleOptions):
             default at most 2048, and as many as take a tenth of the device's memory while learning.
     """
 
-    synthesize: Annotated[int, Interval("[0, inf)")] = 0
+    synthesize: CountOrNone = 0
     batch_tokens: Count | None = None

@@ -12,6 +12,7 @@ from expert_merging.errors import InputError
 from expert_merging.methods import wudi as module
 from expert_merging.methods.wudi import aswudi, effective_rank, iwudi, swudi, wudi, wudi2
 from expert_merging.parts import Part
+from tests.methods.numbers import assert_near, draw, low_rank, orthogonal
 from tests.methods.reference import flow_reference, interference, wudi2_reference, wudi_reference
 
 SHAPES = [(40, 12), (12, 40), (20, 20), (1, 9), (9, 1), (2, 3), (1, 1)]
@@ -30,26 +31,6 @@ closed = pytest.mark.parametrize("method", CLOSED.values(), ids=CLOSED.keys())
 every = pytest.mark.parametrize("method", [*CLOSED.values(), wudi, wudi2], ids=[*CLOSED.keys(), "wudi", "wudi2"])
 sides = st.integers(2, 10)
 seeds = st.integers(0, 1000)
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
-
-
-def low_rank(experts: int, rows: int, columns: int, rank: int, seed: int = 0) -> torch.Tensor:
-    """Of that rank, but for the rounding to float32."""
-    return (
-        draw(experts, rows, rank, seed=seed).double() @ draw(experts, rank, columns, seed=seed + 1).double()
-    ).float()
-
-
-def orthogonal(side: int, seed: int) -> torch.Tensor:
-    return torch.linalg.qr(draw(side, side, seed=seed).double())[0].float()
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    distance = float((actual.double() - expected.double()).norm())
-    assert distance <= tolerance * float(expected.double().norm()), distance
 
 
 def loss(merged: torch.Tensor, given: torch.Tensor) -> float:

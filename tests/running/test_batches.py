@@ -58,10 +58,10 @@ def test_as_many_tokens_as_a_tenth_of_the_memory_holds(monkeypatch):
     config = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     token = 32 * kept_bytes(config, 2)
     for size in (16, 80):
-        monkeypatch.setattr("expert_merging.running.batches.half_of_memory", lambda _, size=size: size * 2**29)
+        monkeypatch.setattr("expert_merging.running.batches.memory_of", lambda _, size=size: size * 2**30)
         tokens = fitting_tokens(config, 2, CPU)
         assert tokens * token <= 0.1 * size * 2**30 < (tokens + 1) * token
-    monkeypatch.setattr("expert_merging.running.batches.half_of_memory", lambda _: 2**40)
+    monkeypatch.setattr("expert_merging.running.batches.memory_of", lambda _: 2**41)
     assert fitting_tokens(config, 2, CPU) == 2048
     assert fitting_tokens({}, 2, CPU) == 2048
 
