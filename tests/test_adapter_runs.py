@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from expert_merging.__main__ import main as tools
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.cli import main
+from expert_merging.commands.main import main as tools
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.methods.linear import task_arithmetic
 from expert_merging.run import Run

@@ -39,6 +39,7 @@ LAYERS = (
     ("checks",),
     ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),
+    ("commands",),
     ("cli", "__main__"),
 )
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from expert_merging import convert as converting
 from expert_merging import writing
-from expert_merging.__main__ import main, parser
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.commands.main import main, parser
 from tests.checkpoints import INDEX, save_model, tensors_of, write_checkpoint
 from tests.command import assert_same_bytes, contents, flags, merged, snapshot
 from tests.command import refusal as merge_refusal

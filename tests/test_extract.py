@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expert_merging import streaming
-from expert_merging.__main__ import main
+from expert_merging.commands.main import main
 from expert_merging.merge import write_output
 from expert_merging.workers import Workers
 from tests.checkpoints import BASE, EXPERTS, make_zoo, tensors_of, write_checkpoint

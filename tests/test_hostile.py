@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from expert_merging import options
-from expert_merging.__main__ import main
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.commands.main import main
 from tests.checkpoints import EXPERTS, make_zoo, tensors_of, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, merge, merged, refusal, refused
 

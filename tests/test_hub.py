@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from expert_merging import writing
-from expert_merging.__main__ import main
 from expert_merging.checkpoints import hub as hubs
 from expert_merging.checkpoints.folders import origin
 from expert_merging.checkpoints.hub import Repository, read_id
 from expert_merging.checkpoints.sources import locate, locate_all
+from expert_merging.commands.main import main
 from expert_merging.comparing.compare import find_models
 from expert_merging.errors import InputError
 from expert_merging.options import resolve

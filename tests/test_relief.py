@@ -158,7 +158,7 @@ def test_learning_without_memory_is_one_line(when, tiny_zoo, tmp_path, capsys):
 
 
 def test_align_without_memory_is_one_line(capsys, monkeypatch, tmp_path):
-    from expert_merging.__main__ import main
+    from expert_merging.commands.main import main
 
     for error, told in {
         torch.OutOfMemoryError(ON_GPU): "GPU memory ran out, asking for 20.0 GiB more; give --device cpu",
@@ -168,17 +168,17 @@ def test_align_without_memory_is_one_line(capsys, monkeypatch, tmp_path):
         def fail(*_arguments, error=error, **_keywords):
             raise error
 
-        monkeypatch.setattr("expert_merging.__main__.compare", fail)
+        monkeypatch.setattr("expert_merging.commands.align.compare", fail)
         assert main(["align", str(tmp_path)]) == 1
         assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_other_errors_of_align_are_no_shortage(monkeypatch, tmp_path):
-    from expert_merging.__main__ import main
+    from expert_merging.commands.main import main
 
     def fail(*_arguments, **_keywords):
         raise RuntimeError("a mistake here")
 
-    monkeypatch.setattr("expert_merging.__main__.compare", fail)
+    monkeypatch.setattr("expert_merging.commands.align.compare", fail)
     with pytest.raises(RuntimeError, match="a mistake here"):
         main(["align", str(tmp_path)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,3 +115,12 @@ def test_no_library_may_be_older_than_its_last_known_hole():
     }
     for name, least in SAFE.items():
         assert required[name.lower()] >= least, name
+
+
+def test_nothing_that_is_kept_is_a_link():
+    """A link of a developer's machine leads nowhere on another one."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -245,6 +246,39 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+# Runs a program as `python -m` does, up to where it imports what takes a while.
+IMPORTING = """
+import runpy, sys, time
+
+class Waits:
+    def find_spec(self, name, *_):
+        if name == sys.argv[2]:
+            print("ready", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Waits())
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "awaited"),
+    [
+        ("expert_merging", "expert_merging.commands"),
+        ("zoo", "zoo.commands"),
+        *((f"{family}.model_merging", "expert_merging.cli") for family in ("InternVL", "Mistral", "Qwen2VL")),
+    ],
+)
+def test_programs_listen_before_they_import(module, awaited):
+    with started("-c", IMPORTING, module, awaited) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        code, out, errors = told(process)
+        assert (code, out) == (130, "")
+        assert re.fullmatch("\ninterrupted; the same command .*\n", errors), errors
 
 
 def descendants(process: int) -> list[int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_merging.__main__ import main
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.tying import is_tied
+from expert_merging.commands.main import main
 from expert_merging.learned.coefficients import load_coefficients
 from tests.checkpoints import make_zoo, perturb, save_model, tensors_of, write_checkpoint
 from tests.command import COMMAND, flags, merge, merged, refused

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expert_merging.__main__ import main
+from expert_merging.commands.main import main
 from expert_merging.kept import Written
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.run import Run

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from expert_merging.__main__ import main
+from expert_merging.commands.main import main
 from expert_merging.comparing.align import held_out, relative
 from expert_merging.comparing.compare import _table, find_models
 from expert_merging.errors import InputError

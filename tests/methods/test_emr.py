@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expert_merging.__main__ import main
+from expert_merging.commands.main import main
 from expert_merging.methods.emr import emr, unify
 from expert_merging.methods.tall import unpack
 from tests.checkpoints import BASE, EXPERTS, tensors_of

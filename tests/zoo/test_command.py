@@ -10,7 +10,7 @@ import pytest
 
 from Mistral.backbone import BACKBONE
 from zoo import build as build_module
-from zoo.__main__ import main
+from zoo.commands import main
 from zoo.family import default_folder
 from zoo.report import run_labels
 
@@ -29,7 +29,7 @@ def make_run(zoo: Path, run: Path) -> Path:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, zoo.__main__ as command; command.parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys, zoo.commands as command; command.parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from expert_merging.__main__ import main as compare
+from expert_merging.commands.main import main as compare
 from Mistral.backbone import BACKBONE
 from tests.command import merge
 

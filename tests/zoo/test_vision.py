@@ -21,8 +21,8 @@ from expert_merging.questions.formats import Format
 from tests.command import merge, merged
 from tests.zoo.conftest import BRIEF
 from zoo import internvl, qwen2vl, tasks, vision
-from zoo.__main__ import main
 from zoo.build import build
+from zoo.commands import main
 from zoo.evaluate import cached_exact_match
 from zoo.family import Family
 from zoo.pictures import TASKS

@@ -1,0 +1,1 @@
+"""What is done beside merging: a file for each command of ``python -m expert_merging``."""

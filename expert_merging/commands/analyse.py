@@ -1,0 +1,35 @@
+"""Draw the pictures of learned merges again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from expert_merging.commands.command import Command
+from expert_merging.console import say
+from expert_merging.errors import InputError
+from expert_merging.run import Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the arguments."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns")
+
+
+def run(given: Mapping[str, Any], console: Console) -> None:
+    """Draw the pictures of every run again and say where they are."""
+    from expert_merging.learned.figures import redraw
+
+    for folder in given["runs"]:
+        analysis = Run(folder).analysis
+        if not analysis.is_dir():
+            raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
+        for file in redraw(analysis):
+            say(console, str(file))
+
+
+COMMAND = Command("analyse", "draw importance, coefficients and chunks of learned merges again", run, add_arguments)

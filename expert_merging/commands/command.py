@@ -1,0 +1,29 @@
+"""What a command of ``python -m expert_merging`` is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Args:
+        name: what the user types.
+        summary: what it does, as a phrase.
+        run: does it, given the values of its arguments by name.
+        add_arguments: gives a parser its arguments.
+        description: more than the summary, for its own help.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Mapping[str, Any], Console], None]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    description: str = ""

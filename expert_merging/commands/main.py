@@ -1,0 +1,52 @@
+"""Finds the command that the user has typed, runs it, and tells what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from expert_merging.commands import align, analyse, convert, extract, verify
+from expert_merging.documents import check_arguments, escape_output
+from expert_merging.errors import InputError, file_problem, tell
+from expert_merging.relief import out_of_memory
+from expert_merging.shortage import shortage_of
+
+COMMANDS = {module.COMMAND.name: module.COMMAND for module in (analyse, align, extract, convert, verify)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    escape_output()
+    given = vars(parser().parse_args(arguments))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    try:
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
+        COMMANDS[given.pop("command")].run(given, console)
+    except InputError as error:
+        tell(error)
+        return 1
+    except (MemoryError, OSError, RuntimeError) as error:
+        shortage = shortage_of(error)
+        if shortage is not None:
+            tell(out_of_memory(shortage, "", "give --device cpu" if shortage.on_gpu else "take a machine with more"))
+        elif isinstance(error, OSError):
+            tell(file_problem(error, "begins again"))
+        else:
+            raise
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
+    result = argparse.ArgumentParser(
+        prog="python -m expert_merging", description="Use finished merges, and make checkpoints ready to be merged."
+    )
+    kinds = result.add_subparsers(dest="command", required=True)
+    for command in COMMANDS.values():
+        own = kinds.add_parser(command.name, help=command.summary, description=command.description or None)
+        command.add_arguments(own)
+    return result
