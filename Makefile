@@ -56,6 +56,7 @@ docs: .venv/.installed-docs  ## build the documentation into site/; a link that 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 fuzz: .venv/.installed-dev  ## read 50,000 damaged files of every kind (CASES=, SECONDS=)
+	FUZZ=all $(BIN)/python -m pytest -n $(WORKERS) tests/fuzz -k every_setting
 	$(BIN)/python -m tests.fuzz --cases $(CASES) --seconds $(SECONDS)
 
 bench: setup  ## measure speed and memory against the limits of the machine

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.checkpoints.checkpoint import loadable
+from expert_merging.checkpoints.checkpoint import Checkpoint, loadable
 from expert_merging.checkpoints.folders import refuse_pointers
 from expert_merging.checkpoints.naming import DECODER
 from expert_merging.checkpoints.reading import reading
@@ -186,9 +187,9 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
         file_name: what files call a parameter, for messages.
 
     Raises:
-        InputError: the folder lacks a tensor of the model, or has one of another shape.
+        InputError: the folder lacks a tensor of the model, or has one of another shape, or its files are being changed.
     """
-    with loadable(folder) as source, reading(folder, "model"):
+    with loadable(folder) as source, reading(folder, "model"), _weights_unchanged(folder):
         model, report = getattr(import_transformers(), kind).from_pretrained(
             source,
             dtype=dtype,
@@ -206,6 +207,25 @@ def load_whole(kind: str, folder: Path, dtype: torch.dtype, file_name: Callable[
         )
     refuse_lacking(folder, {file_name(name) for name in report["missing_keys"]})
     return model.eval()
+
+
+@contextmanager
+def _weights_unchanged(folder: Path) -> Iterator[None]:
+    """Around what loads files of weights that were whole when they were checked.
+
+    Raises:
+        InputError: they are not any more.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        Checkpoint(folder)  # which names the file that is not whole
+        raise InputError(
+            f"{folder}: files of weights were written while they were read ({first_line(error)}); wait until they are "
+            "complete"
+        ) from None
 
 
 def refuse_lacking(folder: Path, names: Set[str]) -> None:

@@ -38,6 +38,8 @@ def read_bytes(file: Path, *, largest: int = _LARGEST) -> bytes:
         InputError: it cannot be read, or has more than ``largest`` bytes.
     """
     try:
+        if file.is_fifo() and file.parent.name != "fd":  # the shell's <(command) is one that is written to
+            raise InputError(f"{file} is a named pipe, not a file; give a file")
         with file.open("rb") as stream:
             status = os.fstat(stream.fileno())
             size = status.st_size if stat.S_ISREG(status.st_mode) else largest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,9 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
     """
     context, run, summary = job.context, job.context.run, Summary()
     kept = run.kept.within(run.model.name)
+    if is_main_process():
+        files = {f"{output.folder}/{file}".lstrip("/") for output in job.outputs for file in output.files}
+        _remove_strays(run.partial_model, files)
     for output in job.outputs:
         folder = run.partial_model / output.folder
         summary = write_output(
@@ -136,6 +139,17 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
         kept.note_others(run.partial_model)
         run.finish()
     return summary
+
+
+def _remove_strays(folder: Path, files: Container[str]) -> None:
+    """Remove what an unfinished model's folder has beside files that the run makes, and links: it would be published.
+
+    What is copied into it is copied again.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        if path.is_symlink() or path.relative_to(folder).as_posix() not in files:
+            path.unlink()
 
 
 def _describe_model(job: Job, output: Output, folder: Path) -> None:

@@ -57,15 +57,18 @@ class Written:
         Raises:
             ValueError, TypeError, KeyError, AttributeError: it is something else.
         """
-        sections = {}
+        sections, end = {}, 0
         for name, (start, size, piece, digest, *source) in entry["sections"].items():
             if not all(type(number) is int and number >= 0 for number in (start, size, piece - 1)):
                 raise ValueError(name)
-            if start + size > entry["size"]:
-                raise ValueError(f"{name} lies beyond the end of its file")
+            if start != end:
+                raise ValueError(f"{name} does not begin where what stands before it ends")
             owner, tensor = source or ("", "")
             sections[name] = Section(start, size, piece, str(digest), (str(owner), str(tensor)) if source else ())
-        return cls(int(entry["size"]), sections, str(entry["made_of"]))
+            end += size
+        if HEAD not in sections or end != entry["size"]:
+            raise ValueError("some bytes of the file are in no section")
+        return cls(end, sections, str(entry["made_of"]))
 
     def entry(self) -> dict[str, Any]:
         """What ``digests.json`` has of it."""
@@ -133,9 +136,11 @@ class Kept:
         write_atomically(target, content)
 
     def has(self, file: Path) -> bool:
-        """Whether a file is what was written under its name, and made of what there is now."""
+        """Whether a file is what was written under its name, and made of what there is now; a link is not."""
         known = self.files().get(file.name)
-        return known is not None and known.made_of == self.made_of and not known.differing(file)
+        return (
+            known is not None and known.made_of == self.made_of and not file.is_symlink() and not known.differing(file)
+        )
 
     def _name(self, name: str) -> str:
         return f"{self.place}/{name}" if self.place else name

@@ -166,12 +166,29 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     return Resolved(general, method, options, family, ignored, modifiers, tuple(given))
 
 
+def _read_dotenv(file: Path) -> Mapping[str, str | None]:
+    """Names and values of ``.env``; none where it is missing.
+
+    Raises:
+        InputError: it cannot be read, or a line is something else.
+    """
+    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
+
+    if not file.is_file():
+        return {}
+    text = read_text(file, advice="save it as UTF-8")
+    for binding in parse_stream(StringIO(text)):
+        if binding.error:
+            raise InputError(
+                f"{file}, line {binding.original.line}: this is not NAME=VALUE; put it right, or remove it"
+            )
+    return dotenv_values(stream=StringIO(text))
+
+
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
     """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
-    from dotenv import dotenv_values
-
-    file = ROOT / ".env"
-    dotenv = dotenv_values(stream=StringIO(read_text(file, advice="save it as UTF-8"))) if file.is_file() else {}
+    dotenv = _read_dotenv(ROOT / ".env")
     values: dict[str, Any] = {}
     if environment.get("CACHE_DIR"):
         values["cache_dir"] = environment["CACHE_DIR"]

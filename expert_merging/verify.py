@@ -17,7 +17,6 @@ from rich.console import Console
 
 from expert_merging.checkpoints.adapter import open_checkpoint
 from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry, read_header, torch_dtype
-from expert_merging.checkpoints.folders import is_weights
 from expert_merging.checkpoints.naming import published_names
 from expert_merging.comparing.compare import load_family
 from expert_merging.console import Terminal, say
@@ -229,9 +228,9 @@ def _model_folders(model: Path, written: Mapping[str, Written]) -> list[Path]:
 
 
 def _verify_names(model: Path, written: Mapping[str, Written], found: Findings) -> None:
-    """Whether weights lie there that the run has not written, and whether every model can be opened."""
-    there = {file.relative_to(model).as_posix(): file for file in sorted(model.rglob("*"))}
-    foreign = [name for name, file in there.items() if name not in written and is_weights(file.name)]
+    """Whether files lie there that the run has not written, and whether every model can be opened."""
+    there = [file.relative_to(model).as_posix() for file in sorted(model.rglob("*")) if not file.is_dir()]
+    foreign = [name for name in there if name not in written and not _is_of_system(name)]
     if foreign:
         found.problems.add(f"{first_of(foreign, _SHOWN)} lies there, and the run has not written it")
     if found.problems.found:
@@ -239,6 +238,11 @@ def _verify_names(model: Path, written: Mapping[str, Written], found: Findings) 
     for folder in _model_folders(model, written):
         with found.problems.collecting():
             Checkpoint(folder)
+
+
+def _is_of_system(name: str) -> bool:
+    """Whether a file is what Python or a desktop leaves in folders."""
+    return name.endswith((".pyc", ".DS_Store"))
 
 
 def _verify_copies(written: Mapping[str, Written], checkpoints: Mapping[str, Checkpoint], found: Findings) -> None:

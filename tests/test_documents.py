@@ -80,6 +80,19 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     assert refusal(read_text, tmp_path / "text") == f"{tmp_path / 'text'} is no text in UTF-8; download it again"
 
 
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(read_text, tmp_path / "pipe") == f"{tmp_path / 'pipe'} is a named pipe, not a file; give a file"
+
+
+def test_what_a_shell_s_command_writes_is_read():
+    reader, writer = os.pipe()
+    os.write(writer, b"seed: 1")
+    os.close(writer)
+    assert read_text(Path(f"/dev/fd/{reader}")) == "seed: 1"
+    os.close(reader)
+
+
 def test_files_are_read_up_to_a_bound(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"x" * (1 << 20))

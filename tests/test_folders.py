@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from expert_merging import backbone
 from expert_merging.backbone import load_tokenizer, load_whole
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.checkpoints.folders import weights_in_other_formats
@@ -206,6 +207,18 @@ def test_a_model_is_loaded_without_an_index(tmp_path):
     loaded = load_whole("AutoModelForCausalLM", tmp_path, torch.float32)
     assert all(tensor.equal(expected[name]) for name, tensor in loaded.state_dict().items())
     assert not (tmp_path / INDEX).exists()
+
+
+def test_files_that_were_cut_off_since_they_were_checked_are_named(tmp_path, monkeypatch):
+    save_model(tmp_path, 0, max_shard_size="20KB")
+    file = max(tmp_path.glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-10])
+    with pytest.raises(InputError, match=f"^{re.escape(str(file))} is truncated or not a safetensors file"):
+        load_whole("AutoModelForCausalLM", tmp_path, torch.float32)
+    monkeypatch.setattr(backbone, "Checkpoint", lambda _: file.write_bytes(content))  # whole again
+    with pytest.raises(InputError, match=r"written while they were read \(.*\); wait until they are complete$"):
+        load_whole("AutoModelForCausalLM", tmp_path, torch.float32)
 
 
 @pytest.mark.slow

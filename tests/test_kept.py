@@ -225,6 +225,22 @@ def test_a_finished_file_that_is_not_what_was_written_is_made_again(fault, stopp
     assert ("kept 2 finished shards" in log) == (fault != "record gone")
 
 
+def test_nothing_is_published_that_the_run_has_not_made(stopped, command, tmp_path):
+    """Files beside the finished shards, and a shard that is a link to one."""
+    run, whole = stopped
+    first = min(run.partial_model.glob("*.safetensors"))
+    first.rename(tmp_path / "elsewhere")
+    first.symlink_to(tmp_path / "elsewhere")
+    (run.partial_model / "notes.txt").write_text("mine")
+    (run.partial_model / "folder").mkdir()
+    (run.partial_model / "folder" / "id").symlink_to(tmp_path / "elsewhere")
+    assert not run.kept.within("model").has(first)
+    assert merge(*command) == 0
+    assert contents(run.model) == whole
+    assert not any(file.is_symlink() for file in run.model.rglob("*"))
+    assert "kept 2 finished shards" in run.log.read_text()
+
+
 @pytest.mark.parametrize("who", [0, 2])
 def test_checkpoints_that_were_changed_between_two_parts_are_merged_as_they_are_now(who, stopped, command, folders):
     """Size and time are as they were, and so are the samples that fingerprints are made of."""
@@ -305,10 +321,13 @@ def test_no_model_is_left_of_other_files_that_were_written_meanwhile(meddle, com
 def test_a_record_that_goes_beyond_its_file_is_no_record(tmp_path):
     """Which would be read for ever, or from where nothing is."""
     kept = Kept(tmp_path / "digests.json")
-    for start, size in ((0, 10**18), (2**63, 1), (90, 11)):
+    for start, size in ((0, 10**18), (2**63, 1), (90, 11), (90, 10), (0, 99)):
         entry = {"size": 100, "made_of": "", "sections": {HEAD: [start, size, 50, "00"]}}
-        with pytest.raises(ValueError, match="beyond the end of its file"):
+        with pytest.raises(ValueError, match=r"does not begin where|are in no section"):
             Written.read(entry)
-    whole = Written.read({"size": 100, "made_of": "", "sections": {HEAD: [90, 10, 50, "00"]}})
-    assert whole.sections[HEAD].size == 10
+    for sections in ({}, {"a": [0, 100, 50, "00"]}):
+        with pytest.raises(ValueError, match="are in no section"):
+            Written.read({"size": 100, "made_of": "", "sections": sections})
+    whole = Written.read({"size": 100, "made_of": "", "sections": {HEAD: [0, 100, 50, "00"]}})
+    assert whole.sections[HEAD].size == 100
     assert kept.files() == {}

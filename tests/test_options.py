@@ -202,6 +202,15 @@ def test_defaults_are_the_family_s():
     assert method_options("weight_average") == {"scaling_coefficient": 1.0}
 
 
+@pytest.mark.parametrize(("text", "line"), [("A=1\n'B\n", 2), ("=x", 1), ("A='", 1)])
+def test_a_line_of_dotenv_that_says_nothing_is_named(root, text, line):
+    (root / ".env").write_text(text)
+    with pytest.raises(InputError) as caught:
+        general("--method", "ties")
+    advice = "this is not NAME=VALUE; put it right, or remove it"
+    assert caught.value.problems == (f"{root / '.env'}, line {line}: {advice}",)
+
+
 def test_flags_win_over_config_over_environment_over_dotenv(root):
     def cache(*arguments, **environment):
         return general(*arguments, **environment)["cache_dir"]

@@ -23,11 +23,11 @@ from tests.command import TENSORS, merged, refusal
 PRIVATE = (
     ".env", ".env.local", "prod.env", "server.pem", "certs/tls.key", "id_rsa", "id_ed25519.pub", ".netrc",
     ".ssh/config", "token", "stored_tokens", "credentials.json", "secrets.yaml", "optimizers.txt", "Optimizer_states/0",
-    "keystore.jks",
+    "keystore.jks", "deploy_key", "api_key.txt", "hf-access-token", "my.secret_key.json", "ssh_key.pub",
 )  # fmt: skip
 OF_TOOLS = (
     ".git/HEAD", ".gitignore", ".cache/huggingface/x.lock", "__pycache__/modeling_x.pyc", "runs/Nov27/x",
-    ".ipynb_checkpoints/a.json", "optimizer.pt",
+    ".ipynb_checkpoints/a.json", "optimizer.pt", "wandb/run-1/x.wandb", "mlruns/0/meta.yaml", "cache/0",
 )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_private_files_are_never_copied_and_named(tmp_path):
     put(tmp_path, *PRIVATE, "nested/.env", "notes.txt")
     assert found(tmp_path) == ["notes.txt"]
     (line,) = not_copied(tmp_path)
-    names = ".env, .env.local, .netrc, .ssh, Optimizer_states and 12 more"
+    names = ".env, .env.local, .netrc, .ssh, Optimizer_states and 17 more"
     assert line == left(tmp_path, "private, by their names", names)
 
 

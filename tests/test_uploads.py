@@ -188,7 +188,7 @@ def test_coefficients_and_samples_lie_on_this_machine_alone(tiny_zoo, tmp_path):
 def test_the_base_s_own_settings_that_name_the_home_are_told_of(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name, place in {"config.json": "home/me/base", "added.json": "homeless", "notes.txt": "home/me"}.items():
-        content = {"model_type": "mistral", "_name_or_path": str(tmp_path / place)}
+        content = {"model_type": "mistral", "trained_on": str(tmp_path / place)}
         (tmp_path / "base" / name).write_text(json.dumps(content))
     run = merged(tmp_path / "out", *command[:-2])
     told = [line for line in run.log.read_text().splitlines() if "places on this machine" in line]
@@ -197,6 +197,14 @@ def test_the_base_s_own_settings_that_name_the_home_are_told_of(command, tmp_pat
         "copies have all that it has; take them out of the merged folder before you upload it"
     ]
     assert (run.model / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("place", "is_told"), [("/data/me/base", True), ("mistralai/Mistral-7B-v0.1", False)])
+def test_where_a_model_was_loaded_from_is_told_of(place, is_told, command, tmp_path):
+    content = {"model_type": "mistral", "_name_or_path": place}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(content))
+    log = merged(tmp_path / "out", *command[:-2]).log.read_text()
+    assert (f"config.json of {tmp_path / 'base'} has places on this machine in it ({place})" in log) == is_told
 
 
 @pytest.mark.parametrize("name", ["Chat|`x`", "# Chat <b>", "[a](b)"])

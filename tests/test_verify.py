@@ -109,8 +109,12 @@ def test_every_kind_of_result_can_be_verified(method, tiny_zoo, tmp_path, capsys
             lambda model: shutil.copy(model / FIRST, model / "model.safetensors"),
             "model.safetensors lies there, and the run has not written it",
         ),
+        (
+            lambda model: (model / "modeling_x.py").write_text("x = 1"),
+            "modeling_x.py lies there, and the run has not written it",
+        ),
     ],
-    ids=["changed", "cut", "gone", "configuration cut", "configuration changed", "no index", "other weights"],
+    ids=["changed", "cut", "gone", "configuration cut", "configuration changed", "no index", "other weights", "code"],
 )
 def test_a_model_that_was_changed_is_told(fault, expected, run, capsys):
     fault(run / "model")

@@ -19,18 +19,21 @@ from expert_merging.errors import InputError, first_of
 # What tools leave in folders, which nobody misses.
 _OF_TOOLS = frozenset(
     {".git", ".gitignore", ".cache", ".huggingface", ".msc", ".mdl", ".mv", ".ipynb_checkpoints", ".DS_Store"}
-    | {"__pycache__", "runs"}
+    | {"__pycache__", "runs", "wandb", "mlruns", "lightning_logs", "cache"}
 )
 # Hidden files (.env, .netrc, .ssh ...), keys, what lets somebody log in, and the states of optimizers.
 _PRIVATE = re.compile(
     r"\.(?!gitattributes$).*|.*\.(env|pem|key|p8|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc)|id_(rsa|dsa|ecdsa|ed25519).*"
-    r"|(stored_)?tokens?|(credential|secret)s?(\..*)?|optimizer.*",
+    r"|(stored_)?tokens?|(credential|secret)s?(\..*)?|optimizer.*"
+    r"|(.*[-_.])?(access|api|auth|deploy|private|secret|ssh)[-_]?(key|token)s?(\..*)?",
     re.IGNORECASE,
 )
 _OUT = "links to what lies outside of it, is private or weights"
 _AGAIN = "links to folders that are copied already"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _SHOWN = 5
+# Where transformers says that a model was loaded from.
+_LOADED_FROM = re.compile(rb'"_?name_or_path"\s*:\s*"(/[^"]*)"')
 _DEEPEST = 64
 _SETTINGS_BYTES = 1_000_000  # more than any file of settings has
 
@@ -88,13 +91,19 @@ def names_of_this_machine(folder: Path) -> list[str]:
     home = os.path.join(os.path.expanduser("~"), "")
     settings = [relative for relative in other_files(folder) if relative.suffix == ".json"]
     small = [relative for relative in settings if (folder / relative).stat().st_size <= _SETTINGS_BYTES]
-    told = [relative for relative in small if home.encode() in (folder / relative).read_bytes()]
-    if not told or home == os.sep:
-        return []
-    return [
-        f"{first_of(told, _SHOWN)} of {folder} has places on this machine in it ({home}), and copies have all that it "
-        "has; take them out of the merged folder before you upload it"
-    ]
+    contents = {relative: (folder / relative).read_bytes() for relative in small}
+    told = [relative for relative, content in contents.items() if home != os.sep and home.encode() in content]
+    loaded = {
+        relative: found[1].decode(errors="replace")
+        for relative, content in contents.items()
+        if relative not in told and (found := _LOADED_FROM.search(content))
+    }
+    whose = f"of {folder} has places on this machine in it"
+    advice = "copies have all that it has; take them out of the merged folder before you upload it"
+    warnings = [f"{first_of(told, _SHOWN)} {whose} ({home}), and {advice}"] if told else []
+    if loaded:
+        warnings.append(f"{first_of([*loaded], _SHOWN)} {whose} ({next(iter(loaded.values()))}), and {advice}")
+    return warnings
 
 
 def check_inside(folder: Path, names: Iterable[str]) -> None:

@@ -22,6 +22,8 @@ _FILES = (
 # Parts of a model of which a list is made, one by one.
 _COUNTED = re.compile(r"(^|_)(layers?|depths?|blocks|experts|heads|stages)$")
 _MOST = 10_000
+# Of which every model has some.
+_SIZES = re.compile(r"hidden_size|intermediate_size|vocab_size|num_attention_heads|num_hidden_layers")
 # What damaged files lead to in code that takes them to be whole.
 _CONFUSED = (
     ImportError,
@@ -69,11 +71,13 @@ def _check_counts(file: Path) -> None:
     """Check that the model that a configuration describes can be made: its parts are counted before anything is.
 
     Raises:
-        InputError: it has more of one kind than any model has.
+        InputError: it has more of one kind than any model has, or none of what every model has.
     """
     for name, value in _settings(required_object(file)) if file.is_file() else ():
         if _COUNTED.search(name) and isinstance(value, int) and value > _MOST:
             raise InputError(f"{file} has {name} {value}, and no model has more than {_MOST}; download it again")
+        if _SIZES.fullmatch(name) and isinstance(value, int) and value < 1:
+            raise InputError(f"{file} has {name} {value}, and every model has at least 1; download it again")
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:

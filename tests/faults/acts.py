@@ -88,6 +88,12 @@ def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def rewrite(file: Path, content: bytes) -> None:
+    """Write other content of the same length over a file, in place."""
+    with file.open("r+b") as stream:
+        stream.write(content)
+
+
 def run_beside(arguments: list[str], told: Path) -> None:
     """Run the same command in a second process, to its end; its exit code is left in a file."""
     process = os.fork()

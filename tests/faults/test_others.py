@@ -16,6 +16,7 @@ import pytest
 
 from expert_merging.signals import CONTINUES
 from tests.checkpoints import EXPERTS
+from tests.command import contents
 from tests.faults import acts
 from tests.faults.conftest import COUNT
 from tests.faults.moments import Moment
@@ -26,7 +27,6 @@ from tests.test_signals import SIGNALS
 pytestmark = pytest.mark.slow
 # Each kind of fault happens to all kinds of runs in turn.
 NUMBERS = range(max(1, COUNT // 5))
-CLOSED_FORMS = ["element-wise", "matrix", "mixture", "masks"]
 
 
 def nth(number: int, names: list[str]) -> str:
@@ -88,7 +88,7 @@ def test_files_that_may_not_grow(number, runs: Runs, record_property):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_weights_that_cannot_be_read(number, runs: Runs, record_property):
-    name = nth(number, CLOSED_FORMS)
+    name = nth(number, names())
     with faulty("EIO", number, runs.place(name), runs, name, acts.fail_to_read) as done:
         check_told(done, os.strerror(5))
     record_property("fault: weights cannot be read (EIO)", 1)
@@ -106,7 +106,7 @@ def test_a_folder_that_may_not_be_written_to(number, runs: Runs, record_property
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_an_expert_that_is_cut_off(number, runs: Runs, record_property):
-    name = nth(number, CLOSED_FORMS)
+    name = nth(number, names())
     place, draw = runs.place(name), drawing("file", number)
     zoo = Path(shutil.copytree(runs.zoo, place.folder / "zoo"))
     file = draw.choice(sorted((zoo / draw.choice([*EXPERTS.values()])).glob("*.safetensors")))
@@ -120,9 +120,36 @@ def test_an_expert_that_is_cut_off(number, runs: Runs, record_property):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+def test_an_expert_that_is_rewritten(number, runs: Runs, record_property):
+    """The result is that of the content before or of the content after, or there is none."""
+    name = nth(number, names())
+    place, draw = runs.place(name), drawing("rewritten", number)
+    zoo = Path(shutil.copytree(runs.zoo, place.folder / "zoo"))
+    file = draw.choice(sorted((zoo / draw.choice([*EXPERTS.values()])).glob("*.safetensors")))
+    before = file.read_bytes()
+    after = before[:-2] + bytes(value ^ 1 for value in before[-2:])
+    act, moment = partial(acts.rewrite, file, after), Moment.drawn(draw, runs.whole(name)[1])
+    done, recorded = replace(place, zoo=zoo).start(moment, act)
+    story = f"{name}, seed {number}: {moment}, {recorded}, {done}"
+    assert recorded, story
+    if done.codes == (0,):
+        found = contents(place.run.model)
+        if found != runs.whole(name)[0]:
+            place = replace(place, zoo=zoo, output=place.folder / "after")
+            place.finish(found)
+    else:
+        check_told(done, "were written while this run read them", "has changed")
+        assert not place.run.model.exists(), story
+        acts.rewrite(file, before)
+        replace(place, output=place.folder / "again").finish(runs.whole(name)[0])
+    shutil.rmtree(place.folder)
+    record_property("fault: an expert is rewritten", 1)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_second_run_of_the_same_command(number, runs: Runs, record_property):
     """One of them merges; the other one is refused, or finds the result."""
-    name = nth(number, CLOSED_FORMS)
+    name = nth(number, names())
     place = runs.place(name)
     told = place.folder / "second"
     act = partial(acts.run_beside, place.arguments, told)

@@ -12,11 +12,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from safetensors import SafetensorError, deserialize
 
 import InternVL.backbone
@@ -32,8 +34,9 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError, lines_of
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.learned.earlier import applied
+from expert_merging.learned.start import _remembered
 from expert_merging.machine import limited_memory
-from expert_merging.outputs import metadata_of
+from expert_merging.outputs import make_header, metadata_of
 from expert_merging.parser import parse
 from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
@@ -43,6 +46,7 @@ from expert_merging.questions.pictures import read_picture
 from expert_merging.run import Run
 from expert_merging.search.record import Evaluation, Record
 from expert_merging.shortage import shortage_of
+from expert_merging.verify import verify
 from Mistral.backbone import BACKBONE
 from tests import checkpoints, internvl, qwen2vl
 from tests.adapters import save_adapter
@@ -365,6 +369,12 @@ def _records(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(recorded))
     record = Record(folder / "evaluations.json", ["A"])
     record.add([Evaluation((0.5,), {"x": 0.5, "y": 0.25})], save=True)
+    chosen = {"chosen": "svd", "divergence": {"svd": 0.5, "aswudi": 0.6}}
+    (folder / "start.json").write_text(json.dumps(chosen))
+    run = Run(folder)
+    run.kept.write(folder / "card.md", b"card")
+    (folder / "model.safetensors").write_bytes(make_header(()))
+    run.kept.note_others(folder)
 
 
 def _read_records(folder: Path) -> None:
@@ -373,7 +383,23 @@ def _read_records(folder: Path) -> None:
     _ = run.recorded_seed(3)
     for evaluation in Record(folder / "evaluations.json", ["A"]).evaluations:
         _ = evaluation.score
+    _remembered(SimpleNamespace(run=run), SimpleNamespace(starts=("svd", "aswudi")))  # type: ignore[arg-type]
+    for name, written in run.kept.files().items():
+        written.differing(folder / name)
+        run.kept.has(folder / name)
     run.check(now)
+
+
+def _finished(folder: Path) -> None:
+    for name, shift in {"base": 0, "A": 1, "B": 2}.items():
+        checkpoints.write_checkpoint(folder / name, {key: tensor + shift for key, tensor in TENSORS.items()})
+    places = flags(folder / "base", A=folder / "A", B=folder / "B")
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        assert merge("--method", "ties", *places, "--output_path", folder, "--run_name", "r") == 0
+
+
+def _verified(folder: Path) -> None:
+    verify(folder / "ties" / "r", Console(file=io.StringIO()))
 
 
 def _command(folder: Path) -> None:
@@ -408,6 +434,8 @@ _FOLDERS = tuple(
         "generation_config.json",
     )
 )
+
+_FINISHED = ("config.json", "digests.json", "model/config.json", "model/model.safetensors", "model/README.md")
 
 READERS = (
     Reader("header", _tiny, ("model.safetensors",), _header, 60),
@@ -479,7 +507,8 @@ READERS = (
     Reader(
         "adapter", _adapter, ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), _read_adapter, 15
     ),
-    Reader("records", _records, ("config.json", "evaluations.json"), _read_records, 30),
+    Reader("records", _records, ("config.json", "evaluations.json", "start.json", "digests.json"), _read_records, 30),
+    Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
     Reader("command, closed form", _command, _FOLDERS, partial(_whole, method="ties"), 3),
     Reader(
         "command, learned",
