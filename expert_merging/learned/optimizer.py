@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,33 @@ def make_optimizer(accelerator: Any, parameters: Iterable[torch.nn.Parameter], r
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, eta_min=0.1 * rate, **_PUBLISHED_CYCLE)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     return optimizer, scheduler
+
+
+@contextmanager
+def uphill(parameters: Iterable[torch.nn.Parameter], distance: float) -> Iterator[None]:
+    """Move parameters along their gradient, so that the gradient there is taken inside of the block, and back.
+
+    A step against that gradient leads to where the loss is small also nearby (sharpness-aware minimization,
+    arXiv 2010.01412, Eq. 3).
+
+    Args:
+        parameters: they have a gradient, and none inside of the block.
+        distance: how far, as the Euclidean norm over all of them.
+    """
+    own = list(parameters)
+    before = [parameter.detach().clone() for parameter in own]
+    gradients = [parameter.grad for parameter in own]
+    norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
+    step = distance / norm if norm.isfinite() and norm > 0 else torch.zeros_like(norm)  # after an overflow of float16
+    with torch.no_grad():
+        for parameter, gradient in zip(own, gradients, strict=True):
+            if gradient is not None and step > 0:
+                parameter.add_(gradient * step)
+            parameter.grad = None
+    yield
+    with torch.no_grad():
+        for parameter, values in zip(own, before, strict=True):
+            parameter.copy_(values)
 
 
 def attempts() -> Iterator[None]:

@@ -33,6 +33,9 @@ class TrainingOptions(ComparingOptions):
         learning_rate: AdamW's rate at the start of each cosine cycle; the published 0.5 is for few updates of
             coefficients of task vectors, and 0.02 has served other directions.
         gradient_accumulation_steps: samples per update.
+        sam: how far from the coefficients, before the sigmoid that the published ones have, each update's gradient is
+            taken: uphill, so that losses become small nearby too (sharpness-aware minimization; about 0.05). It doubles
+            the time. 0 takes it at the coefficients themselves.
         task_vectors: where base and experts are kept in their own type while learning: on the device, in host memory,
             or on disk alone, read whenever they are needed; auto takes the first of these with enough memory, tensor by
             tensor.
@@ -52,6 +55,7 @@ class TrainingOptions(ComparingOptions):
     held_out: BelowOne = 0.0
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8
+    sam: NotNegative = 0.0
     task_vectors: Literal["auto", "device", "host", "disk"] = "auto"
     weight_gradients: Literal["auto", "sample", "update"] = "auto"
     shard: bool = False
@@ -103,6 +107,8 @@ class AlignmentOptions(TrainingOptions):
             Or trimmed, task vectors as TIES trims them. Of several, separated by commas, those are taken whose merge is
             nearest to the experts on the samples.
         temperature: softens both distributions in the logit alignment.
+        confident: leave tokens out of the logit alignment at which the expert is less sure than the merged model, and
+            says something else.
         logits_weight: weight of the logit alignment.
         hidden_states_weight: weight of the hidden-state alignment.
         hidden_states_layers: aligned hidden states; 0 is the embeddings' output, N the output of layer N, middle is
@@ -113,6 +119,7 @@ class AlignmentOptions(TrainingOptions):
     scaling_coefficient: Factor | list[Factor | None] | None = None
     directions: str = "task_vectors"
     temperature: Positive = 1.0
+    confident: bool = False
     logits_weight: NotNegative = 1.0
     hidden_states_weight: NotNegative = 1.0
     hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "middle"
@@ -142,6 +149,7 @@ class AlignmentOptions(TrainingOptions):
         return alignment(
             aligned,
             temperature=self.temperature,
+            confident=self.confident,
             logits_weight=self.logits_weight,
             hidden_states_weight=self.hidden_states_weight,
             slice_tokens=self.logits_chunk_tokens,

@@ -15,7 +15,13 @@ from torch import Tensor
 from expert_merging.context import Context
 from expert_merging.learned.epochs import PATIENCE, epoch_order, hold_out, updates
 from expert_merging.learned.material import Material, Targets, batches_of, gather, open_live_model, targets_of
-from expert_merging.learned.optimizer import PUBLISHED_CLIPPING, attempts, make_optimizer, training_accelerator
+from expert_merging.learned.optimizer import (
+    PUBLISHED_CLIPPING,
+    attempts,
+    make_optimizer,
+    training_accelerator,
+    uphill,
+)
 from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
@@ -125,6 +131,21 @@ class Trainer:
         Returns:
             Sums of losses as `_collect` gives them, and the weighted regularisation.
         """
+        sums, penalty = self._backward(group, advance)
+        if self.settings.options.sam:
+            with uphill(self.vector.parameters(), self.settings.options.sam):
+                self._backward(group, no_advance)
+        self.accelerator.clip_grad_norm_(self.vector.parameters(), max_norm=PUBLISHED_CLIPPING)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums, penalty
+
+    def _backward(self, group: Targets, advance: Advance) -> tuple[Tensor, float]:
+        """Backward passes over all processes' samples and the regularisation, from the coefficients as they are.
+
+        Returns:
+            What `_step` does.
+        """
         accelerator = self.accelerator
         self.live.rebuild()
         sums = self._collect(group, advance)
@@ -135,9 +156,6 @@ class Trainer:
         penalty = self.settings.regularisation.penalty(values, self.vector.anchor, self.vector.experts)
         scaled = penalty * share if accelerator.scaler is None else accelerator.scaler.scale(penalty * share)
         torch.autograd.backward([values, scaled], [gradient, None])
-        accelerator.clip_grad_norm_(self.vector.parameters(), max_norm=PUBLISHED_CLIPPING)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return sums, penalty.item()
 
     def _collect(self, group: Targets, advance: Advance) -> Tensor:

@@ -31,6 +31,7 @@ def logit_alignment(
     *,
     temperature: float,
     slice_tokens: int,
+    confident: bool = False,
 ) -> Tensor:
     """``T^2 KL(softmax(expert / T) || softmax(merged / T))`` as a mean over tokens (paper, Eq. 2), in float32.
 
@@ -45,8 +46,10 @@ def logit_alignment(
         merged_head: the merged model's projection to logits.
         temperature: T > 0.
         slice_tokens: most tokens in a slice.
+        confident: tokens count as 0 whose likeliest word the expert thinks less likely than the merged model its own,
+            another one (the filter of SyMerge, arXiv 2412.19098); the mean is over all tokens.
     """
-    measure = partial(_divergence, temperature=temperature)
+    measure = partial(_divergence, temperature=temperature, confident=confident)
     return _mean_over_tokens(measure, (merged_head, expert_head), (merged_hidden, expert_hidden), slice_tokens)
 
 
@@ -61,7 +64,7 @@ def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: i
     return _mean_over_tokens(_entropy, (head,), (hidden,), slice_tokens)
 
 
-def _divergence(merged_logits: Tensor, expert_logits: Tensor, *, temperature: float) -> Tensor:
+def _divergence(merged_logits: Tensor, expert_logits: Tensor, *, temperature: float, confident: bool) -> Tensor:
     """The measure of `logit_alignment`; its gradient is ``T (softmax(merged / T) - softmax(expert / T))``."""
     # A fine-tune may have added a few tokens to the vocabulary; the shared ones are compared.
     shared = min(expert_logits.shape[-1], merged_logits.shape[-1])
@@ -73,11 +76,21 @@ def _divergence(merged_logits: Tensor, expert_logits: Tensor, *, temperature: fl
         merged, expert = _shifted(merged_rows, temperature), _shifted(expert_rows, temperature)
         difference = expert - merged
         merged_sum, expert_sum = (logits.exp_().sum(dim=-1, keepdim=True) for logits in (merged, expert))
+        # The likeliest word has exp(0), so the surer model is that of the smaller sum.
+        counts = (expert_sum <= merged_sum) | _agrees(merged, expert) if confident else None
         probabilities = expert.div_(expert_sum)
-        total += torch.linalg.vecdot(probabilities, difference).sum() + (merged_sum / expert_sum).log().sum()
+        values = torch.linalg.vecdot(probabilities, difference)[..., None] + (merged_sum / expert_sum).log()
         gradient = merged.div_(merged_sum).sub_(probabilities)
+        if counts is not None:
+            values, gradient = values * counts, gradient.mul_(counts)
+        total += values.sum()
         merged_rows.copy_(gradient.mul_(temperature * _GRADIENT_SCALE))
     return temperature**2 * total
+
+
+def _agrees(merged: Tensor, expert: Tensor) -> Tensor:
+    """Whether two models' likeliest words are the same, ``(tokens, 1)``."""
+    return (merged.argmax(dim=-1) == expert.argmax(dim=-1))[..., None]
 
 
 def _entropy(logits: Tensor) -> Tensor:

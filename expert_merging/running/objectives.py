@@ -73,13 +73,14 @@ def alignment(
     logits_weight: float,
     hidden_states_weight: float,
     slice_tokens: int | None = None,
+    confident: bool = False,
 ) -> Objective:
     """Alignment with the experts (paper, Eq. 1 and 2)."""
 
     def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
         logits = seen.last.new_zeros((), dtype=torch.float32)
         if logits_weight > 0:
-            logits = _divergence(seen, target, temperature, slice_tokens)
+            logits = _divergence(seen, target, temperature, slice_tokens, confident=confident)
         return logits_weight * logits, hidden_states_weight * _hidden(seen, target)
 
     return Objective(("logits", "hidden_states"), layers, compare)
@@ -108,7 +109,9 @@ def prediction_entropy(slice_tokens: int | None = None) -> Objective:
     return Objective(("entropy",), (), compare)
 
 
-def _divergence(seen: Seen, target: Target, temperature: float, slice_tokens: int | None = None) -> Tensor:
+def _divergence(
+    seen: Seen, target: Target, temperature: float, slice_tokens: int | None = None, *, confident: bool = False
+) -> Tensor:
     """Logit alignment with the expert, by default of as many tokens at a time as suit the vocabulary."""
     return logit_alignment(
         target.last_hidden,
@@ -117,6 +120,7 @@ def _divergence(seen: Seen, target: Target, temperature: float, slice_tokens: in
         seen.head,
         temperature=temperature,
         slice_tokens=slice_tokens or _slice_tokens(seen.head),
+        confident=confident,
     )
 
 

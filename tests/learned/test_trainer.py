@@ -49,6 +49,8 @@ VARIANTS = {
         {"scale": [0.5, 1.0, 1.0], "regularisation": 0.8},
     ),
     "initial per expert": ({"scaling_coefficient": [0.1, 0.3, 0.8]}, {"regularisation": 0.8}),
+    "uphill": ({"sam": 0.05, "sparsity_reg_weight": 0.8}, {"sam": 0.05, "regularisation": 0.8}),
+    "confident": ({"confident": True, "sparsity_reg_weight": 0.0}, {"confident": True}),
     "other accumulation": (
         {"gradient_accumulation_steps": 4, "num_epochs": 2, "learning_rate": 0.1},
         {"accumulation": 4, "learning_rate": 0.1, "regularisation": 0.8},

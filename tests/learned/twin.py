@@ -47,6 +47,8 @@ class Twin:
     budget: float | None = None
     entropy: bool = False
     density: float | None = None
+    sam: float = 0.0
+    confident: bool = False
 
     def load(self, folder: Path) -> torch.nn.Module:
         """A model of the family."""
@@ -141,7 +143,11 @@ class Twin:
             return distribution.entropy().mean(), torch.zeros(())
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
-        kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1).mean() * self.temperature**2
+        kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1)
+        if self.confident:
+            sure, own = soft_targets.max(-1), log_student.exp().max(-1)
+            kl = kl * ((sure.indices == own.indices) | (sure.values >= own.values))
+        kl = kl.mean() * self.temperature**2
         hidden = torch.zeros(())
         for layer in self.layers:
             difference = student.hidden_states[layer][0, where] - teacher.hidden_states[layer][0, where]
@@ -153,13 +159,27 @@ class Twin:
         count = self.budget or sum(raw.numel() for raw in self.raw.values()) / len(self.experts)
         return self.regularisation * distance / count
 
-    def update(self, group: list[Example]) -> dict[str, torch.Tensor]:
-        """One optimizer step; the gradient of every raw coefficient before clipping."""
+    def backward(self, group: list[Example]) -> None:
+        """Gradients of a group's losses."""
         self.optimizer.zero_grad()
         for example in group:
             kl, hidden = self.losses(example)
             weight = self.task_weights.get(example.task, 1.0)
             ((weight * (kl + hidden) + self.penalty()) / self.accumulation).backward()
+
+    def update(self, group: list[Example]) -> dict[str, torch.Tensor]:
+        """One optimizer step; the gradient of every raw coefficient before clipping."""
+        self.backward(group)
+        if self.sam:
+            before = {name: raw.detach().clone() for name, raw in self.raw.items()}
+            norm = sum((raw.grad**2).sum() for raw in self.raw.values()).sqrt()
+            with torch.no_grad():
+                for raw in self.raw.values():
+                    raw += self.sam * raw.grad / norm
+            self.backward(group)
+            with torch.no_grad():
+                for name, raw in self.raw.items():
+                    raw.copy_(before[name])
         gradients = {name: raw.grad.clone() for name, raw in self.raw.items()}
         torch.nn.utils.clip_grad_norm_(list(self.raw.values()), 1.0)
         self.optimizer.step()

@@ -45,6 +45,22 @@ def test_kl_has_the_gradient_of_the_soft_cross_entropy_and_vanishes_where_models
     assert kl_divergence(expert, merged, temperature).item() >= -1e-4
 
 
+@pytest.mark.parametrize("slice_tokens", [1, 4, 100])
+def test_tokens_count_where_the_expert_is_surer_or_agrees(slice_tokens):
+    torch.manual_seed(0)
+    expert, merged = torch.randn(40, 5), torch.randn(40, 5, requires_grad=True)
+    sure, own = functional.softmax(expert, -1).max(-1), functional.softmax(merged, -1).max(-1)
+    counts = (sure.values >= own.values) | (sure.indices == own.indices)
+    assert 5 < counts.sum() < 35
+    logs = functional.log_softmax(expert, -1), functional.log_softmax(merged, -1)
+    expected = ((logs[0].exp() * (logs[0] - logs[1])).sum(-1) * counts).mean()
+    heads = torch.clone, torch.clone
+    found = logit_alignment(expert, merged, *heads, temperature=1.0, slice_tokens=slice_tokens, confident=True)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, merged, retain_graph=True) for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("slice_tokens", [1, 3, 7, 100])
 def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(slice_tokens):
     torch.manual_seed(0)
