@@ -35,7 +35,7 @@ from expert_merging.methods import (
 )
 from expert_merging.mixtures import moe
 from expert_merging.search import methods as search_methods
-from expert_merging.statistics import regmean
+from expert_merging.statistics import mats, regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
@@ -63,7 +63,7 @@ KINDS = {
     ),
     "several artefacts": (tall, emr),
     "modifiers": (consensus, calibration),
-    "statistics": (regmean,),
+    "statistics": (regmean, mats),
     "learned": (learned_methods,),
     "search": (search_methods,),
     "mixtures": (moe,),

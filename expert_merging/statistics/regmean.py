@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from expert_merging.arithmetic import scaled_mean
-from expert_merging.context import Context
-from expert_merging.errors import InputError, first_of
 from expert_merging.flags import Interval
-from expert_merging.machine import gib, show_size
-from expert_merging.method import SAMPLES, Preparation, Prepare, register
+from expert_merging.method import SAMPLES, Prepare, register
 from expert_merging.parts import Part
-from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
+from expert_merging.statistics.gathering import gathering
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.statistics.gram import Gram, Grams
-
-logger = logging.getLogger(__name__)
 
 # Weight of the pull towards the mean, as a fraction of every input's mean square. Sums of outer products in float32
 # have errors of up to 5e-5 of it for the widest layers there are; this keeps them out of the result.
@@ -41,57 +35,11 @@ class RegMeanOptions(SampleOptions):
     reduce_non_diagonal_ratio: Annotated[float, Interval("[0, 1]")] = 0.9
 
 
-def prepare_regmean(context: Context, **options: object) -> Preparation:
-    """Check the samples; the work is to gather Gram matrices, an expert at a time.
-
-    Raises:
-        InputError: options or calibration files cannot be used, or the disk has no room.
-    """
-    from expert_merging.outputs import mirror_of
-    from expert_merging.running.samples import check_samples
-    from expert_merging.statistics.inputs import file_of, gather_grams, matrices, most_bytes
-    from expert_merging.writing import check_free_disk
-
-    samples = check_samples(context, RegMeanOptions(**options), compares_logits=False)  # type: ignore[arg-type]
-    wanted = matrices(context)
-    if not wanted:
-        raise InputError("regmean merges matrices, and --exclude_params leaves none; use another method")
-    folder = context.run.statistics
-    most = most_bytes(context, samples)
-    missing = sum(size for expert, size in most.items() if not file_of(folder, expert).exists())
-    if missing and not context.run.is_complete:
-        check_free_disk(context.run.folder, missing + mirror_of(context.plan).size)
-
-    def gather() -> dict[str, Grams]:
-        from expert_merging.statistics.gram import Grams
-
-        found: list[Grams] = []
-        while_others_wait(lambda: found.append(gather_grams(context, samples, folder)))
-        for grams in found:
-            _tell_of_others(wanted, grams)
-        return {"grams": found[0] if found else Grams({})}
-
-    notes = (
-        f"inputs of {len(wanted)} matrices are gathered from {len(samples.samples)} samples, an expert at a time: at "
-        f"most {gib(max(most.values()))} of memory beside the expert",
-        f"they are kept in {folder}, at most {show_size(sum(most.values()))} in all, which can be removed once the "
-        "merged model is there",
-    )
-    return Preparation(gather, samples.inputs, notes)
-
-
-def _tell_of_others(wanted: Sequence[str], grams: Grams) -> None:
-    """Say which matrices are merged otherwise."""
-    others = [name for name in wanted if name not in grams.names]
-    if others:
-        logger.info("no linear layer with %s ran on any sample: merged by the mean", first_of(others, 1))
-
-
 @register(
     options=RegMeanOptions,
     unit="matrix",
     reads=frozenset({SAMPLES}),
-    prepare=Prepare(prepare_regmean, ("grams",)),
+    prepare=Prepare(gathering("regmean", RegMeanOptions), ("grams",)),
     family_defaults=("samples_per_task",),
 )
 def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagonal_ratio: float = 0.9) -> Tensor:
