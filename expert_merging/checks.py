@@ -29,7 +29,8 @@ from expert_merging.outputs import Output
 from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
 from expert_merging.roles import ROW_PER_WORD
-from expert_merging.run import Run, default_name, provenance
+from expert_merging.run import Run, provenance
+from expert_merging.run_names import default_folder
 from expert_merging.word_tables import BASE, WordTables
 from expert_merging.writing import NAME_BYTES, can_name_file, check_free_disk, check_lengths
 
@@ -208,7 +209,7 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
         )
         run_name = None
     family = backbone.evaluation_of(plan.base.model_type).run_name or backbone.name
-    folder = parent / (run_name or default_name(family, description))
+    folder = parent / run_name if run_name else default_folder(parent, family, description, resolved, backbone)
     with problems.collecting():
         _check_output(folder, [plan.base.folder, *(expert.folder for expert in plan.experts.values())])
     problems.check()

@@ -18,6 +18,7 @@ from expert_merging.errors import InputError
 from expert_merging.idle import idle_flags
 from expert_merging.merge import Summary, write_output
 from expert_merging.method import modified
+from expert_merging.outcome import Meter
 from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
@@ -38,7 +39,7 @@ def perform(job: Job, terminal: Terminal) -> int:
     Returns:
         Exit code.
     """
-    start, summary = time.monotonic(), None
+    meter, summary = Meter(continued=job.context.run.config.exists()), None
     complete = from_main_process(job.context.run.is_complete)
     if not complete:
         _begin(job, terminal)
@@ -50,10 +51,10 @@ def perform(job: Job, terminal: Terminal) -> int:
     else:
         rule, made = prepare(job)
         if is_main_process() or job.context.processes.size > 1:  # the others have prepared with it, and it merges
-            summary = write(job, rule, made)
+            summary = write(job, rule, made, meter)
     job.context.processes.leave()
     if is_main_process():
-        log_result(job, summary, time.monotonic() - start)
+        log_result(job, summary, meter.seconds)
         if job.resolved.general["run_tests"]:
             from expert_merging.running.questions import ask_questions  # loads what merging alone does not need
 
@@ -106,11 +107,11 @@ def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
     return modified(rules[0], rules[1:]), made
 
 
-def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
+def write(job: Job, rule: Rule, made: Mapping[str, Any], meter: Meter) -> Summary:
     """Merge and write every output, and give the complete folder its name.
 
     Returns:
-        What was done, for the last output.
+        What was done, for all outputs together.
     """
     context, run, summary = job.context, job.context.run, Summary()
     kept = run.kept.within(run.model.name)
@@ -119,7 +120,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
         _remove_strays(run.partial_model, files)
     for output in job.outputs:
         folder = run.partial_model / output.folder
-        summary = write_output(
+        done = write_output(
             output,
             context.plan,
             rule,
@@ -132,11 +133,13 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any]) -> Summary:
             copies=job.copies,
             kept=kept.within(output.folder, context.plan.opened),
         )
+        summary = summary.with_output(output.folder, done)
         if is_main_process() and output.is_model:
             _describe_model(job, output, folder)
     if is_main_process():
         check_unchanged(context.plan, job.description)
         kept.note_others(run.partial_model)
+        meter.save(run.outcome, None if summary.kept_shards else summary.relative_change, context.device)
         run.finish()
     return summary
 

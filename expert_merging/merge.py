@@ -56,12 +56,32 @@ class Summary:
     """What a merge did.
 
     Args:
-        changes: relative change ``norm(merged - base) / norm(base)`` of every tensor merged by this process, by name.
+        squares: squared norms of change and base, of every tensor that was merged, by name.
         kept_shards: shards that an earlier, interrupted run had finished.
     """
 
-    changes: dict[str, float] = field(default_factory=dict)
+    squares: dict[str, tuple[float, float]] = field(default_factory=dict)
     kept_shards: int = 0
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """Relative change ``norm(merged - base) / norm(base)`` of every tensor that was merged, by name."""
+        return {name: _relative(*pair) for name, pair in self.squares.items()}
+
+    @property
+    def relative_change(self) -> float:
+        """The same of all these tensors together."""
+        changes, bases = zip(*self.squares.values(), strict=True) if self.squares else ((), ())
+        return _relative(sum(changes), sum(bases))
+
+    def with_output(self, folder: str, other: Summary) -> Summary:
+        """This one together with what was done for another output, whose tensors are then named by its folder."""
+        named = {f"{folder}/{name}" if folder else name: pair for name, pair in other.squares.items()}
+        return Summary({**self.squares, **named}, self.kept_shards + other.kept_shards)
+
+
+def _relative(change: float, base: float) -> float:
+    return math.sqrt(change / base) if base else 0.0
 
 
 def working_memory(plan: Plan, *, unit: str, device: torch.device, copies: int = 0) -> int:
@@ -135,7 +155,7 @@ def write_output(
                 summary.kept_shards += 1
                 advance(sizes[file], file)
                 continue
-            summary.changes |= merger.write(slots, output.header(file), target, advance, kept)
+            summary.squares |= merger.write(slots, output.header(file), target, advance, kept)
     if processes.rank == 0 and output.is_model:
         _complete(output, plan.base, folder)
     return summary
@@ -239,8 +259,8 @@ class _Merger:
 
     def write(
         self, slots: tuple[Slot, ...], header: bytes, target: Path, advance: Advance, kept: Kept | None
-    ) -> dict[str, float]:
-        """Write one file together with the other processes; the relative change of each merged tensor."""
+    ) -> dict[str, tuple[float, float]]:
+        """Write one file together with the other processes; squared norms of each merged tensor, as `Summary` has."""
         import torch
 
         merged, others, size = _places(slots, len(header))
@@ -281,7 +301,7 @@ class _Merger:
             writer.finish()
         else:
             writer.leave()
-        return {name: math.sqrt(row[0] / row[1]) if row[1] else 0.0 for name, row in zip(squares, totals, strict=True)}
+        return {name: (float(row[0]), float(row[1])) for name, row in zip(squares, totals, strict=True)}
 
     def _sections(self, slots: tuple[Slot, ...], header: bytes, pieces: Iterable[Piece]) -> dict[str, Section]:
         """Digests of a file's header and tensors."""

@@ -186,6 +186,18 @@ def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     return dotenv_values(stream=StringIO(text))
 
 
+def default_values(resolved: Resolved, backbone: Backbone) -> dict[str, Any]:
+    """What every option of a run is where the user gives nothing, as its record has it."""
+    of_steps = {
+        name: value
+        for step in (*resolved.modifiers, resolved.method)
+        for name, value in step.defaults(backbone.defaults).items()
+    }
+    values = {option.name: option.default for option in (*GENERAL.values(), *backbone.options.values())} | of_steps
+    data_dir = {"data_dir": str(ROOT / "dataset")} if resolved.reads_samples else {}
+    return {**values, **data_dir, "exclude_params": _patterns(None, backbone)}
+
+
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
     """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
     dotenv = _read_dotenv(ROOT / ".env")

@@ -23,6 +23,8 @@ from expert_merging.writing import partial_name, sync_folder, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
 _DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
+# What the kernel tells of locks.
+_LOCKS = Path("/proc/locks")
 # Options that say where checkpoints are; what they are is said by their fingerprints.
 _PLACES = ("base_model_path", "expert")
 
@@ -57,6 +59,8 @@ class Run:
         self.directions = folder / "directions"
         self.start = folder / "start.json"
         self.magnitudes = folder / "magnitudes.json"
+        self.outcome = folder / "outcome.json"
+        self.scores = folder / "scores.json"
         self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
@@ -98,6 +102,15 @@ class Run:
     def is_complete(self) -> bool:
         """Whether the merged model is there."""
         return self.model.is_dir()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process is writing to the folder now, as far as the system tells."""
+        try:
+            number = self.lock.stat().st_ino
+            return any(line.split()[5].endswith(f":{number}") for line in _LOCKS.read_text("ascii").splitlines())
+        except (OSError, ValueError, IndexError):
+            return False
 
     def evaluation(self, folder: str = "") -> Path:
         """What VLMEvalKit is told of a model; outside of it, since it says where on this machine the model is.
@@ -191,13 +204,13 @@ class Run:
             self._lock = None
 
 
-def default_name(family: str, description: Mapping[str, Any]) -> str:
-    """A run name that the same command always gets, so that it finds its own earlier part and continues it."""
+def digest_of_run(description: Mapping[str, Any]) -> str:
+    """Eight digits that the same command always gets, so that it finds its own earlier part and continues it."""
     # Options in any order; but in an option's own value, and among the experts, the order decides.
     options = sorted(_decisive_options(description).items())
     checkpoints = list(description["checkpoints"].items())
     decisive = json.dumps([description["family"], description["method"], options, checkpoints])
-    return f"{family}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
+    return hashlib.sha256(decisive.encode()).hexdigest()[:8]
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

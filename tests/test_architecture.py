@@ -16,7 +16,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 LAYERS = (
     ("errors", "documents", "parts", "progress", "arithmetic", "libraries", "digests", "__init__"),
     ("flags", "roles", "processes", "shortage", "writing"),
-    ("machine", "signals", "forks", "workers", "kept", "run", "console"),
+    ("machine", "signals", "forks", "workers", "kept", "run", "outcome", "console"),
     ("checkpoints",),
     ("questions",),
     ("backbone",),
@@ -35,7 +35,7 @@ LAYERS = (
     ("parser",),
     ("options",),
     ("idle",),
-    ("advice", "relief", "unchanged"),
+    ("advice", "relief", "run_names", "unchanged"),
     ("checks",),
     ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),

@@ -137,6 +137,7 @@ def test_the_run_folder_has_its_files(command, tmp_path):
         "model/README.md",
         "model/config.json",
         "model/model.safetensors",
+        "outcome.json",
     ]
     assert "# my-run" in (run.model / "README.md").read_text()
     assert (run.model / "README.base.md").read_text() == "# The base"
