@@ -1,8 +1,10 @@
-"""``python -m expert_merging``: listens to signals before it imports what takes a while."""
+"""``python -m expert_merging``, or ``expert-merging``: listens to signals before it imports what takes a while."""
 
 from __future__ import annotations
 
-from expert_merging.signals import run_program
+import sys
+
+from expert_merging.signals import CONTINUES, run_program
 
 
 def run() -> int:
@@ -12,5 +14,10 @@ def run() -> int:
     return main()
 
 
+def main() -> None:
+    """Run the program, and end with its exit code."""
+    run_program(run, CONTINUES if sys.argv[1:2] == ["merge"] else "the same command begins again")
+
+
 if __name__ == "__main__":
-    run_program(run, "the same command begins again")
+    main()

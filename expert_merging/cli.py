@@ -42,21 +42,21 @@ def main(backbone: Backbone, arguments: Sequence[str] | None = None) -> int:
             return 0
         return _merge(resolve(given, os.environ, backbone), backbone)
     except InputError as error:
-        return _fail(error, at_once=is_main_process())
+        return fail(error, at_once=is_main_process())
     except OSError as error:
-        return _fail(file_problem(error, "continues where it stopped"), at_once=is_main_process())
+        return fail(file_problem(error, "continues where it stopped"), at_once=is_main_process())
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
         lost = InputError("another process of this run has ended, so this one does too; what it said last tells why")
-        return _fail(lost, at_once=False)
+        return fail(lost, at_once=False)
     except KeyboardInterrupt:
         if is_main_process():
             print(f"\ninterrupted; {CONTINUES}", file=sys.stderr)
         return 130
 
 
-def _fail(error: InputError, *, at_once: bool) -> int:
+def fail(error: InputError, *, at_once: bool) -> int:
     """Tell an error, once for all processes of a run.
 
     Most errors are every process's. The main one tells them, and its launcher then ends the others, which wait for

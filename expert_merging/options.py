@@ -77,6 +77,30 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is of another family's run, or has a name that is no option.
     """
+    content = read_options_file(file)
+    if isinstance(content.get("options"), dict):
+        family = content.get("family", backbone.name)
+        if family != backbone.name:
+            raise InputError(
+                f"--config {file} is of a run of {family}, and this is the command of {backbone.name}; use "
+                f"{family}/model_merging.py, or name the options that you want in a file of your own"
+            )
+        record: dict[str, Any] = {name: content[name] for name in ("method", "seed") if name in content}
+        content = {**content["options"], **record}
+    content = {current_name(str(name)): value for name, value in content.items()}
+    known = [*all_options(backbone)]
+    problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
+    if problems:
+        raise InputError(*problems)
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def read_options_file(file: Path) -> dict[str, Any]:
+    """What a YAML or JSON file of options holds, whatever names are in it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     with about("--config"):
         text = read_text(file, advice="write options in YAML or JSON")
     try:
@@ -85,21 +109,7 @@ def read_config(file: Path, backbone: Backbone) -> dict[str, Any]:
         raise InputError(f"--config {file} is neither YAML nor JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold options by name, such as 'method: expert_merging'")
-    if isinstance(content.get("options"), dict):
-        family = content.get("family", backbone.name)
-        if family != backbone.name:
-            raise InputError(
-                f"--config {file} is of a run of {family}, and this is the command of {backbone.name}; use "
-                f"{family}/model_merging.py, or name the options that you want in a file of your own"
-            )
-        record = {name: content[name] for name in ("method", "seed") if name in content}
-        content = {**content["options"], **record}
-    content = {current_name(str(name)): value for name, value in content.items()}
-    known = [*all_options(backbone)]
-    problems = [f"{file}: no option {name!r}. {near_name(name, known)}" for name in content if name not in known]
-    if problems:
-        raise InputError(*problems)
-    return {name: value for name, value in content.items() if value is not None}
+    return content
 
 
 def _parse(text: str) -> Any:
@@ -200,17 +210,21 @@ def default_values(resolved: Resolved, backbone: Backbone) -> dict[str, Any]:
 
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
     """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
-    dotenv = _read_dotenv(ROOT / ".env")
-    values: dict[str, Any] = {}
-    if environment.get("CACHE_DIR"):
-        values["cache_dir"] = environment["CACHE_DIR"]
-    elif dotenv.get("CACHE_DIR"):  # is meant from where .env lies, whatever folder the command runs in
-        values["cache_dir"] = str(ROOT / os.path.expanduser(str(dotenv["CACHE_DIR"])))
+    cache = cache_folder(environment)
+    values: dict[str, Any] = {} if cache is None else {"cache_dir": cache}
     if launched_with("FSDP", environment):
         values["shard"] = True
     if "config" in given:
         values |= read_config(Path(given["config"]), backbone)
     return {**values, **{name: value for name, value in given.items() if name not in COMMANDS}}
+
+
+def cache_folder(environment: Mapping[str, str]) -> str | None:
+    """``CACHE_DIR`` of the environment, or of ``.env``, which is meant from where that file lies."""
+    found = _read_dotenv(ROOT / ".env").get("CACHE_DIR")
+    if environment.get("CACHE_DIR"):
+        return environment["CACHE_DIR"]
+    return str(ROOT / os.path.expanduser(found)) if found else None
 
 
 def _below_cache(general: Mapping[str, Any], given: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
@@ -316,4 +330,5 @@ def command_line() -> str:
     """The command as it was given, for the record."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "expert_merging"] if program == "__main__.py" else [program]), *sys.argv[1:]])

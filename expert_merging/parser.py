@@ -95,18 +95,36 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help shows all options")
 
 
-def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
-    """The command line of one family, with help from docstrings and the family's defaults."""
+def build_parser(
+    backbone: Backbone, method: Method | None = None, prog: str = "model_merging.py"
+) -> argparse.ArgumentParser:
+    """The command line of one family, with help from docstrings and the family's defaults.
+
+    Args:
+        backbone: the family.
+        method: the only method whose options there are, and those of modifiers; None for all.
+        prog: how the command is called.
+    """
     from rich_argparse import RichHelpFormatter
 
     RichHelpFormatter.group_name_formatter = str  # by default it writes every word with a capital, flags too
     parser = _Parser(
-        prog="model_merging.py",
-        description=f"Merge experts of {backbone.base_folder}, or of another base, into one model.",
+        prog=prog,
+        description=f"Merge experts of {backbone.base_folder}, or of another base, into one model."
+        if method is None
+        else f"{method.name}: {method.summary} Defaults are those of {backbone.name}.",
         formatter_class=RichHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    adders = (_add_general, _add_of_methods) if method is None else (_add_of_methods, _add_general)
+    for add in adders:  # what is particular comes first where there is only one method
+        add(parser, backbone, method)
+    return parser
+
+
+def _add_general(parser: argparse.ArgumentParser, backbone: Backbone, _method: Method | None) -> None:
+    """Add the flags that every method has."""
     defaults = {
         "exclude_params": " ".join(backbone.exclude_params),
         "output_path": "results/logs at the repository root",
@@ -127,20 +145,24 @@ def build_parser(backbone: Backbone) -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="YAML or JSON file with options by name; flags win. A run's config.json is one.",
             )
+
+
+def _add_of_methods(parser: argparse.ArgumentParser, backbone: Backbone, method: Method | None) -> None:
+    """Add the flags of methods, or of one alone, and the family's own."""
     for reads, title in ((False, "options of methods"), (True, "options of methods that read samples")):
-        group = parser.add_argument_group(title)
-        for name, users in _option_users().items():
-            if reads == all(method.reads_samples for method in users):
-                widest = max(
-                    (user.options[name].annotation for user in users), key=lambda kind: len(describe_type(kind))
-                )
-                option = replace(users[0].options[name], annotation=widest, help=_shown_help(name, users))
-                add_flag(group, option, _shown_default(name, users, backbone))
-    if backbone.options:
+        users = {
+            name: own for name, own in _option_users(method).items() if reads == all(user.reads_samples for user in own)
+        }
+        group = parser.add_argument_group(title if method is None else f"options of {method.name}") if users else parser
+        for name, own in users.items():
+            widest = max((user.options[name].annotation for user in own), key=lambda kind: len(describe_type(kind)))
+            shown_help = _shown_help(name, own, alone=method is not None)
+            option = replace(own[0].options[name], annotation=widest, help=shown_help)
+            add_flag(group, option, _shown_default(name, own, backbone))
+    if backbone.options and (method is None or method.reads_samples):
         group = parser.add_argument_group(f"options of {backbone.name}, for methods that read samples and --run_tests")
         for option in backbone.options.values():
             add_flag(group, option, option.default)
-    return parser
 
 
 def all_options(backbone: Backbone) -> dict[str, Option]:
@@ -149,23 +171,33 @@ def all_options(backbone: Backbone) -> dict[str, Option]:
     return {**backbone.options, **of_methods, **GENERAL}
 
 
-def _option_users() -> dict[str, list[Method]]:
-    """Every method option with the methods that have it."""
+def _option_users(only: Method | None = None) -> dict[str, list[Method]]:
+    """Every method option with the methods that have it.
+
+    Args:
+        only: the only method that counts.
+    """
     users: dict[str, list[Method]] = {}
-    for method in all_methods().values():
+    for method in all_methods().values() if only is None else [only]:
         for name in method.options:
             users.setdefault(name, []).append(method)
     return users
 
 
-def _shown_help(name: str, users: list[Method]) -> str:
-    """What the option means and which methods have it, for each group of them where it does not mean the same."""
+def _shown_help(name: str, users: list[Method], *, alone: bool) -> str:
+    """What the option means and which methods have it, for each group of them where it does not mean the same.
+
+    Args:
+        name: of the option.
+        users: the methods that have it.
+        alone: there is no other method, so none is named.
+    """
     by_text: dict[str, list[str]] = {}
     for method in users:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         (text, methods), *_ = by_text.items()
-        return f"{text}." if len(methods) >= _MANY else f"{text} (with {', '.join(methods)})."
+        return f"{text}." if len(methods) >= _MANY or alone else f"{text} (with {', '.join(methods)})."
     return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
 
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from expert_merging.checkpoints.adapter import open_checkpoint
 from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry, read_header, torch_dtype
 from expert_merging.checkpoints.naming import published_names
-from expert_merging.comparing.compare import load_family
 from expert_merging.console import Terminal, say
 from expert_merging.digests import Section, read_digest
 from expert_merging.errors import InputError, Problems, first_of
+from expert_merging.families import load_family
 from expert_merging.kept import HEAD, Written
 from expert_merging.machine import limit_threads, show_size
 from expert_merging.progress import Advance

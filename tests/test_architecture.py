@@ -34,13 +34,14 @@ LAYERS = (
     ("catalogue",),
     ("parser",),
     ("options",),
-    ("idle",),
+    ("idle", "families"),
     ("advice", "relief", "run_names", "unchanged"),
     ("checks",),
     ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),
+    ("cli",),
     ("commands",),
-    ("cli", "__main__"),
+    ("__main__",),
 )
 
 

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from expert_merging.checkpoints.folders import ADAPTER, chosen_weights, is_pickle, is_weights, pickled
 from expert_merging.checkpoints.other_files import is_kept_back
-from expert_merging.documents import read_text
+from expert_merging.documents import read_object, read_text
 from expert_merging.errors import InputError, first_line
 from expert_merging.machine import show_size
 from expert_merging.processes import is_main_process
@@ -114,6 +115,27 @@ def look_up(repository: Repository, *, pickles: bool) -> Snapshot:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     folder = cache() / cache_folder(repository.name) / "snapshots" / str(info.sha)
     return Snapshot(repository, folder, _wanted(repository, sizes, pickles=pickles))
+
+
+def configuration_of(repository: Repository) -> dict[str, Any]:
+    """``config.json`` of a repository, from the cache where the Hub cannot be reached.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return read_object(Path(hf_hub_download(repository.name, "config.json", revision=repository.revision)))
+    except HFValidationError as error:
+        raise InputError(f"{repository} is no folder here and no name of a repository: {first_line(error)}") from None
+    except LocalEntryNotFoundError as error:
+        raise InputError(_absence(repository, _unreachable(error))) from None
+    except HfHubHTTPError as error:
+        raise InputError(_refusal(repository, error)) from None
+    except _network_error() as error:
+        raise InputError(_absence(repository, _unreachable(error))) from None
 
 
 def _in_cache(repository: Repository, problem: str) -> Snapshot:

@@ -117,7 +117,7 @@ def _on_disk(place: Path) -> Path:
         if (place / "snapshots").is_dir():
             return _newest(place)
         return _model_of(Run(place)) if Run(place).record is not None else place
-    cached, snapshot = _cached_beside(place), origin(place)
+    cached, snapshot = cached_beside(place), origin(place)
     if cached is not None:
         return _newest(cached)
     if snapshot is not None:
@@ -128,7 +128,7 @@ def _on_disk(place: Path) -> Path:
     return place
 
 
-def _cached_beside(place: Path) -> Path | None:
+def cached_beside(place: Path) -> Path | None:
     """The folder of a repository that the Hub's cache has under a longer name, ``models--organisation--name``.
 
     Raises:

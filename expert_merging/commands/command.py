@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class Command:
         run: does it, given the values of its arguments by name.
         add_arguments: gives a parser its arguments.
         description: more than the summary, for its own help.
+        main: given all its arguments as they were typed, instead of `run`; returns the exit code.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Command:
     run: Callable[[Mapping[str, Any], Console], None]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     description: str = ""
+    main: Callable[[Sequence[str]], int] | None = None

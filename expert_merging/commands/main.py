@@ -5,25 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
-from expert_merging.commands import align, analyse, convert, extract, runs, verify
+from expert_merging.commands import align, analyse, convert, extract, merge, runs, verify
+from expert_merging.commands.command import Command
+from expert_merging.commands.completion import complete
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
-COMMANDS = {module.COMMAND.name: module.COMMAND for module in (runs, analyse, align, extract, convert, verify)}
+COMMANDS: dict[str, Command] = {
+    module.COMMAND.name: module.COMMAND for module in (merge, runs, align, analyse, extract, convert, verify)
+}
+
+# What `pip install -e .` calls the program.
+PROGRAM = "expert-merging"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     escape_output()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    complete(parser)
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if command is not None and command.main is not None:
+        return command.main(arguments[1:])
     given = vars(parser().parse_args(arguments))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
-        check_arguments(sys.argv[1:] if arguments is None else arguments)
+        check_arguments(arguments)
         COMMANDS[given.pop("command")].run(given, console)
     except InputError as error:
         tell(error)
@@ -42,10 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of all commands."""
+    program = Path(sys.argv[0]).name
     result = argparse.ArgumentParser(
-        prog="python -m expert_merging", description="Use finished merges, and make checkpoints ready to be merged."
+        prog=program if program == PROGRAM else "python -m expert_merging",
+        description="Merge experts of one base into one model, compare merges, and make checkpoints ready. "
+        "COMMAND --help explains a command.",
     )
-    kinds = result.add_subparsers(dest="command", required=True)
+    kinds = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         own = kinds.add_parser(command.name, help=command.summary, description=command.description or None)
         command.add_arguments(own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import tempfile
 from collections import Counter
@@ -16,9 +15,9 @@ from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
 from expert_merging.documents import resolved
 from expert_merging.errors import InputError, one_line
+from expert_merging.families import load_family as load_family
 from expert_merging.flags import Count
 from expert_merging.libraries import import_transformers
-from expert_merging.options import ROOT
 from expert_merging.run import Run
 
 if TYPE_CHECKING:
@@ -167,19 +166,6 @@ def _agreed(compared: Sequence[Compared], flag: str, read: Any) -> Any:
             f"them one by one, or give {flag}"
         )
     return said[0]
-
-
-def load_family(name: str) -> Backbone:
-    """The model family whose folder has that name.
-
-    Raises:
-        InputError: there is none.
-    """
-    known = sorted(file.parent.name for file in ROOT.glob("*/backbone.py") if file.parent.name != "expert_merging")
-    if name not in known:
-        raise InputError(f"--family must be one of {', '.join(known)}, got {name}")
-    backbone: Backbone = importlib.import_module(f"{name}.backbone").BACKBONE
-    return backbone
 
 
 def _measure(

@@ -1,0 +1,135 @@
+"""Merge: the families' commands as one, which finds the family by the base."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from expert_merging import cli
+from expert_merging.backbone import Backbone
+from expert_merging.catalogue import find_method
+from expert_merging.commands.command import Command
+from expert_merging.documents import check_arguments, escape_output
+from expert_merging.errors import InputError
+from expert_merging.families import family_names, find_family, general_family
+from expert_merging.flags import current_name
+from expert_merging.method import Method
+from expert_merging.parser import build_parser
+from expert_merging.processes import is_main_process
+
+PROG = "expert-merging merge"
+# Flags by which the family is found.
+_TELLING = ("family", "config", "base_model_path", "cache_dir")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Merge, or explain the flags of one method or of all; returns the exit code.
+
+    Args:
+        arguments: what was typed after ``merge``: perhaps a method, then flags of a family's command and ``--family``.
+    """
+    escape_output()
+    try:
+        check_arguments(arguments)
+        name, flags = _method_first(arguments)
+        given = _values_of(flags, (*_TELLING, "method"))
+        name = name or given.get("method")
+        if {"-h", "--help"} & set(flags):
+            help_parser(_family(given), find_method(name) if name else None).print_help()
+            return 0
+        backbone = (
+            _family(given) if {"--list_methods", "--list-methods"} & set(flags) else find_family(given, os.environ)
+        )
+    except InputError as error:
+        return cli.fail(error, at_once=is_main_process())
+    return cli.main(backbone, _without_family(flags))
+
+
+def help_parser(backbone: Backbone, method: Method | None) -> argparse.ArgumentParser:
+    """The command's flags, for its help and for completion.
+
+    Args:
+        backbone: the family, for its defaults.
+        method: the only method whose options are shown; None for all.
+    """
+    parser = build_parser(backbone, method, PROG if method is None else f"{PROG} {method.name}")
+    if method is None:
+        parser.epilog = f"{PROG} METHOD --help shows the options of one method."
+    add_arguments(parser, takes_method=method is None)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, takes_method: bool = True) -> None:
+    """Give a parser the arguments that families' commands do not have."""
+    if takes_method:
+        parser.add_argument("name", nargs="?", metavar="METHOD", help="the method, instead of --method")
+    parser.add_argument(
+        "--family",
+        choices=family_names(),
+        help="model family; by default that of the base, by its config.json, or of the base in --cache_dir",
+    )
+
+
+def run(_given: Mapping[str, Any], _console: Console) -> None:
+    """Take arguments that were parsed already, which merging does not."""
+    raise NotImplementedError
+
+
+def _method_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The method, if it stands first, and all flags with it as one of them.
+
+    Raises:
+        InputError: it is given twice.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return None, list(arguments)
+    name, flags = arguments[0], list(arguments[1:])
+    if "method" in _values_of(flags, ("method",)):
+        raise InputError(f"the method is given twice: {name}, and with --method; leave one out")
+    find_method(name)
+    return name, ["--method", name, *flags]
+
+
+def _family(given: Mapping[str, str]) -> Backbone:
+    """The family whose defaults are shown: that of the base, as far as one is given."""
+    return find_family(given, {}) if {*given} & {*_TELLING} else general_family()
+
+
+def _values_of(flags: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The last values of some flags, as texts; what is wrong with them is told when all are parsed."""
+    found = {}
+    for place, flag in enumerate(flags):
+        text, equals, value = flag.partition("=")
+        name = current_name(text[2:])
+        if not text.startswith("--") or name not in names:
+            continue
+        following = flags[place + 1] if place + 1 < len(flags) else ""
+        if equals or (following and not following.startswith("--")):
+            found[name] = value if equals else following
+    return found
+
+
+def _without_family(flags: Sequence[str]) -> list[str]:
+    """The flags that a family's own command has."""
+    kept, skips = [], False
+    for flag in flags:
+        if skips:
+            skips = False
+        elif flag == "--family":
+            skips = True
+        elif not flag.startswith("--family="):
+            kept.append(flag)
+    return kept
+
+
+COMMAND = Command(
+    "merge",
+    "merge experts of one base into one model",
+    run,
+    add_arguments,
+    main=main,
+)
