@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ CARD = "README.md"
 _MARKS = re.compile(r"[\\`*\[\]<>|#&~$!]|(?<![^\W_])_|_(?![^\W_])")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---", re.DOTALL)
 _CARD = """---
+{licence}library_name: transformers
+pipeline_tag: {task}
 base_model:
 {sources}
+base_model_relation: merge
 tags:
 - merge
 - expert-merging
@@ -40,7 +43,7 @@ tags:
 ```json
 {options}
 ```
-
+{command}
 {origin}
 
 ## Use
@@ -61,6 +64,14 @@ _LAYOUTS = {
     False: "This folder is a model of its own kind, which its config.json names",
 }
 
+_COMMAND = """
+This command made it, with checkpoints by their names and without other paths of the machine:
+
+```
+{command}
+```
+"""
+
 _EXAMPLE = """from transformers import {classes}
 
 model = {model}
@@ -78,6 +89,8 @@ def model_card(
     keeps_others: bool = True,
     about: str = "",
     asking: str = "",
+    task: str = "text-generation",
+    command: str = "",
 ) -> str:
     """Text of the merged folder's ``README.md``.
 
@@ -91,6 +104,8 @@ def model_card(
         keeps_others: what is not merged is the base's.
         about: what else is to be said of the model, in Markdown.
         asking: in which words it is to be asked, in Markdown.
+        task: what the Hub calls what the model does.
+        command: the command that makes it again; empty where it is not known.
     """
     options = dict(description["options"])
     experts = options.pop("expert")
@@ -98,19 +113,25 @@ def model_card(
     names = {"base": base, **experts}
     adapters = description.get("adapters", ())
     model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
+    licence = _common_licence(names.values())
     return _CARD.format(
-        sources="\n".join(f"- {json.dumps(one_line(_name(path)), ensure_ascii=False)}" for path in names.values()),
+        licence=f"license: {json.dumps(licence)}\n" if licence else "",
+        task=task,
+        command=_COMMAND.format(command=one_line(command)) if command else "",
+        sources="\n".join(
+            f"- {json.dumps(one_line(checkpoint_name(path)), ensure_ascii=False)}" for path in names.values()
+        ),
         title=inline(title),
-        base=code(_name(base)),
+        base=code(checkpoint_name(base)),
         count=len(experts),
         method=description["method"],
         about=f"\n\n{about}" if about else "",
         table="\n".join(
-            f"| {inline(role)} | {cell(_name(path))}{_details(path, is_adapter=role in adapters)} |"
+            f"| {inline(role)} | {cell(checkpoint_name(path))}{_details(path, is_adapter=role in adapters)} |"
             for role, path in names.items()
         ),
         options=json.dumps(
-            {name: value for name, value in {**options, "seed": description["seed"]}.items() if _is_shown(value)},
+            {name: value for name, value in {**options, "seed": description["seed"]}.items() if is_shown(value)},
             indent=2,
         ),
         origin=(_KEPT if is_mirror else _MADE).format(
@@ -159,13 +180,13 @@ def cell(text: str) -> str:
     return code(text).replace("|", r"\|")
 
 
-def _is_shown(value: Any) -> bool:
+def is_shown(value: Any) -> bool:
     """Whether an option's value goes into the card: where files lie on this machine helps nobody else."""
     is_place = isinstance(value, str) and os.path.isabs(value) and os.path.exists(Path(*Path(value).parts[:2]))
     return value is not None and not is_place  # a text that begins with a slash may be a prompt
 
 
-def _name(path: str) -> str:
+def checkpoint_name(path: str) -> str:
     """A checkpoint's name without the folders of the machine where it was merged."""
     run = Run.found_at(Path(path))
     return owner(path) if run is None else run.name
@@ -180,14 +201,26 @@ def _details(path: str, *, is_adapter: bool) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
+def _common_licence(paths: Iterable[str]) -> str | None:
+    """The licence of what is made of checkpoints: theirs if it is one, ``other`` if they differ, None if unknown."""
+    licences = [_front_matter(Path(path) / CARD).get("license") for path in paths]
+    if not all(isinstance(licence, str) and licence.strip() for licence in licences):
+        return None
+    return licences[0] if len({*licences}) == 1 else "other"
+
+
 def _licence(file: Path) -> str | None:
-    """The licence that a model card names in its front matter."""
+    """The licence that a model card names in its front matter, by its own name if it has one."""
+    data = _front_matter(file)
+    licence = data.get("license_name") or data.get("license")
+    return " ".join(licence.split()) if isinstance(licence, str) else None
+
+
+def _front_matter(file: Path) -> Mapping[str, Any]:
+    """What a model card says of itself; nothing where there is none, or nobody can read it."""
     try:
         front = _FRONT_MATTER.match(read_text(file))
         data = parse_yaml(front[1]) if front else None
-    except (InputError, ValueError):  # there is none, or nobody can read it
-        return None
-    if not isinstance(data, dict):
-        return None
-    licence = data.get("license_name") or data.get("license")
-    return " ".join(licence.split()) if isinstance(licence, str) else None
+    except (InputError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -35,7 +35,17 @@ from expert_merging.word_tables import BASE, WordTables
 from expert_merging.writing import NAME_BYTES, can_name_file, check_free_disk, check_lengths
 
 # Options that decide where and how a run is done but not its result.
-_INDIFFERENT = ("cache_dir", "output_path", "run_name", "device", "log_with", "run_tests", "dry_run", "method")
+_INDIFFERENT = (
+    "cache_dir",
+    "output_path",
+    "run_name",
+    "device",
+    "log_with",
+    "run_tests",
+    "dry_run",
+    "method",
+    "push_to_hub",
+)
 # The same among the options of methods: they trade memory for time.
 _SAVING = ("task_vectors", "weight_gradients", "shard", "gradient_checkpointing", "logits_chunk_tokens", "batch_tokens")
 

@@ -79,15 +79,17 @@ def fail(error: InputError, *, at_once: bool) -> int:
 def _merge(resolved: Resolved, backbone: Backbone) -> int:
     from expert_merging.checks import check
     from expert_merging.console import Terminal
+    from expert_merging.publishing import check_publication
 
     terminal = Terminal(quiet=not is_main_process())
     job = None
     try:
         job = check(resolved, backbone, terminal)
+        published = check_publication(job) if is_main_process() else ()
         if resolved.general["dry_run"]:
             from expert_merging.summary import print_plan
 
-            print_plan(job, terminal.console)
+            print_plan(job, terminal.console, published)
             return 0
         from expert_merging.job import perform
 

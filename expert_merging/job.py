@@ -22,7 +22,10 @@ from expert_merging.outcome import Meter
 from expert_merging.outputs import Output
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
+from expert_merging.publishing import publish
 from expert_merging.questions.templates import put_template
+from expert_merging.repeating import command_of
+from expert_merging.run_names import changed_options
 from expert_merging.summary import COMPLETE, log_result, log_start
 from expert_merging.unchanged import check_unchanged
 from expert_merging.writing import write_atomically
@@ -55,6 +58,8 @@ def perform(job: Job, terminal: Terminal) -> int:
     job.context.processes.leave()
     if is_main_process():
         log_result(job, summary, meter.seconds)
+        if job.resolved.general["push_to_hub"]:
+            publish(job.context.run, job.resolved.general["push_to_hub"])
         if job.resolved.general["run_tests"]:
             from expert_merging.running.questions import ask_questions  # loads what merging alone does not need
 
@@ -170,6 +175,8 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         keeps_others=job.word_tables is None,
         about=output.about,
         asking=job.wording.card(kept),
+        task="image-text-to-text" if backbone.takes_images else "text-generation",
+        command=command_of(job.description, changed_options(job.description, job.resolved, backbone)),
     )
     write_atomically(folder / CARD, card.encode())
     evaluation = backbone.evaluation_of(base.model_type)

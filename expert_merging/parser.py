@@ -43,6 +43,8 @@ class GeneralOptions:
         log_with: experiment tracker of methods that learn, as accelerate calls it (tensorboard, wandb, ...), or none.
         chat_template_from: whose chat template the merged folder gets: an expert's name, base or family. By default the
             base's where it renders a question, else the one that all experts share, else the family's.
+        push_to_hub: repository on the Hugging Face Hub, ORGANISATION/NAME, that the complete model is put into, also of
+            a run that was complete before. A new one is private. With --dry_run, it is only said what would be sent.
         run_tests: ask the merged model a few questions afterwards.
         dry_run: check everything, print the plan and write nothing.
     """
@@ -61,6 +63,7 @@ class GeneralOptions:
     device: str = "auto"
     log_with: str = "tensorboard"
     chat_template_from: str | None = None
+    push_to_hub: str | None = None
     run_tests: bool = False
     dry_run: bool = False
 
@@ -80,13 +83,13 @@ _MANY = 5
 # Flags that are no options.
 COMMANDS = ("config", "list_methods")
 # Flags that take several values, and may be repeated.
-_LISTS = ("exclude_params", "post")
+LISTS = ("exclude_params", "post")
 _GROUPS = {
     "what is merged": (
         *("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
         *("tokenizer", "embeddings", "chat_template_from"),
     ),
-    "the run": ("output_path", "run_name", "seed", "device", "log_with", "run_tests", "dry_run"),
+    "the run": ("output_path", "run_name", "seed", "device", "log_with", "push_to_hub", "run_tests", "dry_run"),
 }
 
 
@@ -243,7 +246,7 @@ def add_flag(group: Any, option: Option, default: Any, *, takes_several: bool = 
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="+" if takes_several and (option.name in _LISTS or _has_entries(option)) else 1,
+        nargs="+" if takes_several and (option.name in LISTS or _has_entries(option)) else 1,
         help=text.replace("%", "%%"),
     )
 
@@ -289,7 +292,7 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
     """The value of a flag: the last one given, or all of them where a flag is repeated to add entries."""
     if not isinstance(value, list) or name not in options:
         return value
-    if name in _LISTS:
+    if name in LISTS:
         return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
     kind = options[name].annotation
     is_text = get_origin(kind) is not dict and str in get_args(kind) and not value[-1].lstrip().startswith('{"')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -126,10 +126,16 @@ def _token_warnings(job: Job) -> list[str]:
     return vocabulary_warnings(plan.base, plan.experts, tables.vocabulary, ends_as_base=tables.identifiers is None)
 
 
-def print_plan(job: Job, console: Console) -> None:
-    """Show the plan and what may be amiss with it."""
+def print_plan(job: Job, console: Console, more: Iterable[str] = ()) -> None:
+    """Show the plan and what may be amiss with it.
+
+    Args:
+        job: the run.
+        console: where it goes.
+        more: lines about what is done after the run.
+    """
     run, likeness = job.context.run, find_likeness(job.context.plan)
-    for line in (heading(job), *plan_lines(job, likeness)):
+    for line in (heading(job), *plan_lines(job, likeness), *more):
         say(console, line)
     for line in warnings(job, likeness):
         say(console, f"warning: {line}")

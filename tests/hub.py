@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ class Hub:
         gated: repositories whose files nobody may read.
         broken: status that every answer has.
         sent: names of the files that were sent.
+        user: who asks, as the Hub tells it; None for nobody.
+        made: what was asked for of every repository that was made.
+        received: files that were put into repositories, by repository and name.
+        refused: what is wrong with every card.
     """
 
     url: str
@@ -38,6 +43,10 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     broken: int | None = None
     sent: list[str] = field(default_factory=list)
+    user: dict[str, Any] | None = None
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    received: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refused: str | None = None
 
     def add(self, name: str, folder: Path, commit: str = COMMIT) -> None:
         """Publish a folder."""
@@ -48,6 +57,8 @@ def _answer(hub: Hub, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, s
     path = unquote(urlsplit(request.path).path)
     if hub.broken:
         return hub.broken, {}, b""
+    if path == "/api/whoami-v2":
+        return (200, {}, json.dumps(hub.user).encode()) if hub.user else (401, {}, b"")
     match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path)
     if match:
         return (403, {"X-Error-Code": "GatedRepo"}, b"") if match[1] in hub.gated else (200, {}, b"")
@@ -75,6 +86,34 @@ def _answer(hub: Hub, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, s
     return 200, {}, json.dumps({"id": match[1], "sha": commit, "siblings": siblings, "gated": gated}).encode()
 
 
+def _take(hub: Hub, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+    """What is asked to be made or kept: repositories, and files in the text of a commit."""
+    path = unquote(urlsplit(request.path).path)
+    body = request.rfile.read(int(request.headers["Content-Length"]))
+    if hub.broken:
+        return hub.broken, {}, b""
+    if path == "/api/repos/create":
+        asked = json.loads(body)
+        name = "/".join(filter(None, [asked.get("organization"), asked["name"]]))
+        is_new = name not in hub.made and all(name != known for known, _ in hub.repositories)
+        if is_new:
+            hub.made[name] = asked
+        return (200 if is_new else 409), {}, json.dumps({"url": f"{hub.url}/{name}"}).encode()
+    if path == "/api/validate-yaml":
+        errors = [{"message": hub.refused}] if hub.refused else []
+        return (400 if errors else 200), {}, json.dumps({"errors": errors, "warnings": []}).encode()
+    name, action = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()  # type: ignore[union-attr]
+    if action == "preupload":
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+        ]
+        return 200, {}, json.dumps({"files": files}).encode()
+    lines = [json.loads(line) for line in body.splitlines()]
+    files = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+    hub.received.setdefault(name, {}).update({file: b64decode(content) for file, content in files.items()})
+    return 200, {}, json.dumps({"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}).encode()
+
+
 def _file(hub: Hub, name: str, file: Path, commit: str, command: str) -> tuple[int, dict[str, str], bytes]:
     if name in hub.gated:
         return 403, {"X-Error-Code": "GatedRepo"}, b""
@@ -93,12 +132,17 @@ def serving(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, headers, body = _answer(hub, self)
+            self._send(*_answer(hub, self))
+
+        def do_POST(self) -> None:
+            self._send(*_take(hub, self))
+
+        def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def do_HEAD(self) -> None:

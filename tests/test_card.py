@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 
 from expert_merging.backbone import Evaluation
 from expert_merging.card import model_card, vlmeval_config
+from expert_merging.commands.main import main
+from expert_merging.repeating import command_of
+from tests.checkpoints import write_checkpoint
+from tests.command import TENSORS, flags, merged
 
 DESCRIPTION = {
     "method": "task_arithmetic",
@@ -33,6 +39,9 @@ def card():
 def test_the_front_matter_names_all_sources(card):
     _, front, _ = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model_relation": "merge",
         "base_model": ["Mistral-7B-v0.1", "Chat-7B", "Math-7B"],
         "tags": ["merge", "expert-merging"],
     }
@@ -70,6 +79,70 @@ def test_licences_are_those_of_the_model_cards(tmp_path, front, shown):
     options = {"base_model_path": str(tmp_path), "expert": {"A": "/x/a"}}
     text = model_card({**DESCRIPTION, "options": options}, title="t", loading=LOADING, merged=1, tensors=1)
     assert f"| base | `{tmp_path.name}`{shown} |\n| A | `a` |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("licences", "licence"),
+    [
+        (("apache-2.0", "apache-2.0"), "apache-2.0"),
+        (("apache-2.0", "mit"), "other"),
+        (("apache-2.0", None), None),
+        (("apache-2.0", "[a]"), None),
+        ((None, None), None),
+    ],
+)
+def test_the_licence_is_the_one_that_all_sources_have(tmp_path, licences, licence):
+    for name, text in zip(("base", "a"), licences, strict=True):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "README.md").write_text(f"---\nlicense: {text}\n---\n")
+    options = {"base_model_path": str(tmp_path / "base"), "expert": {"A": str(tmp_path / "a")}}
+    text = model_card({**DESCRIPTION, "options": options}, title="t", loading=LOADING, merged=1, tensors=1)
+    assert yaml.safe_load(text.split("---\n")[1]).get("license") == licence
+
+
+def test_what_the_model_does_is_said_to_the_hub():
+    text = model_card(DESCRIPTION, title="t", loading=LOADING, merged=1, tensors=1, task="image-text-to-text")
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "image-text-to-text"
+
+
+def test_the_command_makes_the_same_again_and_names_no_place_of_the_machine(tmp_path):
+    """Run what the card says, with the checkpoints below the folder that they are named in."""
+    base = write_checkpoint(tmp_path / "base", TENSORS)
+    experts = {
+        name: write_checkpoint(tmp_path / name, {key: tensor + shift for key, tensor in TENSORS.items()})
+        for name, shift in {"a b": 0.5, "B": -2.0}.items()
+    }
+    given = (*flags(base, **experts), "--method", "ties", "--density", 0.5, "--ties_weights", "[1, 2]", "--seed", 7)
+    patterns = ("--exclude_params", ".*norm.*", "embed.*")
+    run = merged(tmp_path / "out", *given, *patterns)
+    card = (run.model / "README.md").read_text()
+    command = card.split("This command made it")[1].split("```\n")[1].strip()
+    assert str(tmp_path) not in command
+    program, verb, *words = shlex.split(command)
+    assert (program, verb) == ("expert-merging", "merge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["merge", *words, "--output_path", "again", "--device", "cpu"]) == 0
+    (again,) = (tmp_path / "again" / "ties").iterdir()
+    assert again.name == run.name
+    assert (again / "model" / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
+
+
+def test_the_command_has_commits_and_leaves_out_what_is_default_or_a_place():
+    snapshot = "/c/models--org--base/snapshots/abc"
+    description = {
+        "family": "Mistral",
+        "method": "dare_ta",
+        "seed": 5,
+        "options": {"base_model_path": snapshot, "expert": {"A": "/x/a"}},
+    }
+    changed = {"data_dir": str(Path(__file__).resolve().parent), "density": 0.5, "ties_normalize": False,
+               "force": True, "post": ["svc"], "exclude_params": [], "prompt_template": None}  # fmt: skip
+    assert command_of(description, changed) == (
+        "expert-merging merge dare_ta --family Mistral --base_model_path org/base@abc --expert A=a --density 0.5 "
+        "--force --post svc --exclude_params none --seed 5"
+    )
 
 
 def test_the_options_are_those_that_were_used(card):

@@ -110,7 +110,7 @@ def look_up(repository: Repository, *, pickles: bool) -> Snapshot:
         fails = error.response.status_code >= _OF_SERVER
         refusal = _absence(repository, _unreachable(error)) if fails else _refusal(repository, error)
         return _in_cache(repository, refusal)
-    except _network_error() as error:
+    except network_error() as error:
         return _in_cache(repository, _absence(repository, _unreachable(error)))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     folder = cache() / cache_folder(repository.name) / "snapshots" / str(info.sha)
@@ -134,7 +134,7 @@ def configuration_of(repository: Repository) -> dict[str, Any]:
         raise InputError(_absence(repository, _unreachable(error))) from None
     except HfHubHTTPError as error:
         raise InputError(_refusal(repository, error)) from None
-    except _network_error() as error:
+    except network_error() as error:
         raise InputError(_absence(repository, _unreachable(error))) from None
 
 
@@ -179,7 +179,7 @@ def download(snapshot: Snapshot) -> Path:
         return Path(snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
         raise InputError(_refusal(repository, error)) from None
-    except (_network_error(), LocalEntryNotFoundError, RuntimeError) as error:  # the last as hf_xet, in Rust, tells it
+    except (network_error(), LocalEntryNotFoundError, RuntimeError) as error:  # the last as hf_xet, in Rust, tells it
         raise InputError(
             f"{repository} is not complete: {_unreachable(error)}; the same command continues the download"
         ) from None
@@ -192,7 +192,7 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _network_error() -> type[Exception]:
+def network_error() -> type[Exception]:
     """What the library raises when a server does not answer, whichever HTTP client it has."""
     from huggingface_hub import errors
 
