@@ -176,7 +176,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         about=output.about,
         asking=job.wording.card(kept),
         task="image-text-to-text" if backbone.takes_images else "text-generation",
-        command=command_of(job.description, changed_options(job.description, job.resolved, backbone)),
+        command=command_of(job.description, changed_options(job.description, job.resolved)),
     )
     write_atomically(folder / CARD, card.encode())
     evaluation = backbone.evaluation_of(base.model_type)

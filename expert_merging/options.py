@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Resolved:
         ignored: flags that were given and that the method does not have.
         modifiers: what improves the method's result, in their order.
         given: names of all flags that were given.
+        defaults: value of every option where the user gives nothing.
     """
 
     general: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Resolved:
     ignored: tuple[str, ...]
     modifiers: tuple[Method, ...] = ()
     given: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[Method, ...]:
@@ -173,7 +175,8 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems.check()
     # A configuration file may serve several methods; what it has in vain is no mistake.
     ignored = tuple(name for name in given if name not in known and name not in COMMANDS)
-    return Resolved(general, method, options, family, ignored, modifiers, tuple(given))
+    defaults = _default_values(steps, backbone)
+    return Resolved(general, method, options, family, ignored, modifiers, tuple(given), defaults)
 
 
 def _read_dotenv(file: Path) -> Mapping[str, str | None]:
@@ -196,15 +199,11 @@ def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     return dotenv_values(stream=StringIO(text))
 
 
-def default_values(resolved: Resolved, backbone: Backbone) -> dict[str, Any]:
+def _default_values(steps: Iterable[Method], backbone: Backbone) -> dict[str, Any]:
     """What every option of a run is where the user gives nothing, as its record has it."""
-    of_steps = {
-        name: value
-        for step in (*resolved.modifiers, resolved.method)
-        for name, value in step.defaults(backbone.defaults).items()
-    }
+    of_steps = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
     values = {option.name: option.default for option in (*GENERAL.values(), *backbone.options.values())} | of_steps
-    data_dir = {"data_dir": str(ROOT / "dataset")} if resolved.reads_samples else {}
+    data_dir = {"data_dir": str(ROOT / "dataset")} if "data_dir" in values else {}
     return {**values, **data_dir, "exclude_params": _patterns(None, backbone)}
 
 

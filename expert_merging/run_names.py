@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Backbone
-from expert_merging.options import Resolved, default_values
+from expert_merging.options import Resolved
 from expert_merging.run import digest_of_run
 
 # Characters of a value, and of all that differs; the rest is left out, and the digest stands for it.
@@ -41,9 +41,9 @@ def default_folder(
     return next(iter(sorted(parent.glob(f"{glob.escape(family)}-*{digest}"))), folder)
 
 
-def changed_options(description: Mapping[str, Any], resolved: Resolved, backbone: Backbone) -> dict[str, Any]:
+def changed_options(description: Mapping[str, Any], resolved: Resolved) -> dict[str, Any]:
     """The options of a run's record that are not the defaults, without checkpoints."""
-    defaults = default_values(resolved, backbone)
+    defaults = resolved.defaults
     return {
         name: value
         for name, value in description["options"].items()
@@ -56,7 +56,7 @@ def _differing(description: Mapping[str, Any], resolved: Resolved, backbone: Bac
     experts = list(description["options"]["expert"])
     if experts != list(backbone.expert_folders):
         yield _safe("_".join(experts))
-    for name, value in changed_options(description, resolved, backbone).items():
+    for name, value in changed_options(description, resolved).items():
         yield name if value is True else f"{name}_{_safe(_text(value))}"
 
 

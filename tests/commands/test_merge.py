@@ -51,6 +51,8 @@ def test_the_family_is_that_of_the_base_or_the_given_one(tmp_path):
         name: json.loads((tmp_path / "out" / "weight_average" / name / "config.json").read_text())["family"]
         for name in ("found", "given", "equals")
     }
+    assert run("weight_average", *given) == 0
+    assert len(list((tmp_path / "out" / "weight_average").glob("Qwen*-A-????????"))) == 1  # named by its own defaults
     assert records == {"found": "Qwen2VL", "given": "Mistral", "equals": "InternVL"}
 
 
