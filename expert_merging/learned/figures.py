@@ -20,6 +20,8 @@ from expert_merging.writing import write_atomically
 LAYERS = "layers.csv"
 _SHADES = ("#9ecae1", "#4292c6", "#08306b", "#bdbdbd")
 _LONGEST_AXIS = 8
+# Cells beside each other whose values fit into them, where a line has several panels.
+_MOST_VALUES = 12
 
 
 def draw_all(layers: Sequence[Layer], folder: Path, run: str) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def _heat_maps(
         step = -(-len(columns[name]) // _LONGEST_AXIS)
         axis.set_xticks(range(0, len(columns[name]), step), columns[name][::step])
         axis.tick_params(labelsize=8)
-        if grid.shape[1] <= (_LONGEST_AXIS if wide > 1 else 2 * _LONGEST_AXIS):
+        if grid.shape[1] <= (_MOST_VALUES if wide > 1 else 2 * _MOST_VALUES):
             _write_values(axis, grid, image)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()

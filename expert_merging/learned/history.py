@@ -172,3 +172,17 @@ def save_history(
         for depth, value in zip(depths, row, strict=True)
     ]
     write_table(folder / OVER_TIME, ["update", "expert", "depth", "coefficient"], cells)
+
+
+def load_curves(file: Path) -> list[Row]:
+    """Read what `save_history` wrote of the curves; a row has the numbers that it was written with.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = [{name: float(text) for name, text in row.items() if text != ""} for row in csv.DictReader(stream)]
+        return sorted(rows, key=lambda row: row["update"])
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{file} is not the table of curves that a run writes ({error!r})") from None
