@@ -79,7 +79,7 @@ def _bars(number: int, name: str, metric: str, scores: Mapping[str, SetScore], t
             name=plain(label),
             x=[plain(task) for task in tasks],
             y=[None if score is None else score.mean for score in own],
-            error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+            error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "#808080"},
             marker_color=colour(place),
         )
     figure.update_layout(barmode="group", yaxis_title=plain(metric))
@@ -228,7 +228,9 @@ def over_time_charts(runs: Sequence[Finished]) -> list[Chart]:
             continue
         found = run.over_time
         rows = {
-            f"{expert}, {depth}": dict(zip(map(str, found.updates), values, strict=True))
+            f"{expert}, {depth if depth == OUTSIDE else f'layer {depth}'}": dict(
+                zip(map(str, found.updates), values, strict=True)
+            )
             for expert, by_depth in found.coefficients.items()
             for depth, values in zip(found.depths, by_depth, strict=True)
         }
