@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,8 @@ class Chart:
 
 
 def plain(text: object) -> str:
-    """A name as plotly takes it, which reads tags in texts."""
-    return html.escape(str(text), quote=False)
+    """A name as plotly takes it, which reads tags in texts, and formulas between dollar signs."""
+    return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
 def colour(number: int) -> str:
@@ -117,7 +118,7 @@ def _trade_off(number: int, name: str, metric: str, scores: Mapping[str, SetScor
     figure.update_layout(xaxis_title=plain(tasks[0]), yaxis_title=plain(tasks[1]))
     about = f"A point for each run: its {metric} in one task of {name} against another. The tasks can be chosen."
     title = f"{name}: trade-off of two tasks"
-    return Chart(f"trade-off-{number}", title, about, _finished(figure), tasks, columns)
+    return Chart(f"trade-off-{number}", title, about, _finished(figure), tasks, _known(columns))
 
 
 def learning_charts(runs: Sequence[Finished]) -> list[Chart]:
@@ -176,7 +177,7 @@ def _held_out(runs: Mapping[int, Finished]) -> Chart:
 
 def coefficient_charts(runs: Sequence[Finished]) -> list[Chart]:
     """Heat maps of the coefficients of each run, with the same colours in all of them."""
-    learned = {place: run for place, run in enumerate(runs) if run.layers}
+    learned = {place: run for place, run in enumerate(runs) if run.layers and run.layers[0].coefficients}
     values = [value for run in learned.values() for layer in run.layers for value in layer.coefficients.values()]
     charts = []
     for place, run in learned.items():
@@ -308,5 +309,14 @@ def _finished(figure: Any) -> Mapping[str, Any]:
     )
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
-    content: Mapping[str, Any] = figure.to_plotly_json()
+    content: Mapping[str, Any] = _known(figure.to_plotly_json())
     return content
+
+
+def _known(value: Any) -> Any:
+    """The value without numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -62,6 +62,11 @@ class Finished:
         """Its options as recorded, its method among them."""
         return {"method": self.record["method"], **self.record["options"]}
 
+    def part(self, name: str) -> dict[str, Any]:
+        """An object in its record, empty where there is none of that name."""
+        found = self.record.get(name)
+        return found if isinstance(found, dict) else {}
+
 
 def read_runs(folders: Sequence[Path]) -> list[Finished]:
     """What runs have left.

@@ -5,6 +5,7 @@ jinja escapes every text that it puts into the page, and `expert_merging.compari
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,14 +158,14 @@ def _score_sections(runs: Sequence[Finished]) -> list[Section]:
 
 def repeat(run: Finished) -> dict[str, str]:
     """How a run is made again: a command, and the file of settings that it names."""
-    record = run.record
-    told = {name: value for name, value in record.get("run", {}).items() if name not in _TOLD}
+    told = {name: value for name, value in run.part("run").items() if name not in _TOLD}
     settings = {name: value for name, value in {**run.options, **told}.items() if value is not None}
-    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-    revision = record.get("git_revision")
+    versions = ", ".join(f"{name} {version}" for name, version in run.part("versions").items())
+    revision = run.record.get("git_revision")
+    program = shlex.quote(f"{run.record['family']}/model_merging.py")
     return {
         "label": run.label,
-        "command": f"python {record['family']}/model_merging.py --config run.yaml",
+        "command": f"python {program} --config run.yaml",
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
         "versions": f"Made with {versions}{f', revision {revision}' if revision else ''}." if versions else "",
     }

@@ -93,6 +93,27 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are(tmp_p
     assert own.count("<script>document") == 0
 
 
+def test_numbers_that_are_none_and_records_that_say_nothing_are_passed_over(tmp_path):
+    run = make_run(tmp_path / "m" / "r", scores={"a": (float("nan"),), "b": (1.0,)}, learned=True)
+    record = json.loads((run / "config.json").read_text())
+    record |= {"run": [1], "versions": "none", "family": "x; rm -rf ~", "method": ["m"]}
+    (run / "config.json").write_text(json.dumps(record))
+    table = (run / "analysis" / "layers.csv").read_text().splitlines()
+    (run / "analysis" / "layers.csv").write_text("\n".join([table[0], table[1].replace("0.25", "nan"), *table[2:]]))
+    (run / "analysis" / "learning.csv").write_text("update,total,total_smoothed\n1,inf,nan\n")
+    page = write_report([run], tmp_path / "report.html")
+    charts = [line for line in page.splitlines() if "data-of=" in line]
+    assert len(charts) > 5
+    for line in charts:
+        json.loads(line[line.index(">") + 1 : line.rindex("<")], parse_constant=pytest.fail)
+    assert "python &#39;x; rm -rf ~/model_merging.py&#39; --config run.yaml" in page
+    bare = make_run(tmp_path / "m" / "s", learned=True)
+    (bare / "analysis" / "layers.csv").write_text(
+        "name,submodule,depth,stage,parameters,chunks,importance\na,q,0,early,1,1,1\n"
+    )
+    assert "Importance: m s" in write_report([bare], tmp_path / "report.html")
+
+
 def test_settings_that_differ_and_those_of_some_methods_stand_apart(tmp_path):
     page = write_report(make_runs(tmp_path / "runs"), tmp_path / "report.html")
     differing = page[page.index("Options with different values") : page.index("Options that only some")]
@@ -127,7 +148,7 @@ def test_answers_of_models_stand_side_by_side(tmp_path):
     for text in ("question", "right", "base", "r"):
         assert f'<th scope="col">{text}</th>' in page
     assert '<td class="text">two</td>' in page
-    assert "plotly" not in page.lower(), "no charts, no library"
+    assert len(page) < 20_000, "no charts, no library"
 
 
 def refuse(capsys, *arguments):
@@ -207,8 +228,9 @@ def test_a_browser_shows_every_chart_sorts_the_table_and_runs_nothing_of_the_nam
             assert chart.bounding_box()["width"] > 300
         assert page.evaluate("document.documentElement.scrollWidth") == 390, "nothing runs off a phone's side"
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
-        assert PICTURE in page.locator("#bars-0 .legend").inner_text()
-        assert SCRIPT in page.locator("#bars-0 .xaxislayer-above").inner_text()
+        assert PICTURE in page.locator("#bars-0 .legend").text_content()
+        assert TEMPLATE in page.locator("#bars-0 .legend").text_content()
+        assert SCRIPT in page.locator("#bars-0 .xaxislayer-above").text_content()
 
         names = page.locator(".sortable").first.locator("tbody th")
         before = names.all_inner_texts()
@@ -227,7 +249,7 @@ def test_a_browser_shows_every_chart_sorts_the_table_and_runs_nothing_of_the_nam
         assert points == [30.0, 40.0]
 
         assert page.get_by_role("img", name="Losses while learning").count() == 1
-        assert page.get_by_role("navigation", name="Sections").get_by_role("link").count() == 7
+        assert page.get_by_role("navigation", name="Sections").get_by_role("link").count() == 8
         assert page.get_by_role("row", name="70.0 (best)").count() == 1
         assert page.evaluate("document.title") == "Mine"
         assert found == []
