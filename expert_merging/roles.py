@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from expert_merging.parts import Part
 
-SUBMODULES = ("q", "k", "v", "o", "gate", "up", "down")
+SUBMODULES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 OTHER = "other"
 STAGES = ("early", "middle", "late")
 OUTSIDE = "outside"
@@ -19,7 +19,10 @@ _WORD_TABLE = re.compile(rf"{_WORDS}\.weight$")
 # These tables and a head's bias, as a pattern of excluded parameters.
 ROW_PER_WORD = rf"{_WORDS}\.(weight|bias)$"
 _HEAD = re.compile(r"((.*\.)?lm_head|(.*\.)?language_model\.output|output)\.")
-_SUBMODULE = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
+_PROJECTION = re.compile(rf"\b({'|'.join(SUBMODULES)})_proj\b")
+# InternLM's names, of which Mixtral's experts have the last three; the first is q, k and v in one.
+_NUMBERED = re.compile(r"\.(wqkv|wo|w1|w3|w2)\b")
+_MEANT = {"wqkv": "qkv", "wo": "o", "w1": "gate", "w3": "up", "w2": "down"}
 _DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
 _VISION = re.compile(r"\bvis(ion|ual)")
 # Encoders of pictures have layers too.
@@ -91,8 +94,15 @@ def find_places(names: Sequence[str]) -> dict[str, Place]:
     places = {}
     for name in names:
         if name in depths:
-            found = _SUBMODULE.search(name)
-            places[name] = Place(found[1] if found else OTHER, depths[name], STAGES[3 * depths[name] // count])
+            places[name] = Place(_submodule(name), depths[name], STAGES[3 * depths[name] // count])
         else:
             places[name] = Place(OTHER, None, OUTSIDE)
     return places
+
+
+def _submodule(name: str) -> str:
+    """Which projection of a layer a tensor belongs to; several that are stored as one have a name of their own."""
+    projection, numbered = _PROJECTION.search(name), _NUMBERED.search(name)
+    if projection:
+        return projection[1]
+    return _MEANT[numbered[1]] if numbered else OTHER

@@ -89,6 +89,12 @@ class Run:
         return self.folder.name
 
     @property
+    def title(self) -> str:
+        """What its pictures are called: method, name and, if it is one, stage."""
+        is_stage = self.config.parent != self.folder
+        return " ".join(resolved(self.folder).parts[-3 if is_stage else -2 :])
+
+    @property
     def model(self) -> Path:
         """The result, once it is complete."""
         return self.folder / ("models" if self.holds_several else "model")
@@ -123,7 +129,7 @@ class Run:
     def stage(self, name: str) -> Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
-        stage.responses, stage.directions = self.responses, self.directions
+        stage.responses, stage.directions, stage.board = self.responses, self.directions, self.board
         stage.config, stage.magnitudes = self.config, self.magnitudes
         return stage
 

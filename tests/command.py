@@ -124,7 +124,7 @@ def assert_same_bytes(actual: dict[str, torch.Tensor], expected: dict[str, torch
         assert same, name
 
 
-def save_table(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
+def save_table(layers: Sequence[Layer], folder: Path, _run: str) -> dict[str, Any]:
     """Write what pictures are drawn from, and draw none."""
     folder.mkdir(parents=True, exist_ok=True)
     save_layers(layers, folder / LAYERS)

@@ -28,7 +28,7 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         analysis = Run(folder).analysis
         if not analysis.is_dir():
             raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
-        for file in redraw(analysis):
+        for file in redraw(analysis, Run(folder).title):
             say(console, str(file))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expert_merging.commands import align, analyse, convert, extract, merge, runs, verify
+from expert_merging.commands import align, analyse, convert, extract, merge, report, runs, verify
 from expert_merging.commands.command import Command
 from expert_merging.commands.completion import complete
 from expert_merging.documents import check_arguments, escape_output
@@ -18,7 +18,7 @@ from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (merge, runs, align, analyse, extract, convert, verify)
+    module.COMMAND.name: module.COMMAND for module in (merge, runs, align, report, analyse, extract, convert, verify)
 }
 
 # What `pip install -e .` calls the program.

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: Mapping[str, Any], console: Console) -> None:
     """Print the table."""
-    from expert_merging.comparing import tables
+    from expert_merging.comparing import run_tables as tables
     from expert_merging.comparing.runs import chosen, find_runs, ordered
     from expert_merging.options import ROOT
 

@@ -1,127 +1,192 @@
-"""Tables of runs: for the terminal, as Markdown, CSV and JSON."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from expert_merging.card import cell, inline
-from expert_merging.comparing.runs import COLUMNS, Row, show_setting
-from expert_merging.comparing.scores_file import as_json
-from expert_merging.errors import one_line
-from expert_merging.machine import gib
+from expert_merging.comparing.finished import Answers, Finished
+from expert_merging.comparing.scores_file import SetScore, mean_of
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# What a person reads, and how it is shown; the other columns are in CSV and JSON.
-_SHOWN: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "seconds": ("time", lambda value: duration(value)),
-    "peak_memory": ("peak memory", lambda value: gib(value)),
-    "peak_gpu_memory": ("peak GPU memory", lambda value: gib(value)),
-    "relative_change": ("change", lambda value: f"{value:.3g}"),
-    "divergence": ("divergence", lambda value: f"{value:.3g}"),
-}
+# Questions shown of each task.
+_QUESTIONS = 20
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+@dataclass(frozen=True)
+class Cell:
+    """A number in a table.
+
+    Args:
+        value: the number, None where there is none.
+        text: how it is shown.
+        interval: its 95 % interval as text.
+        rank: ``best`` or ``second``, if it is.
+    """
+
+    value: float | None
+    text: str
+    interval: str = ""
+    rank: str = ""
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The table for a terminal, in which what differs and names are folded where there is no room."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+@dataclass(frozen=True)
+class Row:
+    """A run's numbers."""
 
-    table = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
-    lines = _texts(rows)
-    for name in lines[0]:
-        justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
-        table.add_column(name, overflow="fold", justify=justify, no_wrap=name not in _CODE)
-    for line in lines[1:]:
-        table.add_row(*map(one_line, line))
-    return table
+    label: str
+    cells: Sequence[Cell]
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    heads, *lines = _texts(rows)
-    ruler = ["---" if head in _LEFT else "---:" for head in heads]
-    shown = [[cell(text) if head in _CODE and text else inline(text) for head, text in zip(heads, line, strict=True)]
-             for line in lines]  # fmt: skip
-    return "".join(f"| {' | '.join(line)} |\n" for line in ([*map(inline, heads)], ruler, *shown))
+@dataclass(frozen=True)
+class ScoreTable:
+    """Runs and their numbers."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
 
 
-def csv_table(rows: Sequence[Row]) -> str:
-    """The table as CSV: a column for each option that differs, seconds, and bytes of memory."""
-    options = dict.fromkeys(name for row in rows for name in row.differing)
-    sets = [name for name in _sets(rows) if name not in COLUMNS]
-    names = [*COLUMNS[:4], *(name for name in options if name not in (*COLUMNS, *sets)), *COLUMNS[4:], *sets]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        known = {**{name: _plain(value) for name, value in row.settings.items()}, **row.values}
-        writer.writerow([known.get(name) for name in names])
-    return text.getvalue()
+@dataclass(frozen=True)
+class TextTable:
+    """Texts; the first column names the rows.
+
+    Args:
+        caption: what it shows.
+        columns: names.
+        rows: texts.
+        folded: shown on demand.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    folded: bool = False
 
 
-def json_table(rows: Sequence[Row]) -> str:
-    """The table as JSON: with all options, what differs, and every score."""
-    found = [
-        {
-            **{name: row.values[name] for name in COLUMNS},
-            "differing": dict(row.differing),
-            "options": dict(row.record["options"]),
-            **{name: value for name, value in as_json(row.scores).items() if name == "scores"},
-        }
-        for row in rows
+def score_table(caption: str, scores: Mapping[str, SetScore]) -> ScoreTable:
+    """Runs by tasks and their mean, the best and the second best of each column marked.
+
+    Args:
+        caption: what it shows.
+        scores: by run.
+    """
+    tasks = list(dict.fromkeys(task for one in scores.values() for task in one.tasks))
+    better = next(iter(scores.values())).higher_is_better
+    columns = [[one.tasks[task].mean if task in one.tasks else None for one in scores.values()] for task in tasks]
+    intervals = [[_interval(one, task) for one in scores.values()] for task in tasks]
+    columns.append([one.mean for one in scores.values()])
+    intervals.append([""] * len(scores))
+    return _table(caption, [*tasks, "mean"], list(scores), columns, intervals, better)
+
+
+def _interval(scores: SetScore, task: str) -> str:
+    score = scores.tasks.get(task)
+    if score is None or score.low is None or score.high is None:
+        return ""
+    return f"{_number(score.low)} to {_number(score.high)}"
+
+
+def divergence_tables(runs: Sequence[Finished]) -> list[ScoreTable]:
+    """The table of divergences, of the runs for which they are known."""
+    own = {run.label: run.scores.divergence for run in runs if run.scores.divergence}
+    if not own:
+        return []
+    tasks = list(dict.fromkeys(task for shares in own.values() for task in shares))
+    columns = [[shares.get(task) for shares in own.values()] for task in tasks]
+    columns.append([mean_of(shares) for shares in own.values()])
+    caption = "Divergence from each task's expert, as a share of the base's: lower is better"
+    empty = [[""] * len(own) for _ in columns]
+    return [_table(caption, [*tasks, "mean"], list(own), columns, empty, higher_is_better=False)]
+
+
+def _table(
+    caption: str,
+    names: Sequence[str],
+    labels: Sequence[str],
+    columns: Sequence[Sequence[float | None]],
+    intervals: Sequence[Sequence[str]],
+    higher_is_better: bool,
+) -> ScoreTable:
+    cells = [
+        [
+            Cell(value, _number(value), interval, rank)
+            for value, interval, rank in zip(column, own, ranks(column, higher_is_better), strict=True)
+        ]
+        for column, own in zip(columns, intervals, strict=True)
     ]
-    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    rows = [Row(label, [column[place] for column in cells]) for place, label in enumerate(labels)]
+    return ScoreTable(caption, names, rows)
 
 
-_LEFT = ("method", "what differs", "state", "run")
-_CODE = ("what differs", "run")
+def ranks(values: Sequence[float | None], higher_is_better: bool) -> list[str]:
+    """Which values are best and second best, equal ones alike; none where there is nothing to compare."""
+    known = {value for value in values if value is not None and math.isfinite(value)}
+    if len([value for value in values if value in known]) < 2:
+        return [""] * len(values)
+    ordered = sorted(known, reverse=higher_is_better)
+    names = dict(zip(ordered, ("best", "second"), strict=False))
+    return [names.get(value, "") if value is not None else "" for value in values]
 
 
-def _texts(rows: Sequence[Row]) -> list[list[str]]:
-    """Heads and lines of what a person reads; a column that no run has anything in is left out."""
-    heads, lines = ["method", "what differs", "seed"], [_first(row) for row in rows]
-    values = [row.values for row in rows]
-    shown = {**_SHOWN, **{name: (name, lambda value: f"{value:.1f}") for name in _sets(rows)}}
-    for name, (head, show) in shown.items():
-        if any(one.get(name) is not None for one in values):
-            heads.append(head)
-            for row, one, line in zip(rows, values, lines, strict=True):
-                line.append("" if one.get(name) is None else _least(row, name) + show(one[name]))
-    for row, line in zip(rows, lines, strict=True):
-        line += [row.state, row.run.name]
-    return [[*heads, "state", "run"], *lines]
+def _number(value: float | None) -> str:
+    """Percentages with one digit after the point, as the paper has them, and small numbers with three."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
 
 
-def _first(row: Row) -> list[str]:
-    settings = " ".join(show_setting(name, value) for name, value in row.differing.items())
-    return [row.record["method"], settings, str(row.record.get("seed", ""))]
+def answer_tables(answers: Sequence[Answers]) -> list[TextTable]:
+    """Questions with the answers of several models side by side, a table for each task."""
+    models = list(dict.fromkeys(model for one in answers for model in one.by_model))
+    tables = []
+    for task in dict.fromkeys(one.task for one in answers):
+        own = [one for one in answers if one.task == task]
+        rows = [
+            [one.question, " | ".join(one.right), *(one.by_model.get(model, "") for model in models)]
+            for one in own[:_QUESTIONS]
+        ]
+        tables.append(TextTable(_counted(f"{task}: answers of models", own), ["question", "right", *models], rows))
+    return tables
 
 
-def _least(row: Row, name: str) -> str:
-    """What stands before a number of which only a part is known: earlier parts of the run left none."""
-    is_part = name in ("seconds", "peak_memory", "peak_gpu_memory") and row.outcome and row.outcome.continued
-    return "≥ " if is_part else ""
+def response_tables(runs: Sequence[Finished]) -> list[TextTable]:
+    """What experts have answered, a table for each task, a column for each run whose experts were asked."""
+    asked = {run.label: {(one.task, one.question): one.text for one in run.responses} for run in runs if run.responses}
+    questions = list(dict.fromkeys(key for own in asked.values() for key in own))
+    tables = []
+    for task in dict.fromkeys(task for task, _ in questions):
+        own = [key for key in questions if key[0] == task]
+        rows = [[key[1], *(found.get(key, "") for found in asked.values())] for key in own[:_QUESTIONS]]
+        caption = _counted(f"{task}: what its expert answered while the run was prepared", own)
+        tables.append(TextTable(caption, ["question", *asked], rows, folded=True))
+    return tables
 
 
-def _sets(rows: Sequence[Row]) -> list[str]:
-    """Names of the sets of scores, in the order in which they come."""
-    return [*dict.fromkeys(name for row in rows for name in row.scores.sets)]
+def _counted(caption: str, questions: Sequence[object]) -> str:
+    return caption if len(questions) <= _QUESTIONS else f"{caption} (the first {_QUESTIONS} of {len(questions)})"
 
 
-def _plain(value: Any) -> Any:
-    """An option's value in a cell."""
-    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+def option_tables(runs: Sequence[Finished]) -> list[TextTable]:
+    """Options in which runs differ, and those that only some of the methods have."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    differing, partial = list[list[str]](), list[list[str]]()
+    for name in names:
+        values = [_shown(run.options[name]) for run in runs if name in run.options]
+        row = [name, *(_shown(run.options[name]) if name in run.options else "-" for run in runs)]
+        if len(set(values)) > 1:
+            differing.append(row)
+        elif len(values) < len(runs):
+            partial.append(row)
+    columns = ["option", *(run.label for run in runs)]
+    tables = [
+        TextTable("Options with different values; - where a method has no such option", columns, differing),
+        TextTable("Options that only some of the methods have, with the same value", columns, partial, folded=True),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

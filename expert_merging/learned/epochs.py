@@ -11,9 +11,6 @@ from expert_merging.running.scores import HasTask
 
 Item = TypeVar("Item", bound=HasTask)
 
-# Epochs without a better mean loss after which training stops.
-PATIENCE = 3
-
 
 def hold_out(samples: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Samples to learn from and samples that are held out, in the order given.

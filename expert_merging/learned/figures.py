@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from expert_merging.learned.history import OVER_TIME, load_over_time
 from expert_merging.learned.importance import Layer, load_layers, save_layers, write_table
 from expert_merging.roles import OTHER, OUTSIDE, STAGES, SUBMODULES
 from expert_merging.writing import write_atomically
@@ -19,46 +20,55 @@ from expert_merging.writing import write_atomically
 LAYERS = "layers.csv"
 _SHADES = ("#9ecae1", "#4292c6", "#08306b", "#bdbdbd")
 _LONGEST_AXIS = 8
+# Cells beside each other whose values fit into them, where a line has several panels.
+_MOST_VALUES = 12
 
 
-def draw_all(layers: Sequence[Layer], folder: Path) -> dict[str, Any]:
+def draw_all(layers: Sequence[Layer], folder: Path, run: str) -> dict[str, Any]:
     """Write the table of layers, every picture and its data.
 
     Args:
         layers: as `expert_merging.learned.importance.describe_layers` makes them.
-        folder: where to, made if it does not exist.
+        folder: where to, made if it does not exist; coefficients over time are drawn if their table is there.
+        run: what the run is called in titles.
 
     Returns:
         The pictures by name, ``(height, width, 3)`` uint8 arrays.
     """
+    import matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     save_layers(layers, folder / LAYERS)
-    pictures = {
+    pictures: dict[str, Callable[[Sequence[Layer], Path, str], Any]] = {
         "importance": importance_by_stage,
         "submodules": shares_by_submodule,
         "depth": coefficients_by_stage,
         "coefficients": coefficient_map,
         "chunks": chunk_map,
     }
-    return {name: draw(layers, folder / f"{name}.png") for name, draw in pictures.items()}
+    if (folder / OVER_TIME).exists():
+        pictures["over_time"] = coefficients_over_time
+    # Names of experts and runs are no formulas, whatever signs they have.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return {name: draw(layers, folder / f"{name}.png", run) for name, draw in pictures.items()}
 
 
-def redraw(folder: Path) -> list[Path]:
-    """Draw everything again from the table of layers in the folder; the files written."""
-    layers = load_layers(folder / LAYERS)
-    return [folder / LAYERS, *(folder / f"{name}.{end}" for name in draw_all(layers, folder) for end in ("png", "csv"))]
+def redraw(folder: Path, run: str) -> list[Path]:
+    """Draw everything again from the tables in the folder; the files written."""
+    drawn = draw_all(load_layers(folder / LAYERS), folder, run)
+    return [folder / LAYERS, *(folder / f"{name}.{end}" for name in drawn for end in ("png", "csv"))]
 
 
-def importance_by_stage(layers: Sequence[Layer], file: Path) -> Any:
+def importance_by_stage(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Importance of each submodule in the early, middle and late third (paper, Figure 4)."""
     table = sum_by(layers, lambda layer: layer.importance)
     _write_stages(file, table)
     figure, (axis,) = _figure(1, 1, width=8)
     _bars(axis, table, "share of the importance of all layers")
-    return _finish(figure, file, "Importance of each submodule by depth")
+    return _finish(figure, file, "Importance of each submodule by depth", run)
 
 
-def shares_by_submodule(layers: Sequence[Layer], file: Path) -> Any:
+def shares_by_submodule(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Share of the parameters, and of the coefficients, by submodule (paper, Figure 3)."""
     submodules = present(layers)
     parameters = {name: sum(layer.parameters for layer in layers if layer.submodule == name) for name in submodules}
@@ -73,10 +83,10 @@ def shares_by_submodule(layers: Sequence[Layer], file: Path) -> Any:
     for axis, (title, values) in zip(axes, columns.items(), strict=True):
         axis.bar(list(values), list(values.values()), color=_SHADES[1])
         axis.set_ylabel(title)
-    return _finish(figure, file, "Parameters and mean coefficients of each submodule")
+    return _finish(figure, file, "Parameters and mean coefficients of each submodule", run)
 
 
-def coefficients_by_stage(layers: Sequence[Layer], file: Path) -> Any:
+def coefficients_by_stage(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Share of the coefficients across depth, for each submodule (paper, Figure 5).
 
     A share is the mean coefficient of a submodule in a third, relative to the sum of all these means.
@@ -90,10 +100,10 @@ def coefficients_by_stage(layers: Sequence[Layer], file: Path) -> Any:
     _write_stages(file, table)
     figure, (axis,) = _figure(1, 1, width=8)
     _bars(axis, table, "share of the mean coefficients")
-    return _finish(figure, file, "Mean coefficients of each submodule by depth")
+    return _finish(figure, file, "Mean coefficients of each submodule by depth", run)
 
 
-def coefficient_map(layers: Sequence[Layer], file: Path) -> Any:
+def coefficient_map(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Mean coefficient of each expert at each depth, one panel for a submodule."""
     experts = list(layers[0].coefficients)
     rows = [[layer.name, layer.submodule, layer.depth, *layer.coefficients.values()] for layer in layers]
@@ -105,10 +115,10 @@ def coefficient_map(layers: Sequence[Layer], file: Path) -> Any:
     }
     depths = {title: _depths(group) for title, group in groups.items()}
     title = "Mean coefficients of each expert by submodule and depth"
-    return _heat_maps(panels, experts, "coefficient", file, title, depths=depths)
+    return _heat_maps(panels, experts, depths, "coefficient", file, title, run)
 
 
-def chunk_map(layers: Sequence[Layer], file: Path) -> Any:
+def chunk_map(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Number of chunks by submodule and depth, 0 where all coefficients are fixed."""
     rows = [[layer.name, layer.submodule, layer.depth, layer.importance, layer.chunks] for layer in layers]
     write_table(file.with_suffix(".csv"), ["name", "submodule", "depth", "importance", "chunks"], rows)
@@ -120,7 +130,16 @@ def chunk_map(layers: Sequence[Layer], file: Path) -> Any:
             column = position if layer.depth is None else layer.depth
             row[column] = numpy.nan_to_num(row[column]) + layer.chunks
     depths = {"": list(range(grid.shape[1]))}
-    return _heat_maps({"": grid}, list(groups), "chunks", file, "Chunks of each submodule by depth", depths=depths)
+    return _heat_maps({"": grid}, list(groups), depths, "chunks", file, "Chunks of each submodule by depth", run)
+
+
+def coefficients_over_time(_: Sequence[Layer], file: Path, run: str) -> Any:
+    """Mean coefficient of each expert by depth, update after update; from the table beside the picture."""
+    found = load_over_time(file.with_suffix(".csv"))
+    panels = {expert: numpy.array(rows) for expert, rows in found.coefficients.items()}
+    updates = dict.fromkeys(panels, found.updates)
+    title = "Mean coefficients of each expert by layer while learning"
+    return _heat_maps(panels, found.depths, updates, "coefficient", file, title, run, across="update")
 
 
 def present(layers: Sequence[Layer]) -> list[str]:
@@ -190,20 +209,31 @@ def _bars(axis: Any, table: Mapping[str, Mapping[str, float]], label: str) -> No
 def _heat_maps(
     panels: Mapping[str, Any],
     rows: Sequence[str],
+    columns: Mapping[str, Sequence[int]],
     label: str,
     file: Path,
     title: str,
+    run: str,
     *,
-    depths: Mapping[str, Sequence[int]],
+    across: str = "layer",
 ) -> Any:
-    """Panels with the same rows over depth and one colour bar."""
+    """Panels with the same rows and one colour bar.
+
+    Args:
+        panels: ``(rows, columns)`` by title.
+        rows: names.
+        columns: numbers, by panel.
+        label: what is shown.
+        file: where to.
+        title: of the picture.
+        run: what the run is called.
+        across: what the columns are.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = _figure(
-        lines, columns, width=max(4.2 * columns, 6), height=max((0.9 + 0.3 * len(rows)) * lines, 2.4)
-    )
+    wide = min(3, len(panels))
+    lines = -(-len(panels) // wide)
+    figure, axes = _figure(lines, wide, width=max(4.2 * wide, 6), height=max((0.9 + 0.3 * len(rows)) * lines, 2.4))
     low = min(float(numpy.nanmin(grid)) for grid in panels.values())
     high = max(float(numpy.nanmax(grid)) for grid in panels.values())
     image: Any = None
@@ -211,24 +241,35 @@ def _heat_maps(
         image = axis.imshow(grid, aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        step = 1 if len(depths[name]) <= _LONGEST_AXIS else _LONGEST_AXIS
-        axis.set_xticks(range(0, len(depths[name]), step), depths[name][::step])
+        step = -(-len(columns[name]) // _LONGEST_AXIS)
+        axis.set_xticks(range(0, len(columns[name]), step), columns[name][::step])
         axis.tick_params(labelsize=8)
+        if grid.shape[1] <= (_MOST_VALUES if wide > 1 else 2 * _MOST_VALUES):
+            _write_values(axis, grid, image)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     bar = figure.colorbar(image, ax=axes, label=label, shrink=0.9)
     if all((grid[~numpy.isnan(grid)] % 1 == 0).all() for grid in panels.values()):
         bar.locator = MaxNLocator(integer=True)
         bar.update_ticks()
-    figure.supxlabel("layer", fontsize=9)
-    return _finish(figure, file, title)
+    figure.supxlabel(across, fontsize=9)
+    return _finish(figure, file, title, run)
 
 
-def _finish(figure: Any, file: Path, title: str) -> Any:
+def _write_values(axis: Any, grid: Any, image: Any) -> None:
+    """Write each cell's value into it, on dark colours in white."""
+    for (row, column), value in numpy.ndenumerate(grid):
+        if not numpy.isnan(value):
+            colour = "black" if image.norm(value) > 0.6 else "white"
+            text = f"{value:.0f}" if value % 1 == 0 else f"{value:.2f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _finish(figure: Any, file: Path, title: str, run: str) -> Any:
     """Write the picture as PNG and return it as ``(height, width, 3)`` uint8 array."""
     from matplotlib.image import imsave
 
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}\n{run}", fontsize=10)
     figure.set_dpi(110)
     figure.canvas.draw()  # once: drawing is most of the time, and saving a figure draws it again
     picture = numpy.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

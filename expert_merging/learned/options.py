@@ -27,7 +27,9 @@ class TrainingOptions(ComparingOptions):
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
             strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
             1.
-        num_epochs: passes over the samples; stops early after 3 without a better mean loss.
+        num_epochs: passes over the samples, fewer if patience ends first.
+        patience: epochs in a row without a better loss after which training stops; the loss is that on the held-out
+            samples, and without them the epoch's mean.
         held_out: share of each task's samples that nothing is learned from. The best coefficients on them are kept, the
             initial ones if none are better, and they decide when training stops.
         learning_rate: AdamW's rate at the start of each cosine cycle; the published 0.5 is for few updates of
@@ -52,6 +54,7 @@ class TrainingOptions(ComparingOptions):
 
     scaling_coefficient: Factor | list[Factor | None] | None = 0.3
     num_epochs: Count = 1
+    patience: Count = 3
     held_out: BelowOne = 0.0
     learning_rate: Positive = 0.5
     gradient_accumulation_steps: Count = 8

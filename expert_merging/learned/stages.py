@@ -97,7 +97,8 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         coefficients = given or kept_or_made(stage, first.train)
         material = first.gather()
         second = second_stage(first.settings, options, coefficients, material.task_vectors.magnitudes, plan)
-        return Trainer(context, second, material).train()
+        updates = 0 if given else int((coefficients.provenance or {})["updates"])
+        return Trainer(context, second, material, updates).train()
 
     before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
     notes = (

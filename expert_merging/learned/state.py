@@ -53,6 +53,9 @@ class TrainingState:
         self.first_losses: dict[str, float] = {}
         self.best_loss = math.inf
         self.epochs_without_better = 0
+        # See `expert_merging.learned.history`.
+        self.rows: list[dict[str, float]] = []
+        self.snapshots: list[Any] = []
 
     def count(self, means: Mapping[str, float], *, samples: float, numbers: Tensor) -> None:
         """Count an update.

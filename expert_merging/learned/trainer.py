@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.context import Context
-from expert_merging.learned.epochs import PATIENCE, epoch_order, hold_out, updates
+from expert_merging.learned.epochs import epoch_order, hold_out, updates
 from expert_merging.learned.material import Material, Targets, batches_of, gather, open_live_model, targets_of
 from expert_merging.learned.optimizer import (
     PUBLISHED_CLIPPING,
@@ -26,6 +26,7 @@ from expert_merging.learned.reporting import Report, Result
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.progress import Advance, no_advance
+from expert_merging.running.objectives import with_divergence
 from expert_merging.running.scores import relative_mean, score_by_task
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,14 @@ class Trainer:
         context: the run.
         settings: checked options.
         material: what an earlier stage has gathered.
+        before: updates of an earlier stage.
     """
 
-    def __init__(self, context: Context, settings: Settings, material: Material | None = None) -> None:
+    def __init__(self, context: Context, settings: Settings, material: Material | None = None, before: int = 0) -> None:
         self.context, self.settings, self.material = context, settings, material
         self.plan = context.plan
         self.accelerator = training_accelerator(context, settings)
-        self.report = Report(context, settings, self.accelerator)
+        self.report = Report(context, settings, self.accelerator, before)
         self.state = TrainingState()
         self.held_out: Targets = []
         self.states = StateFolder(context.run.state)
@@ -78,7 +80,7 @@ class Trainer:
         if self.held_out:
             self.vector.register_buffer("best", self.vector.raw.detach().clone())
         self.states.resume(self.accelerator, self.vector, self.state)
-        self.report.start(self.vector.raw.numel(), self.state.updates)
+        self.report.start(self.state, self.vector.by_expert())
         if self.held_out and not self.state.first_losses:
             self.state.first_losses, self.state.best_loss = self._losses_held_out(), 1.0
         self._run_epochs(learned)
@@ -103,8 +105,10 @@ class Trainer:
                     self._update(group, advance, last=update.ends_epoch)
                 else:
                     advance(len(update.samples))
-                if update.ends_epoch and update.number >= resumed and self.state.epochs_without_better >= PATIENCE:
-                    logger.info("stopped early: %d epochs without a better mean loss", PATIENCE)
+                waited = self.state.epochs_without_better
+                if update.ends_epoch and update.number >= resumed and waited >= options.patience:
+                    loss = "loss on the held-out samples" if self.held_out else "mean loss"
+                    logger.info("stopped early: %d epoch%s without a better %s", waited, "s"[: waited - 1], loss)
                     return
 
     def _update(self, group: Targets, advance: Advance, *, last: bool) -> None:
@@ -218,9 +222,10 @@ class Trainer:
             self.vector.get_buffer("best").copy_(self.vector.raw.detach())
 
     def _losses_held_out(self) -> dict[str, float]:
-        """Mean loss on the samples of each task that were held out."""
+        """Mean loss on the samples of each task that were held out; their divergence is reported."""
         self.live.rebuild()
-        found = score_by_task(self.settings.objective, self.live.model, self.held_out)
+        found = score_by_task(with_divergence(self.settings.objective), self.live.model, self.held_out)
+        self.report.held_out(self.state, {task: numbers.pop("divergence") for task, numbers in found.items()})
         return {task: sum(losses.values()) for task, losses in found.items()}
 
     @torch.no_grad()
@@ -236,5 +241,5 @@ class Trainer:
 
     def _save(self, coefficients: Result) -> None:
         """Write the result; what a restart needs is of no use any more."""
-        self.report.save(coefficients, self.gather().task_vectors.magnitudes, self.state.updates)
+        self.report.save(coefficients, self.gather().task_vectors.magnitudes, self.state)
         self.states.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from expert_merging.context import Context
 from expert_merging.errors import InputError, near_name
 from expert_merging.processes import forget_fsdp
+from expert_merging.running import board
 
 
 def make_accelerator(context: Context, **settings: Any) -> Any:
@@ -26,37 +26,41 @@ def make_accelerator(context: Context, **settings: Any) -> Any:
         torch.cuda.set_device(context.device)
     # Models are split here; accelerate's own way splits those that it prepares for an optimizer of their weights.
     forget_fsdp()
-    folder = str(context.run.folder)
+    folder, above_board = str(context.run.folder), str(context.run.board.parent)
     return Accelerator(
         cpu=context.device == "cpu",
         log_with=None if context.log_with == "none" else context.log_with,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=above_board),
         **settings,
     )
 
 
-def start_tracker(
-    accelerator: Any, context: Context, *, first: int | None, options: Mapping[str, Any] | None = None
-) -> None:
-    """Open the tracker.
+def start_tracker(accelerator: Any, context: Context, *, first: int) -> None:
+    """Open the tracker, and tell it the run's options.
 
     Args:
         accelerator: has it.
         context: the run.
-        first: number of the first point that this part of the run adds, from which on older ones are replaced; None for
-            a new run.
-        options: the run's, for the tracker's tables.
+        first: number of the first point that this part of the run adds, from which on older ones are replaced.
     """
-    folder, board = context.run.folder, context.run.board
+    run, options = context.run, board.hyperparameters(context.run)
     arguments: dict[str, dict[str, Any]] = {
-        "tensorboard": {} if first is None else {"purge_step": first},
-        "wandb": {"dir": str(folder), "name": folder.name},
+        "tensorboard": {"purge_step": first},
+        "wandb": {"dir": str(run.folder), "name": run.folder.name},
     }
     tensorboard = context.log_with == "tensorboard"
-    # TensorBoard takes the project's name for a folder, and would show the options of every start as another run.
-    project = board.name if tensorboard else "expert_merging"
-    config = None if tensorboard and any(board.glob("*/hparams.yml")) else options
-    accelerator.init_trackers(project, config=config, init_kwargs=arguments)
+    # TensorBoard takes the project's name for a folder, and accelerate would make another run there of the options.
+    project = run.board.name if tensorboard else "expert_merging"
+    accelerator.init_trackers(project, config=None if tensorboard else options, init_kwargs=arguments)
+    writer = board_of(accelerator)
+    if writer is not None:
+        board.add_hyperparameters(writer, options)
+
+
+def board_of(accelerator: Any) -> Any | None:
+    """What writes to TensorBoard; None in processes beside the main one, and with another tracker."""
+    found = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
+    return found[0] if found and accelerator.is_main_process else None
 
 
 def finish_trackers(accelerator: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,15 @@ def distance(layers: tuple[int, ...], batch_tokens: int = 1) -> Objective:
         return _divergence(seen, target, 1.0), _hidden(seen, target)
 
     return Objective(("divergence", "hidden"), layers, compare, batch_tokens)
+
+
+def with_divergence(objective: Objective) -> Objective:
+    """The objective with one number more, the divergence of `distance`, so that one pass measures both."""
+
+    def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
+        return *objective.compare(seen, target), _divergence(seen, target, 1.0)
+
+    return replace(objective, names=(*objective.names, "divergence"), compare=compare)
 
 
 def prediction_entropy(slice_tokens: int | None = None) -> Objective:

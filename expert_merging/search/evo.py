@@ -69,8 +69,7 @@ class Search:
         """Search, save the best coefficients in the run folder and return them."""
         options = self.settings.options
         scorer = self._gather()
-        # After a restart, the points of the earlier part are written again.
-        start_tracker(self.accelerator, self.context, first=1 if self.resumed else None)
+        start_tracker(self.accelerator, self.context, first=1)  # the points of an earlier part are written again
         if self.resumed:
             logger.info("continuing after %d evaluations", self.resumed)
         try:

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from expert_merging.commands.main import main
+from expert_merging.comparing.run_tables import duration
 from expert_merging.comparing.runs import find_runs
 from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores
-from expert_merging.comparing.tables import duration
 from expert_merging.run import Run
 from tests.command import merge
 

@@ -6,7 +6,9 @@ import csv
 
 import pytest
 
+from expert_merging.learned import figures
 from expert_merging.learned.figures import draw_all, redraw
+from expert_merging.learned.history import save_history
 from tests.learned.test_importance import make_layers
 
 
@@ -18,7 +20,7 @@ def read(file):
 @pytest.mark.slow
 def test_every_picture_has_its_data_beside_it(tmp_path):
     layers = make_layers()
-    pictures = draw_all(layers, tmp_path / "analysis")
+    pictures = draw_all(layers, tmp_path / "analysis", "ties run")
     for name, picture in pictures.items():
         assert picture.ndim == 3
         assert picture.shape[2] == 3
@@ -36,9 +38,31 @@ def test_every_picture_has_its_data_beside_it(tmp_path):
 
 @pytest.mark.slow
 def test_drawing_again_gives_the_same_files(tmp_path):
-    draw_all(make_layers(), tmp_path)
+    draw_all(make_layers(), tmp_path, "ties run")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    assert {file.name for file in redraw(tmp_path)} == set(before)
+    assert {file.name for file in redraw(tmp_path, "ties run")} == set(before)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_titles_name_the_run_and_cells_have_values_whatever_the_names(tmp_path, monkeypatch):
+    """A dollar sign in a name begins no formula."""
+    drawn = []
+    finish = figures._finish
+
+    def note(figure, *arguments):
+        picture = finish(figure, *arguments)
+        drawn.append(figure)
+        return picture
+
+    monkeypatch.setattr(figures, "_finish", note)
+    save_history([], [[0, [[0.5], [0.25]]], [1, [[0.75], [0.25]]]], ("$x^", "y_{"), ("0",), tmp_path)
+    pictures = draw_all(make_layers(), tmp_path, "expert_merging $\\bad{run$")
+    assert "over_time" in pictures
+    for figure in drawn:
+        assert figure.get_suptitle().split("\n")[1] == "expert_merging $\\bad{run$"
+    texts = {text.get_text() for axis in drawn[-1].axes for text in axis.texts}
+    assert texts == {"0.50", "0.75", "0.25"}
+    assert {text.get_text() for axis in drawn[4].axes for text in axis.texts} >= {"2", "0", "1"}, "chunks"

@@ -113,6 +113,24 @@ def test_submodule_depth_and_stage_come_from_names_of_every_family():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "submodule"),
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", "qkv"),  # Phi
+        ("model.layers.0.mlp.gate_up_proj.weight", "gate_up"),
+        ("language_model.model.layers.0.attention.wqkv.weight", "qkv"),  # InternLM
+        ("language_model.model.layers.0.attention.wo.weight", "o"),
+        ("language_model.model.layers.0.feed_forward.w1.weight", "gate"),
+        ("language_model.model.layers.0.feed_forward.w3.weight", "up"),
+        ("language_model.model.layers.0.feed_forward.w2.weight", "down"),
+        ("model.layers.0.block_sparse_moe.experts.0.w2.weight", "down"),  # Mixtral
+        ("model.layers.0.attention_norm.weight", "other"),
+    ],
+)
+def test_fused_and_numbered_projections_have_their_own_names(name, submodule):
+    assert find_places([name])[name].submodule == submodule
+
+
 def make_layers():
     coefficients = Coefficients(
         experts=("x", "y"),

@@ -51,6 +51,7 @@ def command(tiny_zoo: Path, tmp_path: Path):
         (["--loss_alphas", '{"Chart": 2}'], "names the task 'Chart', which has no samples. Did you mean 'Chat'?"),
         (["--samples_per_task_dict", '{"Chart": 2}'], "names the task 'Chart'"),
         (["--task_expert", "Chat=Chatt"], "there is no expert 'Chatt'. Did you mean 'Chat'?"),
+        (["--patience", "0"], "--patience must be a whole number in [1, inf), got 0"),
         (["--learning_rate", "0"], "--learning_rate must be a number in (0, inf), got 0"),
         (["--data_dir", "/nowhere"], "calibration folder /nowhere does not exist"),
         (["--method", "coefficients"], "--method coefficients needs --coefficients RUN_OR_FILE"),

@@ -15,6 +15,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned import stages
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.learned.directions import find_directions
+from expert_merging.learned.history import load_over_time
 from expert_merging.learned.importance import load_layers
 from expert_merging.learned.options import ChunkingOptions, LearningOptions, TrainingOptions, TrimmingOptions
 from expert_merging.learned.stages import one_stage, two_stages
@@ -274,11 +275,13 @@ def test_both_stages_leave_curves_pictures_and_coefficients(answered_zoo, tmp_pa
     _, context = prepare(answered_zoo, tmp_path)
     options = ChunkingOptions(data_dir=str(answered_zoo / "dataset"))
     two_stages(replace(context, log_with="tensorboard"), options).run()
-    for folder in (tmp_path / "stage1", tmp_path):
-        events = EventAccumulator(str(folder / "board"))
-        events.Reload()
-        assert [point.step for point in events.Scalars("loss/total")] == [1, 2]
-        assert "importance" in events.Tags()["images"]
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [point.step for point in events.Scalars("loss/total")] == [1, 2, 3, 4], "one run, both stages"
+    assert [image.step for image in events.Images("importance")] == [2, 4]
+    assert [entry for entry in (tmp_path / "board").iterdir() if entry.is_dir()] == []
+    assert not (tmp_path / "stage1" / "board").exists()
+    for folder, steps in ((tmp_path / "stage1", [0, 1, 2]), (tmp_path, [2, 3, 4])):
+        assert load_over_time(folder / "analysis" / "over_time.csv").updates == steps
         assert (folder / "weight_coeffs.json").exists()
     chunks = {layer.name: layer.chunks for layer in load_layers(tmp_path / "analysis" / "layers.csv")}
     learned = load_coefficients(tmp_path)

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from expert_merging.cli import main
 from expert_merging.errors import InputError
@@ -21,6 +22,7 @@ from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
 from expert_merging.running.objectives import distance
+from expert_merging.running.scores import score_by_task
 from expert_merging.running.targets import Target
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
@@ -265,12 +267,36 @@ def test_every_expert_comes_equally_often_in_an_order_of_the_seed():
     assert order != epoch_order(experts, seed=2, epoch=0)
 
 
-def test_training_stops_after_three_epochs_without_a_better_mean_loss(answered_zoo, tmp_path, monkeypatch):
-    trainer = make_trainer(answered_zoo, tmp_path, num_epochs=50, samples_per_task=1, learning_rate=1e-12)
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_stops_after_epochs_without_a_better_mean_loss(patience, answered_zoo, tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(
+        answered_zoo, tmp_path, num_epochs=50, samples_per_task=1, learning_rate=1e-12, patience=patience
+    )
     updates = []
     monkeypatch.setattr(TrainingState, "end_epoch", _never_better(updates))
-    trainer.train()
-    assert len(updates) == 3
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert len(updates) == patience
+    assert f"stopped early: {patience} epoch{'s' if patience > 1 else ''} without a better mean loss" in caplog.text
+
+
+def test_the_held_out_samples_stop_training_and_their_divergence_is_shown(answered_zoo, tmp_path, caplog):
+    """At a rate that can only harm, the first epoch is the last, and the start is what is kept."""
+    options = {"samples_per_task": 4, "num_epochs": 9, "held_out": 0.5, "learning_rate": 500.0, "patience": 1}
+    trainer = make_trainer(answered_zoo, tmp_path, log_with="tensorboard", **options)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert "stopped early: 1 epoch without a better loss on the held-out samples" in caplog.text
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    first, last = events.Scalars("held_out/divergence")
+    assert (first.step, last.step) == (0, trainer.state.updates)
+    tasks = [events.Scalars(f"held_out_divergence/{task}")[0].value for task in EXPERTS]
+    assert first.value == pytest.approx(sum(tasks) / 3)
+    trainer.live.rebuild()  # with the start's coefficients again
+    found = score_by_task(distance((), 1), trainer.live.model, trainer.held_out)
+    assert tasks == pytest.approx([found[task]["divergence"] for task in EXPERTS], rel=1e-4)
+    assert events.Scalars("final/held_out_loss")[0].value == 1
+    assert events.Scalars("final/held_out_divergence")[0].value == first.value
 
 
 def _never_better(calls):
@@ -295,7 +321,7 @@ def test_epoch_means_decide_what_is_better():
 def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     trainer = make_trainer(answered_zoo, tmp_path, log_with="tensorboard", num_epochs=2)
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "board"))
+    events = EventAccumulator(str(tmp_path / "board"), {"histograms": 0})
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"loss/total", "loss/logits", "loss/hidden_states", "loss/regularisation", "learning_rate"} <= scalars
@@ -303,7 +329,18 @@ def test_tensorboard_has_curves_per_task_and_a_picture(answered_zoo, tmp_path):
     assert {f"coefficient_{kind}/{expert}" for kind in ("mean", "spread") for expert in EXPERTS} <= scalars
     assert [point.step for point in events.Scalars("loss/total")] == [1, 2, 3, 4]
     assert events.Tags()["images"]
-    assert {"importance", "submodules", "depth", "coefficients", "chunks"} == set(events.Tags()["images"])
+    pictures = {"importance", "submodules", "depth", "coefficients", "chunks", "over_time"}
+    assert pictures == set(events.Tags()["images"])
+    assert [point.step for point in events.Histograms("coefficients/Math")] == [0, 1, 2, 3, 4]
+    assert [point.step for point in events.Scalars("loss/total_epoch_mean")] == [2, 4]
+    losses = [point.value for point in events.Scalars("loss/total")]
+    smoothed = [point.value for point in events.Scalars("loss/total_smoothed")]
+    for count, mean in enumerate(smoothed, 1):
+        weights = [0.9 ** (count - 1 - place) for place in range(count)]
+        assert mean == pytest.approx(
+            sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights), rel=1e-5
+        )
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert all((tmp_path / "analysis" / f"{name}.png").stat().st_size > 1000 for name in events.Tags()["images"])
 
 
@@ -313,6 +350,7 @@ def test_the_log_has_the_curves_means_of_every_epoch(answered_zoo, tmp_path):
     run = Run(tmp_path / "expert_merging" / "r")
     events = EventAccumulator(str(run.board))
     events.Reload()
+    check_options(events, method="expert_merging", family="Mistral", num_epochs=2, samples_per_task=5)
     lines = [line for line in run.log.read_text().splitlines() if "mean loss" in line]
     for epoch, line in enumerate(lines, 1):
         shown = re.search(rf"epoch {epoch} of 2: mean losses: (.*) \((.*)\); mean (coefficient \S+)$", line)
@@ -322,9 +360,20 @@ def test_the_log_has_the_curves_means_of_every_epoch(answered_zoo, tmp_path):
             first, second = [point.value for point in events.Scalars(f"loss/{name}")][2 * epoch - 2 : 2 * epoch]
             mean = (8 * first + 7 * second) / 15  # samples of the two updates
             assert float(numbers[name]) == pytest.approx(mean, rel=1e-3), name
+            assert events.Scalars(f"loss/{name}_epoch_mean")[epoch - 1].value == pytest.approx(mean)
         means = [events.Scalars(f"coefficient_mean/{expert}")[2 * epoch - 1].value for expert in EXPERTS]
         assert float(numbers["coefficient"]) == pytest.approx(sum(means) / 3, rel=1e-3)
     assert len(lines) == 2
+
+
+def check_options(events, **expected):
+    """Check what TensorBoard's table of hyperparameters is told."""
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    options = metadata.parse_session_start_info_plugin_data(content).hparams
+    shown = {name: getattr(options[name], options[name].WhichOneof("kind")) for name in expected}
+    assert shown == expected
+    with pytest.raises(KeyError):  # this would fix options and scores for all runs
+        events.SummaryMetadata(metadata.EXPERIMENT_TAG)
 
 
 def test_files_of_a_finished_training(answered_zoo, tmp_path):

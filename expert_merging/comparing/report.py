@@ -1,0 +1,171 @@
+"""A page that shows runs side by side: one file, without anything from elsewhere, whatever names the runs have.
+
+jinja escapes every text that it puts into the page, and `expert_merging.comparing.charts` those that plotly reads.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expert_merging.comparing.charts import (
+    Chart,
+    coefficient_charts,
+    importance_charts,
+    learning_charts,
+    over_time_charts,
+    score_charts,
+)
+from expert_merging.comparing.finished import Answers, Finished, read_answers, read_runs
+from expert_merging.comparing.tables import (
+    ScoreTable,
+    TextTable,
+    answer_tables,
+    divergence_tables,
+    option_tables,
+    response_tables,
+    score_table,
+)
+from expert_merging.errors import InputError
+from expert_merging.writing import write_atomically
+
+GENERATOR = "Expert Merging report"
+TEMPLATE = "report.html"
+# Settings of a run that say how, not what, it computes.
+_TOLD = ("output_path", "run_name")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report shows.
+
+    Args:
+        output: file of the page; an earlier report of that name is replaced.
+        title: what stands above it.
+        answers: questions with several models' answers, as evaluate --answers writes them.
+    """
+
+    output: str = "report.html"
+    title: str = "Merged models side by side"
+    answers: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    name: str
+    title: str
+    about: str = ""
+    scores: Sequence[ScoreTable] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[TextTable] = ()
+    beside: bool = False
+
+
+def report(folders: Sequence[Path], options: ReportOptions) -> Path:
+    """Write a page about runs.
+
+    Args:
+        folders: of the runs.
+        options: what it shows, and where it goes.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: a folder is no run, a file cannot be read, plotly is missing, or the output is another file.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise InputError("a report needs plotly, which draws its charts; pip install plotly") from None
+    output = Path(options.output)
+    _check_output(output)
+    runs = read_runs(folders)
+    answers = [] if options.answers is None else read_answers(Path(options.answers))
+    sections = [section for section in _sections(runs, answers) if section.scores or section.charts or section.tables]
+    charts = any(section.charts for section in sections)
+    page = _render(
+        title=options.title,
+        generator=GENERATOR,
+        sections=sections,
+        runs=[repeat(run) for run in runs],
+        has_charts=charts,
+        has_scores=any(section.scores for section in sections),
+        plotly=get_plotlyjs() if charts else "",
+    )
+    write_atomically(output, page.encode())
+    return output
+
+
+def _check_output(output: Path) -> None:
+    """Check that a page can be written, and that nothing but an earlier report is replaced.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
+    if output.exists():
+        with output.open("rb") as stream:
+            if GENERATOR.encode() not in stream.read(1000):
+                raise InputError(f"--output {output} exists and is no report; name another file, or move it away")
+
+
+def _render(**content: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(TEMPLATE).render(content) + "\n"
+
+
+def _sections(runs: Sequence[Finished], answers: Sequence[Answers]) -> list[Section]:
+    over_time = over_time_charts(runs)
+    return [
+        *_score_sections(runs),
+        Section("divergence", "Divergence", scores=divergence_tables(runs)),
+        Section("learning", "Learning", charts=learning_charts(runs)),
+        Section("coefficients", "Coefficients", charts=[*coefficient_charts(runs), *over_time], beside=True),
+        Section("importance", "Importance and chunks", charts=importance_charts(runs), beside=True),
+        Section("answers", "Asked and answered", tables=[*answer_tables(answers), *response_tables(runs)]),
+        Section("settings", "Settings that differ", tables=option_tables(runs)),
+    ]
+
+
+def _score_sections(runs: Sequence[Finished]) -> list[Section]:
+    """A section for each set of scores, in the order of the runs."""
+    names = dict.fromkeys(name for run in runs for name in run.scores.sets)
+    sections = []
+    for number, name in enumerate(names):
+        own = {run.label: run.scores.sets[name] for run in runs if name in run.scores.sets}
+        metric, better = next((one.metric, one.higher_is_better) for one in own.values())
+        caption = f"{name}: {metric}, {'higher' if better else 'lower'} is better; 95 % intervals in small print"
+        table = score_table(caption, own)
+        charts = score_charts(number, name, own)
+        sections.append(Section(f"scores-{number}", f"Scores: {name}", scores=[table], charts=charts))
+    return sections
+
+
+def repeat(run: Finished) -> dict[str, str]:
+    """How a run is made again: a command, and the file of settings that it names."""
+    told = {name: value for name, value in run.part("run").items() if name not in _TOLD}
+    settings = {name: value for name, value in {**run.options, **told}.items() if value is not None}
+    versions = ", ".join(f"{name} {version}" for name, version in run.part("versions").items())
+    revision = run.record.get("git_revision")
+    program = shlex.quote(f"{run.record['family']}/model_merging.py")
+    return {
+        "label": run.label,
+        "command": f"python {program} --config run.yaml",
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
+        "versions": f"Made with {versions}{f', revision {revision}' if revision else ''}." if versions else "",
+    }
