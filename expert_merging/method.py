@@ -87,6 +87,8 @@ class Method:
         options: its flags by name.
         described: the function whose docstring describes it.
         aliases: other names that the command line accepts.
+        presets: further names, each of which stands for the method with settings of its own: values by option, general
+            ones included, where the user gives none.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
             coefficient 1 gives that expert; ``at_most_two``: it is between two experts, or the base and one, and its
@@ -110,6 +112,7 @@ class Method:
     options: Mapping[str, Option]
     described: Callable[..., Any]
     aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family_defaults: tuple[str, ...] = ()
     promises: frozenset[str] = frozenset({ORDER_FREE, KEEPS_SINGLE})
     needs: tuple[str, ...] = ()
@@ -137,6 +140,11 @@ class Method:
             raise TypeError(
                 f"method {self.name}: merge and parts must need the same, {', '.join(self.needs) or 'nothing'}"
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that the command line accepts, its own first."""
+        return (self.name, *self.aliases, *self.presets)
 
     @property
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Backbone
-from expert_merging.catalogue import all_methods, find_method
+from expert_merging.catalogue import all_methods, find_method, preset_of
 from expert_merging.checkpoints.hub import read_id
 from expert_merging.checkpoints.sources import below
 from expert_merging.documents import parse_json, parse_yaml, read_text, resolved
@@ -187,7 +187,7 @@ def _read_dotenv(file: Path) -> Mapping[str, str | None]:
 
 
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
-    """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
+    """What flags, configuration file, launcher, environment, ``.env`` and a preset say, the former over the latter."""
     dotenv = _read_dotenv(ROOT / ".env")
     values: dict[str, Any] = {}
     if environment.get("CACHE_DIR"):
@@ -198,7 +198,8 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
         values["shard"] = True
     if "config" in given:
         values |= read_config(Path(given["config"]), backbone)
-    return {**values, **{name: value for name, value in given.items() if name not in COMMANDS}}
+    values |= {name: value for name, value in given.items() if name not in COMMANDS}
+    return {**preset_of(str(values.get("method", ""))), **values}
 
 
 def _below_cache(general: Mapping[str, Any], given: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
