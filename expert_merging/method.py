@@ -101,6 +101,7 @@ class Method:
             dimension and a vector is one row; ``matrix``: 2-D tensors are fed as a whole, and all others, tables of
             words included, get the scaled mean; ``tensor``: all tensors are fed as a whole, tables of words as vectors.
         reads: what is read beside checkpoints: ``samples`` or nothing.
+        reads_with: whether it is read with these options, where that depends on them.
         prepare: what is done before merging.
         parts: ``(task_vectors, *needs, **options) -> (experts, *shape)``: what each expert adds to the result, which is
             their sum; for methods that are such a sum.
@@ -118,6 +119,7 @@ class Method:
     needs: tuple[str, ...] = ()
     unit: Unit = "tensor"
     reads: frozenset[str] = frozenset()
+    reads_with: Callable[[Mapping[str, Any]], bool] | None = None
     prepare: Prepare | None = None
     parts: Callable[..., Tensor] | None = None
     outputs: Callable[..., tuple[Output, ...]] = mirror
@@ -158,8 +160,12 @@ class Method:
 
     @property
     def reads_samples(self) -> bool:
-        """Whether it runs models on calibration samples."""
+        """Whether it runs models on calibration samples, perhaps with some options alone."""
         return SAMPLES in self.reads
+
+    def reads_samples_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether it runs models on calibration samples with these options."""
+        return self.reads_samples and (self.reads_with is None or self.reads_with(options))
 
     @property
     def is_closed_form(self) -> bool:

@@ -25,7 +25,7 @@ from expert_merging.questions.calibration import find_tasks, unknown_task
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
+_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients", "negative_prompts")
 # The paths among them that may name a repository on the Hub instead.
 _REPOSITORIES = ("base_model_path", "expert")
 
@@ -60,7 +60,7 @@ class Resolved:
     @property
     def reads_samples(self) -> bool:
         """Whether models are run on calibration samples, for which the family's own options are."""
-        return any(step.reads_samples for step in self.steps)
+        return any(step.reads_samples_with(self.options) for step in self.steps)
 
     def options_of(self, step: Method) -> dict[str, Any]:
         """The options of the method or of one of its modifiers."""
@@ -125,17 +125,12 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems = Problems()
     method, modifiers = _find_steps(values, problems)
     steps = (*modifiers, method)  # where two have an option, the method's default counts
-    reads_samples = any(step.reads_samples for step in steps)
-    if reads_samples and launched_with("DEEPSPEED", environment):
-        problems.add(
-            "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
-            "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
-        )
     of_steps = {name: option for step in steps for name, option in step.options.items()}
     general = {name: option.default for name, option in GENERAL.items()}
     options = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
     family = {name: option.default for name, option in backbone.options.items()}
-    used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
+    runs_models = any(step.reads_samples for step in steps) or values.get("run_tests")
+    used_by_family = backbone.options if runs_models else {}
     known = {**used_by_family, **of_steps, **GENERAL}
     by_expert = {
         name: numbers
@@ -147,6 +142,12 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
+    reads_samples = not problems.found and any(step.reads_samples_with(options) for step in steps)
+    if reads_samples and launched_with("DEEPSPEED", environment):
+        problems.add(
+            "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
+            "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
+        )
     problems.check()
     general |= _below_cache(general, given, backbone)
     experts = list(general["expert"] or backbone.expert_folders)
@@ -272,6 +273,8 @@ def _absolute(name: str, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {key: _absolute(name, path) for key, path in value.items()}
+    if name == "negative_prompts" and value in ("others", "none"):
+        return value
     if name in _REPOSITORIES and read_id(value) and not Path(value).exists():
         return value
     with about(f"--{name}"):

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.card import inline
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
-from expert_merging.flags import Count
 from expert_merging.machine import show_size
-from expert_merging.method import Preparation, Prepare, enter_method
-from expert_merging.mixtures.routers import DESCRIBED, deviation_of, random_routers, zero_routers
+from expert_merging.method import SAMPLES, Preparation, Prepare, enter_method
+from expert_merging.mixtures.options import DESCRIBED, OF_SAMPLES, MixtureOptions, reads_samples
+from expert_merging.mixtures.routers import deviation_of, random_routers, zero_routers
 from expert_merging.mixtures.shared import Shared
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.outputs import Output, shards
 from expert_merging.parts import Part
-from expert_merging.plan import Plan, Rule
+from expert_merging.plan import Rule
+from expert_merging.processes import while_others_wait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,41 +41,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixtureOptions:
-    """Options of mixtures.
-
-    Args:
-        router: what chooses a token's experts: random numbers, to be trained, or zeros, which mix all experts equally.
-        shared: closed form that merges everything but feed-forward layers, with options that differ from its defaults,
-            such as 'ties density=0.2'.
-        shared_expert: what works on all tokens in a mixture that has a place for it (Qwen2-MoE): none adds nothing, and
-            base adds a half of the base's feed-forward layers, to be trained.
-        experts_per_token: how many experts work on each token.
-        include_base: the base's feed-forward layers are one more expert, the last one.
-    """
-
-    router: Literal["random", "zeros"] = "random"
-    shared: str = "weight_average"
-    shared_expert: Literal["none", "base"] = "none"
-    experts_per_token: Count = 2
-    include_base: bool = False
-
-    def members(self, plan: Plan) -> dict[str, str | None]:
-        """The mixture's experts."""
-        members: dict[str, str | None] = {name: name for name in plan.experts}
-        return {**members, "base": None} if self.include_base else members
-
-    def mixture(self, plan: Plan) -> Mixture:
-        """What is made of these checkpoints.
-
-        Raises:
-            InputError: there is no mixture of them.
-        """
-        with_shared = self.shared_expert == "base"
-        return Mixture.of(plan, self.members(plan), self.experts_per_token, shared_expert=with_shared)
-
-
 def merge_shared(task_vectors: Tensor, part: Part, base: Tensor, shared_rule: Rule) -> Any:
     """What the closed form makes of a tensor that all experts share."""
     return shared_rule(task_vectors, part, base)
@@ -91,7 +56,7 @@ def moe(context: Context, **options: Any) -> Preparation:
         InputError: the base cannot become a mixture, there are too few experts, or the closed form cannot be used.
     """
     chosen, problems = MixtureOptions(**options), Problems()
-    mixture = shared = None
+    mixture = shared = maker = None
     with problems.collecting():
         mixture = chosen.mixture(context.plan)
     with problems.collecting():
@@ -99,19 +64,36 @@ def moe(context: Context, **options: Any) -> Preparation:
     with problems.collecting():
         shared = Shared.of(chosen.shared, context, mixture.shared if mixture else ())
     with problems.collecting():
-        deviation = deviation_of(context.plan.base) if chosen.router == "random" else 0.0
+        deviation = deviation_of(context.plan.base) if chosen.kind == "random" else 0.0
+    if mixture is not None and chosen.kind in OF_SAMPLES:
+        from expert_merging.mixtures.making import RouterMaker
+
+        size = sum(slot.size for slot in mixture.slots())
+        with problems.collecting():
+            maker = RouterMaker.check(context, mixture, chosen, size)
     problems.check()
     assert mixture is not None  # noqa: S101  (else there were problems)
     assert shared is not None  # noqa: S101
 
     def work() -> Mapping[str, Any]:
-        made = zero_routers(mixture) if chosen.router == "zeros" else random_routers(mixture, context.seed, deviation)
-        return {"shared_rule": shared.rule(), "made": {**mixture.zeros(), **made}}
+        rule, made = shared.rule(), list[Mapping[str, Any]]()
+        if maker is not None:
+            while_others_wait(lambda: made.append(maker.make(rule, shared.preparation.unit)))
+        elif chosen.kind == "zeros":
+            made.append(zero_routers(mixture))
+        else:
+            made.append(random_routers(mixture, context.seed, deviation))
+        return {"shared_rule": rule, "made": {**mixture.zeros(), **(made[0] if made else {})}}
 
     return Preparation(
         work,
-        {**shared.preparation.inputs, "shared": shared.described},
-        (*_sizes(mixture), *shared.preparation.notes, *_notes(chosen, shared.described)),
+        {**shared.preparation.inputs, "shared": shared.described, **(maker.samples.samples.inputs if maker else {})},
+        (
+            *_sizes(mixture),
+            *shared.preparation.notes,
+            *_notes(chosen, shared.described),
+            *(maker.notes if maker else ()),
+        ),
         shared.preparation.unit,
     )
 
@@ -128,7 +110,7 @@ def outputs_of(context: Context, **options: Any) -> tuple[Output, ...]:
     about = (
         f"A {mixture.layout.title} of {len(mixture.members)} experts ({names}), each with the feed-forward layers of "
         f"one checkpoint; {chosen.experts_per_token} work on each token. All else is merged by `{chosen.shared}`, or "
-        f"the base's. {DESCRIBED[chosen.router]}"
+        f"the base's. {DESCRIBED[chosen.kind]}"
     )
     return (Output(shards(mixture.slots()), edit=mixture.config, about=about),)
 
@@ -138,6 +120,9 @@ enter_method(
     described=moe,
     options=MixtureOptions,
     presets=PRESETS,
+    reads=frozenset({SAMPLES}),
+    reads_with=reads_samples,
+    family_defaults=("samples_per_task",),
     unit="entries",
     promises=frozenset(),
     prepare=Prepare(moe, ("shared_rule",)),
@@ -153,7 +138,7 @@ def _check_counts(chosen: MixtureOptions, experts: int) -> None:
             f"--experts_per_token must be at most the number of experts, {experts}, got {wanted}; give fewer, or more "
             "experts" + ("" if chosen.include_base else " (--include_base makes the base one)")
         )
-    if chosen.router == "zeros" and wanted < experts:
+    if chosen.kind == "zeros" and wanted < experts:
         raise InputError(
             f"--router zeros rates all experts alike, so that the first {wanted} would do all the work; give "
             f"--experts_per_token {experts} to mix all, or another --router"
@@ -178,5 +163,5 @@ def _notes(chosen: MixtureOptions, shared: str) -> tuple[str, ...]:
     return (
         f"all but feed-forward layers is merged by {shared}",
         *([half] if chosen.shared_expert == "base" else []),
-        DESCRIBED[chosen.router],
+        DESCRIBED[chosen.kind],
     )

@@ -13,10 +13,6 @@ from expert_merging.mixtures.tensors import Mixture
 if TYPE_CHECKING:
     from torch import Tensor
 
-DESCRIBED = {
-    "random": "Routers are random numbers: train them before anything is expected of the model.",
-    "zeros": "Routers are zero: all experts have the same share in every token.",
-}
 # What transformers draws new weights with where config.json does not say it.
 _USUAL_DEVIATION = 0.02
 

@@ -410,7 +410,7 @@ def test_the_card_and_the_record_say_what_it_is(tiny_zoo, tmp_path):
     assert "the others are the base's or the experts', or were made for it" in card
     assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")' in card
     record = json.loads(run.config.read_text())
-    wanted = {"router": "random", "shared": "task_arithmetic", "experts_per_token": 2, "include_base": False}
+    wanted = {"router": "auto", "shared": "task_arithmetic", "experts_per_token": 2, "include_base": False}
     assert wanted.items() <= record["options"].items()
     assert record["inputs"]["shared"] == "task_arithmetic scaling_coefficient=0.3"
 
@@ -450,7 +450,10 @@ NO_CLOSED_FORM = (
             "--router zeros rates all experts alike, so that the first 2 would do all the work; give "
             "--experts_per_token 3 to mix all, or another --router",
         ),
-        (["--router", "best"], "--router must be 'random' or 'zeros', got best"),
+        (
+            ["--router", "best"],
+            "--router must be 'auto' or 'ridge' or 'prompts' or 'embedding' or 'random' or 'zeros', got best",
+        ),
         (["--shared", "ties density=0.2 density=1"], "--shared ties density=0.2 density=1: 'density' is given twice"),
         (
             ["--shared_expert", "base"],
