@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
@@ -87,15 +89,24 @@ def kind_of(method: Method) -> str:
 
 
 def find_method(name: str) -> Method:
-    """The method of that name or alias; dashes count as underscores, and capitals as small letters.
+    """The method of that name, alias or preset; dashes count as underscores, and capitals as small letters.
 
     Raises:
         InputError: there is none; the message offers the nearest name.
     """
     methods = all_methods()
-    aliases = {alias: method.name for method in methods.values() for alias in method.aliases}
-    asked = name.lower().replace("-", "_")
-    asked = aliases.get(asked, asked)
-    if asked not in methods:
-        raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *aliases])}")
-    return methods[asked]
+    names = {known: method for method in methods.values() for known in method.names[1:]} | methods
+    asked = _plain(name)
+    if asked not in names:
+        raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *names])}")
+    return names[asked]
+
+
+def preset_of(name: str) -> Mapping[str, Any]:
+    """Values by option that a name stands for, where it is that of a preset."""
+    presets = {preset: values for method in all_methods().values() for preset, values in method.presets.items()}
+    return presets.get(_plain(name), {})
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -133,7 +133,7 @@ def _list_methods(backbone: Backbone) -> None:
         for names, shared, title in ((reading, of_samples, "sample"), (learning, of_learning, "learning")):
             if method.name in names:
                 shown = [*(line for line in shown if line not in shared), f"the {title} options below"]
-        table.add_row("\n".join([method.name, *method.aliases]), method.summary, "\n".join(shown))
+        table.add_row("\n".join(method.names), method.summary, "\n".join(shown))
     table.add_row("sample options", "What all methods that read samples have.", "\n".join(of_samples))
     table.add_row("learning options", "What all methods that learn have.", "\n".join(of_learning))
     console.print(table)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import get_args
 
+from expert_merging.flags import read_options
 from expert_merging.methods.wudi import RankRule
 from expert_merging.options import Resolved
+from expert_merging.running.options import SampleOptions
 
 # A flag, the option that may leave it without effect, and the values with which that option does.
 _LEFT_OUT = (
@@ -18,6 +20,12 @@ _LEFT_OUT = (
     ("force", "coefficients", (None,)),
     ("steps", "solver", ("exact",)),
     ("step_size", "solver", ("exact",)),
+    *(
+        (name, "router", ("random", "zeros"))
+        for name in (*read_options(SampleOptions), "held_out", "router_temperature")
+    ),
+    ("negative_prompts", "router", ("ridge", "random", "zeros")),
+    ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
 )
 

@@ -95,7 +95,7 @@ def working_memory(plan: Plan, *, unit: str, device: torch.device, copies: int =
     """
     experts = len(plan.experts) * (1 + copies)
     entries = [plan.base.entries[name] for name in plan.merged]
-    whole = [entry for entry in entries if not _takes_blocks(plan.part(entry.name), unit)]
+    whole = [entry for entry in entries if not takes_blocks(plan.part(entry.name), unit)]
     if not whole:
         largest = max((entry.elements for entry in entries), default=0)
         workers = Workers.for_entries(plan.base_elements, device).size
@@ -210,7 +210,7 @@ def copy_other_files(base: Checkpoint, folder: Path, *, index: bool, but: Contai
     sync_folder(folder)
 
 
-def _takes_blocks(part: Part, unit: str) -> bool:
+def takes_blocks(part: Part, unit: str) -> bool:
     """Whether a tensor may be merged block by block."""
     return unit in ("entries", "rows") or (unit == "matrix" and not is_matrix(part))
 
@@ -336,7 +336,7 @@ class _Merger:
         for name in names:
             part = self.plan.part(name)
             block = part.whole_rows(self.block) if self.unit == "rows" else self.block
-            yield from part.cut(block if _takes_blocks(part, self.unit) else max(1, part.elements))
+            yield from part.cut(block if takes_blocks(part, self.unit) else max(1, part.elements))
 
     def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
         """Runs of bytes of everything else, which is seen as vectors of bytes."""
@@ -386,7 +386,7 @@ class _Merger:
         import torch
 
         squares = base_squares = 0.0
-        blocks = _takes_blocks(part, self.unit)
+        blocks = takes_blocks(part, self.unit)
         need = 0 if blocks else whole_memory(self.plan.base.entries[part.name], self.held)
         slots = {
             place.slot.source: place.slot for place in places

@@ -87,6 +87,8 @@ class Method:
         options: its flags by name.
         described: the function whose docstring describes it.
         aliases: other names that the command line accepts.
+        presets: further names, each of which stands for the method with settings of its own: values by option, general
+            ones included, where the user gives none.
         family_defaults: options whose default the model family sets.
         promises: ``order_free``: the order of the experts does not change the result; ``keeps_single``: one expert with
             coefficient 1 gives that expert; ``at_most_two``: it is between two experts, or the base and one, and its
@@ -99,6 +101,7 @@ class Method:
             dimension and a vector is one row; ``matrix``: 2-D tensors are fed as a whole, and all others, tables of
             words included, get the scaled mean; ``tensor``: all tensors are fed as a whole, tables of words as vectors.
         reads: what is read beside checkpoints: ``samples`` or nothing.
+        reads_with: whether it is read with these options, where that depends on them.
         prepare: what is done before merging.
         parts: ``(task_vectors, *needs, **options) -> (experts, *shape)``: what each expert adds to the result, which is
             their sum; for methods that are such a sum.
@@ -110,11 +113,13 @@ class Method:
     options: Mapping[str, Option]
     described: Callable[..., Any]
     aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     family_defaults: tuple[str, ...] = ()
     promises: frozenset[str] = frozenset({ORDER_FREE, KEEPS_SINGLE})
     needs: tuple[str, ...] = ()
     unit: Unit = "tensor"
     reads: frozenset[str] = frozenset()
+    reads_with: Callable[[Mapping[str, Any]], bool] | None = None
     prepare: Prepare | None = None
     parts: Callable[..., Tensor] | None = None
     outputs: Callable[..., tuple[Output, ...]] = mirror
@@ -139,6 +144,11 @@ class Method:
             )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All names that the command line accepts, its own first."""
+        return (self.name, *self.aliases, *self.presets)
+
+    @property
     def summary(self) -> str:
         """First line of its description."""
         return (self.described.__doc__ or "").strip().split("\n")[0]
@@ -150,8 +160,12 @@ class Method:
 
     @property
     def reads_samples(self) -> bool:
-        """Whether it runs models on calibration samples."""
+        """Whether it runs models on calibration samples, perhaps with some options alone."""
         return SAMPLES in self.reads
+
+    def reads_samples_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether it runs models on calibration samples with these options."""
+        return self.reads_samples and (self.reads_with is None or self.reads_with(options))
 
     @property
     def is_closed_form(self) -> bool:

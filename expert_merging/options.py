@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.backbone import Backbone
-from expert_merging.catalogue import all_methods, find_method
+from expert_merging.catalogue import all_methods, find_method, preset_of
 from expert_merging.checkpoints.hub import read_id
 from expert_merging.checkpoints.sources import below
 from expert_merging.documents import parse_json, parse_yaml, read_text, resolved
@@ -25,7 +25,7 @@ from expert_merging.questions.calibration import find_tasks, unknown_task
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients")
+_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients", "negative_prompts")
 # The paths among them that may name a repository on the Hub instead.
 _REPOSITORIES = ("base_model_path", "expert")
 
@@ -62,7 +62,7 @@ class Resolved:
     @property
     def reads_samples(self) -> bool:
         """Whether models are run on calibration samples, for which the family's own options are."""
-        return any(step.reads_samples for step in self.steps)
+        return any(step.reads_samples_with(self.options) for step in self.steps)
 
     def options_of(self, step: Method) -> dict[str, Any]:
         """The options of the method or of one of its modifiers."""
@@ -137,17 +137,12 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems = Problems()
     method, modifiers = _find_steps(values, problems)
     steps = (*modifiers, method)  # where two have an option, the method's default counts
-    reads_samples = any(step.reads_samples for step in steps)
-    if reads_samples and launched_with("DEEPSPEED", environment):
-        problems.add(
-            "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
-            "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
-        )
     of_steps = {name: option for step in steps for name, option in step.options.items()}
     general = {name: option.default for name, option in GENERAL.items()}
     options = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
     family = {name: option.default for name, option in backbone.options.items()}
-    used_by_family = backbone.options if reads_samples or values.get("run_tests") else {}
+    runs_models = any(step.reads_samples for step in steps) or values.get("run_tests")
+    used_by_family = backbone.options if runs_models else {}
     known = {**used_by_family, **of_steps, **GENERAL}
     by_expert = {
         name: numbers
@@ -159,6 +154,12 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
+    reads_samples = not problems.found and any(step.reads_samples_with(options) for step in steps)
+    if reads_samples and launched_with("DEEPSPEED", environment):
+        problems.add(
+            "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
+            "configurations in configs/accelerate (eight_gpus_fsdp2.yaml where no device has room for the model)"
+        )
     problems.check()
     general |= _below_cache(general, given, backbone)
     experts = list(general["expert"] or backbone.expert_folders)
@@ -208,14 +209,15 @@ def _default_values(steps: Iterable[Method], backbone: Backbone) -> dict[str, An
 
 
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
-    """What flags, configuration file, launcher, environment and ``.env`` say, the former over the latter."""
+    """What flags, configuration file, launcher, environment, ``.env`` and a preset say, the former over the latter."""
     cache = cache_folder(environment)
     values: dict[str, Any] = {} if cache is None else {"cache_dir": cache}
     if launched_with("FSDP", environment):
         values["shard"] = True
     if "config" in given:
         values |= read_config(Path(given["config"]), backbone)
-    return {**values, **{name: value for name, value in given.items() if name not in COMMANDS}}
+    values |= {name: value for name, value in given.items() if name not in COMMANDS}
+    return {**preset_of(str(values.get("method", ""))), **values}
 
 
 def cache_folder(environment: Mapping[str, str]) -> str | None:
@@ -296,6 +298,8 @@ def _absolute(name: str, value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {key: _absolute(name, path) for key, path in value.items()}
+    if name == "negative_prompts" and value in ("others", "none"):
+        return value
     if name in _REPOSITORIES and read_id(value) and not Path(value).exists():
         return value
     with about(f"--{name}"):

@@ -43,7 +43,7 @@ class DocumentedMethod:
 
     Args:
         name: value of ``--method``.
-        aliases: other values that mean the same.
+        aliases: other values that mean the same, or the same with settings of their own.
         summary: first line of its docstring.
         details: the docstring's other paragraphs, without its sections.
         flags: its own flags.
@@ -72,7 +72,7 @@ def _documented(method: Method) -> DocumentedMethod:
     summary, details = _paragraphs(method.described)
     return DocumentedMethod(
         name=method.name,
-        aliases=tuple(method.aliases),
+        aliases=method.names[1:],
         summary=summary,
         details=details,
         flags=tuple(_flag(method, name) for name in method.options),

@@ -141,7 +141,7 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
 def _has_read_samples(record: Mapping[str, Any]) -> bool:
     """Whether the method of a run, or one of its modifiers, has run models on calibration samples."""
     steps = [record["method"], *(record["options"].get("post") or [])]
-    return any(find_method(name).reads_samples for name in steps)
+    return any(find_method(name).reads_samples_with(record["options"]) for name in steps)
 
 
 def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backbone, Path, dict[str, Path]]:

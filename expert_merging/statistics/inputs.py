@@ -107,13 +107,20 @@ class InputWatch:
         model: the model.
         wanted: names of tensors by their published names.
         file_name: published name of a parameter in memory.
+        new_sum: what adds up the inputs that layers share.
 
     Raises:
         InputError: the model has no linear layer with such a weight.
     """
 
-    def __init__(self, model: Any, wanted: Mapping[str, str], file_name: Callable[[str], str]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        wanted: Mapping[str, str],
+        file_name: Callable[[str], str],
+        new_sum: Callable[[], GramSum] = GramSum,
+    ) -> None:
+        self.model, self.new_sum = model, new_sum
         self.tensors: dict[str, list[str]] = {}
         self._sums: dict[tuple[str, ...], GramSum] = {}
         self._sharing: list[str] = []
@@ -195,5 +202,5 @@ class InputWatch:
     def _flush(self) -> None:
         """Add the inputs that the last layers shared to their sum."""
         if self._vectors is not None and len(self._vectors):
-            self._sums.setdefault(tuple(self._sharing), GramSum()).add(self._vectors)
+            self._sums.setdefault(tuple(self._sharing), self.new_sum()).add(self._vectors)
         self._inputs = self._vectors = None

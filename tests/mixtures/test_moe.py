@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging import merge as driver
 from expert_merging.mixtures import moe
-from expert_merging.mixtures.mixtral import config_of
+from expert_merging.mixtures.layouts import LAYOUTS
 from expert_merging.outputs import shards
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import (
@@ -22,7 +22,6 @@ from tests.checkpoints import (
     EXPERTS,
     SIZES,
     perturb,
-    save_model,
     save_tokenizer,
     tensors_of,
     write_checkpoint,
@@ -55,28 +54,47 @@ def rewritten(source: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-def save_llama(folder: Path, **changes: object) -> None:
+def config_of(dense: dict[str, object]) -> dict[str, object]:
+    return LAYOUTS[str(dense["model_type"])].config(dense, experts=3, per_token=2, shared_columns=1)
+
+
+def save_dense(folder: Path, kind: str, **changes: object) -> None:
+    """A random model of a kind, with its tokenizer; its vectors are random as well."""
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3).add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
 
 
-@pytest.fixture(scope="module", params=["mistral", "llama"])
+# Settings that a mixture's own defaults differ from.
+KINDS = {
+    "mistral": {"sliding_window": 8},
+    "llama": {"num_key_value_heads": None},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "head_dim": 12},
+}
+MIXTURES = {"mistral": "Mixtral", "llama": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def family(request, tmp_path_factory):
-    """A base and an expert of either kind, in a folder."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "mistral":
-        save_model(folder / "base", 0, sliding_window=8)
-    else:
-        save_llama(folder / "base", num_key_value_heads=None)
+    """A base and an expert of each kind, in a folder of its name."""
+    folder = tmp_path_factory.mktemp("kinds") / request.param
+    save_dense(folder / "base", request.param, **KINDS[request.param])
     perturb(folder / "base", folder / "expert", 1)
     return folder
 
 
-def test_it_loads_without_missing_unexpected_or_mismatched_keys(tiny_zoo, tmp_path):
-    run = merged(tmp_path, *MOE, "--cache_dir", tiny_zoo)
+@pytest.mark.parametrize("more", [[], ["--shared_expert", "base"]], ids=["", "shared expert"])
+def test_it_loads_without_missing_unexpected_or_mismatched_keys(more, family, tmp_path):
+    if more and family.name != "qwen2":
+        pytest.skip("it has no shared expert")
+    run = merged(tmp_path, *MOE, *more, *flags(family / "base", A=family / "expert", B=family / "base"))
     model, report = AutoModelForCausalLM.from_pretrained(run.model, dtype="auto", output_loading_info=True)
-    assert type(model).__name__ == "MixtralForCausalLM"
+    assert type(model).__name__ == f"{MIXTURES[family.name]}ForCausalLM"
     assert {kind: sorted(names) for kind, names in report.items() if names} == {}
     model.save_pretrained(tmp_path / "again")
     assert_same_bytes(tensors_of(tmp_path / "again"), tensors_of(run.model))
@@ -110,6 +128,40 @@ def test_a_mixture_is_to_be_trained_before_it_is_evaluated(tiny_zoo, tmp_path):
     log = merged(tmp_path, *MOE, "--cache_dir", tiny_zoo).log.read_text()
     assert "load it:" in log
     assert "evaluate it:" not in log
+
+
+def test_of_a_qwen_mixture_each_expert_has_its_classic_names(tmp_path):
+    save_dense(tmp_path / "base", "qwen3")
+    perturb(tmp_path / "base", tmp_path / "a", 1)
+    run = merged(tmp_path / "out", *MOE, *flags(tmp_path / "base", A=tmp_path / "a"), "--include_base")
+    written, expert = tensors_of(run.model), tensors_of(tmp_path / "a")
+    for layer in LAYERS:
+        for part in W.values():
+            wanted = expert[f"model.layers.{layer}.mlp.{part}.weight"]
+            assert written[f"model.layers.{layer}.mlp.experts.0.{part}.weight"].equal(wanted)
+        assert written[f"model.layers.{layer}.mlp.gate.weight"].shape == (2, SIZES["hidden_size"])
+    assert json.loads((run.model / "config.json").read_text())["num_experts"] == 2
+
+
+def test_a_shared_expert_adds_nothing_or_a_half_of_the_base(tmp_path):
+    save_dense(tmp_path / "base", "qwen2")
+    perturb(tmp_path / "base", tmp_path / "a", 1)
+    experts = flags(tmp_path / "base", A=tmp_path / "a", B=tmp_path / "a")
+    without = merged(tmp_path / "none", *MOE, *experts)
+    tensors = tensors_of(without.model)
+    names = [f"model.layers.0.mlp.shared_expert.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")]
+    hidden, middle = SIZES["hidden_size"], SIZES["intermediate_size"]
+    assert [tuple(tensors[name].shape) for name in names] == [(1, hidden), (1, hidden), (hidden, 1)]
+    assert not any(tensors[name].any() for name in names)
+
+    half = merged(tmp_path / "base-shared", *MOE, *experts, "--shared_expert", "base")
+    model = AutoModelForCausalLM.from_pretrained(half.model, dtype=torch.float32)
+    dense = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("a", "base")]
+    states = torch.randn(1, 3, hidden, generator=torch.Generator().manual_seed(0))
+    expert, base = (one.model.layers[0].mlp(states) for one in dense)
+    found = model.model.layers[0].mlp(states)
+    torch.testing.assert_close(found if isinstance(found, torch.Tensor) else found[0], expert + base / 2)
+    assert json.loads((half.model / "config.json").read_text())["shared_expert_intermediate_size"] == middle
 
 
 def test_feed_forward_tensors_are_the_experts_byte_for_byte(tiny_zoo, tmp_path):
@@ -277,19 +329,21 @@ def test_the_configuration_is_a_mixtral_s(tiny_zoo, tmp_path):
     assert (run.model / "tokenizer.json").read_bytes() == (tiny_zoo / BASE / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["mistral", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_dense_configuration_leaves_to_its_defaults_is_kept(kind):
     dense = AutoConfig.for_model(kind)
-    made = {key: value for key, value in config_of({"model_type": kind}, 3, 2).items() if key != "model_type"}
-    mixture = AutoConfig.for_model("mixtral", **made)
+    made = {key: value for key, value in config_of({"model_type": kind}).items() if key != "model_type"}
+    mixture = AutoConfig.for_model(LAYOUTS[kind].model_type, **made)
     assert mixture.rope_parameters == dense.rope_parameters
+    if kind == "qwen3":  # the others' is the hidden size by the number of heads
+        assert mixture.head_dim == dense.head_dim
     for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_dropout",
         "initializer_range",
     ):  # fmt: skip
         assert getattr(mixture, name) == getattr(dense, name), name
-    assert mixture.sliding_window == getattr(dense, "sliding_window", None)
+    assert (mixture.sliding_window or None) == getattr(dense, "sliding_window", None)
 
 
 def test_settings_that_are_no_mixtral_s_are_left_out():
@@ -298,13 +352,13 @@ def test_settings_that_are_no_mixtral_s_are_left_out():
         "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"}, "head_dim": 64, "pretraining_tp": 1,
         "num_key_value_heads": None, "num_attention_heads": 6,
     }  # fmt: skip
-    made = config_of(said, 2, 1)
+    made = config_of(said)
     assert not {"auto_map", "mlp_bias", "pretraining_tp"} & made.keys()
     assert made["sliding_window"] is None  # Llama takes no notice of it, and Mixtral would
     assert made["num_key_value_heads"] == 6
     kept = ("rope_theta", "rope_scaling", "head_dim")
     assert {name: made[name] for name in kept} == {name: said[name] for name in kept}
-    assert config_of({"model_type": "mistral", "sliding_window": None}, 2, 1)["sliding_window"] is None
+    assert config_of({"model_type": "mistral", "sliding_window": None})["sliding_window"] is None
 
 
 def test_tables_that_follow_from_the_configuration_are_left_out(tiny_zoo, tmp_path):
@@ -326,7 +380,8 @@ def test_the_plan_says_what_is_written(capsys, tiny_zoo, tmp_path):
     rest = sum(map(math.prod, shapes.values())) - one + 3 * SIZES["hidden_size"] * len(LAYERS)
     assert (
         f"Mixtral of 3 experts (Chat, Math, Code), 2 for each token: {(rest + 3 * one) / 1e6:.1f}M parameters, "
-        f"{(rest + 2 * one) / 1e6:.1f}M of them active for a token"
+        f"{(rest + 2 * one) / 1e6:.1f}M of them active for a token; to run it takes "
+        f"{4 * (rest + 3 * one) / 1e6:.1f} MB of memory for weights"
     ) in lines
     assert any(line.startswith("all but feed-forward layers is merged by svd ") for line in lines)
     assert "Routers are random numbers: train them before anything is expected of the model." in lines
@@ -355,7 +410,7 @@ def test_the_card_and_the_record_say_what_it_is(tiny_zoo, tmp_path):
     assert "the others are the base's or the experts', or were made for it" in card
     assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")' in card
     record = json.loads(run.config.read_text())
-    wanted = {"router": "random", "shared": "task_arithmetic", "experts_per_token": 2, "include_base": False}
+    wanted = {"router": "auto", "shared": "task_arithmetic", "experts_per_token": 2, "include_base": False}
     assert wanted.items() <= record["options"].items()
     assert record["inputs"]["shared"] == "task_arithmetic scaling_coefficient=0.3"
 
@@ -395,7 +450,15 @@ NO_CLOSED_FORM = (
             "--router zeros rates all experts alike, so that the first 2 would do all the work; give "
             "--experts_per_token 3 to mix all, or another --router",
         ),
-        (["--router", "best"], "--router must be 'random' or 'zeros', got best"),
+        (
+            ["--router", "best"],
+            "--router must be 'auto' or 'ridge' or 'prompts' or 'embedding' or 'random' or 'zeros', got best",
+        ),
+        (["--shared", "ties density=0.2 density=1"], "--shared ties density=0.2 density=1: 'density' is given twice"),
+        (
+            ["--shared_expert", "base"],
+            "--shared_expert base: a Mixtral has no expert for all tokens; leave it out",
+        ),
         (["--shared", "tyes"], "--shared tyes: no method named 'tyes'. Did you mean 'ties'?"),
         (["--shared", "expert_merging"], f"--shared expert_merging: {NO_CLOSED_FORM}"),
         (["--shared", "coefficients"], f"--shared coefficients: {NO_CLOSED_FORM}"),
@@ -413,14 +476,62 @@ def test_options_that_cannot_be_used_are_refused(given, message, capsys, tiny_zo
     assert not (tmp_path / "out").exists()
 
 
+def test_all_options_of_the_shared_method_that_cannot_be_used_are_told(capsys, tiny_zoo, tmp_path):
+    given = "ties densty=0.2 density=80 scaling_coefficient"
+    assert refused(capsys, *MOE, "--cache_dir", tiny_zoo, "--output_path", tmp_path, "--shared", given) == [
+        f"--shared {given}: {problem}"
+        for problem in (
+            "ties has no option 'densty'. Did you mean 'density'?",
+            "--density must be a number in (0, 1], got 80; for 80 % write 0.8",
+            "options follow the method as NAME=VALUE without blanks, got 'scaling_coefficient'",
+        )
+    ]
+
+
+def test_a_window_that_a_qwen3_mixture_cannot_have_is_refused(capsys, tmp_path):
+    save_dense(tmp_path / "base", "qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    given = [*flags(tmp_path / "base", A=tmp_path / "base"), "--experts_per_token", 1, "--output_path", tmp_path / "o"]
+    assert refusal(capsys, *MOE, *given) == (
+        "2 of 3 layers attend to a window of 8 tokens, and in a Qwen3-MoE all do or none; give a base whose "
+        "config.json has use_sliding_window false"
+    )
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_window_layers": "x"}))
+    assert refusal(capsys, *MOE, *given) == (
+        "config.json of the base has the max_window_layers 'x', which is no number of layers; correct it"
+    )
+
+
+@pytest.mark.parametrize("name", ["btx", "MergeME", "mergeme-dare"])
+def test_published_settings_have_names(name, tiny_zoo, tmp_path):
+    """Norms and embeddings are merged too; what a flag says goes before them."""
+    shared = {
+        "btx": {"method": "weight_average"},
+        "MergeME": {"method": "ties", "density": 0.2, "ties_normalize": False, "scaling_coefficient": 1 / 3},
+        "mergeme-dare": {"method": "dare_ta", "drop_rate": 0.8, "scaling_coefficient": 1 / 3},
+    }[name]
+    (tmp_path / "shared.json").write_text(json.dumps(shared))
+    run = merged(tmp_path / "preset", "--method", name, "--cache_dir", tiny_zoo)
+    written = tensors_of(run.model)
+    assert run.folder.parent.name == "moe"
+    assert routers(run.model)["model.layers.0.block_sparse_moe.gate.weight"].shape[0] == 3 + (name != "btx")
+    plain = merged(
+        tmp_path / "plain", "--cache_dir", tiny_zoo, "--exclude_params", MLP, "--config", tmp_path / "shared.json"
+    )
+    expected = {key: tensor for key, tensor in tensors_of(plain.model).items() if ".mlp." not in key}
+    assert_same_bytes({key: written[key] for key in expected}, expected)
+    own = merged(tmp_path / "own", "--method", name, "--shared", "svd", "--cache_dir", tiny_zoo)
+    assert json.loads(own.config.read_text())["inputs"]["shared"] == "svd scaling_coefficient=1.0"
+
+
 def test_all_problems_are_told_at_once(capsys, tmp_path):
-    base = write_checkpoint(tmp_path / "base", {"a": torch.ones(2)}, config={"model_type": "qwen2"})
+    base = write_checkpoint(tmp_path / "base", {"a": torch.ones(2)}, config={"model_type": "qwen2_vl"})
     found = refused(
         capsys, *MOE, *flags(base, A=base), "--shared", "none", "--output_path", tmp_path / "out", "--run_name", "x"
     )
     assert found[0] == (
-        f"{base} has the model_type 'qwen2', and mixtures can be made of mistral and llama models, which become a "
-        "Mixtral"
+        f"{base} has the model_type 'qwen2_vl', and transformers has no class for a mixture of such models; there are "
+        "classes for mistral (Mixtral), llama (Mixtral), qwen2 (Qwen2-MoE), qwen3 (Qwen3-MoE)"
     )
     assert found[1].startswith("--experts_per_token must be at most the number of experts, 1, got 2;")
     assert found[2].startswith("--shared none: no method named 'none'.")
@@ -436,7 +547,7 @@ def test_all_problems_are_told_at_once(capsys, tmp_path):
     ids=["feed-forward", "attention"],
 )
 def test_biases_are_refused(changes, tensor, capsys, tmp_path):
-    save_llama(tmp_path / "base", **changes)
+    save_dense(tmp_path / "base", "llama", **changes)
     given = flags(tmp_path / "base", A=tmp_path / "base", B=tmp_path / "base")
     assert refusal(capsys, *MOE, *given, "--output_path", tmp_path / "out") == (
         f"{tmp_path / 'base'} has {tensor}, for which a Mixtral has no place"
