@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from expert_merging.commands import align, analyse, convert, extract, verify
+from expert_merging.commands import align, analyse, convert, evaluate, extract, verify
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
-COMMANDS = {module.COMMAND.name: module.COMMAND for module in (analyse, align, extract, convert, verify)}
+COMMANDS = {module.COMMAND.name: module.COMMAND for module in (analyse, align, evaluate, extract, convert, verify)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
