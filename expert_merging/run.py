@@ -56,6 +56,7 @@ class Run:
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
         self.start = folder / "start.json"
+        self.coefficient = folder / "coefficient.json"
         self.scores = folder / "scores.json"
         self.magnitudes = folder / "magnitudes.json"
         self.kept = Kept(folder / "digests.json")

@@ -37,6 +37,7 @@ LAYERS = (
     ("idle",),
     ("advice", "relief", "unchanged"),
     ("checks",),
+    ("preparing",),
     ("comparing", "convert", "extract", "summary", "verify"),
     ("job",),
     ("commands",),

@@ -20,6 +20,7 @@ class Command:
         run: does it, given the values of its arguments by name.
         add_arguments: gives a parser its arguments.
         description: more than the summary, for its own help.
+        takes_more: what the parser does not know is left to `run`, as ``more``.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Command:
     run: Callable[[Mapping[str, Any], Console], None]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     description: str = ""
+    takes_more: bool = False

@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
-from expert_merging.commands import align, analyse, convert, evaluate, extract, verify
+from expert_merging.commands import align, analyse, convert, evaluate, extract, sweep, verify
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
-COMMANDS = {module.COMMAND.name: module.COMMAND for module in (analyse, align, evaluate, extract, convert, verify)}
+COMMANDS = {
+    module.COMMAND.name: module.COMMAND for module in (analyse, align, evaluate, sweep, extract, convert, verify)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     escape_output()
-    given = vars(parser().parse_args(arguments))
+    given = _parsed(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -38,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """The values of the arguments by name, the command among them."""
+    whole = parser()
+    found, more = whole.parse_known_args(arguments)
+    given = vars(found)
+    if COMMANDS[given["command"]].takes_more:
+        given["more"] = more
+    elif more:
+        whole.error(f"unrecognized arguments: {' '.join(more)}")
+    return given
 
 
 def parser() -> argparse.ArgumentParser:

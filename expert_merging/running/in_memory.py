@@ -5,7 +5,7 @@ The numbers are those that the files would have: each is rounded to the base's t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,12 +46,13 @@ class InMemory:
         self.runs = {name: stored[file_name(name)] for name in plan.merged}
         load_solver(device)
 
-    def merge(self, rule: Rule, unit: str) -> Any:
+    def merge(self, rule: Rule, unit: str, names: Iterable[str] | None = None) -> Any:
         """Write what a rule makes into the model.
 
         Args:
             rule: how task vectors become one.
             unit: what it is fed, as `expert_merging.method.Method` has it.
+            names: the tensors that are merged; by default all.
 
         Returns:
             The model.
@@ -60,7 +61,7 @@ class InMemory:
         # Threads, since forked processes would write into memory of their own.
         by_entries = replace(Workers.for_entries(size, self.device), forked=False)
         workers = by_entries if in_blocks else Workers(whole_workers(size, self.device))
-        parts = merged_parts(self.plan, self.plan.merged, unit, block_entries(self.device))
+        parts = merged_parts(self.plan, self.plan.merged if names is None else names, unit, block_entries(self.device))
         workers.work_through(parts, lambda part: self._merge(part, rule, unit))
         return self.model
 
