@@ -41,7 +41,7 @@ def points_of(given: Any) -> list[Point]:
             f"{excerpt(given)}"
         )
     points = [point for grid in grids for point in _points(grid)]
-    return [json.loads(text) for text in dict.fromkeys(json.dumps(point) for point in points)]
+    return list({json.dumps(point): point for point in points}.values())
 
 
 def _points(grid: Mapping[str, Any]) -> list[Point]:
