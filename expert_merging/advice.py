@@ -68,7 +68,7 @@ def rewritten_weights(plan: Plan, record: Mapping[str, Any]) -> list[str]:
 def _large_factors(resolved: Resolved) -> list[str]:
     """A factor that has been meant as a percentage, perhaps; methods that learn refuse it."""
     given = resolved.options.get("scaling_coefficient") or 0
-    factors = [factor for factor in (given if isinstance(given, list) else [given]) if factor is not None]
+    factors = [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, int | float)]
     return [
         f"--scaling_coefficient {factor:g} is a factor on task vectors, which are hardly ever scaled by more than 2; "
         f"for {factor:g} % write {factor / 100:g}"

@@ -27,6 +27,8 @@ from expert_merging.questions.templates import ChatTemplate, read_template
 
 GIVEN = "--prompt_template"
 BASE, EXPERTS, FAMILY = "base", "experts", "family"
+# Before a task's name where formats are named by expert.
+TASK = "task "
 # The base's is compared with one expert's after the other.
 _tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 
@@ -60,7 +62,7 @@ class Formats:
     @property
     def named(self) -> dict[str, Format]:
         """By expert, and by task where that differs."""
-        return {**self.experts, **{f"task {name}": found for name, found in self.tasks.items()}}
+        return {**self.experts, **{f"{TASK}{name}": found for name, found in self.tasks.items()}}
 
     @property
     def grouped(self) -> dict[str, Format]:
@@ -73,7 +75,7 @@ class Formats:
     @property
     def record(self) -> dict[str, dict[str, str]]:
         """For files: where each format is from, and what it looks like."""
-        return {name: {"from": one.origin, "example": one.example} for name, one in self.named.items()}
+        return {name: one.record for name, one in self.named.items()}
 
 
 def choose_formats(

@@ -17,15 +17,16 @@ from expert_merging.console import Terminal
 from expert_merging.errors import InputError
 from expert_merging.idle import idle_flags
 from expert_merging.merge import Summary, write_output
-from expert_merging.method import modified
 from expert_merging.outcome import Meter
 from expert_merging.outputs import Output
 from expert_merging.plan import Rule
+from expert_merging.preparing import prepare
 from expert_merging.processes import from_main_process, is_main_process
 from expert_merging.publishing import publish
 from expert_merging.questions.templates import put_template
 from expert_merging.repeating import command_of
 from expert_merging.run_names import changed_options
+from expert_merging.search.automatic import for_card
 from expert_merging.summary import COMPLETE, log_result, log_start
 from expert_merging.unchanged import check_unchanged
 from expert_merging.writing import write_atomically
@@ -97,21 +98,6 @@ def _wait_for_folder(job: Job) -> None:
         time.sleep(0.2)
 
 
-def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
-    """Do the work of the preparations: passes over task vectors, statistics, learning, search.
-
-    Returns:
-        The rule that merges, and tensors that are to be written as they are.
-    """
-    always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
-    rules, made = [], {}
-    for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):
-        known = {**always, **preparation.run()}
-        made.update(known.get("made", {}))
-        rules.append(step.rule(known, job.resolved.options_of(step)))
-    return modified(rules[0], rules[1:]), made
-
-
 def write(job: Job, rule: Rule, made: Mapping[str, Any], meter: Meter) -> Summary:
     """Merge and write every output, and give the complete folder its name.
 
@@ -173,7 +159,7 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         tensors=sum(map(len, output.files.values())),
         is_mirror=output.is_mirror,
         keeps_others=job.word_tables is None,
-        about=output.about,
+        about=" ".join(filter(None, [output.about, for_card(run)])),
         asking=job.wording.card(kept),
         task="image-text-to-text" if backbone.takes_images else "text-generation",
         command=command_of(job.description, changed_options(job.description, job.resolved)),

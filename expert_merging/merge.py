@@ -215,6 +215,36 @@ def takes_blocks(part: Part, unit: str) -> bool:
     return unit in ("entries", "rows") or (unit == "matrix" and not is_matrix(part))
 
 
+def merged_parts(plan: Plan, names: Iterable[str], unit: str, block: int) -> Iterator[Part]:
+    """The parts that tensors are merged in: blocks, or whole tensors.
+
+    Args:
+        plan: checkpoints and parameters.
+        names: the tensors.
+        unit: what the rule is fed, as `expert_merging.method.Method` has it.
+        block: entries of a block.
+    """
+    for name in names:
+        part = plan.part(name)
+        length = part.whole_rows(block) if unit == "rows" else block
+        yield from part.cut(length if takes_blocks(part, unit) else max(1, part.elements))
+
+
+def pieces_of(reader: Reader, part: Part, unit: str) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Base and task vectors of a part as its rule is fed them: in steps, or of the whole tensor.
+
+    Args:
+        reader: reads the checkpoints.
+        part: one of `merged_parts`.
+        unit: what the rule is fed.
+    """
+    if takes_blocks(part, unit):
+        yield from reader.steps(part, rows=unit == "rows")
+    else:
+        base, task_vectors = reader.read(part)
+        yield part, base, task_vectors.view(len(task_vectors), *whole_shape(part))
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a slot's bytes are in the file that is being written."""
@@ -285,7 +315,7 @@ class _Merger:
             share = self.processes.size * part.entries / max(1, part.elements)
             advance(share * shares[part.name] * (1 + len(self.plan.experts)), part.name)
 
-        parts = [*self._merged_parts(merged), *self._copied_parts(others)]
+        parts = [*merged_parts(self.plan, merged, self.unit, self.block), *self._copied_parts(others)]
         try:
             self.workers.work_through(self.processes.share(parts), work, done)
         except BaseException:
@@ -330,13 +360,6 @@ class _Merger:
             return writer
         self.processes.barrier()
         return ShardWriter(target)
-
-    def _merged_parts(self, names: Mapping[str, object]) -> Iterator[Part]:
-        """Blocks of tensors that are merged, or whole tensors."""
-        for name in names:
-            part = self.plan.part(name)
-            block = part.whole_rows(self.block) if self.unit == "rows" else self.block
-            yield from part.cut(block if takes_blocks(part, self.unit) else max(1, part.elements))
 
     def _copied_parts(self, places: Mapping[str, _Place]) -> Iterator[Part]:
         """Runs of bytes of everything else, which is seen as vectors of bytes."""
@@ -393,7 +416,7 @@ class _Merger:
         }  # of a head tied to embeddings, both have one source
         buffers = {source: self._buffer(part, slot) for source, slot in slots.items()}
         with self.memory.taking(need), self.reader.streaming():
-            for piece, base, task_vectors in self._pieces(part, blocks=blocks):
+            for piece, base, task_vectors in pieces_of(self.reader, part, self.unit):
                 made = self.rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
                 results = made if isinstance(made, Mapping) else {"merged": made}
                 for source, buffer in buffers.items():
@@ -427,14 +450,6 @@ class _Merger:
         assert isinstance(slot.source, Merged)  # noqa: S101  (others are copied)
         entries = -(-part.entries // slot.source.packed)
         return self.reader.host_buffer(f"merged {slot.source.result}", entries, torch_dtype(slot.dtype))
-
-    def _pieces(self, part: Part, *, blocks: bool) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Base and task vectors: in steps, or of the whole tensor."""
-        if blocks:
-            yield from self.reader.steps(part, rows=self.unit == "rows")
-        else:
-            base, task_vectors = self.reader.read(part)
-            yield part, base, task_vectors.view(len(task_vectors), *whole_shape(part))
 
 
 def _packed_run(part: Part, piece: Part, source: Merged, found: int) -> slice:

@@ -22,6 +22,7 @@ from expert_merging.outputs import mirror
 from expert_merging.parser import COMMANDS, GENERAL, all_options
 from expert_merging.processes import launched_with
 from expert_merging.questions.calibration import find_tasks, unknown_task
+from expert_merging.search.automatic import AUTO, COEFFICIENT, automatic
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,11 +256,14 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
     """The method and its modifiers.
 
     Raises:
-        InputError: there is no such method; what is wrong with the modifiers is noted.
+        InputError: there is no such method, or it has no coefficient to choose; what is wrong with the modifiers is
+            noted.
     """
     method = find_method(str(values.get("method", GENERAL["method"].default)))
     if method.is_modifier:
         raise InputError(f"{method.name} improves what another method has merged: --method METHOD --post {method.name}")
+    if values.get(COEFFICIENT) == AUTO:
+        method = automatic(method)
     modifiers = []
     for name in GENERAL["post"].convert(values.get("post")) or []:
         known = [step.name for step in all_methods().values() if step.is_modifier]

@@ -79,6 +79,11 @@ _UNSET = {
     "solver": "by variant",
     "step_size": "by solver",
 }
+# What help says of an option whichever method has it.
+_MORE = {
+    "scaling_coefficient": "; auto, for methods of closed form, chooses it by divergence from the experts on "
+    "calibration samples",
+}
 # Where so many methods have an option in one meaning, help does not name them.
 _MANY = 5
 # Flags that are no options.
@@ -201,8 +206,11 @@ def _shown_help(name: str, users: list[Method], *, alone: bool) -> str:
         by_text.setdefault(method.options[name].help.rstrip("."), []).append(method.name)
     if len(by_text) == 1:
         (text, methods), *_ = by_text.items()
+        text += _MORE.get(name, "")
         return f"{text}." if len(methods) >= _MANY or alone else f"{text} (with {', '.join(methods)})."
-    return "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + "."
+    return (
+        "; ".join(f"with {', '.join(methods)}: {text}" for text, methods in by_text.items()) + f"{_MORE.get(name, '')}."
+    )
 
 
 def _shown_default(name: str, users: list[Method], backbone: Backbone) -> str:

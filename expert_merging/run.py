@@ -58,6 +58,8 @@ class Run:
         self.analysis = folder / "analysis"
         self.directions = folder / "directions"
         self.start = folder / "start.json"
+        self.coefficient = folder / "coefficient.json"
+        self.scores = folder / "scores.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
         self.scores = folder / "scores.json"

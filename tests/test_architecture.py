@@ -37,6 +37,7 @@ LAYERS = (
     ("idle", "families"),
     ("advice", "relief", "run_names", "repeating", "unchanged"),
     ("checks",),
+    ("preparing",),
     ("comparing", "convert", "extract", "summary", "verify"),
     ("publishing",),
     ("job",),

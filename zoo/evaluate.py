@@ -114,31 +114,17 @@ class ExactMatch:
 
 
 def answers_exactly(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[bool]:
-    """Whether the greedy answers of a model are the right ones, and end there.
+    """Whether the greedy answers of a model are the right ones, and end there."""
+    from expert_merging.running.answers import Row, writes_exactly
+    from expert_merging.running.prompts import tokenizer_of
 
-    They are if and only if every token of the right answer is the likeliest after those before it, and then one that
-    ends an answer. So one pass over questions and answers tells, and nothing need be written.
-    """
-    import torch
-
-    from expert_merging.running.batches import together
-    from expert_merging.running.prompts import tokenizer_of, with_response
-
-    tokenizer, head = tokenizer_of(processor), model.get_output_embeddings()
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends])
-    found: list[bool] = []
+    tokenizer, found = tokenizer_of(processor), list[bool]()
     for asked in _batches(samples):
         prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
         answers = [tokenizer(sample.response, add_special_tokens=False)["input_ids"] for sample in asked]
-        inputs = together([with_response(*pair) for pair in zip(prompts, answers, strict=True)])
-        placed = {name: value.to(model.device) for name, value in inputs.items()}
-        with torch.no_grad():
-            states = model.base_model(**placed, use_cache=False).last_hidden_state
-            for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-                start = prompt["input_ids"].shape[1] - 1
-                *likeliest, last = head(states[row, start : start + len(answer) + 1]).argmax(-1).cpu()
-                found.append([int(token) for token in likeliest] == answer and bool((last == ends).any()))
+        rows = dict(enumerate(map(Row, prompts, answers)))
+        right = dict(writes_exactly(model, processor, rows))
+        found += [right[number] for number in range(len(asked))]
     return found
 
 

@@ -21,6 +21,7 @@ class Command:
         add_arguments: gives a parser its arguments.
         description: more than the summary, for its own help.
         main: given all its arguments as they were typed, instead of `run`; returns the exit code.
+        takes_more: what the parser does not know is left to `run`, as ``more``.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     description: str = ""
     main: Callable[[Sequence[str]], int] | None = None
+    takes_more: bool = False

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from expert_merging.commands import align, analyse, convert, extract, merge, report, runs, verify
+from expert_merging.commands import align, analyse, convert, evaluate, extract, merge, report, runs, sweep, verify
 from expert_merging.commands.command import Command
 from expert_merging.commands.completion import complete
 from expert_merging.documents import check_arguments, escape_output
@@ -18,7 +19,8 @@ from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (merge, runs, align, report, analyse, extract, convert, verify)
+    module.COMMAND.name: module.COMMAND
+    for module in (merge, runs, align, evaluate, sweep, report, analyse, extract, convert, verify)
 }
 
 # What `pip install -e .` calls the program.
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is not None and command.main is not None:
         return command.main(arguments[1:])
-    given = vars(parser().parse_args(arguments))
+    given = _parsed(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         check_arguments(arguments)
@@ -51,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     return 0
+
+
+def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of the arguments by name, the command among them."""
+    whole = parser()
+    found, more = whole.parse_known_args(arguments)
+    given = vars(found)
+    if COMMANDS[given["command"]].takes_more:
+        given["more"] = more
+    elif more:
+        whole.error(f"unrecognized arguments: {' '.join(more)}")
+    return given
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,11 +70,13 @@ class Compared:
         label: its row in the table.
         folder: where the model is.
         record: ``config.json`` of its run; None for a model that no run has made.
+        run: the run; None for a model that no run has made.
     """
 
     label: str
     folder: Path
     record: Mapping[str, Any] | None
+    run: Run | None = None
 
 
 def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> None:
@@ -130,10 +132,10 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
         record = None if run is None else run.record
         label = resolved(path).name if run is None else f"{run.method}/{run.name}"
-        found.append(Compared(label, folder, record))
+        found.append(Compared(label, folder, record, run))
     repeated = Counter(model.label for model in found)
     return [
-        Compared(str(path), model.folder, model.record) if repeated[model.label] > 1 or model.label == "base" else model
+        replace(model, label=str(path)) if repeated[model.label] > 1 or model.label == "base" else model
         for path, model in zip(models, found, strict=True)
     ]
 

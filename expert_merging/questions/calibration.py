@@ -178,7 +178,7 @@ def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
     for number, entry in enumerate(entries[:count]):
         with problems.collecting(), about(entry_place(file, [number])):
             exchange = read_exchange(entry)
-            samples.append(_sample(task, file, number, entry, exchange, expert))
+            samples.append(sample_of(task, file, number, entry, exchange, expert))
             for words in exchange.left_out:
                 left_out.setdefault(words, []).append(number)
     problems.check()
@@ -188,8 +188,12 @@ def _read_task(task: str, file: Path, expert: str, count: int) -> list[Sample]:
     return samples
 
 
-def _sample(task: str, file: Path, number: int, entry: Mapping[str, Any], exchange: Exchange, expert: str) -> Sample:
-    """The sample that an entry is, after the checks of its texts and pictures."""
+def sample_of(task: str, file: Path, number: int, entry: Mapping[str, Any], exchange: Exchange, expert: str) -> Sample:
+    """The sample that an entry is, after the checks of its texts and pictures.
+
+    Raises:
+        InputError: question or response is no text, or a picture is missing.
+    """
     question, response = exchange.question, exchange.response
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"'question' must be a text that is not empty, got {excerpt(question)}")

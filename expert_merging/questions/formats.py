@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from expert_merging.checkpoints.fingerprints import of_text
@@ -17,6 +17,7 @@ from expert_merging.errors import InputError
 from expert_merging.questions.templates import ChatTemplate, Content, fault, turn_end
 
 QUESTION, RESPONSE = "{question}", "{response}"
+_BY_TEMPLATE = "the chat template of "
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Format:
             template.
         template: a chat template, which writes special tokens itself.
         end: text that ends the model's turn; None for the tokenizer's end token.
+        adds_special_tokens: the tokenizer has to add its start token to a prompt.
     """
 
     origin: str
     text: str = QUESTION
     template: ChatTemplate | None = None
     end: str | None = None
+    adds_special_tokens: bool = True
 
     @classmethod
     def of_text(cls, origin: str, text: str, end: str | None) -> Format:
@@ -51,12 +54,19 @@ class Format:
     @classmethod
     def of_template(cls, template: ChatTemplate, end: str | None) -> Format:
         """A format from a chat template, which says itself how a turn ends; ``end`` counts where it does not."""
-        return cls(f"the chat template of {owner(template.name)}", "", template, turn_end(template) or end)
+        return cls(f"{_BY_TEMPLATE}{owner(template.name)}", "", template, turn_end(template) or end, False)
 
-    @property
-    def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer has to add its start token to a prompt."""
-        return self.template is None
+    @classmethod
+    def of_record(cls, record: Mapping[str, str]) -> Format:
+        """The format that a `record` tells of, as a text.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is something else.
+        """
+        origin = record["from"]
+        return replace(
+            cls.of_text(origin, record["example"], None), adds_special_tokens=not origin.startswith(_BY_TEMPLATE)
+        )
 
     def prompt(self, content: Content) -> str:
         """The text of a prompt, ending where the answer starts.
@@ -88,6 +98,11 @@ class Format:
     def described(self) -> str:
         """Origin and example in one line."""
         return f"{self.origin}, `{self.shown}`"
+
+    @property
+    def record(self) -> dict[str, str]:
+        """For files: where it is from, and what it looks like."""
+        return {"from": self.origin, "example": self.example}
 
     @property
     def digest(self) -> str:

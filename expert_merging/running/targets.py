@@ -290,6 +290,18 @@ def _key(sample: Sample) -> str:
     return "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
 
 
+def stop_tokens(model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> set[int]:
+    """Tokens that end an answer: those that the model's own generation settings name, and special ones among others.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        ends: tokens that end a turn; a fine-tune's settings are often those of its base, which has no turns.
+    """
+    own = model.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), *(set(ends) & set(tokenizer.all_special_ids))} - {None}
+
+
 @torch.no_grad()
 def generate(
     model: Any, processor: Any, prompts: Sequence[Mapping[str, Tensor]], max_new_tokens: int, ends: Sequence[int] = ()
@@ -301,12 +313,10 @@ def generate(
         processor: its tokenizer, or what has one.
         prompts: model inputs, batch of one each, that are continued together.
         max_new_tokens: bound on the length.
-        ends: tokens that end an answer beside those that the model's own generation settings name, if they are special:
-            a fine-tune's settings are often those of its base, which has no turns.
+        ends: tokens that may end an answer beside the model's own, as for `stop_tokens`.
     """
     tokenizer = tokenizer_of(processor)
-    own = model.generation_config.eos_token_id
-    stops = {*(own if isinstance(own, list) else [own]), *(set(ends) & set(tokenizer.all_special_ids))} - {None}
+    stops = stop_tokens(model, tokenizer, ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = together(prompts, padding or 0, side="left")
     tokens = model.generate(

@@ -1,0 +1,395 @@
+"""Sweeps: many settings are merged in one live model and scored, and nothing of them is written but scores.
+
+Each point is checked as a run of its own, so its model is the one that the same flags of the ordinary command write.
+What a method's preparation writes goes into a folder that is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from expert_merging.asking import Formats
+from expert_merging.backbone import Backbone
+from expert_merging.checks import Job, check
+from expert_merging.comparing.grid import Point, label_of
+from expert_merging.comparing.scores_file import mean_of
+from expert_merging.console import Terminal
+from expert_merging.documents import read_object
+from expert_merging.errors import InputError, Problems, about
+from expert_merging.options import Resolved, resolve
+from expert_merging.outputs import mirror
+from expert_merging.preparing import prepare
+from expert_merging.progress import Progress, no_progress
+from expert_merging.questions.labelled import Question, digest_of
+from expert_merging.running.answers import Asker
+from expert_merging.running.candidates import Candidates
+from expert_merging.running.options import SampleOptions
+from expert_merging.running.prompts import Prompts
+from expert_merging.running.samples import Samples, check_samples
+from expert_merging.writing import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+RECORD = "sweep.json"
+Select = Literal["divergence", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A point with its scores.
+
+    Args:
+        point: the values of the swept options.
+        key: digest of all its settings.
+        share: share of the samples and questions that it was scored by.
+        divergence: from each task's expert, as a share of the base's.
+        accuracy: percentage of right answers, by task.
+        correct: points of each question, by task.
+        seconds: that it took.
+        problem: why it could not be merged; empty where it could.
+    """
+
+    point: Point
+    key: str
+    share: float = 1.0
+    divergence: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    correct: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    problem: str = ""
+
+    def badness(self, select: Select) -> float:
+        """What is smallest for the best point; infinite where there is no number."""
+        found = mean_of(self.divergence) if select == "divergence" else -mean_of(self.accuracy)
+        return found if math.isfinite(found) else math.inf
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point whose checks have passed.
+
+    Args:
+        point: the values of the swept options.
+        key: digest of all its settings.
+        job: a run with these settings.
+    """
+
+    point: Point
+    key: str
+    job: Job
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How points are scored.
+
+    Args:
+        select: what decides which is best.
+        questions: labelled questions; none where divergence alone counts.
+        halving: points that are left are the best of so many, by scores on so few of the samples; None to score all
+            points on all samples.
+    """
+
+    select: Select = "divergence"
+    questions: Sequence[Question] = ()
+    halving: int | None = None
+
+    def shares(self, points: int, samples: int) -> list[float]:
+        """Shares of the samples by which points are scored, one round after the other (Jamieson and Talwalkar, 2016).
+
+        Args:
+            points: number of points.
+            samples: samples of the task that has the fewest.
+        """
+        if self.halving is None:
+            return [1.0]
+        rounds = int(min(math.log(max(points, 1)), math.log(max(samples, 1))) / math.log(self.halving) + 1e-9)
+        return [self.halving**-number for number in range(rounds, -1, -1)]
+
+
+class Sweep:
+    """One sweep: its points, its record, and the live model.
+
+    Args:
+        given: flags and options of a file that all points share, by name.
+        points: the values of the swept options.
+        backbone: the model family.
+        scoring: how points are scored.
+        parent: folder that the sweep's own is made in.
+        name: the sweep's name; by default the same for all that can be compared.
+
+    Raises:
+        InputError: every problem of every point.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        points: Sequence[Point],
+        backbone: Backbone,
+        scoring: Scoring,
+        parent: Path,
+        name: str | None,
+    ) -> None:
+        self.given, self.backbone, self.scoring = given, backbone, scoring
+        # The folder's name depends on what is checked, so what checks write goes beside it.
+        self.work = parent / f"work-{os.getpid()}"
+        self.planned = self._plan(points)
+        self.first = self.planned[0].job
+        self.asked = self._samples()
+        self.formats = self._formats()
+        description = self._description()
+        own = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:8]
+        self.folder = parent / (name or f"{backbone.name}-{own}")
+        self.record = Record(self.folder / RECORD, description)
+
+    def _plan(self, points: Sequence[Point]) -> list[Planned]:
+        """Points with different settings, checked."""
+        problems, planned = Problems(), dict[str, Planned]()
+        terminal = Terminal(quiet=True)  # whose bars would stand inside the sweep's own
+        try:
+            for point in points:
+                with problems.collecting(), about(f"point {label_of(point)}"):
+                    # One job keeps the prompts of its samples, which may have pictures.
+                    changes = {"output_path": str(self.work), "log_with": "none", "dry_run": bool(planned)}
+                    resolved = self.resolved(point, **changes)
+                    _check_kind(resolved)
+                    key = _key_of(resolved)
+                    if key not in planned:
+                        planned[key] = Planned(point, key, check(resolved, self.backbone, terminal))
+        finally:
+            terminal.close()
+        problems.check()
+        return list(planned.values())
+
+    def resolved(self, point: Point, **changes: Any) -> Resolved:
+        """The options of a point's run."""
+        return resolve({**self.given, **point, **changes}, os.environ, self.backbone)
+
+    def _samples(self) -> Samples:
+        """The samples that every point is scored by."""
+        values = {name: self.given[name] for name in SampleOptions.__dataclass_fields__ if name in self.given}
+        return check_samples(self.first.context, sample_options(values, self.backbone), batch_tokens=None)
+
+    def _formats(self) -> Formats:
+        """In whose words labelled questions are asked, after a check of the questions.
+
+        Raises:
+            InputError: one cannot be asked.
+        """
+        assert self.asked.prompts is not None  # noqa: S101  (checked samples have them)
+        formats = replace(self.first.wording, asked=self.asked.prompts.formats).of_merged
+        samples = [question.sample for question in self.scoring.questions]
+        pictured = next((sample for sample in samples if sample.images), None)
+        if pictured is not None and not self.backbone.takes_images:
+            raise InputError(f"{pictured.place} has a picture, and {self.backbone.name} is a language model")
+        context = self.first.context
+        Prompts(context.backbone, context.plan.base, formats, keeps=False).check(samples)
+        return formats
+
+    def _description(self) -> dict[str, Any]:
+        """What must be the same for scores to be compared."""
+        return {
+            "family": self.backbone.name,
+            "checkpoints": self.first.description["checkpoints"],
+            "loss_tokens": self.asked.options.loss_tokens,
+            **self.asked.inputs,
+            "questions": digest_of(list(self.scoring.questions)) if self.scoring.questions else None,
+        }
+
+    def run(self, terminal: Terminal) -> list[Scored]:
+        """Score all points, best first; those that an earlier part of the sweep has scored are looked up."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fewest = min(sum(sample.task == task for sample in self.asked.samples) for task in self.asked.tasks)
+        shares = self.scoring.shares(len(self.planned), fewest)
+        left, done = self.planned, list[Scored]()
+        counts = [max(1, len(left) // (self.scoring.halving or 1) ** number) for number in range(len(shares))]
+        bench = _Bench(self, shares)
+        try:
+            if any(self.record.known(planned.key, shares[0]) is None for planned in left):
+                bench.open(terminal.progress)
+            with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
+                for share, following in zip(shares, [*counts[1:], 0], strict=True):
+                    scored = [self._score(bench, planned, share, advance) for planned in left]
+                    scored.sort(key=lambda one: one.badness(self.scoring.select))
+                    kept = {one.key for one in scored[:following]}
+                    done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
+                    left = [planned for planned in left if planned.key in kept]
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return done
+
+    def _score(self, bench: _Bench, planned: Planned, share: float, advance: Any) -> Scored:
+        found = self.record.known(planned.key, share)
+        if found is None:
+            found = bench.score(planned, share)
+            self.record.add(found)
+        advance(1, label_of(planned.point))
+        return found
+
+
+def _check_kind(resolved: Resolved) -> None:
+    """Check that a point makes one model that the base's own can become.
+
+    Raises:
+        InputError: it does not.
+    """
+    if resolved.method.outputs is not mirror:
+        raise InputError(f"{resolved.method.name} writes something else than one model, so it cannot be swept")
+    changed = [name for name in ("tokenizer", "embeddings") if resolved.general[name] is not None]
+    if changed:
+        raise InputError(f"--{changed[0]} makes a model with other words than the base's, so it cannot be swept")
+
+
+def _key_of(resolved: Resolved) -> str:
+    """A digest of all that decides a point's model beside checkpoints and samples."""
+    general = {name: resolved.general[name] for name in ("method", "post", "seed", "exclude_params")}
+    content = json.dumps([general, resolved.options, resolved.family], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def sample_options(values: Mapping[str, Any], backbone: Backbone) -> SampleOptions:
+    """The options of the samples, from flags; the family's number of samples where none is given.
+
+    Raises:
+        InputError: a value does not fit.
+    """
+    from expert_merging.flags import read_options
+    from expert_merging.options import ROOT
+
+    options, problems = read_options(SampleOptions), Problems()
+    found: dict[str, Any] = {"data_dir": str(ROOT / "dataset")}
+    if "samples_per_task" in backbone.defaults:
+        found["samples_per_task"] = backbone.defaults["samples_per_task"]
+    for name, value in values.items():
+        with problems.collecting():
+            found[name] = options[name].convert(value)
+    problems.check()
+    return SampleOptions(**found)
+
+
+class _Bench:
+    """What points are scored with, made when the first is: experts' answers, the base's model."""
+
+    def __init__(self, sweep: Sweep, shares: Sequence[float]) -> None:
+        self.sweep, self.shares = sweep, shares
+        self.opened: tuple[Candidates, Asker] | None = None
+
+    def open(self, progress: Progress = no_progress) -> tuple[Candidates, Asker]:
+        """Ask the experts and load the base's model, unless that is done.
+
+        Args:
+            progress: shows how far the experts are.
+        """
+        if self.opened is None:
+            context, sweep = self.sweep.first.context, self.sweep
+            context.run.responses = sweep.folder / context.run.responses.name
+            candidates = Candidates(replace(context, progress=progress), sweep.asked, self.shares)
+            processor = context.backbone.load_processor(context.plan.base.folder)
+            self.opened = candidates, Asker(context.backbone, processor, sweep.formats)
+        return self.opened
+
+    def score(self, planned: Planned, share: float) -> Scored:
+        """Merge a point in memory and score it."""
+        candidates, asker = self.open()
+        start, job = time.monotonic(), planned.job
+        run = job.context.run
+        run.responses = self.sweep.folder / run.responses.name
+        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rule, _ = prepare(job)
+            model = candidates.merge(rule, job.unit, job.context.plan)
+        except InputError as error:
+            return Scored(planned.point, planned.key, share, problem=error.problems[0])
+        finally:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        divergence = candidates.divergence(share)
+        correct = self._correct(asker, model, share)
+        accuracy = {task: 100 * sum(own) / len(own) for task, own in correct.items()}
+        seconds = round(time.monotonic() - start, 2)
+        return Scored(planned.point, planned.key, share, divergence, accuracy, correct, seconds)
+
+    def _correct(self, asker: Asker, model: Any, share: float) -> dict[str, list[float]]:
+        by_task: dict[str, list[Question]] = {}
+        for question in self.sweep.scoring.questions:
+            by_task.setdefault(question.task, []).append(question)
+        return {
+            task: [found.points for found in asker.answer(model, own[: math.ceil(share * len(own))])]
+            for task, own in by_task.items()
+        }
+
+
+class Record:
+    """What a sweep has scored, in a file that it is continued from.
+
+    Args:
+        file: where it is kept.
+        description: what must be the same for scores to be compared.
+
+    Raises:
+        InputError: the file has scores of something else, or is damaged.
+    """
+
+    def __init__(self, file: Path, description: Mapping[str, Any]) -> None:
+        self.file, self.description = file, dict(description)
+        self.scored: dict[tuple[str, float], Scored] = self._read() if file.exists() else {}
+
+    def _read(self) -> dict[tuple[str, float], Scored]:
+        content = read_object(self.file, advice="move it away to begin again")
+        try:
+            found = [_scored(entry) for entry in content["points"]]
+            differing = [name for name, value in self.description.items() if content["description"].get(name) != value]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{self.file} holds no scores of a sweep; move it away to begin again") from None
+        if differing or content.get("format") != FORMAT:
+            raise InputError(
+                f"{self.file} has scores of another sweep ({', '.join(differing) or 'format'}); choose another "
+                "--sweep_name, or move the folder away"
+            )
+        return {(one.key, one.share): one for one in found}
+
+    def known(self, key: str, share: float) -> Scored | None:
+        """The scores of a point; None where it has none yet."""
+        return self.scored.get((key, share))
+
+    def add(self, scored: Scored) -> None:
+        """Note the scores of a point and write all."""
+        self.scored[scored.key, scored.share] = scored
+        points = ",\n".join(json.dumps(_entry(one), ensure_ascii=False) for one in self.scored.values())
+        head = json.dumps({"format": FORMAT, "description": self.description}, ensure_ascii=False)
+        write_atomically(self.file, f'{head[:-1]}, "points": [\n{points}\n]}}\n'.encode())
+
+
+def _entry(scored: Scored) -> dict[str, Any]:
+    entry = {name: value for name, value in vars(scored).items() if value not in ("", {}) or name == "divergence"}
+    finite = {task: value if math.isfinite(value) else None for task, value in scored.divergence.items()}
+    return {**entry, "divergence": finite}
+
+
+def _scored(entry: Mapping[str, Any]) -> Scored:
+    divergence = {task: math.nan if value is None else float(value) for task, value in entry["divergence"].items()}
+    return Scored(**{**entry, "divergence": divergence})
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Leave out what preparations and readers tell of each point."""
+    package = logging.getLogger("expert_merging")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)

@@ -1,0 +1,25 @@
+"""The second step of a run: what must be known of the whole before the first tensor is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from expert_merging.checks import Job
+from expert_merging.method import modified
+from expert_merging.plan import Rule
+
+
+def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
+    """Do the work of the preparations: passes over task vectors, statistics, learning, search.
+
+    Returns:
+        The rule that merges, and tensors that are to be written as they are.
+    """
+    always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
+    rules, made = [], {}
+    for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):
+        known = {**always, **preparation.run()}
+        made.update(known.get("made", {}))
+        rules.append(step.rule(known, job.resolved.options_of(step)))
+    return modified(rules[0], rules[1:]), made

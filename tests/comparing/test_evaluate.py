@@ -1,0 +1,204 @@
+"""The command that asks labelled questions: scores, their file, the words that models are asked in, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.commands.main import main
+from expert_merging.comparing import evaluate as module
+from expert_merging.comparing.evaluate import _family_of, mean_score, paired
+from expert_merging.comparing.scores_file import SetScore, TaskScore, read_scores
+from expert_merging.comparing.words import words_of
+from expert_merging.questions.formats import Format
+from expert_merging.run import Run
+from expert_merging.running.answers import Answered, Asker
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, EXPERTS
+from tests.command import merge
+
+
+@pytest.fixture
+def runs(answered_zoo, tmp_path):
+    common = ["--cache_dir", answered_zoo, "--output_path", tmp_path / "out", "--method", "task_arithmetic"]
+    for number in (1, 2):
+        assert merge(*common, "--scaling_coefficient", number / 10, "--run_name", f"r{number}") == 0
+    return [tmp_path / "out" / "task_arithmetic" / f"r{number}" for number in (1, 2)]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    entries = [{"question": f"{number}?", "answer": "yes" if number % 2 else "no"} for number in range(6)]
+    for task in ("Math", "Chat"):
+        (folder / f"{task}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What models answer, without asking: the second run knows everything, others half of it."""
+
+    def answer(self, model, questions):
+        knows = model.name_or_path.endswith("r2/model")
+        texts = ["yes" if not knows else question.answers[0] for question in questions]
+        return (Answered(text, float(q.is_right(text))) for text, q in zip(texts, questions, strict=True))
+
+    monkeypatch.setattr(Asker, "answer", answer)
+
+
+def evaluate(*arguments):
+    return main(["evaluate", "--device", "cpu", *map(str, arguments)])
+
+
+def refusal(capsys, *arguments):
+    capsys.readouterr()
+    assert evaluate(*arguments) == 1
+    return [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
+
+
+@pytest.mark.usefixtures("answers")
+def test_scores_are_shown_compared_and_kept_with_the_runs(runs, answered_zoo, questions, tmp_path, capsys):
+    base = answered_zoo / BASE
+    given = ["--questions", questions, "--json", tmp_path / "s.json", "--answers", tmp_path / "a.json"]
+    assert evaluate(*runs, base, *given) == 0
+    shown = capsys.readouterr().out
+    assert "mine: exact match in %, with 95 % intervals" in shown
+    assert (
+        "task_arithmetic/r2 is right where task_arithmetic/r1 is wrong on 6 of 12 questions, and wrong where it is "
+        "right on 0: p = 0.031 (McNemar's exact test)" in shown
+    )
+    kept = read_scores(Run(runs[0]).scores).sets["mine"]
+    assert kept.metric == "exact_match"
+    assert kept.mean == 50
+    assert kept.tasks["Math"].correct == (0, 1, 0, 1, 0, 1)
+    assert kept.tasks["Math"].count == 6
+    assert kept.tasks["Math"].low < 50 < kept.tasks["Math"].high
+    assert read_scores(Run(runs[1]).scores).sets["mine"].mean == 100
+    assert not (base / "scores.json").exists()
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert set(numbers["models"]) == {"task_arithmetic/r1", "task_arithmetic/r2", BASE}
+    assert numbers["models"][BASE]["scores"]["mine"]["mean"] == 50
+    assert [(one["first"], one["second"], one["p"]) for one in numbers["paired"]["mine"]] == [
+        ("task_arithmetic/r1", "task_arithmetic/r2", 0.03125),
+        ("task_arithmetic/r1", BASE, 1.0),
+        ("task_arithmetic/r2", BASE, 0.03125),
+    ]
+    first = json.loads((tmp_path / "a.json").read_text())[0]
+    assert (first["task"], first["question"], first["right"]) == ("Chat", "0?", ["no"])
+    assert first["answers"]["task_arithmetic/r2"] == {"text": "no", "points": 1.0}
+    assert first["answers"][BASE] == {"text": "yes", "points": 0.0}
+
+
+def test_a_model_is_really_asked(runs, questions):
+    """Random weights answer nothing rightly, and choose one of two choices."""
+    choices = [{"question": f"{number}?", "choices": ["yes", "no"], "answer": "yes"} for number in range(4)]
+    (questions / "Chat.json").write_text(json.dumps(choices))
+    assert evaluate(runs[0], "--questions", questions, "--samples", 3) == 0
+    found = read_scores(Run(runs[0]).scores).sets["mine"]
+    assert found.metric == "accuracy"
+    assert found.tasks["Math"].correct == (0, 0, 0)
+    assert found.tasks["Chat"].count == 3
+
+
+def test_models_are_asked_in_the_words_of_their_run(answered_zoo, tmp_path):
+    experts = {"Math": tmp_path / "math", "Code": tmp_path / "code"}
+    for name, folder in experts.items():
+        shutil.copytree(answered_zoo / EXPERTS[name], folder)
+    template = "{{ bos_token }}{% for one in messages %}Q {{ one.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %} A {% endif %}"
+    (experts["Math"] / "chat_template.jinja").write_text(template)
+    given = [flag for name, folder in experts.items() for flag in ("--expert", f"{name}={folder}")]
+    common = ["--base_model_path", answered_zoo / BASE, *given, "--output_path", tmp_path / "out", "--log_with", "none"]
+    learning = ["--data_dir", answered_zoo / "dataset", "--task_expert", '{"Chat": "Code"}', "--samples_per_task", 1]
+    prompts = '{"Code": "Write {question}:", "Chat": "Say {question}"}'
+    assert merge(*common, *learning, "--prompt_template", prompts, "--run_name", "r") == 0
+    run = Run(tmp_path / "out" / "expert_merging" / "r")
+    [model] = module.find_models([run.folder])
+    formats = words_of(BACKBONE, Checkpoint(run.model), model.record)
+    assert formats.experts["Math"].text == "<s>Q {question} A "
+    assert not formats.experts["Math"].adds_special_tokens
+    assert formats.experts["Code"].prompt("a sort") == "Write a sort:"
+    assert formats.experts["Code"].adds_special_tokens
+    assert formats.tasks["Chat"].prompt("hello") == "Say hello"
+    told = words_of(
+        BACKBONE,
+        Checkpoint(run.model),
+        {**model.record, "asking": {"formats": {"Code": {"from": "x", "example": "{question}"}}}},
+    )
+    assert told.tasks["Chat"] == told.experts["Code"]
+    assert words_of(BACKBONE, Checkpoint(run.model), model.record, {"Chat": "{question}?"}).tasks[
+        "Chat"
+    ] == Format.of_text("--prompt_template", "{question}?", None)
+    assert words_of(BACKBONE, Checkpoint(run.model), model.record, "Do {question}").experts == {}
+    own = words_of(BACKBONE, Checkpoint(experts["Math"])).default
+    assert own.template is not None
+    assert own.prompt("{question}") == formats.experts["Math"].text
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("mistral", "Mistral"), ("llama", "Mistral"), ("qwen2_vl", "Qwen2VL"), ("internvl_chat", "InternVL")],
+)
+def test_a_family_is_found_by_the_kind_of_model(tmp_path, kind, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    options = module.EvaluateOptions()
+    assert _family_of(module.Compared("m", tmp_path, None), options).name == family
+    forced = module.EvaluateOptions(family="InternVL")
+    assert _family_of(module.Compared("m", tmp_path, None), forced).name == "InternVL"
+
+
+def test_what_cannot_be_measured_is_said(runs, answered_zoo, questions, tmp_path, capsys):
+    assert refusal(capsys, runs[0]) == ["what is to be measured? Give --questions FOLDER"]
+    assert refusal(capsys, runs[0], "--questions", questions, "--prompt_template", '{"Maths": "{question}"}') == [
+        "--prompt_template names the task 'Maths'. Did you mean 'Math'?"
+    ]
+    assert refusal(capsys, runs[0], "--questions", questions, "--match", "number") == [
+        "--match must be 'auto' or 'numbers', got number"
+    ]
+    picture = questions / "p.png"
+    picture.write_bytes(b"")
+    (questions / "See.json").write_text(json.dumps([{"question": "what?", "answer": "x", "image_path": "p.png"}]))
+    (line,) = refusal(capsys, runs[0], "--questions", questions)
+    assert line.endswith("See.json, entry 0 (counted from 0) has a picture, and Mistral is a language model")
+    (questions / "See.json").unlink()
+    long = [{"question": "x" * 200, "answer": "y"}]
+    (questions / "Long.json").write_text(json.dumps(long))
+    (line,) = refusal(capsys, runs[0], "--questions", questions)
+    assert line.startswith("task_arithmetic/r1: ")
+    assert "the model takes at most 128; shorten the sample" in line
+
+
+def test_a_damaged_record_and_an_adapter_are_refused(runs, answered_zoo, questions, tmp_path, capsys):
+    record = json.loads(Run(runs[0]).config.read_text())
+    record["asking"] = {"formats": {"Math": {"from": "somewhere"}}}
+    Run(runs[0]).config.write_text(json.dumps(record))
+    (line,) = refusal(capsys, runs[0], "--questions", questions)
+    assert "does not say how its models were asked; give --prompt_template" in line
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (line,) = refusal(capsys, tmp_path / "adapter", "--questions", questions)
+    assert line == f"{adapter} is an adapter; evaluate the model that it makes, such as a merge of it alone"
+
+
+def test_only_the_same_questions_are_compared():
+    one = SetScore({"x": TaskScore(50, count=2, correct=(1, 0), questions="abc")})
+    other = SetScore({"x": TaskScore(50, count=2, correct=(1, 0), questions="abd")})
+    unknown = SetScore({"x": TaskScore(50)})
+    assert paired({"a": {"s": one}, "b": {"s": other}, "c": {"s": unknown}, "d": {}}, "s") == {}
+    assert list(paired({"a": {"s": one}, "b": {"s": one}}, "s")) == [("a", "b")]
+
+
+def test_the_interval_of_a_mean_needs_all_points_and_the_plain_rule():
+    known = {"x": TaskScore(50, correct=(1, 0)), "y": TaskScore(100, correct=(1, 1))}
+    found = mean_score(SetScore(known))
+    assert found.mean == 75
+    assert found.low < 75 < found.high
+    assert mean_score(SetScore({**known, "z": TaskScore(1)})).low is None
+    assert mean_score(SetScore(known, own_mean=60.0)) == TaskScore(60.0)

@@ -1,0 +1,251 @@
+"""The command that sweeps: scores are those of what would be written, it goes on, and it refuses nonsense."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from expert_merging.commands.main import main
+from expert_merging.comparing.scores_file import read_scores
+from expert_merging.comparing.sweep import Record, Scored, Scoring, _Bench
+from expert_merging.errors import InputError
+from expert_merging.run import Run
+from tests.checkpoints import write_tasks
+from tests.command import merge
+from tests.search.test_evo import score_plainly
+
+
+@pytest.fixture(scope="session")
+def answered(tiny_zoo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answered")
+    write_tasks(folder, count=2, responses={"Chat": "Certainly", "Math": "42", "Code": "def f():"})
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    entries = [{"question": f"{number}?", "choices": ["yes", "no"], "answer": "yes"} for number in range(4)]
+    (folder / "Math.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def command(tiny_zoo, answered, tmp_path):
+    return ["--family", "Mistral", "--cache_dir", tiny_zoo, "--data_dir", answered, "--output_path", tmp_path / "out"]
+
+
+def sweep(*arguments):
+    return main(["sweep", *map(str, arguments), "--device", "cpu"])
+
+
+def refusal(capsys, *arguments):
+    capsys.readouterr()
+    assert sweep(*arguments) == 1
+    return [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
+
+
+def record_of(out):
+    (file,) = out.glob("sweeps/*/sweep.json")
+    return file, json.loads(file.read_text())["points"]
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo, answered, questions, tmp_path, capsys):
+    """Methods that are fed entries, matrices and statistics of the whole, a learned one, and an excluded tensor."""
+    out, file = tmp_path / "out", tmp_path / "sweep.yaml"
+    file.write_text(
+        "sweep:\n"
+        "- {method: [task_arithmetic], scaling_coefficient: '0.1:0.3:0.2'}\n"
+        "- {method: [iso, ties]}\n"
+        "- {method: [expert_merging], num_epochs: [2]}\n"
+        "- {method: [task_arithmetic], exclude_params: [['.*mlp.*', '.*lm_head.*']]}\n"
+        "select: divergence\n"
+    )
+    assert sweep(file, *command, "--questions", questions, "--write", "all") == 0
+    shown = capsys.readouterr().out
+    assert "The best of 6 points by divergence (divergence: 0 is the experts, 1 the base)" in shown
+    recorded, points = record_of(out)
+    assert f"all scores: {recorded}" in shown
+    runs = {run.parent: Run(run.parent) for run in out.glob("*/*/model")}
+    assert len(runs) == len(points) == 6
+    found = {}
+    for run in runs.values():
+        scores = read_scores(run.scores)
+        plainly = score_plainly(run.model, tiny_zoo, answered)
+        assert sum(scores.divergence.values()) / 3 == pytest.approx(plainly, rel=1e-4)
+        found[round(plainly, 6)] = scores.sets["mine"]
+    in_memory = sorted(sum(point["divergence"].values()) / 3 for point in points)
+    assert in_memory == pytest.approx(sorted(found), rel=1e-4)
+    assert main(["evaluate", *map(str, runs), "--questions", str(questions), "--device", "cpu"]) == 0
+    for run in runs.values():
+        kept = read_scores(run.scores)
+        assert kept.sets["mine"] in found.values()
+        assert kept.divergence
+    assert {path.name for path in (out / "sweeps").iterdir()} == {recorded.parent.name}
+    assert {path.name for path in recorded.parent.iterdir()} == {"sweep.json", "responses.json"}
+
+
+def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path, monkeypatch):
+    given = [*command, "--sweep", "method=task_arithmetic", "--write", "none"]
+    scored, score = [], _Bench.score
+
+    def counted(self, planned, share):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(planned.point["scaling_coefficient"])
+        return score(self, planned, share)
+
+    monkeypatch.setattr(_Bench, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(*given, "--sweep", "scaling_coefficient=0.1,0.2")
+    _, points = record_of(tmp_path / "out")
+    assert [point["point"]["scaling_coefficient"] for point in points] == [0.1]
+    scored.clear()
+    monkeypatch.setattr(_Bench, "score", lambda *arguments: scored.append(arguments[1].point) or score(*arguments))
+    assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
+    assert [point["scaling_coefficient"] for point in scored] == [0.2, 0.3]
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "sweeps"]
+    scored.clear()
+    monkeypatch.setattr(_Bench, "open", None)
+    assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
+    assert scored == []
+
+
+def test_the_best_is_written_as_an_ordinary_run(command, tiny_zoo, tmp_path):
+    assert sweep(*command, "--method", "task_arithmetic", "--sweep", "scaling_coefficient=0.1,5.0") == 0
+    (folder,) = (tmp_path / "out" / "task_arithmetic").iterdir()
+    assert Run(folder).record["options"]["scaling_coefficient"] == 0.1
+    given = ["--cache_dir", tiny_zoo, "--output_path", tmp_path / "out", "--method", "task_arithmetic"]
+    assert merge(*given, "--scaling_coefficient", 0.1) == 0  # finds it complete
+    assert [path.name for path in (tmp_path / "out" / "task_arithmetic").iterdir()] == [folder.name]
+
+
+def test_hopeless_points_are_left_by_halving(command, tmp_path):
+    given = [*command, "--method", "task_arithmetic", "--sweep", "scaling_coefficient=0.05,0.1,3.0,4.0"]
+    assert sweep(*given, "--halving", 2, "--write", "none") == 0
+    _, points = record_of(tmp_path / "out")
+    by_share = {}
+    for point in points:
+        by_share.setdefault(point["share"], set()).add(point["point"]["scaling_coefficient"])
+    assert by_share == {0.5: {0.05, 0.1, 3.0, 4.0}, 1.0: {0.05, 0.1}}
+
+
+def test_rounds_follow_from_points_and_samples():
+    assert Scoring().shares(100, 100) == [1.0]
+    assert Scoring(halving=3).shares(9, 100) == pytest.approx([1 / 9, 1 / 3, 1])
+    assert Scoring(halving=3).shares(100, 5) == pytest.approx([1 / 3, 1])
+    assert Scoring(halving=2).shares(1, 8) == [1.0]
+
+
+def test_a_point_that_cannot_be_merged_is_told_and_the_others_go_on(command, tmp_path, capsys, monkeypatch):
+    from expert_merging.comparing import sweep as module
+
+    prepare = module.prepare
+
+    def failing(job):
+        if job.resolved.options["scaling_coefficient"] == 0.2:
+            raise InputError("no solution")
+        return prepare(job)
+
+    monkeypatch.setattr(module, "prepare", failing)
+    given = [*command, "--method", "task_arithmetic", "--write", "none"]
+    assert sweep(*given, "--sweep", "scaling_coefficient=0.2,0.1") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("scaling_coefficient 0.1") < shown.index("scaling_coefficient 0.2")
+    assert "no solution" in shown
+    assert refusal(capsys, *given, "--sweep", "scaling_coefficient=0.2") == [
+        "no point has a score; the first one: no solution"
+    ]
+
+
+def test_a_plan_is_shown_and_same_points_are_one(command, tmp_path, capsys):
+    given = ["--sweep", "method=weight_average,ties", "--sweep", "density=0.1,0.2", "--dry_run"]
+    assert sweep(*command, *given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"3 points would be scored, in {tmp_path / 'out' / 'sweeps' / 'Mistral-'}")
+    assert lines[1:] == ["method weight_average, density 0.1", "method ties, density 0.1", "method ties, density 0.2"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_swept_is_said(command, questions, tmp_path, capsys):
+    one = ["--sweep", "scaling_coefficient=0.1", "--method", "task_arithmetic"]
+    assert refusal(capsys, *command[2:], *one) == ["which family? Give --family, one of InternVL, Mistral, Qwen2VL"]
+    assert "--family must be one of" in refusal(capsys, "--family", "Llama", *one)[0]
+    assert "what is to be swept?" in refusal(capsys, *command)[0]
+    assert refusal(capsys, *command, "--sweep", "scaling=1") == [
+        "--sweep scaling: no such option. Did you mean 'scaling_coefficient'?"
+    ]
+    assert refusal(capsys, *command, "--sweep", "seed") == ["--sweep takes OPTION=VALUES, each option once, got 'seed'"]
+    assert refusal(capsys, *command, "--sweep", "seed=1", "--sweep", "seed=2") == [
+        "--sweep takes OPTION=VALUES, each option once, got 'seed=2'"
+    ]
+    assert refusal(capsys, *command, *one, "--select", "accuracy") == [
+        "--select accuracy needs --questions FOLDER with labelled questions"
+    ]
+    assert refusal(capsys, *command, *one, "--write", "all", "--run_name", "x") == [
+        "--write all writes several runs, which cannot have one --run_name; leave it out"
+    ]
+    assert "--sweep_name is the name of a folder, at most 200 bytes long, got 'a/b'" in refusal(
+        capsys, *command, *one, "--sweep_name", "a/b"
+    )
+    assert "no flag --scalin_coefficient. Did you mean '--scaling_coefficient'?" in refusal(
+        capsys, *command, *one, "--scalin_coefficient", "1"
+    )
+    assert refusal(capsys, *command, "--sweep", "method=tall,ties", "--sweep", "density=0.5,7") == [
+        "point method tall, density 0.5: tall writes something else than one model, so it cannot be swept",
+        "point method tall, density 7: tall writes something else than one model, so it cannot be swept",
+        "point method ties, density 7: --density must be a number in (0, 1], got 7; for 7 % write 0.07",
+    ]
+    assert refusal(capsys, *command, *one, "--tokenizer", "union") == [
+        "point scaling_coefficient 0.1: --tokenizer makes a model with other words than the base's, so it cannot be "
+        "swept"
+    ]
+    (questions / "See.json").write_text(json.dumps([{"question": "what?", "answer": "x", "image_path": "p.png"}]))
+    (questions / "p.png").write_bytes(b"")
+    (line,) = refusal(capsys, *command, *one, "--questions", questions)
+    assert line.endswith("See.json, entry 0 (counted from 0) has a picture, and Mistral is a language model")
+    (line,) = refusal(capsys, *command, *one, "--samples_per_task", "0")
+    assert line == "--samples_per_task must be a whole number in [1, inf), got 0"
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_a_file_that_is_no_sweep_is_refused(command, tmp_path, capsys):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("a: [")
+    assert f"{file} is no YAML" in refusal(capsys, file)[0]
+    file.write_text("- a")
+    assert refusal(capsys, file) == [
+        f"{file} must hold options by name, such as 'family: Mistral', and 'sweep' with values by option"
+    ]
+    file.write_text("family: Mistral\nmethd: ties\nsweep: {seed: [1]}")
+    assert refusal(capsys, file) == ["no option 'methd'. Did you mean 'method'?"]
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    file = tmp_path / "sweep.json"
+    record = Record(file, {"calibration": "abc"})
+    record.add(Scored({"seed": 1}, "k", 0.5, {"Math": math.nan, "Code": 0.5}, seconds=1.0))
+    again = Record(file, {"calibration": "abc"}).known("k", 0.5)
+    assert again.point == {"seed": 1}
+    assert math.isnan(again.divergence["Math"])
+    assert again.badness("divergence") == math.inf
+    assert record.known("k", 1.0) is None
+    with pytest.raises(
+        InputError, match=r"has scores of another sweep \(calibration\); choose another --sweep_name, or"
+    ):
+        Record(file, {"calibration": "abd"})
+    for text in ('{"format": 1}', '{"points": [{"point": {}}], "description": {}}', '{"points": 1, "description": {}}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match="holds no scores of a sweep; move it away to begin again"):
+            Record(file, {})
+
+
+@pytest.mark.parametrize("flag", ["--mthod", "--json"])
+def test_other_commands_refuse_what_they_do_not_know(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", "x", flag, "y"])
+    assert f"unrecognized arguments: {flag} y" in capsys.readouterr().err
