@@ -16,6 +16,7 @@ from expert_merging.documents import resolved
 from expert_merging.errors import InputError, Problems, about, one_line
 from expert_merging.families import family_names, load_family
 from expert_merging.flags import Count
+from expert_merging.running.board import note_scores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +101,7 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console)
     for model in compared:
         if model.run is not None:
             add_scores(model.run.scores, Scores(found[model.label]))
+            note_scores(model.run, {set_name: score.mean for set_name, score in found[model.label].items()})
     _show(found, console)
     if options.json is not None:
         _write_json(Path(options.json), compared, found)
