@@ -163,9 +163,10 @@ def repeat(run: Finished) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in run.part("versions").items())
     revision = run.record.get("git_revision")
     program = shlex.quote(f"{run.record['family']}/model_merging.py")
+    written = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return {
         "label": run.label,
         "command": f"python {program} --config run.yaml",
-        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
+        "settings": written.strip(),
         "versions": f"Made with {versions}{f', revision {revision}' if revision else ''}." if versions else "",
     }

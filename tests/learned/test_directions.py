@@ -202,7 +202,7 @@ def test_coefficients_of_a_run_write_its_checkpoint_again(case, answered_zoo, tm
     assert merge(*arguments(answered_zoo, tmp_path, *CASES[case])) == 0
     (run,) = tmp_path.glob("*/r")
     assert not (run / "directions").exists()
-    assert len(list((run / "analysis").glob("*.png"))) == 5
+    assert len(list((run / "analysis").glob("*.png"))) == 6
     again = ["--method", "coefficients", "--coefficients", run]
     assert merge("--cache_dir", answered_zoo, "--output_path", tmp_path, "--run_name", "again", *again) == 0
     written = (tmp_path / "coefficients" / "again" / "model" / "model.safetensors").read_bytes()
