@@ -37,6 +37,7 @@ def run_program(main: Callable[[], int], how: str) -> None:
         main: returns the exit code. A signal raises KeyboardInterrupt in it.
         how: what the user can do after a signal.
     """
+    open_missing_streams()
     program = _Program(how)
     try:
         program.listen()
@@ -49,6 +50,20 @@ def run_program(main: Callable[[], int], how: str) -> None:
         raise
     program.end_if_signalled()
     sys.exit(code)
+
+
+def open_missing_streams() -> None:
+    """Let input and outputs that this process was started without lead nowhere.
+
+    Otherwise the next files that are opened, weights perhaps, have their numbers, to which libraries write warnings.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 class _Program:

@@ -248,6 +248,32 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+# Opens a file that a program without outputs would open as its output.
+OPENING = """
+import os
+
+def main():
+    with open(sys.argv[1], "wb") as file:
+        os.write(file.fileno(), b"weights")
+        print("shown")
+        print("told", file=sys.stderr)
+        os.write(2, b"a library's warning")
+        os.kill(os.getpid(), 2)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
+def test_a_program_without_outputs_writes_nothing_of_them_into_its_files(closed, tmp_path):
+    code = subprocess.run(
+        [sys.executable, "-c", BEGINNING + OPENING + ENDING, tmp_path / "file"],
+        cwd=ROOT,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+        check=False,
+    ).returncode
+    assert (code, (tmp_path / "file").read_bytes()) == (130, b"weights")
+
+
 # Runs a program as `python -m` does, up to where it imports what takes a while.
 IMPORTING = """
 import runpy, sys, time
