@@ -19,6 +19,7 @@ from expert_merging.checkpoints.sources import locate_all
 from expert_merging.checkpoints.vocabulary import check_size
 from expert_merging.console import Terminal
 from expert_merging.context import Context
+from expert_merging.documents import resolved as resolved_path
 from expert_merging.errors import InputError, Problems
 from expert_merging.flags import is_one_per_expert
 from expert_merging.machine import limit_threads
@@ -227,8 +228,9 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
 
 
 def _check_output(folder: Path, checkpoints: Sequence[Path]) -> None:
+    place = resolved_path(folder)
     for checkpoint in checkpoints:
-        if folder.resolve().is_relative_to(checkpoint.resolve()):
+        if place.is_relative_to(resolved_path(checkpoint)):
             raise InputError(
                 f"the run folder {folder} would lie inside the checkpoint folder {checkpoint}, which is never written "
                 "to; choose another --output_path"

@@ -195,11 +195,15 @@ def resolved(path: str | Path) -> Path:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Check that what stands on the command line is text.
+    """Check that what stands on the command line is text, and that there is a folder from which its paths lead.
 
     Raises:
-        InputError: something is not.
+        InputError: something is not, or there is none.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError("the current folder does not exist any more; change to another one") from None
     for argument in arguments:
         try:
             argument.encode()

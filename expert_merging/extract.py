@@ -118,8 +118,8 @@ def _open(run: Run, expert: str, base_folder: Path | None) -> tuple[Plan, Masks]
 
 def _read_record(run: Run) -> Mapping[str, Any]:
     """``config.json`` of a complete run with masks."""
-    record = run.record
-    if record is None or not isinstance(record["options"].get("base_model_path"), str):
+    record = run.merged_from()
+    if record is None:
         raise InputError(f"{run.folder} is no run: it has no readable {run.config.name} of one")
     if record["method"] not in _SOURCES:
         raise InputError(

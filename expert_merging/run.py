@@ -147,7 +147,9 @@ class Run:
         Raises:
             InputError: the folder holds something else; what differs is named.
         """
-        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        existing = next(path for path in (self.folder, *self.folder.parents) if os.path.lexists(path))
+        if existing.is_symlink() and not existing.exists():
+            raise InputError(f"{existing} is a link that leads nowhere; remove it")
         if not existing.is_dir():
             raise InputError(f"{existing} is a file where the run needs a folder; move it away")
         # A run that was stopped in its first moments, or that another process is just beginning, is no other run.
@@ -181,6 +183,17 @@ class Run:
             return None
         is_run = {"family", "method", "options"} <= set(record) and isinstance(record["options"], dict)
         return record if is_run else None
+
+    def merged_from(self) -> dict[str, Any] | None:
+        """Like `record`, which other programs than the run's own need in full.
+
+        Raises:
+            InputError: there is one, and it does not say what was merged.
+        """
+        record = self.record
+        if record is not None and not _says_what_was_merged(record):
+            raise InputError(f"{self.config} does not say what was merged; was it edited?")
+        return record
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.
@@ -219,6 +232,23 @@ def digest_of_run(description: Mapping[str, Any]) -> str:
     checkpoints = list(description["checkpoints"].items())
     decisive = json.dumps([description["family"], description["method"], options, checkpoints])
     return hashlib.sha256(decisive.encode()).hexdigest()[:8]
+
+
+def _says_what_was_merged(record: Mapping[str, Any]) -> bool:
+    options = record["options"]
+    return (
+        all(isinstance(record[name], str) for name in ("family", "method"))
+        and isinstance(record.get("checkpoints"), Mapping)
+        and isinstance(options.get("base_model_path"), str)
+        and isinstance(options.get("expert"), Mapping)
+        and all(isinstance(place, str) for place in options["expert"].values())
+        and _is_list_of_texts(options.get("exclude_params"))
+        and _is_list_of_texts(options.get("post") or [])
+    )
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

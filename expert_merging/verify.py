@@ -20,6 +20,7 @@ from expert_merging.checkpoints.checkpoint import FLOATS, Checkpoint, Entry, rea
 from expert_merging.checkpoints.naming import published_names
 from expert_merging.console import Terminal, say
 from expert_merging.digests import Section, read_digest
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError, Problems, first_of
 from expert_merging.families import load_family
 from expert_merging.kept import HEAD, Written
@@ -67,14 +68,13 @@ def verify(folder: Path, console: Console) -> None:
         InputError: what differs, or why nothing can be said.
     """
     run = _complete_run(folder)
-    record, written = run.record, run.kept.within(run.model.name).files()
+    record, written = run.merged_from(), run.kept.within(run.model.name).files()
     if record is None or not written:
         missing = run.config if record is None else run.kept.file
         raise InputError(
             f"{missing} is missing, damaged, or of an earlier version, and says what the run has written; nothing can "
             "be verified without it"
         )
-    _check_record(run, record)
     limit_threads()
     found = Findings()
     checkpoints = _open_checkpoints(record, found)
@@ -103,34 +103,16 @@ def _complete_run(folder: Path) -> Run:
     Raises:
         InputError: there is none, or it is not complete.
     """
-    for place in (folder.resolve(), folder.resolve().parent):
+    place = resolved(folder)
+    for holder in (place, place.parent):
         for holds_several in (False, True):
-            run = Run(place)
+            run = Run(holder)
             run.holds_several = holds_several
-            if run.is_complete and run.config.is_file() and folder.resolve() in (run.folder, run.model):
+            if run.is_complete and run.config.is_file() and place in (run.folder, run.model):
                 return run
     if Run(folder).record is not None:
         raise InputError(f"{folder} is a run that is not complete; its own command continues it")
     raise InputError(f"{folder} is no finished run: it has no config.json of one, or no folder model")
-
-
-def _check_record(run: Run, record: Mapping[str, Any]) -> None:
-    """Check that ``config.json`` says what was merged.
-
-    Raises:
-        InputError: it does not.
-    """
-    options = record["options"]
-    is_whole = (
-        all(isinstance(record[name], str) for name in ("family", "method"))
-        and isinstance(record.get("checkpoints"), Mapping)
-        and isinstance(options.get("base_model_path"), str)
-        and isinstance(options.get("expert"), Mapping)
-        and all(isinstance(place, str) for place in options["expert"].values())
-        and isinstance(options.get("exclude_params"), list)
-    )
-    if not is_whole:
-        raise InputError(f"{run.config} does not say what was merged; was it edited?")
 
 
 def _open_checkpoints(record: Mapping[str, Any], found: Findings) -> dict[str, Checkpoint]:

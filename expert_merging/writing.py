@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from expert_merging.digests import Piece, digest_of
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError
 
 _READ_AND_WRITE = 0o666
@@ -59,7 +60,7 @@ def check_new_folder(target: Path, sources: Iterable[Path], flag: str) -> None:
         if os.path.lexists(place := name(target)):
             raise InputError(f"{place} exists already; choose another {flag}, or move it away")
     for folder in sources:
-        if target.resolve().is_relative_to(folder.resolve()):
+        if resolved(target).is_relative_to(resolved(folder)):
             raise InputError(f"{target} would lie inside {folder}, which is never written to; choose another {flag}")
     check_lengths(target.parent, [Path(target.name)])
     existing = next(parent for parent in target.parents if parent.exists())

@@ -113,6 +113,14 @@ def test_a_file_in_the_place_of_a_folder_is_refused(run):
     assert problem(run) == f"{run.folder} is a file where the run needs a folder; move it away"
 
 
+@pytest.mark.parametrize("place", ["folder", "parent"])
+def test_a_link_that_leads_nowhere_in_the_place_of_a_folder_is_refused(place, run):
+    link = run.folder if place == "folder" else run.folder.parent
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("nowhere")
+    assert problem(run) == f"{link} is a link that leads nowhere; remove it"
+
+
 def test_a_run_that_was_stopped_while_it_wrote_its_record_begins_again(run):
     run.folder.mkdir(parents=True)
     (run.folder / "config.json.partial").write_text('{"fam')

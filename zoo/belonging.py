@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError
 from expert_merging.run import Run
 from zoo.build import DESCRIPTION
@@ -30,7 +31,7 @@ def zoo_of(places: Sequence[Path]) -> Path:
 
 def _zoo_of_one(place: Path) -> Path | None:
     record = _run_at(place).record
-    base = place.resolve() if record is None else Path(str(record["options"].get("base_model_path")))
+    base = resolved(place) if record is None else Path(str(record["options"].get("base_model_path")))
     if (base.parent / DESCRIPTION).is_file():
         return base.parent
     if record is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError
 from expert_merging.run import Run
 from zoo.belonging import refuse_others
@@ -60,7 +61,7 @@ def run_labels(places: Sequence[Path]) -> list[str]:
     """
     runs = [Run.found_at(place) for place in places]
     names = [
-        (run.method, run.name) if run else (place.resolve().name, "") for run, place in zip(runs, places, strict=True)
+        (run.method, run.name) if run else (resolved(place).name, "") for run, place in zip(runs, places, strict=True)
     ]
     shared = Counter(method for method, _ in names)
     labels = [f"{method} ({name})" if shared[method] > 1 and name else method for method, name in names]

@@ -130,7 +130,9 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
         folder = locate(path) if run is None else run.model
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
-        record = None if run is None else run.record
+        record = None if run is None else run.merged_from()
+        if record is not None and _has_read_samples(record) and not _says_what_it_read(record["options"]):
+            raise InputError(f"{path} has a config.json that does not say which samples it has read; was it edited?")
         label = resolved(path).name if run is None else f"{run.method}/{run.name}"
         found.append(Compared(label, folder, record, run))
     repeated = Counter(model.label for model in found)
@@ -144,6 +146,18 @@ def _has_read_samples(record: Mapping[str, Any]) -> bool:
     """Whether the method of a run, or one of its modifiers, has run models on calibration samples."""
     steps = [record["method"], *(record["options"].get("post") or [])]
     return any(find_method(name).reads_samples_with(record["options"]) for name in steps)
+
+
+def _says_what_it_read(options: Mapping[str, Any]) -> bool:
+    experts, counts = (options.get(name) or {} for name in ("task_expert", "samples_per_task_dict"))
+    return (
+        isinstance(options.get("data_dir"), str)
+        and isinstance(experts, Mapping)
+        and all(isinstance(expert, str) for expert in experts.values())
+        and isinstance(counts, Mapping)
+        and all(isinstance(count, int) for count in (options.get("samples_per_task"), *counts.values()))
+        and isinstance(options.get("prompt_template"), str | None)
+    )
 
 
 def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backbone, Path, dict[str, Path]]:
@@ -242,7 +256,9 @@ def _choose_samples(
         raise InputError(f"which questions? {reason}; give --data_dir")
     data_dir = resolved(options.data_dir or folders[0])
     there = [record for record in learned if Path(record["data_dir"]) == data_dir]
-    task_expert = options.task_expert or next((record["task_expert"] for record in there if record["task_expert"]), {})
+    task_expert = options.task_expert or next(
+        (record["task_expert"] for record in there if record.get("task_expert")), {}
+    )
     tasks = find_tasks(data_dir, (*plan.experts, *backbone.task_experts, *task_expert)) if data_dir.is_dir() else {}
     used = {task: max((_samples_used(record, task) for record in there), default=0) for task in tasks}
     samples = load_samples(
@@ -258,7 +274,7 @@ def _choose_samples(
 
 def _samples_used(record: Mapping[str, Any], task: str) -> int:
     """How many samples of a task a run has learned from."""
-    special = record["samples_per_task_dict"] or {}
+    special = record.get("samples_per_task_dict") or {}
     count: int = special.get(task, record["samples_per_task"])
     return count
 

@@ -15,8 +15,8 @@ from expert_merging.comparing.align import held_out, relative
 from expert_merging.comparing.compare import _table, find_models
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
-from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_tasks
-from tests.command import merge
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_checkpoint, write_tasks
+from tests.command import TENSORS, flags, merge, merged
 from tests.learned.twin import Example, Twin
 
 
@@ -126,6 +126,34 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
     shown = refusal(capsys, runs[0], tmp_path / "out" / "weight_average" / "r")
     assert "made of different things" in shown
     assert "give --expert" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"family": 1}, "does not say what was merged; was it edited?"),
+        ({"options": {"base_model_path": 7}}, "does not say what was merged; was it edited?"),
+        ({"options": {"expert": {"A": None}}}, "does not say what was merged; was it edited?"),
+        ({"options": {"post": 5}}, "does not say what was merged; was it edited?"),
+        *(
+            ({"method": "expert_merging", "options": options}, "does not say which samples it has read; was it edited?")
+            for options in (
+                {"data_dir": None},
+                {"samples_per_task": "x"},
+                {"samples_per_task_dict": {"A": None}},
+                {"task_expert": ["A"]},
+                {"prompt_template": 3},
+            )
+        ),
+    ],
+)
+def test_a_record_that_was_edited_is_refused(changes, problem, tmp_path, capsys):
+    base, expert = (write_checkpoint(tmp_path / name, TENSORS) for name in ("base", "A"))
+    run = merged(tmp_path, "--method", "ties", *flags(base, A=expert))
+    record = json.loads(run.config.read_text())
+    options = {**record["options"], "data_dir": "x", "samples_per_task": 5, **changes.get("options", {})}
+    run.config.write_text(json.dumps({**record, **changes, "options": options}))
+    assert refusal(capsys, run.folder).endswith(problem)
 
 
 @pytest.mark.slow
