@@ -108,8 +108,9 @@ def _merge(resolved: Resolved, backbone: Backbone) -> int:
 
 
 def _list_methods(backbone: Backbone) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from expert_merging.console import Screen
 
     methods = all_methods().values()
     lines = {
@@ -123,7 +124,7 @@ def _list_methods(backbone: Backbone) -> None:
     learning = [method.name for method in methods if method.reads_samples and kind_of(method) == "learned"]
     of_samples = _in_all(lines, reading)
     of_learning = [line for line in _in_all(lines, learning) if line not in of_samples]
-    console = Console(markup=False)
+    console = Screen(markup=False)
     table = Table(header_style="bold", show_lines=True)
     table.add_column("method")
     table.add_column("what it does", max_width=max(20, console.width - 58))  # what the other columns leave

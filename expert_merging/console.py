@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -56,6 +59,17 @@ def say(console: Console, text: str, style: str | None = None) -> None:
     console.print(one_line(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+class Screen(Console):
+    """A console that says so when nobody reads it any more, as after ``| head``; rich would end without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error, and let nothing more come there: Python would fail once more at its end."""
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints log lines above the progress bars."""
 
@@ -89,7 +103,7 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+        self.console = Screen(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
         self.handlers: list[logging.Handler] = []
         self.doing = "before the first step"
         self.package = logging.getLogger(_PACKAGE)

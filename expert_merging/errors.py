@@ -62,6 +62,8 @@ def file_problem(error: OSError, again: str) -> InputError:
             "a file would be larger than the file system, or `ulimit -f`, allows; with that changed, the same command "
             f"{again}"
         )
+    if error.errno == errno.EPIPE:
+        return InputError(f"what reads the output of this program has ended before it; the same command {again}")
     reason = error.strerror or first_line(error)
     if error.filename is not None:
         return InputError(f"{error.filename}: {reason}")

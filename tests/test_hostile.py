@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import zoo.commands
 from expert_merging import options
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.commands.main import main
 from tests.checkpoints import EXPERTS, make_zoo, tensors_of, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, merge, merged, refusal, refused
+from zoo.commands import main as zoo_main
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {**TENSORS, "[/red].weight": torch.ones(3), "a\nb\x1b[31m": torch.ones(3), "é\u2028.weight": torch.ones(3)}
@@ -100,11 +104,82 @@ def test_arguments_that_are_no_text(capsys):
     )
 
 
-def test_a_link_that_leads_to_itself_is_no_model(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["align {}", "verify {}", "convert base {}/x", "zoo evaluate {}"])
+def test_a_link_that_leads_to_itself_is_no_model(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
-    assert main(["align", str(tmp_path / "loop")]) == 1
+    torch.save({"a": torch.ones(3)}, write_checkpoint(tmp_path / "base", TENSORS) / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    place = tmp_path / "loop"
+    program, words = (zoo_main, 1) if command.startswith("zoo") else (main, 0)
+    assert program([word.format(place) for word in command.split()[words:]]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("has a link in it that leads to itself; remove the link")
+    assert str(place) in line
+
+
+def test_a_run_folder_that_leads_to_itself(odd, tmp_path, capsys):
+    (tmp_path / "task_arithmetic").mkdir()
+    (tmp_path / "task_arithmetic" / "loop").symlink_to("loop")
+    assert refusal(capsys, *odd, "--output_path", tmp_path, "--run_name", "loop") == (
+        f"the path {tmp_path / 'task_arithmetic' / 'loop'} has a link in it that leads to itself; remove the link"
+    )
+
+
+def test_a_name_with_nul_is_no_run(capsys):
+    assert main(["verify", "a\0b"]) == 1
+    assert capsys.readouterr().err.endswith("the path 'a\\x00b' has a NUL character in it, which no file's name has\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the current folder cannot be removed")
+def test_a_current_folder_that_is_gone(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    line = "error: the current folder does not exist any more; change to another one\n"
+    assert (main(["verify", "x"]), capsys.readouterr().err) == (1, line)
+    assert (merge(*COMMAND), capsys.readouterr().err) == (1, line)
+    assert (zoo_main(["evaluate", "x"]), capsys.readouterr().err) == (1, line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["Mistral/model_merging.py", "--list_methods"],
+        ["Mistral/model_merging.py", "{flags}", "--dry_run"],
+        ["-m", "expert_merging", "verify", "{run}"],
+    ],
+    ids=" ".join,
+)
+def test_output_that_nobody_reads_is_one_line(arguments, tmp_path):
+    base, expert = (write_checkpoint(tmp_path / name, TENSORS) for name in ("base", "A"))
+    given = [*COMMAND, *map(str, flags(base, A=expert)), "--output_path", str(tmp_path)]
+    run = merged(tmp_path, *given) if "verify" in arguments else None
+    words = [
+        word for text in arguments for word in (given if text == "{flags}" else [text.format(run=run and run.folder)])
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    told = (
+        rb"error: what reads the output of this program has ended before it; the same command (continues|begins) .*\n"
+    )
+    assert re.fullmatch(told, done.stderr), done.stderr
+
+
+def test_a_zoo_whose_files_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zoo.commands, "build_command", lambda *_, **__: fails())
+    assert zoo_main(["build", "mistral"]) == 1
     assert capsys.readouterr().err == (
-        f"error: the path {tmp_path / 'loop'} has a link in it that leads to itself; remove the link\n"
+        "error: the disk is full; make room, then the same command continues where it stopped\n"
     )
 
 

@@ -8,17 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from expert_merging.errors import InputError, tell
+from expert_merging.console import Screen
+from expert_merging.documents import check_arguments, escape_output
+from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.signals import CONTINUES
 from zoo.family import FAMILY_MODULES, default_folder, load_family
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    escape_output()
     options = parser().parse_args(arguments)
     try:
+        check_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.command == "build":
             build_command(options.family, options.output, options.seed, adapters=options.adapters)
         elif options.command == "demo":
@@ -27,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluate_command(options.runs, options.zoo, options.questions, options.json)
     except InputError as error:
         tell(error)
+        return 1
+    except OSError as error:
+        tell(file_problem(error, "continues where it stopped"))
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {CONTINUES}\n")
@@ -73,7 +78,7 @@ def build_command(family_name: str, output: Path | None, seed: int, *, adapters:
 
     family = load_family(family_name)
     zoo = output or default_folder(family_name, seed)
-    console = Console(soft_wrap=True)
+    console = Screen(soft_wrap=True)
     with progress(console) as shown:
         build(family, zoo, seed=seed, adapters=adapters, progress=shown)
     console.print(f"The zoo is in {zoo}", highlight=False)
@@ -83,7 +88,7 @@ def demo_command(family_name: str, seed: int, methods: Sequence[str], json_file:
     """Run the demo and write the numbers."""
     from zoo.demo import demo
 
-    scores = demo(family_name, seed=seed, methods=methods, console=Console())
+    scores = demo(family_name, seed=seed, methods=methods, console=Screen())
     if json_file is not None:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
@@ -94,6 +99,6 @@ def evaluate_command(runs: Sequence[Path], zoo: Path | None, questions: int | No
     from zoo.report import evaluate, table
 
     scores = evaluate(zoo or zoo_of(runs), runs, questions=questions)
-    Console().print(table(scores))
+    Screen().print(table(scores))
     if json_file is not None:
         json_file.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

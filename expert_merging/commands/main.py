@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from expert_merging.commands import align, analyse, convert, evaluate, extract, merge, report, runs, sweep, verify
 from expert_merging.commands.command import Command
 from expert_merging.commands.completion import complete
+from expert_merging.console import Screen
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, tell
 from expert_merging.relief import out_of_memory
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is not None and command.main is not None:
         return command.main(arguments[1:])
     given = _parsed(arguments)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Screen(soft_wrap=True, highlight=False, markup=False)
     try:
         check_arguments(arguments)
         COMMANDS[given.pop("command")].run(given, console)
