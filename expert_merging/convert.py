@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -63,7 +65,18 @@ _TYPES = {
     "uint64": "U64",
 }
 # What reading a damaged file may end with.
-_DAMAGES = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_DAMAGES = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def convert(place: Path, target: Path, console: Console) -> None:
@@ -184,8 +197,10 @@ def _load(file: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions of pickle that it does not know
+            # Files of torch before 1.6 are no archives and cannot be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -222,9 +223,12 @@ def _read_factor(file: Path, expert: str) -> float:
     from safetensors.torch import load_file
 
     try:
-        return float(load_file(file)[expert])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        raise InputError(f"{file} does not have the factor of {expert!r}; was it changed or moved away?") from None
+        factor = float(load_file(file)[expert])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # the last where it is several numbers
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise InputError(f"{file} does not have the factor of {expert!r}; was it changed or moved away?")
+    return factor
 
 
 def _card(plan: Plan, masks: Masks, run: Run) -> str:

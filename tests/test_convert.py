@@ -267,6 +267,23 @@ def test_a_file_that_is_cut_off(folder, target, capsys):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_every_byte_of_a_file_may_be_damaged(folder, target, capsys, is_archive):
+    file = folder / "pytorch_model.bin"
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=is_archive)
+    content = file.read_bytes()
+    refusals = 0
+    for place in range(0, len(content), 1 + len(content) // 500):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        if convert(folder, target) == 0:
+            shutil.rmtree(target)
+        else:
+            refusals += 1
+            assert re.fullmatch(rf"error: {file} [^\n]+\n", capsys.readouterr().err), place
+    assert refusals > 20
+
+
 def test_what_is_no_table_of_tensors(folder, target, capsys):
     torch.save([torch.ones(1)], folder / "pytorch_model.bin")
     file = folder / "pytorch_model.bin"

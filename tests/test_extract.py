@@ -271,3 +271,15 @@ def test_a_full_or_closed_disk_is_told_before(run, tmp_path, capsys, monkeypatch
     monkeypatch.undo()
     monkeypatch.setattr("os.access", lambda *_: False)
     assert refusal(capsys, run, output=tmp_path / "new") == f"{tmp_path} cannot be written to; choose another --output"
+
+
+@pytest.mark.parametrize("factor", [None, torch.ones(2), torch.tensor(float("nan")), torch.tensor(float("inf"))])
+def test_a_factor_that_is_no_number_is_refused(factor, tmp_path, capsys):
+    base, first, second = (write_checkpoint(tmp_path / name, {"a": torch.rand(9)}) for name in ("base", "A", "B"))
+    run = merged(tmp_path / "runs", "--method", "emr", *flags(base, A=first, B=second))
+    file = run.model / "masks" / "rescalers.safetensors"
+    save_file({"B": torch.tensor(1.0)} if factor is None else {"A": factor}, file)
+    assert refusal(capsys, run, expert="A", output=tmp_path / "new") == (
+        f"{file} does not have the factor of 'A'; was it changed or moved away?"
+    )
+    assert not (tmp_path / "new").exists()

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import struct
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -31,7 +32,9 @@ from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint, read_header
 from expert_merging.checkpoints.tokenizer_files import read_vocabulary
 from expert_merging.context import Context
+from expert_merging.convert import convert
 from expert_merging.errors import InputError, lines_of
+from expert_merging.extract import extract
 from expert_merging.learned.coefficients import Coefficients
 from expert_merging.learned.earlier import applied
 from expert_merging.learned.start import _remembered
@@ -402,6 +405,32 @@ def _verified(folder: Path) -> None:
     verify(folder / "ties" / "r", Console(file=io.StringIO()))
 
 
+def _pickles(folder: Path) -> None:
+    tensors = {**TENSORS, "half": torch.ones(3, dtype=torch.bfloat16), "part": torch.rand(6)[::2]}
+    for name, is_archive in {"new": True, "old": False}.items():
+        (folder / name).mkdir(parents=True)
+        torch.save(tensors, folder / name / "pytorch_model.bin", _use_new_zipfile_serialization=is_archive)
+
+
+def _converted(folder: Path) -> None:
+    for name in ("new", "old"):
+        with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
+            convert(folder / name, Path(place) / "model", Console(file=io.StringIO()))
+
+
+def _masked(folder: Path) -> None:
+    for name, shift in {"base": 0, "A": 1, "B": 2}.items():
+        checkpoints.write_checkpoint(folder / name, {key: tensor + shift for key, tensor in TENSORS.items()})
+    places = flags(folder / "base", A=folder / "A", B=folder / "B")
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        assert merge("--method", "emr", *places, "--output_path", folder, "--run_name", "r") == 0
+
+
+def _extracted(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
+        extract(folder / "emr" / "r", "A", Path(place) / "model", None, Console(file=io.StringIO()))
+
+
 def _command(folder: Path) -> None:
     checkpoints.make_zoo(folder)
 
@@ -435,6 +464,12 @@ _FOLDERS = tuple(
     )
 )
 
+_MASKED = (
+    "config.json",
+    "model/model.safetensors",
+    "model/masks/model.safetensors",
+    "model/masks/rescalers.safetensors",
+)
 _FINISHED = ("config.json", "digests.json", "model/config.json", "model/model.safetensors", "model/README.md")
 
 READERS = (
@@ -509,6 +544,8 @@ READERS = (
     ),
     Reader("records", _records, ("config.json", "evaluations.json", "start.json", "digests.json"), _read_records, 30),
     Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
+    Reader("pickle files", _pickles, ("new/pytorch_model.bin", "old/pytorch_model.bin"), _converted, 15),
+    Reader("extract", _masked, tuple(f"emr/r/{name}" for name in _MASKED), _extracted, 8),
     Reader("command, closed form", _command, _FOLDERS, partial(_whole, method="ties"), 3),
     Reader(
         "command, learned",
