@@ -12,6 +12,7 @@ from expert_merging.running.options import SampleOptions
 # A flag, the option that may leave it without effect, and the values with which that option does.
 _LEFT_OUT = (
     ("temperature", "logits_weight", (0,)),
+    ("confident", "logits_weight", (0,)),
     ("logits_chunk_tokens", "logits_weight", (0,)),
     ("hidden_states_layers", "hidden_states_weight", (0,)),
     ("hidden_states_weight", "hidden_states_layers", ("none",)),

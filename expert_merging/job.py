@@ -107,7 +107,7 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any], meter: Meter) -> Summar
     context, run, summary = job.context, job.context.run, Summary()
     kept = run.kept.within(run.model.name)
     if is_main_process():
-        files = {f"{output.folder}/{file}".lstrip("/") for output in job.outputs for file in output.files}
+        files = {(Path(output.folder) / file).as_posix() for output in job.outputs for file in output.files}
         _remove_strays(run.partial_model, files)
     for output in job.outputs:
         folder = run.partial_model / output.folder
@@ -136,13 +136,13 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any], meter: Meter) -> Summar
 
 
 def _remove_strays(folder: Path, files: Container[str]) -> None:
-    """Remove what an unfinished model's folder has beside files that the run makes, and links: it would be published.
+    """Remove what an unfinished model's folder has beside files that the run makes: it would be published.
 
-    What is copied into it is copied again.
+    What is copied into it is copied again, and a link in place of a file that was made is no such file.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
     for path in paths:
-        if path.is_symlink() or path.relative_to(folder).as_posix() not in files:
+        if path.relative_to(folder).as_posix() not in files:
             path.unlink()
 
 

@@ -89,6 +89,7 @@ def idle(*arguments):
     [
         (["--temperature", "2", "--logits_weight", "0"], ["ignored with --logits_weight 0.0: --temperature"]),
         (["--temperature", "2", "--logits_weight", "0.5"], []),
+        (["--confident", "--logits_weight", "0"], ["ignored with --logits_weight 0.0: --confident"]),
         (
             ["--hidden_states_layers", "0,1", "--hidden_states_weight", "0"],
             ["ignored with --hidden_states_weight 0.0: --hidden_states_layers"],

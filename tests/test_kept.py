@@ -325,6 +325,8 @@ def test_a_record_that_goes_beyond_its_file_is_no_record(tmp_path):
         entry = {"size": 100, "made_of": "", "sections": {HEAD: [start, size, 50, "00"]}}
         with pytest.raises(ValueError, match=r"does not begin where|are in no section"):
             Written.read(entry)
+    with pytest.raises(ValueError, match="does not begin where"):
+        Written.read({"size": 100, "made_of": "", "sections": {HEAD: [0, 50, 50, "00"], "a": [60, 50, 50, "00"]}})
     for sections in ({}, {"a": [0, 100, 50, "00"]}):
         with pytest.raises(ValueError, match="are in no section"):
             Written.read({"size": 100, "made_of": "", "sections": sections})

@@ -94,6 +94,23 @@ def test_a_model_of_a_thousand_million_layers_is_not_begun(family, folders, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", 0), ("vocab_size", 0), ("num_attention_heads", -1), ("num_hidden_layers", 0)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_nothing_is_refused(family, name, value, folders, tmp_path):
+    """Which torch would make, with a warning of its own."""
+    folder = shutil.copytree(folders / family, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config.get("llm_config", config)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        FAMILIES[family][0].parameter_names(folder)
+    assert caught.value.problems == (
+        f"{folder / 'config.json'} has {name} {value}, and every model has at least 1; download it again",
+    )
+
+
 @pytest.mark.parametrize("change", [{"num_attention_heads": "x"}, {"hidden_size": None}, {"rms_norm_eps": []}])
 def test_settings_of_the_wrong_type_are_told_by_what_transformers_says(change, folders, tmp_path):
     folder = shutil.copytree(folders / "Mistral", tmp_path / "base")

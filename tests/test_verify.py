@@ -121,6 +121,13 @@ def test_a_model_that_was_changed_is_told(fault, expected, run, capsys):
     assert problems(capsys, run) == [expected]
 
 
+def test_what_python_and_desktops_leave_is_no_difference(run, capsys):
+    for name in ("__pycache__/modeling_x.cpython-311.pyc", ".DS_Store"):
+        (run / "model" / name).parent.mkdir(exist_ok=True)
+        (run / "model" / name).write_bytes(b"x")
+    assert main(["verify", str(run)]) == 0
+
+
 def test_a_header_that_was_changed_is_told(run, capsys):
     file = run / "model" / FIRST
     file.write_bytes(file.read_bytes().replace(b"layers.0.weight", b"layers.9.weight"))

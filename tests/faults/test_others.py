@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -104,14 +105,19 @@ def test_a_folder_that_may_not_be_written_to(number, runs: Runs, record_property
     record_property("fault: the output is read-only (EACCES)", 1)
 
 
+def with_own_experts(place: Place, draw: random.Random) -> tuple[Place, Path]:
+    """The place with a copy of the checkpoints, and a file of weights of an expert there."""
+    zoo = Path(shutil.copytree(place.zoo, place.folder / "zoo"))
+    file = draw.choice(sorted((zoo / draw.choice([*EXPERTS.values()])).glob("*.safetensors")))
+    return replace(place, zoo=zoo), file
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_an_expert_that_is_cut_off(number, runs: Runs, record_property):
     name = nth(number, names())
-    place, draw = runs.place(name), drawing("file", number)
-    zoo = Path(shutil.copytree(runs.zoo, place.folder / "zoo"))
-    file = draw.choice(sorted((zoo / draw.choice([*EXPERTS.values()])).glob("*.safetensors")))
+    place, file = with_own_experts(runs.place(name), drawing("file", number))
     kept = shutil.copy2(file, file.with_suffix(".kept"))
-    with faulty("truncation", number, replace(place, zoo=zoo), runs, name, partial(acts.cut, file)) as done:
+    with faulty("truncation", number, place, runs, name, partial(acts.cut, file)) as done:
         os.replace(kept, file)
         check_told(
             done, file.name, "a file of weights was cut off while it was read", "were written while this run read them"
@@ -123,20 +129,18 @@ def test_an_expert_that_is_cut_off(number, runs: Runs, record_property):
 def test_an_expert_that_is_rewritten(number, runs: Runs, record_property):
     """The result is that of the content before or of the content after, or there is none."""
     name = nth(number, names())
-    place, draw = runs.place(name), drawing("rewritten", number)
-    zoo = Path(shutil.copytree(runs.zoo, place.folder / "zoo"))
-    file = draw.choice(sorted((zoo / draw.choice([*EXPERTS.values()])).glob("*.safetensors")))
+    draw = drawing("rewritten", number)
+    place, file = with_own_experts(runs.place(name), draw)
     before = file.read_bytes()
     after = before[:-2] + bytes(value ^ 1 for value in before[-2:])
     act, moment = partial(acts.rewrite, file, after), Moment.drawn(draw, runs.whole(name)[1])
-    done, recorded = replace(place, zoo=zoo).start(moment, act)
+    done, recorded = place.start(moment, act)
     story = f"{name}, seed {number}: {moment}, {recorded}, {done}"
     assert recorded, story
     if done.codes == (0,):
         found = contents(place.run.model)
         if found != runs.whole(name)[0]:
-            place = replace(place, zoo=zoo, output=place.folder / "after")
-            place.finish(found)
+            replace(place, output=place.folder / "after").finish(found)
     else:
         check_told(done, "were written while this run read them", "has changed")
         assert not place.run.model.exists(), story
