@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expert_merging.cli import main
 from expert_merging.mixtures import fitting, report
 from expert_merging.mixtures.statistics import FirstVectors, SumWithMean
+from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_model, tensors_of, write_tasks
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal
+from tests.launching import run_together
 from tests.mixtures.test_moe import MOE, logits, routers
-from tests.statistics.twin import inputs_of_layers
+from tests.statistics.twin import answered, inputs_of_layers
 
 # Answers of very different letters, so that routers can tell them apart.
 ANSWERS = {"Chat": "aaaaaaaaaaaaaaaa", "Math": "0123456789012345", "Code": "((((((()))))))) "}
@@ -51,13 +54,8 @@ def twins_inputs(cache: Path, mixture: Path) -> list[dict[str, torch.Tensor]]:
     """What goes into the feed-forward layers of each such model on the samples of its expert that are not held out."""
     tokenizer, found = AutoTokenizer.from_pretrained(cache / BASE), []
     for number, expert in enumerate(EXPERTS):
-        asked = []
-        for question in range(1, COUNT):  # the first is held out
-            prompt = tokenizer(f"{expert} question {question}?")["input_ids"]
-            answer = tokenizer(ANSWERS[expert], add_special_tokens=False)["input_ids"]
-            tokens = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-            asked.append(({"input_ids": tokens}, len(prompt)))
-        seen = inputs_of_layers(one_expert(cache, mixture, number), asked, response_only=False)
+        asked = answered(tokenizer, expert, ANSWERS[expert], range(1, COUNT))  # the first is held out
+        seen = inputs_of_layers(one_expert(cache, mixture, number), asked)
         found.append({name: seen[name].double() for name in seen if name.endswith("gate_proj.weight")})
     return found
 
@@ -112,11 +110,8 @@ def test_embeddings_are_the_base_s(arguments, tiny_zoo, tmp_path):
     table = tensors_of(tiny_zoo / BASE)["model.embed_tokens.weight"].double()
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_zoo / BASE), []
     for expert in EXPERTS:
-        tokens = []
-        for number in range(1, COUNT):
-            tokens += tokenizer(f"{expert} question {number}?")["input_ids"]
-            tokens += tokenizer(ANSWERS[expert], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        mean = table[tokens].mean(0)
+        asked = answered(tokenizer, expert, ANSWERS[expert], range(1, COUNT))
+        mean = table[torch.cat([inputs["input_ids"][0] for inputs, _ in asked])].mean(0)
         rows.append(mean / mean.norm())
     for router in routers(run.model).values():
         torch.testing.assert_close(router.double(), torch.stack(rows), rtol=1e-5, atol=1e-6)
@@ -140,7 +135,7 @@ def test_a_mixture_whose_routers_choose_one_expert_is_that_expert(arguments, tin
     alone = one_expert(tiny_zoo, run.model, 1)
     mixture = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32, num_experts_per_tok=1)
     tokens = torch.randint(SIZES["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(0))
-    seen = inputs_of_layers(alone, [({"input_ids": tokens}, 1)], response_only=False)
+    seen = inputs_of_layers(alone, [({"input_ids": tokens}, 1)])
     with torch.no_grad():
         for number, layer in enumerate(mixture.model.layers):
             states = seen[f"model.layers.{number}.mlp.gate_proj.weight"].float()
@@ -291,3 +286,14 @@ def test_nan_in_what_a_router_sees_is_told(capsys, tiny_zoo, dataset, tmp_path):
     assert refusal(capsys, *MOE, *given, "--output_path", tmp_path / "out").startswith(
         "the mixture with expert Chat alone computes NaN or infinite inputs of model.layers.1.mlp.gate_proj.weight"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_mixture_of_one(arguments, tmp_path):
+    expected = merged(tmp_path / "one", *arguments)
+    given = [*map(str, arguments), "--device", "cpu", "--output_path", str(tmp_path / "two")]
+    done = run_together(2, main, BACKBONE, given, folder=tmp_path)
+    assert done.codes == (0, 0), done.stderr
+    (folder,) = (tmp_path / "two").glob("*/*")
+    assert_same_bytes(tensors_of(folder / "model"), tensors_of(expected.model))
+    assert (folder / report.FILE).read_bytes() == (expected.folder / report.FILE).read_bytes()
