@@ -89,7 +89,7 @@ class RouterMaker:
         grams = None
         if self.bytes_each:
             names = [*self.mixture.inputs]
-            shared = self.context, rule, unit
+            shared = self.context, self.mixture, rule, unit
             grams = gather(self.context, self.samples, names, lambda model: share(model, *shared))
         routers = self._of_embeddings() if grams is None else self._of_states(grams)
         report(self.context, self.mixture, routers, grams)
