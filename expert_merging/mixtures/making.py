@@ -14,7 +14,7 @@ from expert_merging.mixtures import fitting
 from expert_merging.mixtures.body import share
 from expert_merging.mixtures.options import OF_STATES, MixtureOptions
 from expert_merging.mixtures.report import report
-from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples, gather, most_bytes
+from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples, gather_inputs, most_bytes
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.plan import Rule
 from expert_merging.statistics.gram import Gram, Grams
@@ -90,7 +90,7 @@ class RouterMaker:
         if self.bytes_each:
             names = [*self.mixture.inputs]
             shared = self.context, self.mixture, rule, unit
-            grams = gather(self.context, self.samples, names, lambda model: share(model, *shared))
+            grams = gather_inputs(self.context, self.samples, names, lambda model: share(model, *shared))
         routers = self._of_embeddings() if grams is None else self._of_states(grams)
         report(self.context, self.mixture, routers, grams)
         return routers

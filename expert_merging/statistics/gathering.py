@@ -88,7 +88,7 @@ def _prepare(context: Context, method: str, options: SampleOptions) -> Preparati
         from expert_merging.statistics.gram import Grams
 
         found: list[Grams] = []
-        while_others_wait(lambda: found.append(gather_grams(context, samples, folder)))
+        while_others_wait(lambda: found.append(gather_grams(context, samples)))
         for grams in found:
             _tell_of_others(wanted, grams)
         return {"grams": found[0] if found else Grams({})}

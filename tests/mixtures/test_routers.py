@@ -14,7 +14,7 @@ from expert_merging.cli import main
 from expert_merging.mixtures import fitting, report
 from expert_merging.mixtures.statistics import FirstVectors, SumWithMean
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_model, tensors_of, write_tasks
+from tests.checkpoints import BASE, EXPERTS, SINGLE, SIZES, perturb, save_model, tensors_of, write_tasks
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal
 from tests.launching import run_together
 from tests.mixtures.test_moe import MOE, logits, routers
@@ -155,6 +155,23 @@ def test_statistics_of_an_earlier_part_are_taken(arguments, tmp_path):
     assert contents(merged(tmp_path, *arguments, "--run_name", "x").model) == whole
     after = [file.stat().st_ino for file in files]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_statistics_are_gathered_anew_once_a_checkpoint_was_written(arguments, tiny_zoo, tmp_path):
+    """Any of them: what is shared is made of all."""
+    (tmp_path / "zoo").mkdir()
+    for folder in (BASE, *EXPERTS.values()):
+        perturb(tiny_zoo / folder, tmp_path / "zoo" / folder, 0, change=0)
+    given = [*arguments, "--cache_dir", tmp_path / "zoo", "--run_name", "x"]
+    run = merged(tmp_path / "out", *given)
+    before = [file.stat().st_mtime_ns for file in sorted(run.statistics.iterdir())]
+    run.model.rename(tmp_path / "earlier")
+    file = tmp_path / "zoo" / EXPERTS["Math"] / SINGLE
+    file.write_bytes(file.read_bytes())
+    again = merged(tmp_path / "out", *given)
+    after = [file.stat().st_mtime_ns for file in sorted(again.statistics.iterdir())]
+    assert not set(before) & set(after)
 
 
 @pytest.mark.slow
