@@ -6,6 +6,7 @@ from typing import get_args
 
 from expert_merging.flags import read_options
 from expert_merging.methods.wudi import RankRule
+from expert_merging.mixtures.options import router_of
 from expert_merging.options import Resolved
 from expert_merging.running.options import SampleOptions
 
@@ -61,7 +62,9 @@ def _untracked(resolved: Resolved) -> list[str]:
 
 def _left_out(resolved: Resolved) -> list[str]:
     """Flags of something that another option has left out."""
-    options = resolved.options
+    options = dict(resolved.options)
+    if "router" in options:
+        options["router"] = router_of(options)  # not auto
     return [
         f"ignored {f'without --{other}' if options[other] is None else f'with --{other} {options[other]}'}: --{name}"
         for name, other, values in _LEFT_OUT

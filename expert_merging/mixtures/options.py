@@ -60,9 +60,7 @@ class MixtureOptions(SampleOptions):
     @property
     def kind(self) -> str:
         """What routers are."""
-        if self.router == "auto":
-            return "random" if self.data_dir is None else "ridge"
-        return self.router
+        return router_of(vars(self))
 
     @property
     def temperature(self) -> float:
@@ -89,7 +87,13 @@ class MixtureOptions(SampleOptions):
         return Mixture.of(plan, self.members(plan), self.experts_per_token, shared_expert=with_shared)
 
 
+def router_of(options: Mapping[str, Any]) -> str:
+    """What routers are with these options."""
+    if options["router"] == "auto":
+        return "random" if options["data_dir"] is None else "ridge"
+    return str(options["router"])
+
+
 def reads_samples(options: Mapping[str, Any]) -> bool:
     """Whether routers are made of samples with these options."""
-    router = options["router"]
-    return router in OF_SAMPLES or (router == "auto" and options["data_dir"] is not None)
+    return router_of(options) in OF_SAMPLES

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.context import Context
-from expert_merging.errors import Problems, about
+from expert_merging.errors import Problems
 from expert_merging.learned.epochs import hold_out
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.options import SampleOptions
@@ -79,9 +79,9 @@ class RouterSamples:
         with problems.collecting():
             found = check_samples(context, options, compares_logits=False)
         if negatives is not None:
-            with problems.collecting(), about("--negative_prompts"):
+            with problems.collecting():
                 own = replace(options, data_dir=negatives, task_expert=None, samples_per_task_dict=None)
-                other = check_samples(context, own, compares_logits=False)
+                other = check_samples(context, own, compares_logits=False, flag="negative_prompts")
         problems.check()
         own_samples, tried = hold_out(found.samples, held_out)
         by_kind = {OWN: own_samples, NEGATIVE: [*(other.samples if other else ())], HELD_OUT: tried}

@@ -270,10 +270,12 @@ def test_routers_are_of_samples_where_a_folder_is_given(arguments, tiny_zoo, dat
     log = random.log.read_text()
     for flag in ("data_dir", "samples_per_task", "ridge", "held_out"):
         assert f"ignored with --router random: --{flag}" in log
-    assert (
-        "Routers are fitted by least squares"
-        in (merged(tmp_path / "ridge", *arguments).model / "README.md").read_text()
-    )
+    plain = merged(tmp_path / "auto", *MOE, "--cache_dir", tiny_zoo, "--samples_per_task", 3, "--ridge", 1)
+    for flag in ("samples_per_task", "ridge"):
+        assert f"ignored with --router random: --{flag}" in plain.log.read_text()
+    ridge = merged(tmp_path / "ridge", *arguments, "--negative_prompts", "none")
+    assert "Routers are fitted by least squares" in (ridge.model / "README.md").read_text()
+    assert "ignored with --router ridge: --negative_prompts" in ridge.log.read_text()
     capsys.readouterr()
     assert merge(*arguments, "--dry_run", "--output_path", tmp_path / "dry") == 0
     shown = capsys.readouterr().out
@@ -286,10 +288,18 @@ def test_routers_are_of_samples_where_a_folder_is_given(arguments, tiny_zoo, dat
 
 def test_folders_that_do_not_serve_are_refused(arguments, tiny_zoo, dataset, tmp_path, capsys):
     nowhere = tmp_path / "nowhere"
-    message = f"calibration folder {nowhere} does not exist; give --data_dir a folder with one JSON file per task"
-    assert refusal(capsys, *MOE, "--cache_dir", tiny_zoo, "--data_dir", nowhere) == message
-    given = ["--router", "prompts", "--negative_prompts", nowhere]
-    assert refusal(capsys, *arguments, *given) == f"--negative_prompts: {message}"
+    message = f"calibration folder {nowhere} does not exist; give --{{}} a folder with one JSON file per task"
+    assert refusal(capsys, *MOE, "--cache_dir", tiny_zoo, "--data_dir", nowhere) == message.format("data_dir")
+    given = [*arguments, "--router", "prompts", "--negative_prompts", nowhere]
+    assert refusal(capsys, *given) == message.format("negative_prompts")
+    nowhere.write_text("")
+    assert refusal(capsys, *given) == f"--negative_prompts {nowhere} is a file; give the folder that it lies in"
+    nowhere.unlink()
+    write_tasks(nowhere, responses=ANSWERS)
+    (nowhere / "Math.json").unlink()
+    assert refusal(capsys, *given) == (
+        f"expert Math has no calibration samples: {nowhere} has no Math.json (--negative_prompts)"
+    )
 
 
 def test_nan_in_what_a_router_sees_is_told(capsys, tiny_zoo, dataset, tmp_path):
