@@ -14,7 +14,18 @@ from expert_merging.cli import main
 from expert_merging.mixtures import fitting, report
 from expert_merging.mixtures.statistics import FirstVectors, SumWithMean
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import BASE, EXPERTS, SINGLE, SIZES, perturb, save_model, tensors_of, write_tasks
+from tests.adapters import merged_by_peft, save_adapter
+from tests.checkpoints import (
+    BASE,
+    EXPERTS,
+    SINGLE,
+    SIZES,
+    perturb,
+    save_model,
+    save_tokenizer,
+    tensors_of,
+    write_tasks,
+)
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal
 from tests.launching import run_together
 from tests.mixtures.test_moe import MOE, logits, routers
@@ -183,6 +194,30 @@ def test_experts_in_another_order_make_the_same_routers(tiny_zoo, dataset, tmp_p
     first, turned = made("first", ["Chat", "Math", "Code"]), made("turned", ["Code", "Chat", "Math"])
     for name, router in first.items():
         torch.testing.assert_close(router[[2, 0, 1]], turned[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_tokens_that_an_expert_has_added_change_nothing(tiny_zoo, dataset, tmp_path):
+    """The mixture has the base's embeddings; an expert's model has others until it is made a part of one."""
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny_zoo / BASE, dtype=torch.float32)
+
+    more = SIZES["vocab_size"] + 3
+    save_adapter(load, tmp_path / "adapter", resized=more)
+    model = merged_by_peft(load, tmp_path / "adapter", resized=more)
+    model.save_pretrained(tmp_path / "more")
+    model.resize_token_embeddings(SIZES["vocab_size"])
+    model.save_pretrained(tmp_path / "same")
+    found = {}
+    for name in ("adapter", "more", "same"):
+        save_tokenizer(tmp_path / name)
+        given = flags(tiny_zoo / BASE, Chat=tmp_path / name, Math=tiny_zoo / EXPERTS["Math"])
+        run = merged(tmp_path / "out" / name, *MOE, *given, "--data_dir", dataset)
+        found[name] = routers(run.model)
+    assert_same_bytes(found["more"], found["same"])
+    for router, expected in found["same"].items():
+        torch.testing.assert_close(found["adapter"][router], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_base_is_rated_zero(arguments, tmp_path):
