@@ -21,10 +21,8 @@ _LEFT_OUT = (
     ("force", "coefficients", (None,)),
     ("steps", "solver", ("exact",)),
     ("step_size", "solver", ("exact",)),
-    *(
-        (name, "router", ("random", "zeros"))
-        for name in (*read_options(SampleOptions), "held_out", "router_temperature")
-    ),
+    *((name, "router", ("random", "zeros")) for name in (*read_options(SampleOptions), "router_temperature")),
+    ("held_out", "router", ("embedding", "random", "zeros")),
     ("negative_prompts", "router", ("ridge", "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),

@@ -51,7 +51,8 @@ class RouterMaker:
         Raises:
             InputError: calibration files cannot be used, or the disk has no room.
         """
-        samples = RouterSamples.check(context, options, held_out=options.held_out, negatives=options.negatives)
+        held_out = options.held_out if options.kind in OF_STATES else 0.0  # else no model runs to see what they do
+        samples = RouterSamples.check(context, options, held_out=held_out, negatives=options.negatives)
         maker = cls(context, mixture, options, samples)
         missing = sum(not file_of(context.run.statistics, expert).exists() for expert in context.plan.experts)
         if missing and maker.bytes_each and not context.run.is_complete:

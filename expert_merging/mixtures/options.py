@@ -38,7 +38,8 @@ class MixtureOptions(SampleOptions):
         ridge: how strongly the least squares are pulled towards zero, as a share of the mean square of the inputs.
         negative_prompts: what is subtracted from directions, the mean of the others' samples, none, or that of samples
             that an expert is not for, from a folder of EXPERT.json as --data_dir is one.
-        held_out: share of each task's samples that no router is made of, and on which the load of experts is measured.
+        held_out: share of each task's samples that no router is made of, and on which the load of experts is measured;
+            none for embedding, with which no model runs.
         shared: closed form that merges everything but feed-forward layers, with options that differ from its defaults,
             such as 'ties density=0.2'.
         shared_expert: what works on all tokens in a mixture that has a place for it (Qwen2-MoE); none adds nothing, and

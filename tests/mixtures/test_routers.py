@@ -117,16 +117,17 @@ def test_samples_that_an_expert_is_not_for_are_subtracted(arguments, tmp_path):
 
 
 def test_embeddings_are_the_base_s(arguments, tiny_zoo, tmp_path):
-    run = merged(tmp_path, *arguments, "--router", "embedding", "--negative_prompts", "none")
+    run = merged(tmp_path, *arguments, "--router", "embedding", "--negative_prompts", "none", "--held_out", 0.5)
     table = tensors_of(tiny_zoo / BASE)["model.embed_tokens.weight"].double()
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_zoo / BASE), []
     for expert in EXPERTS:
-        asked = answered(tokenizer, expert, ANSWERS[expert], range(1, COUNT))
+        asked = answered(tokenizer, expert, ANSWERS[expert], range(COUNT))  # no model runs that could be tried on some
         mean = table[torch.cat([inputs["input_ids"][0] for inputs, _ in asked])].mean(0)
         rows.append(mean / mean.norm())
     for router in routers(run.model).values():
         torch.testing.assert_close(router.double(), torch.stack(rows), rtol=1e-5, atol=1e-6)
     assert not run.statistics.exists()
+    assert "ignored with --router embedding: --held_out" in run.log.read_text()
 
 
 @pytest.mark.slow
