@@ -222,10 +222,16 @@ def test_tokens_that_an_expert_has_added_change_nothing(tiny_zoo, dataset, tmp_p
 
 
 def test_the_base_is_rated_zero(arguments, tmp_path):
-    for router in routers(merged(tmp_path, *arguments, "--include_base").model).values():
+    run = merged(tmp_path, *arguments, "--include_base")
+    for router in routers(run.model).values():
         assert router.shape[0] == 4
         assert not router[3].any()
         assert router[:3].any(1).all()
+    told = json.loads((run.folder / report.FILE).read_text())
+    assert told["experts"] == [*EXPERTS, "base"]
+    loads = torch.tensor([shares for own in told["load"].values() for shares in own.values()])
+    assert loads.shape == (SIZES["num_hidden_layers"] * len(EXPERTS), 4)
+    assert loads.max() == 0.5, "of two experts that work on a token, each has half of the work at most"
 
 
 @pytest.mark.slow
