@@ -6,6 +6,7 @@ from typing import get_args
 
 from expert_merging.flags import read_options
 from expert_merging.methods.wudi import RankRule
+from expert_merging.mixtures.options import router_of
 from expert_merging.options import Resolved
 from expert_merging.running.options import SampleOptions
 
@@ -21,10 +22,8 @@ _LEFT_OUT = (
     ("force", "coefficients", (None,)),
     ("steps", "solver", ("exact",)),
     ("step_size", "solver", ("exact",)),
-    *(
-        (name, "router", ("random", "zeros"))
-        for name in (*read_options(SampleOptions), "held_out", "router_temperature")
-    ),
+    *((name, "router", ("random", "zeros")) for name in (*read_options(SampleOptions), "router_temperature")),
+    ("held_out", "router", ("embedding", "random", "zeros")),
     ("negative_prompts", "router", ("ridge", "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
@@ -62,7 +61,9 @@ def _untracked(resolved: Resolved) -> list[str]:
 
 def _left_out(resolved: Resolved) -> list[str]:
     """Flags of something that another option has left out."""
-    options = resolved.options
+    options = dict(resolved.options)
+    if "router" in options:
+        options["router"] = router_of(options)  # not auto
     return [
         f"ignored {f'without --{other}' if options[other] is None else f'with --{other} {options[other]}'}: --{name}"
         for name, other, values in _LEFT_OUT

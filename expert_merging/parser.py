@@ -241,22 +241,39 @@ def add_flag(group: Any, option: Option, default: Any, *, takes_several: bool = 
         group: the parser or group.
         option: the option.
         default: what help calls its default.
-        takes_several: several entries may follow one flag; not where the command has arguments without a flag.
+        takes_several: several entries, or true or false, may follow one flag; not where the command has arguments
+            without a flag.
+
+    Raises:
+        ValueError: the option is true by default, and nothing may follow the flag.
     """
     text = option.help[0].upper() + option.help[1:]
-    if option.annotation is bool:
+    if option.annotation is bool and not takes_several:
+        if option.default:
+            raise ValueError(f"--{option.name} is true by default, and nothing that follows it could say otherwise")
         group.add_argument(f"--{option.name}", action="store_true", help=text)
         return
     takes = describe_type(option.annotation)
     notes = [] if option.annotation in (str, str | None) else [f"Takes {takes}."]
     notes += [] if default in (None, "") else [f"Default: {show(default)}."]
-    text = " ".join([text, *notes])
+    text = " ".join([text, *notes]).replace("%", "%%")
+    if option.annotation is bool:
+        # Other texts are refused with those of all other options.
+        group.add_argument(
+            f"--{option.name}",
+            metavar=_metavar(option),
+            nargs="?",
+            const=True,
+            type=lambda given: {"true": True, "false": False}.get(given, given),
+            help=text,
+        )
+        return
     group.add_argument(
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
         nargs="+" if takes_several and (option.name in LISTS or _has_entries(option)) else 1,
-        help=text.replace("%", "%%"),
+        help=text,
     )
 
 

@@ -34,7 +34,7 @@ def _source(path: str) -> str:
 
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
-        if not is_shown(value) or value is False or (name == "seed" and value == 0):
+        if not is_shown(value) or (name == "seed" and value == 0):
             continue
         yield f"--{name}"
         if name in LISTS:

@@ -141,7 +141,7 @@ def test_the_command_has_commits_and_leaves_out_what_is_default_or_a_place():
                "force": True, "post": ["svc"], "exclude_params": [], "prompt_template": None}  # fmt: skip
     assert command_of(description, changed) == (
         "expert-merging merge dare_ta --family Mistral --base_model_path org/base@abc --expert A=a --density 0.5 "
-        "--force --post svc --exclude_params none --seed 5"
+        "--ties_normalize false --force --post svc --exclude_params none --seed 5"
     )
 
 

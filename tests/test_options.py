@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from expert_merging import options
 from expert_merging.errors import InputError
 from expert_merging.options import checkpoint_folders, read_config, resolve
-from expert_merging.parser import build_parser, merge_entries, parse, show
+from expert_merging.parser import GENERAL, add_flag, build_parser, merge_entries, parse, show
 from Mistral.backbone import BACKBONE
 
 PUBLISHED = [
@@ -89,6 +90,33 @@ def test_a_coefficient_is_a_number_or_one_per_expert(text, value):
     given = method_options("task_arithmetic", "--scaling_coefficient", text)["scaling_coefficient"]
     assert given == value
     assert type(given) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("", True), ("--ties-normalize", True), ("--ties_normalize false", False), ("--ties_normalize=true", True)],
+)
+def test_a_flag_of_true_or_false_may_be_followed_by_either(text, value):
+    flag = text.split()
+    assert method_options("ties", *flag, "--density", "0.5")["ties_normalize"] is value
+    assert method_options("ties", "--density", "0.5", *flag)["ties_normalize"] is value
+
+
+def test_of_repeated_flags_of_true_or_false_the_last_counts_and_nothing_else_is_taken():
+    assert general("--dry_run", "--dry_run", "false")["dry_run"] is False
+    assert general("--dry_run", "false", "--dry_run")["dry_run"] is True
+    assert parse(["--run_tests", "false"], BACKBONE) == {"run_tests": False}  # not a text, which would be true
+    assert problems("--dry_run", "no") == ["--dry_run must be true or false, got no"]
+
+
+def test_where_arguments_without_a_flag_follow_no_flag_takes_them():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="+")
+    option = GENERAL["dry_run"]
+    add_flag(parser, option, option.default, takes_several=False)
+    assert vars(parser.parse_args(["--dry_run", "a", "b"])) == {"models": ["a", "b"], "dry_run": True}
+    with pytest.raises(ValueError, match="--dry_run is true by default"):
+        add_flag(parser, replace(option, default=True), default=True, takes_several=False)
 
 
 def test_the_last_of_repeated_flags_counts():

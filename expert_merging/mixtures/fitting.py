@@ -6,6 +6,7 @@ zero.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -104,17 +105,15 @@ def means_of_embeddings(base: Checkpoint, found: RouterSamples, experts: Sequenc
     assert prompts is not None  # noqa: S101  (checked samples have them)
     assert embedding is not None  # noqa: S101  (the layout has one)
     columns = base.entries[embedding].shape[1]
-    rows = {}
-    for expert in experts:
-        total, count = torch.zeros(columns, dtype=torch.float64), 0
-        for sample in found.of(kind):
-            if sample.expert == expert:
-                answer = [] if sample.response is None else prompts.response_tokens(sample)
-                for token in [*prompts.get(sample)["input_ids"][0].tolist(), *answer]:
-                    total += base.read(embedding, token * columns, (token + 1) * columns).double()
-                    count += 1
-        rows[expert] = total / max(1, count)
-    return torch.stack([*rows.values()])
+    counts: dict[str, Counter[int]] = {expert: Counter() for expert in experts}
+    for sample in found.of(kind):
+        answer = [] if sample.response is None else prompts.response_tokens(sample)
+        counts[sample.expert].update([*prompts.get(sample)["input_ids"][0].tolist(), *answer])
+    rows = torch.zeros(len(experts), columns, dtype=torch.float64)
+    for row, own in zip(rows, counts.values(), strict=True):
+        for token, count in own.items():
+            row += base.read(embedding, token * columns, (token + 1) * columns).double() * (count / own.total())
+    return rows
 
 
 def loads(router: Tensor, vectors: Tensor, per_token: int) -> Tensor:

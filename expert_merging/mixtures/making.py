@@ -14,7 +14,7 @@ from expert_merging.mixtures import fitting
 from expert_merging.mixtures.body import share
 from expert_merging.mixtures.options import OF_STATES, MixtureOptions
 from expert_merging.mixtures.report import report
-from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples, gather, most_bytes
+from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples, gather_inputs, most_bytes
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.plan import Rule
 from expert_merging.statistics.gram import Gram, Grams
@@ -51,7 +51,8 @@ class RouterMaker:
         Raises:
             InputError: calibration files cannot be used, or the disk has no room.
         """
-        samples = RouterSamples.check(context, options, held_out=options.held_out, negatives=options.negatives)
+        held_out = options.held_out if options.kind in OF_STATES else 0.0  # else no model runs to see what they do
+        samples = RouterSamples.check(context, options, held_out=held_out, negatives=options.negatives)
         maker = cls(context, mixture, options, samples)
         missing = sum(not file_of(context.run.statistics, expert).exists() for expert in context.plan.experts)
         if missing and maker.bytes_each and not context.run.is_complete:
@@ -89,8 +90,8 @@ class RouterMaker:
         grams = None
         if self.bytes_each:
             names = [*self.mixture.inputs]
-            shared = self.context, rule, unit
-            grams = gather(self.context, self.samples, names, lambda model: share(model, *shared))
+            shared = self.context, self.mixture, rule, unit
+            grams = gather_inputs(self.context, self.samples, names, lambda model: share(model, *shared))
         routers = self._of_embeddings() if grams is None else self._of_states(grams)
         report(self.context, self.mixture, routers, grams)
         return routers

@@ -38,7 +38,8 @@ class MixtureOptions(SampleOptions):
         ridge: how strongly the least squares are pulled towards zero, as a share of the mean square of the inputs.
         negative_prompts: what is subtracted from directions, the mean of the others' samples, none, or that of samples
             that an expert is not for, from a folder of EXPERT.json as --data_dir is one.
-        held_out: share of each task's samples that no router is made of, and on which the load of experts is measured.
+        held_out: share of each task's samples that no router is made of, and on which the load of experts is measured;
+            none for embedding, with which no model runs.
         shared: closed form that merges everything but feed-forward layers, with options that differ from its defaults,
             such as 'ties density=0.2'.
         shared_expert: what works on all tokens in a mixture that has a place for it (Qwen2-MoE); none adds nothing, and
@@ -60,9 +61,7 @@ class MixtureOptions(SampleOptions):
     @property
     def kind(self) -> str:
         """What routers are."""
-        if self.router == "auto":
-            return "random" if self.data_dir is None else "ridge"
-        return self.router
+        return router_of(vars(self))
 
     @property
     def temperature(self) -> float:
@@ -89,7 +88,13 @@ class MixtureOptions(SampleOptions):
         return Mixture.of(plan, self.members(plan), self.experts_per_token, shared_expert=with_shared)
 
 
+def router_of(options: Mapping[str, Any]) -> str:
+    """What routers are with these options."""
+    if options["router"] == "auto":
+        return "random" if options["data_dir"] is None else "ridge"
+    return str(options["router"])
+
+
 def reads_samples(options: Mapping[str, Any]) -> bool:
     """Whether routers are made of samples with these options."""
-    router = options["router"]
-    return router in OF_SAMPLES or (router == "auto" and options["data_dir"] is not None)
+    return router_of(options) in OF_SAMPLES

@@ -44,13 +44,13 @@ def report(context: Context, mixture: Mixture, routers: Mapping[str, Tensor], gr
         routers: its routers by name.
         grams: statistics with held-out samples; None where no model has run.
     """
-    found = measure(mixture, routers, grams) if grams is not None else {}
+    found, apart = measure(mixture, routers, grams) if grams is not None else {}, conditions(routers)
     content: dict[str, Any] = {"experts": [*mixture.members], "experts_per_token": mixture.per_token}
-    content |= {"condition": {name: _finite(number) for name, number in conditions(routers).items()}, "load": found}
+    content |= {"condition": {name: _finite(number) for name, number in apart.items()}, "load": found}
     context.run.kept.write(context.run.folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
     for line in _loads_in_words(mixture, found):
         logger.info("%s", line)
-    for line in [*_ill_conditioned(routers), *_dead(mixture, found)]:
+    for line in [*_ill_conditioned(apart), *_dead(mixture, found)]:
         logger.warning("%s", line)
 
 
@@ -68,13 +68,13 @@ def _loads_in_words(mixture: Mixture, found: Mapping[str, Mapping[str, list[floa
     return lines
 
 
-def _ill_conditioned(routers: Mapping[str, Tensor]) -> list[str]:
-    worst = {name: number for name, number in conditions(routers).items() if number > _CONDITION}
+def _ill_conditioned(apart: Mapping[str, float]) -> list[str]:
+    worst = {name: number for name, number in apart.items() if number > _CONDITION}
     if not worst:
         return []
     name = max(worst, key=lambda one: worst[one])
     return [
-        f"{len(worst)} of {len(routers)} routers hardly tell experts apart: the condition number of {name} is "
+        f"{len(worst)} of {len(apart)} routers hardly tell experts apart: the condition number of {name} is "
         f"{worst[name]:.3g}, and above {_CONDITION:g} small differences decide"
     ]
 

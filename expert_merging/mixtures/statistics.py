@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expert_merging.context import Context
-from expert_merging.errors import InputError, Problems, about
+from expert_merging.errors import Problems
 from expert_merging.learned.epochs import hold_out
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.samples import Samples, check_samples
 from expert_merging.running.targets import Asked
-from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
-from expert_merging.statistics.inputs import InputWatch, file_of
+from expert_merging.statistics.gram import Gram, Grams, GramSum
+from expert_merging.statistics.inputs import gather, grams_of
 
 # Samples that routers are made of, those that an expert is not for, and those that routers are tried on.
 OWN, NEGATIVE, HELD_OUT = "", "negative ", "held out "
@@ -78,9 +79,9 @@ class RouterSamples:
         with problems.collecting():
             found = check_samples(context, options, compares_logits=False)
         if negatives is not None:
-            with problems.collecting(), about("--negative_prompts"):
+            with problems.collecting():
                 own = replace(options, data_dir=negatives, task_expert=None, samples_per_task_dict=None)
-                other = check_samples(context, own, compares_logits=False)
+                other = check_samples(context, own, compares_logits=False, flag="negative_prompts")
         problems.check()
         own_samples, tried = hold_out(found.samples, held_out)
         by_kind = {OWN: own_samples, NEGATIVE: [*(other.samples if other else ())], HELD_OUT: tried}
@@ -89,16 +90,14 @@ class RouterSamples:
         kinds = tuple(kind for kind, samples in by_kind.items() for _ in samples)
         return cls(replace(found, samples=together, longest=longest), kinds)
 
+    def kinds_of(self, expert: str) -> list[str]:
+        """What each of an expert's samples is for."""
+        pairs = zip(self.samples.samples, self.kinds, strict=True)
+        return [kind for sample, kind in pairs if sample.expert == expert]
+
     def of(self, kind: str) -> list[Sample]:
         """The samples for something."""
         return [sample for sample, own in zip(self.samples.samples, self.kinds, strict=True) if own == kind]
-
-    def only(self, experts: Collection[str]) -> RouterSamples:
-        """The samples of some experts."""
-        pairs = zip(self.samples.samples, self.kinds, strict=True)
-        left = [(sample, kind) for sample, kind in pairs if sample.expert in experts]
-        samples = replace(self.samples, samples=tuple(sample for sample, _ in left))
-        return RouterSamples(samples, tuple(kind for _, kind in left))
 
 
 def most_bytes(routers: int, columns: int, *, negatives: bool) -> int:
@@ -112,56 +111,29 @@ def most_bytes(routers: int, columns: int, *, negatives: bool) -> int:
     return 4 * routers * ((1 + negatives) * (columns + 1) ** 2 + min(_MOST_KEPT, columns) * columns)
 
 
-def gather(context: Context, found: RouterSamples, names: Sequence[str], change: Callable[[Any], None]) -> Grams:
+def gather_inputs(context: Context, found: RouterSamples, names: Sequence[str], change: Callable[[Any], None]) -> Grams:
     """Statistics of the inputs of some tensors by expert; those of an earlier part of the run are taken.
 
-    They have to be as they were written, and no checkpoint may have been written since.
+    Those of samples for something else than making routers have that before the tensor's name.
 
     Args:
         context: the run.
         found: what experts are asked.
-        names: the tensors. Those of samples for something else than making routers have that before their name.
-        change: makes an expert's model what runs.
+        names: the tensors.
+        change: makes an expert's model what runs, of all checkpoints.
 
     Raises:
         InputError: an expert answers with nothing or computes NaN.
     """
-    folder = context.run.statistics
-    kept = context.run.kept.within(folder.name, context.plan.opened)
-    files = {expert: file_of(folder, expert) for expert in context.plan.experts}
-    left = [expert for expert, file in files.items() if not (file.exists() and kept.has(file))]
-    if left:
-        folder.mkdir(exist_ok=True)
-        asked = found.only(left)
+    file_name, opened = context.backbone.file_name, context.plan.opened
 
-        def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            change(model)
-            write_grams(files[expert], _watch(context, expert, model, own, asked, names), kept)
+    def find(expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
+        change(model)
+        grams = dict[tuple[str, ...], Gram]()
+        for kind, pairs in groupby(zip(found.kinds_of(expert), own, strict=True), itemgetter(0)):
+            asked = (one for _, one in pairs)
+            of_kind = grams_of(model, names, file_name, asked, _SUMS[kind])
+            grams |= {tuple(kind + name for name in shared): gram for shared, gram in of_kind.items()}
+        return grams
 
-        missing = replace(context, plan=context.plan.only(left))
-        asked.samples.target_maker(missing, (), torch.device(context.device)).ask(asked.samples.samples, look)
-    return Grams(files)
-
-
-@torch.no_grad()
-def _watch(
-    context: Context, expert: str, model: Any, own: Iterator[Asked], found: RouterSamples, names: Sequence[str]
-) -> dict[tuple[str, ...], Gram]:
-    """Statistics of one expert, by the names of the tensors with what they are for before them."""
-    file_name, grams = context.backbone.file_name, dict[tuple[str, ...], Gram]()
-    for kind, samples in groupby(own, lambda asked: found.kinds[asked.number]):
-        watch = InputWatch(model, {file_name(name): name for name in names}, file_name, _SUMS[kind])
-        try:
-            for asked in samples:
-                watch.run(asked)
-            grams |= {tuple(kind + name for name in shared): gram for shared, gram in watch.finish().items()}
-        finally:
-            watch.close()
-    faulty = [shared[0] for shared, gram in grams.items() if not bool(torch.isfinite(gram.values).all())]
-    if faulty:
-        hint = "; in bf16 there is room for larger numbers (--mixed_precision)"
-        raise InputError(
-            f"the mixture with expert {expert} alone computes NaN or infinite inputs of {faulty[0]}"
-            + (hint if found.samples.precision == "fp16" else "")
-        )
-    return grams
+    return gather(context, found.samples, lambda _: opened, find, who="the mixture with expert {} alone")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, first_of
 from expert_merging.mixtures.layouts import PARTS, Layout, layout_of
 from expert_merging.outputs import Copied, Made, Merged, Slot
 from expert_merging.plan import BASE, Plan
@@ -77,6 +77,12 @@ class Mixture:
     def shared(self) -> tuple[str, ...]:
         """Names of the tensors that are merged: all that would be in a dense model but for feed-forward ones."""
         return tuple(name for name in self.plan.merged if not FeedForward.named(name))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the base's tensors that all experts share as they are."""
+        others = (name for name in self.plan.base.entries if self.plan.merged_as(name) is None)
+        return tuple(name for name in others if not (FeedForward.named(name) or is_rotary_table(name)))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -168,13 +174,13 @@ def _check(plan: Plan, layout: Layout) -> None:
     homeless = [entry.name for entry in base.entries.values() if not _has_place(layout, entry)]
     excluded = [found.name for found in feed_forward if found.name not in merged]
     if missing:
-        problems.add(f"{base.folder} lacks {_first(missing)}; download it again")
+        problems.add(f"{base.folder} lacks {first_of(missing, 1)}; download it again")
     if homeless:
-        problems.add(f"{base.folder} has {_first(homeless)}, for which a {layout.title} has no place")
+        problems.add(f"{base.folder} has {first_of(homeless, 1)}, for which a {layout.title} has no place")
     if excluded:
         problems.add(
-            f"--exclude_params leaves out {_first(excluded)}, and feed-forward layers are what a mixture has of its "
-            "experts; exclude other parameters"
+            f"--exclude_params leaves out {first_of(excluded, 1)}, and feed-forward layers are what a mixture has of "
+            "its experts; exclude other parameters"
         )
     with problems.collecting():
         layout.config(base.config, experts=1, per_token=1)
@@ -189,8 +195,3 @@ def _has_place(layout: Layout, entry: Entry) -> bool:
     if FeedForward.named(entry.name):
         return len(entry.shape) == 2
     return bool(layout.homes.fullmatch(entry.name)) or is_rotary_table(entry.name)
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more tensors" if names[2:] else f" and {names[1]}" if names[1:] else ""
-    return names[0] + more

@@ -108,6 +108,7 @@ def load_samples(
     counts: Mapping[str, int],
     task_expert: Mapping[str, str],
     family_tasks: Mapping[str, str] | None = None,
+    flag: str = "data_dir",
 ) -> list[Sample]:
     """The first samples of every task file that belongs to an expert.
 
@@ -122,23 +123,24 @@ def load_samples(
         task_expert: expert by task, where the names differ.
         family_tasks: the same for the family's usual tasks, which may be absent; an expert of the file's own name and
             ``task_expert`` win.
+        flag: names the folder, for messages.
 
     Raises:
         InputError: a missing folder, an expert without samples, a faulty file or entry; all of them at once.
     """
     if data_dir.is_file():
-        raise InputError(f"--data_dir {data_dir} is a file; give the folder that it lies in")
+        raise InputError(f"--{flag} {data_dir} is a file; give the folder that it lies in")
     if not data_dir.is_dir():
         raise InputError(
-            f"calibration folder {data_dir} does not exist; give --data_dir a folder with one JSON file per task"
+            f"calibration folder {data_dir} does not exist; give --{flag} a folder with one JSON file per task"
         )
     problems = Problems()
     usual = family_tasks or {}
     tasks = find_tasks(data_dir, (*experts, *usual, *task_expert))
-    for flag, named in {"samples_per_task_dict": counts, "task_expert": task_expert}.items():
+    for other, named in {"samples_per_task_dict": counts, "task_expert": task_expert}.items():
         for task in named:
             if task not in tasks:
-                problems.add(unknown_task(flag, task, data_dir, tasks))
+                problems.add(unknown_task(other, task, data_dir, tasks))
     for task, expert in task_expert.items():
         if expert not in experts:
             problems.add(f"--task_expert {task}={expert}: there is no expert {expert!r}. {near_name(expert, experts)}")
@@ -151,12 +153,12 @@ def load_samples(
             with problems.collecting():
                 samples += _read_task(task, file, expert, counts.get(task, default_count))
     served = {expert_of[task] for task in tasks}
+    # What assigns files to experts is for the folder of --data_dir alone.
+    where = ", and no --task_expert TASK={} assigns it another file" if flag == "data_dir" else f" (--{flag})"
     for expert in experts:
         if expert not in served:
-            problems.add(
-                f"expert {expert} has no calibration samples: {data_dir} has no {expert}.json, and no --task_expert "
-                f"TASK={expert} assigns it another file"
-            )
+            lacks = f"{data_dir} has no {expert}.json" + where.format(expert)
+            problems.add(f"expert {expert} has no calibration samples: {lacks}")
     problems.check()
     _tell_short({task: counts.get(task, default_count) for task in sorted(tasks)}, samples)
     return samples

@@ -122,6 +122,7 @@ def check_samples(
     compares_logits: bool = True,
     batch_tokens: int | None = 1,
     synthesize: int = 0,
+    flag: str = "data_dir",
 ) -> Samples:
     """Read the calibration files and check that every model of the run can be asked.
 
@@ -131,6 +132,7 @@ def check_samples(
         compares_logits: the models' output heads are used apart from the models.
         batch_tokens: tokens that go through a model together; None for a number that suits model and device.
         synthesize: further questions that are made of those of each task.
+        flag: names the folder of the files, for messages.
 
     Raises:
         InputError: every problem found.
@@ -145,7 +147,7 @@ def check_samples(
     with problems.collecting():
         _check_model(context, compares_logits=compares_logits)
     with problems.collecting():
-        found = replace(found, samples=_load(context, options))
+        found = replace(found, samples=_load(context, options, flag))
     problems.found += check_given(options.prompt_template, context.plan.experts, set(found.tasks))
     if found.samples and not problems.found:
         with problems.collecting():
@@ -154,7 +156,7 @@ def check_samples(
     return found
 
 
-def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
+def _load(context: Context, options: SampleOptions, flag: str) -> tuple[Sample, ...]:
     """The samples of the calibration files."""
     samples = load_samples(
         Path(options.data_dir or "dataset"),
@@ -163,6 +165,7 @@ def _load(context: Context, options: SampleOptions) -> tuple[Sample, ...]:
         counts=options.samples_per_task_dict or {},
         task_expert=options.task_expert or {},
         family_tasks=context.backbone.task_experts,
+        flag=flag,
     )
     with_image = next((sample for sample in samples if sample.images), None)
     if with_image is not None and not context.backbone.takes_images:

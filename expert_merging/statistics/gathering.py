@@ -1,26 +1,30 @@
-"""The preparation of methods that read Gram matrices: each expert's, gathered once, an expert at a time."""
+"""What methods that read Gram matrices have in common: each expert's is gathered once, an expert at a time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
 from expert_merging.errors import InputError, first_of
 from expert_merging.machine import gib, show_size
-from expert_merging.method import Preparation
+from expert_merging.method import SAMPLES, Preparation, Prepare, register
+from expert_merging.parts import Part
 from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
 
 if TYPE_CHECKING:
-    from expert_merging.statistics.gram import Grams
+    from torch import Tensor
+
+    from expert_merging.statistics.gram import Gram, Grams
 
 logger = logging.getLogger(__name__)
 
 
-def gathering(method: str, options: type[SampleOptions]) -> Callable[..., Preparation]:
-    """What prepares a method whose ``grams`` are each expert's Gram matrices.
+def register_on_grams(method: str, options: type[SampleOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`register` for a function of ``task_vectors, part, grams`` and options.
 
     Args:
         method: its name.
@@ -30,7 +34,33 @@ def gathering(method: str, options: type[SampleOptions]) -> Callable[..., Prepar
     def prepare(context: Context, **given: Any) -> Preparation:
         return _prepare(context, method, options(**given))
 
-    return prepare
+    return register(
+        options=options,
+        unit="matrix",
+        reads=frozenset({SAMPLES}),
+        prepare=Prepare(prepare, ("grams",)),
+        family_defaults=("samples_per_task",),
+    )
+
+
+def merge_around_mean(
+    task_vectors: Tensor, part: Part, grams: Grams, solve: Callable[[Iterable[tuple[Tensor, Gram]]], Tensor]
+) -> Tensor:
+    """The experts' mean, and what a method adds to it where inputs are known.
+
+    Args:
+        task_vectors: ``(experts, outputs, inputs)``.
+        part: the tensor.
+        grams: each expert's Gram matrices.
+        solve: what is added, ``(outputs, inputs)``, given deviation from the mean, float64, and Gram matrix of each
+            expert with samples that come by.
+    """
+    mean = scaled_mean(task_vectors, 1.0)
+    own = {number: gram for number, gram in enumerate(grams.of(part.name)) if gram is not None}
+    if len(task_vectors) == 1 or not own:
+        return mean
+    deviations = ((task_vectors[number].double().sub_(mean), gram) for number, gram in own.items())
+    return mean + solve(deviations).to(mean.dtype)
 
 
 def _prepare(context: Context, method: str, options: SampleOptions) -> Preparation:
@@ -58,7 +88,7 @@ def _prepare(context: Context, method: str, options: SampleOptions) -> Preparati
         from expert_merging.statistics.gram import Grams
 
         found: list[Grams] = []
-        while_others_wait(lambda: found.append(gather_grams(context, samples, folder)))
+        while_others_wait(lambda: found.append(gather_grams(context, samples)))
         for grams in found:
             _tell_of_others(wanted, grams)
         return {"grams": found[0] if found else Grams({})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,30 +45,57 @@ def file_of(folder: Path, expert: str) -> Path:
     return folder / f"{expert}.safetensors"
 
 
-def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
-    """Gram matrices of every merged matrix's inputs, by expert; those that are in the folder already are taken.
+# ``(expert's name, its model, its samples)`` to Gram matrices, by the names of the tensors that share them.
+Find: TypeAlias = Callable[[str, Any, Iterator[Asked]], dict[tuple[str, ...], Gram]]
 
-    They have to be as they were written, and neither expert nor base may have been written since.
+
+def gather_grams(context: Context, samples: Samples) -> Grams:
+    """Gram matrices of every merged matrix's inputs, by expert; those of an earlier part of the run are taken.
 
     Args:
         context: the run.
         samples: what the experts are asked.
-        folder: where each expert's file is.
 
     Raises:
         InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
     """
-    files = {expert: file_of(folder, expert) for expert in context.plan.experts}
-    kept = {
-        expert: context.run.kept.within(folder.name, context.plan.only([expert]).opened)
-        for expert in context.plan.experts
-    }
+    names, file_name = matrices(context), context.backbone.file_name
+
+    def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
+        return grams_of(model, names, file_name, own)
+
+    return gather(context, samples, lambda expert: context.plan.only([expert]).opened, find)
+
+
+def gather(
+    context: Context, samples: Samples, opened: Callable[[str], str], find: Find, *, who: str = "expert {}"
+) -> Grams:
+    """Statistics of each expert, in the run's folder; those that are there already are taken.
+
+    They have to be as they were written, and no checkpoint that they are of may have been written since.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        opened: a digest that differs once a checkpoint was written that an expert's statistics are of.
+        find: finds an expert's statistics.
+        who: what has computed them, with a place for the expert's name, for messages.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN.
+    """
+    folder, experts = context.run.statistics, context.plan.experts
+    files = {expert: file_of(folder, expert) for expert in experts}
+    kept = {expert: context.run.kept.within(folder.name, opened(expert)) for expert in experts}
     left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]
     if left:
         folder.mkdir(exist_ok=True)
 
+        @torch.no_grad()
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            write_grams(files[expert], _grams_of(context, expert, model, own, samples.precision), kept[expert])
+            grams = find(expert, model, own)
+            _refuse_nan(grams, who.format(expert), samples.precision)
+            write_grams(files[expert], grams, kept[expert])
 
         missing = replace(context, plan=context.plan.only(left))
         maker = samples.target_maker(missing, (), torch.device(context.device))
@@ -76,24 +103,36 @@ def gather_grams(context: Context, samples: Samples, folder: Path) -> Grams:
     return Grams(files)
 
 
-@torch.no_grad()
-def _grams_of(
-    context: Context, expert: str, model: Any, own: Iterable[Asked], precision: str
+def grams_of(
+    model: Any,
+    names: Iterable[str],
+    file_name: Callable[[str], str],
+    asked: Iterable[Asked],
+    new_sum: Callable[[], GramSum] = GramSum,
 ) -> dict[tuple[str, ...], Gram]:
-    """Gram matrices of one expert, by the names of the tensors that share them."""
-    file_name = context.backbone.file_name
-    watch = InputWatch(model, {file_name(name): name for name in matrices(context)}, file_name)
+    """Gram matrices of what goes into a model's layers while it runs, by the names of the tensors that share them.
+
+    Args:
+        model: the model.
+        names: the layers' tensors.
+        file_name: published name of a parameter in memory.
+        asked: what it runs on.
+        new_sum: as for `InputWatch`.
+    """
+    watch = InputWatch(model, {file_name(name): name for name in names}, file_name, new_sum)
     try:
-        for asked in own:
-            watch.run(asked)
-        grams = watch.finish()
+        for one in asked:
+            watch.run(one)
+        return watch.finish()
     finally:
         watch.close()
+
+
+def _refuse_nan(grams: Mapping[tuple[str, ...], Gram], who: str, precision: str) -> None:
     faulty = [names[0] for names, gram in grams.items() if not bool(torch.isfinite(gram.values).all())]
     if faulty:
         hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
-        raise InputError(f"expert {expert} computes NaN or infinite inputs of {faulty[0]}{hint}")
-    return grams
+        raise InputError(f"{who} computes NaN or infinite inputs of {faulty[0]}{hint}")
 
 
 class InputWatch:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from expert_merging.arithmetic import scaled_mean
 from expert_merging.flags import Count
-from expert_merging.method import SAMPLES, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.running.options import SampleOptions
-from expert_merging.statistics.gathering import gathering
+from expert_merging.statistics.gathering import merge_around_mean, register_on_grams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +31,7 @@ class MatsOptions(SampleOptions):
     iterations: Count = 10
 
 
-@register(
-    options=MatsOptions,
-    unit="matrix",
-    reads=frozenset({SAMPLES}),
-    prepare=Prepare(gathering("mats", MatsOptions), ("grams",)),
-    family_defaults=("samples_per_task",),
-)
+@register_on_grams("mats", MatsOptions)
 def mats(task_vectors: Tensor, part: Part, grams: Grams, *, iterations: int = 10) -> Tensor:
     """Match each expert's outputs on its own samples, from the mean on (Tam et al., 2023, arXiv 2312.04339).
 
@@ -57,22 +49,23 @@ def mats(task_vectors: Tensor, part: Part, grams: Grams, *, iterations: int = 10
     Returns:
         Merged task vector ``(outputs, inputs)``.
     """
+    return merge_around_mean(task_vectors, part, grams, lambda given: _conjugate_gradients(given, iterations))
+
+
+def _conjugate_gradients(deviations: Iterable[tuple[Tensor, Gram]], iterations: int) -> Tensor:
+    """What ``X`` in ``X sum_k G_k = sum_k D_k G_k`` comes to in some steps from 0 on, in float64.
+
+    Args:
+        deviations: deviation ``(outputs, inputs)`` and Gram matrix of each expert, each held while it is added.
+        iterations: most steps.
+    """
     import torch
 
-    mean = scaled_mean(task_vectors, 1.0)
-    own = {number: gram for number, gram in enumerate(grams.of(part.name)) if gram is not None}
-    if len(task_vectors) == 1 or not own:
-        return mean
-    residual = mean.new_zeros((), dtype=torch.float64)
-    for number, gram in own.items():
-        residual = residual + gram.product(task_vectors[number].double() - mean)
-    return mean + _conjugate_gradients(list(own.values()), residual, iterations).to(mean.dtype)
-
-
-def _conjugate_gradients(grams: Sequence[Gram], residual: Tensor, iterations: int) -> Tensor:
-    """What ``X sum_k G_k`` brings near ``residual (outputs, inputs)``, in float64, from 0 on."""
-    import torch
-
+    residual: Any = 0
+    grams = []
+    for deviation, gram in deviations:
+        residual = residual + gram.product(deviation)
+        grams.append(gram)
     found, direction = torch.zeros_like(residual), residual.clone()
     square = first = residual.square().sum()
     for _ in range(iterations):

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from expert_merging.arithmetic import scaled_mean
 from expert_merging.flags import Interval
-from expert_merging.method import SAMPLES, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.running.options import SampleOptions
-from expert_merging.statistics.gathering import gathering
+from expert_merging.statistics.gathering import merge_around_mean, register_on_grams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +33,7 @@ class RegMeanOptions(SampleOptions):
     reduce_non_diagonal_ratio: Annotated[float, Interval("[0, 1]")] = 0.9
 
 
-@register(
-    options=RegMeanOptions,
-    unit="matrix",
-    reads=frozenset({SAMPLES}),
-    prepare=Prepare(gathering("regmean", RegMeanOptions), ("grams",)),
-    family_defaults=("samples_per_task",),
-)
+@register_on_grams("regmean", RegMeanOptions)
 def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagonal_ratio: float = 0.9) -> Tensor:
     """Least squares between outputs on each expert's own samples (Jin et al., 2023, arXiv 2212.09849).
 
@@ -64,12 +56,7 @@ def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagon
     Returns:
         Merged task vector ``(outputs, inputs)``.
     """
-    mean = scaled_mean(task_vectors, 1.0)
-    own = {number: gram for number, gram in enumerate(grams.of(part.name)) if gram is not None}
-    if len(task_vectors) == 1 or not own:
-        return mean
-    deviations = ((task_vectors[number].double().sub_(mean), gram) for number, gram in own.items())
-    return mean + _least_squares(deviations, reduce_non_diagonal_ratio).to(mean.dtype)
+    return merge_around_mean(task_vectors, part, grams, lambda given: _least_squares(given, reduce_non_diagonal_ratio))
 
 
 def _least_squares(deviations: Iterable[tuple[Tensor, Gram]], ratio: float) -> Tensor:

@@ -466,7 +466,7 @@ NO_CLOSED_FORM = (
         (["--shared", "moe"], f"--shared moe: {NO_CLOSED_FORM}"),
         (
             ["--exclude_params", ".*gate_proj.*"],
-            "--exclude_params leaves out model.layers.0.mlp.gate_proj.weight and 2 more tensors, and feed-forward "
+            "--exclude_params leaves out model.layers.0.mlp.gate_proj.weight and 2 more, and feed-forward "
             "layers are what a mixture has of its experts; exclude other parameters",
         ),
     ],
@@ -541,8 +541,8 @@ def test_all_problems_are_told_at_once(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "tensor"),
     [
-        ({"mlp_bias": True}, "model.layers.0.mlp.down_proj.bias and 8 more tensors"),
-        ({"attention_bias": True, "num_hidden_layers": 1}, "model.layers.0.self_attn.k_proj.bias and 3 more tensors"),
+        ({"mlp_bias": True}, "model.layers.0.mlp.down_proj.bias and 8 more"),
+        ({"attention_bias": True, "num_hidden_layers": 1}, "model.layers.0.self_attn.k_proj.bias and 3 more"),
     ],
     ids=["feed-forward", "attention"],
 )
@@ -558,7 +558,7 @@ def test_a_base_that_lacks_feed_forward_tensors_is_refused(capsys, tmp_path):
     whole = {f"model.layers.{layer}.mlp.{part}.weight": torch.ones(2, 2) for layer in (0, 1) for part in W.values()}
     for missing, message in (
         (["model.layers.1.mlp.up_proj.weight"], "model.layers.1.mlp.up_proj.weight"),
-        (whole, "model.layers.0.mlp.gate_proj.weight and 2 more tensors"),
+        (whole, "model.layers.0.mlp.gate_proj.weight and 2 more"),
     ):
         tensors = {name: tensor for name, tensor in whole.items() if name not in missing}
         base = write_checkpoint(tmp_path / "base", {**tensors, "model.layers.0.self_attn.q_proj.weight": torch.ones(2)})

@@ -10,12 +10,26 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expert_merging.cli import main
 from expert_merging.mixtures import fitting, report
 from expert_merging.mixtures.statistics import FirstVectors, SumWithMean
-from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_model, tensors_of, write_tasks
+from Mistral.backbone import BACKBONE
+from tests.adapters import merged_by_peft, save_adapter
+from tests.checkpoints import (
+    BASE,
+    EXPERTS,
+    SINGLE,
+    SIZES,
+    perturb,
+    save_model,
+    save_tokenizer,
+    tensors_of,
+    write_tasks,
+)
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal
+from tests.launching import run_together
 from tests.mixtures.test_moe import MOE, logits, routers
-from tests.statistics.twin import inputs_of_layers
+from tests.statistics.twin import answered, inputs_of_layers
 
 # Answers of very different letters, so that routers can tell them apart.
 ANSWERS = {"Chat": "aaaaaaaaaaaaaaaa", "Math": "0123456789012345", "Code": "((((((()))))))) "}
@@ -51,13 +65,8 @@ def twins_inputs(cache: Path, mixture: Path) -> list[dict[str, torch.Tensor]]:
     """What goes into the feed-forward layers of each such model on the samples of its expert that are not held out."""
     tokenizer, found = AutoTokenizer.from_pretrained(cache / BASE), []
     for number, expert in enumerate(EXPERTS):
-        asked = []
-        for question in range(1, COUNT):  # the first is held out
-            prompt = tokenizer(f"{expert} question {question}?")["input_ids"]
-            answer = tokenizer(ANSWERS[expert], add_special_tokens=False)["input_ids"]
-            tokens = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-            asked.append(({"input_ids": tokens}, len(prompt)))
-        seen = inputs_of_layers(one_expert(cache, mixture, number), asked, response_only=False)
+        asked = answered(tokenizer, expert, ANSWERS[expert], range(1, COUNT))  # the first is held out
+        seen = inputs_of_layers(one_expert(cache, mixture, number), asked)
         found.append({name: seen[name].double() for name in seen if name.endswith("gate_proj.weight")})
     return found
 
@@ -108,19 +117,17 @@ def test_samples_that_an_expert_is_not_for_are_subtracted(arguments, tmp_path):
 
 
 def test_embeddings_are_the_base_s(arguments, tiny_zoo, tmp_path):
-    run = merged(tmp_path, *arguments, "--router", "embedding", "--negative_prompts", "none")
+    run = merged(tmp_path, *arguments, "--router", "embedding", "--negative_prompts", "none", "--held_out", 0.5)
     table = tensors_of(tiny_zoo / BASE)["model.embed_tokens.weight"].double()
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_zoo / BASE), []
     for expert in EXPERTS:
-        tokens = []
-        for number in range(1, COUNT):
-            tokens += tokenizer(f"{expert} question {number}?")["input_ids"]
-            tokens += tokenizer(ANSWERS[expert], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        mean = table[tokens].mean(0)
+        asked = answered(tokenizer, expert, ANSWERS[expert], range(COUNT))  # no model runs that could be tried on some
+        mean = table[torch.cat([inputs["input_ids"][0] for inputs, _ in asked])].mean(0)
         rows.append(mean / mean.norm())
     for router in routers(run.model).values():
         torch.testing.assert_close(router.double(), torch.stack(rows), rtol=1e-5, atol=1e-6)
     assert not run.statistics.exists()
+    assert "ignored with --router embedding: --held_out" in run.log.read_text()
 
 
 @pytest.mark.slow
@@ -140,7 +147,7 @@ def test_a_mixture_whose_routers_choose_one_expert_is_that_expert(arguments, tin
     alone = one_expert(tiny_zoo, run.model, 1)
     mixture = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32, num_experts_per_tok=1)
     tokens = torch.randint(SIZES["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(0))
-    seen = inputs_of_layers(alone, [({"input_ids": tokens}, 1)], response_only=False)
+    seen = inputs_of_layers(alone, [({"input_ids": tokens}, 1)])
     with torch.no_grad():
         for number, layer in enumerate(mixture.model.layers):
             states = seen[f"model.layers.{number}.mlp.gate_proj.weight"].float()
@@ -163,6 +170,23 @@ def test_statistics_of_an_earlier_part_are_taken(arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_statistics_are_gathered_anew_once_a_checkpoint_was_written(arguments, tiny_zoo, tmp_path):
+    """Any of them: what is shared is made of all."""
+    (tmp_path / "zoo").mkdir()
+    for folder in (BASE, *EXPERTS.values()):
+        perturb(tiny_zoo / folder, tmp_path / "zoo" / folder, 0, change=0)
+    given = [*arguments, "--cache_dir", tmp_path / "zoo", "--run_name", "x"]
+    run = merged(tmp_path / "out", *given)
+    before = [file.stat().st_mtime_ns for file in sorted(run.statistics.iterdir())]
+    run.model.rename(tmp_path / "earlier")
+    file = tmp_path / "zoo" / EXPERTS["Math"] / SINGLE
+    file.write_bytes(file.read_bytes())
+    again = merged(tmp_path / "out", *given)
+    after = [file.stat().st_mtime_ns for file in sorted(again.statistics.iterdir())]
+    assert not set(before) & set(after)
+
+
+@pytest.mark.slow
 def test_experts_in_another_order_make_the_same_routers(tiny_zoo, dataset, tmp_path):
     def made(name, order):
         experts = {expert: tiny_zoo / EXPERTS[expert] for expert in order}
@@ -173,11 +197,41 @@ def test_experts_in_another_order_make_the_same_routers(tiny_zoo, dataset, tmp_p
         torch.testing.assert_close(router[[2, 0, 1]], turned[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_tokens_that_an_expert_has_added_change_nothing(tiny_zoo, dataset, tmp_path):
+    """The mixture has the base's embeddings; an expert's model has others until it is made a part of one."""
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny_zoo / BASE, dtype=torch.float32)
+
+    more = SIZES["vocab_size"] + 3
+    save_adapter(load, tmp_path / "adapter", resized=more)
+    model = merged_by_peft(load, tmp_path / "adapter", resized=more)
+    model.save_pretrained(tmp_path / "more")
+    model.resize_token_embeddings(SIZES["vocab_size"])
+    model.save_pretrained(tmp_path / "same")
+    found = {}
+    for name in ("adapter", "more", "same"):
+        save_tokenizer(tmp_path / name)
+        given = flags(tiny_zoo / BASE, Chat=tmp_path / name, Math=tiny_zoo / EXPERTS["Math"])
+        run = merged(tmp_path / "out" / name, *MOE, *given, "--data_dir", dataset)
+        found[name] = routers(run.model)
+    assert_same_bytes(found["more"], found["same"])
+    for router, expected in found["same"].items():
+        torch.testing.assert_close(found["adapter"][router], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_base_is_rated_zero(arguments, tmp_path):
-    for router in routers(merged(tmp_path, *arguments, "--include_base").model).values():
+    run = merged(tmp_path, *arguments, "--include_base")
+    for router in routers(run.model).values():
         assert router.shape[0] == 4
         assert not router[3].any()
         assert router[:3].any(1).all()
+    told = json.loads((run.folder / report.FILE).read_text())
+    assert told["experts"] == [*EXPERTS, "base"]
+    loads = torch.tensor([shares for own in told["load"].values() for shares in own.values()])
+    assert loads.shape == (SIZES["num_hidden_layers"] * len(EXPERTS), 4)
+    assert loads.max() == 0.5, "of two experts that work on a token, each has half of the work at most"
 
 
 @pytest.mark.slow
@@ -258,10 +312,12 @@ def test_routers_are_of_samples_where_a_folder_is_given(arguments, tiny_zoo, dat
     log = random.log.read_text()
     for flag in ("data_dir", "samples_per_task", "ridge", "held_out"):
         assert f"ignored with --router random: --{flag}" in log
-    assert (
-        "Routers are fitted by least squares"
-        in (merged(tmp_path / "ridge", *arguments).model / "README.md").read_text()
-    )
+    plain = merged(tmp_path / "auto", *MOE, "--cache_dir", tiny_zoo, "--samples_per_task", 3, "--ridge", 1)
+    for flag in ("samples_per_task", "ridge"):
+        assert f"ignored with --router random: --{flag}" in plain.log.read_text()
+    ridge = merged(tmp_path / "ridge", *arguments, "--negative_prompts", "none")
+    assert "Routers are fitted by least squares" in (ridge.model / "README.md").read_text()
+    assert "ignored with --router ridge: --negative_prompts" in ridge.log.read_text()
     capsys.readouterr()
     assert merge(*arguments, "--dry_run", "--output_path", tmp_path / "dry") == 0
     shown = capsys.readouterr().out
@@ -274,10 +330,18 @@ def test_routers_are_of_samples_where_a_folder_is_given(arguments, tiny_zoo, dat
 
 def test_folders_that_do_not_serve_are_refused(arguments, tiny_zoo, dataset, tmp_path, capsys):
     nowhere = tmp_path / "nowhere"
-    message = f"calibration folder {nowhere} does not exist; give --data_dir a folder with one JSON file per task"
-    assert refusal(capsys, *MOE, "--cache_dir", tiny_zoo, "--data_dir", nowhere) == message
-    given = ["--router", "prompts", "--negative_prompts", nowhere]
-    assert refusal(capsys, *arguments, *given) == f"--negative_prompts: {message}"
+    message = f"calibration folder {nowhere} does not exist; give --{{}} a folder with one JSON file per task"
+    assert refusal(capsys, *MOE, "--cache_dir", tiny_zoo, "--data_dir", nowhere) == message.format("data_dir")
+    given = [*arguments, "--router", "prompts", "--negative_prompts", nowhere]
+    assert refusal(capsys, *given) == message.format("negative_prompts")
+    nowhere.write_text("")
+    assert refusal(capsys, *given) == f"--negative_prompts {nowhere} is a file; give the folder that it lies in"
+    nowhere.unlink()
+    write_tasks(nowhere, responses=ANSWERS)
+    (nowhere / "Math.json").unlink()
+    assert refusal(capsys, *given) == (
+        f"expert Math has no calibration samples: {nowhere} has no Math.json (--negative_prompts)"
+    )
 
 
 def test_nan_in_what_a_router_sees_is_told(capsys, tiny_zoo, dataset, tmp_path):
@@ -291,3 +355,14 @@ def test_nan_in_what_a_router_sees_is_told(capsys, tiny_zoo, dataset, tmp_path):
     assert refusal(capsys, *MOE, *given, "--output_path", tmp_path / "out").startswith(
         "the mixture with expert Chat alone computes NaN or infinite inputs of model.layers.1.mlp.gate_proj.weight"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_mixture_of_one(arguments, tmp_path):
+    expected = merged(tmp_path / "one", *arguments)
+    given = [*map(str, arguments), "--device", "cpu", "--output_path", str(tmp_path / "two")]
+    done = run_together(2, main, BACKBONE, given, folder=tmp_path)
+    assert done.codes == (0, 0), done.stderr
+    (folder,) = (tmp_path / "two").glob("*/*")
+    assert_same_bytes(tensors_of(folder / "model"), tensors_of(expected.model))
+    assert (folder / report.FILE).read_bytes() == (expected.folder / report.FILE).read_bytes()

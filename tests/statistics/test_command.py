@@ -27,7 +27,7 @@ from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_tasks
 from tests.command import contents, merge, merged, refusal, refused
 from tests.launching import run_together
-from tests.statistics.twin import inputs_of_layers, least_squares
+from tests.statistics.twin import answered, inputs_of_layers, least_squares
 
 RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -117,11 +117,7 @@ def test_it_merges_as_the_plain_twin(options, count, ratio, response_only, devic
     tokenizer = AutoTokenizer.from_pretrained(tiny_zoo / BASE)
     seen = []
     for name, folder in EXPERTS.items():
-        asked = []
-        for number in range(count):
-            prompt = tokenizer(f"{name} question {number}?")["input_ids"]
-            response = [*tokenizer(RESPONSES[name], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            asked.append(({"input_ids": torch.tensor([prompt + response])}, len(prompt)))
+        asked = answered(tokenizer, name, RESPONSES[name], range(count))
         model = AutoModelForCausalLM.from_pretrained(tiny_zoo / folder, dtype=torch.float32)
         found = inputs_of_layers(model, asked, response_only=response_only)
         del found["lm_head.weight"]

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from expert_merging.statistics.mats import mats
-from tests.statistics.test_regmean import DEVICES, FEW, MANY, PART, Given, inputs_of, kept, summed, task_vectors
+from tests.statistics.made_up import (
+    DEVICES,
+    FEW,
+    MANY,
+    PART,
+    Given,
+    check_simple_cases,
+    inputs_of,
+    kept,
+    summed,
+    task_vectors,
+)
 from tests.statistics.twin import least_squares
 
 
@@ -57,17 +70,8 @@ def test_it_ends_at_regmean():
 @pytest.mark.parametrize("form", [kept, summed])
 @pytest.mark.parametrize("counts", [FEW, MANY], ids=["few", "many"])
 def test_what_it_must_be_in_simple_cases(counts, form):
-    given = task_vectors()
-    grams = [form(vectors) for vectors in inputs_of(counts)]
-    assert merged(given[:1], grams[:1], 10).equal(given[0]), "one expert"
-    torch.testing.assert_close(merged(given[:1].expand(3, -1, -1), grams, 10), given[0])
-    torch.testing.assert_close(merged(given, [grams[1]] * 3, 10), given.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(merged(given, [None] * 3, 10), given.mean(0))
-    zeros = [form(torch.zeros(count, 8)) for count in (2, 3, 2)]
-    torch.testing.assert_close(merged(given, zeros, 10), given.mean(0))
-    order = [2, 0, 1]
-    result = merged(given, grams, 4)
-    torch.testing.assert_close(merged(given[order], [grams[i] for i in order], 4), result, rtol=1e-4, atol=1e-5)
+    loose = {"rtol": 1e-4, "atol": 1e-5}
+    check_simple_cases(partial(merged, iterations=4), counts, form, close={"rtol": 1e-5, "atol": 1e-5}, loose=loose)
 
 
 def test_an_expert_whose_samples_do_not_come_by_leaves_the_matrix_to_the_others():

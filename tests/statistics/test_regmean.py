@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
-from expert_merging.parts import Part
-from expert_merging.statistics.gram import Gram
 from expert_merging.statistics.regmean import regmean
+from tests.statistics.made_up import (
+    DEVICES,
+    FEW,
+    INPUTS,
+    MANY,
+    PART,
+    Given,
+    check_simple_cases,
+    inputs_of,
+    kept,
+    summed,
+    task_vectors,
+)
 from tests.statistics.twin import least_squares
 
-OUTPUTS, INPUTS = 5, 8
-PART = Part.whole("layers.0.weight", (OUTPUTS, INPUTS))
 RATIOS = [0.0, 0.5, 0.9, 1.0]
-FEW, MANY = (2, 3, 2), (9, 30, 12)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@dataclass(frozen=True)
-class Given:
-    """Gram matrices as the method asks for them."""
-
-    grams: tuple[Gram | None, ...]
-
-    def of(self, name: str) -> tuple[Gram | None, ...]:
-        assert name == PART.name
-        return self.grams
-
-
-def inputs_of(counts: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(INPUTS, INPUTS, generator=generator)
-    return [torch.randn(count, INPUTS, generator=generator) @ mixing for count in counts]
-
-
-def kept(vectors: torch.Tensor) -> Gram:
-    return Gram(vectors, len(vectors), is_summed=False)
-
-
-def summed(vectors: torch.Tensor) -> Gram:
-    return Gram(vectors.T @ vectors, len(vectors), is_summed=True)
-
-
-def task_vectors(experts: int = 3) -> torch.Tensor:
-    return torch.randn(experts, OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1))
 
 
 def merged(given: torch.Tensor, grams, ratio: float = 0.9) -> torch.Tensor:
@@ -96,17 +74,11 @@ def test_it_is_the_papers_formula():
 @pytest.mark.parametrize("counts", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("form", [kept, summed])
 def test_what_it_must_be_in_simple_cases(ratio, counts, form):
-    given = task_vectors()
-    grams = [form(vectors) for vectors in inputs_of(counts)]
     close = {"rtol": 1e-5, "atol": 1e-6}
-    assert merged(given[:1], grams[:1], ratio).equal(given[0]), "one expert"
-    identical = given[:1].expand(3, -1, -1)
-    torch.testing.assert_close(merged(identical, grams, ratio), given[0], **close)
-    torch.testing.assert_close(merged(given, [grams[1]] * 3, ratio), given.mean(0), **close)
-    order = [2, 0, 1]
     loose = {"rtol": 1e-3, "atol": 1e-2 if form is summed and ratio == 1 else 1e-5}
-    result = merged(given, grams, ratio)
-    torch.testing.assert_close(merged(given[order], [grams[index] for index in order], ratio), result, **loose)
+    check_simple_cases(partial(merged, ratio=ratio), counts, form, close=close, loose=loose)
+    given = task_vectors()
+    result = merged(given, [form(vectors) for vectors in inputs_of(counts)], ratio)
     larger = [form(vectors * 1024) for vectors in inputs_of(counts)]
     torch.testing.assert_close(merged(given, larger, ratio), result, **loose)
 
@@ -121,12 +93,9 @@ def test_an_expert_with_more_tokens_does_not_count_for_more(counts):
 
 @pytest.mark.parametrize("form", [kept, summed])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_without_inputs_it_is_the_mean(form, ratio):
+def test_an_input_that_is_always_zero_gets_the_mean(form, ratio):
     given = task_vectors()
-    torch.testing.assert_close(merged(given, [None] * 3, ratio), given.mean(0))
-    zeros = [form(torch.zeros(count, INPUTS)) for count in (2, 3, 2)]
-    torch.testing.assert_close(merged(given, zeros, ratio), given.mean(0))
-    inputs = inputs_of((2, 3, 2))
+    inputs = inputs_of(FEW)
     for vectors in inputs:
         vectors[:, 3] = 0
     result = merged(given, map(form, inputs), ratio)

@@ -31,6 +31,28 @@ def least_squares(given: torch.Tensor, inputs: list[torch.Tensor], ratio: float,
     return (mean + torch.linalg.lstsq(equations, outputs, driver="gelsd").solution.T).float()
 
 
+def answered(
+    tokenizer: Any, expert: str, response: str, numbers: Iterable[int]
+) -> list[tuple[Mapping[str, torch.Tensor], int]]:
+    """An expert's questions of `tests.checkpoints.write_tasks` with the response and the turn's end.
+
+    Args:
+        tokenizer: makes tokens of them.
+        expert: its name.
+        response: the answer to every question.
+        numbers: of the questions.
+
+    Returns:
+        Model inputs, and the number of the prompt's tokens.
+    """
+    found = []
+    for number in numbers:
+        prompt = tokenizer(f"{expert} question {number}?")["input_ids"]
+        end = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        found.append(({"input_ids": torch.tensor([prompt + end])}, len(prompt)))
+    return found
+
+
 @torch.no_grad()
 def inputs_of_layers(
     model: Any, questions: Iterable[tuple[Mapping[str, torch.Tensor], int]], *, response_only: bool = False
