@@ -59,7 +59,6 @@ class Run:
         self.directions = folder / "directions"
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
-        self.scores = folder / "scores.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
         self.scores = folder / "scores.json"
@@ -179,8 +178,8 @@ class Run:
             record = read_object(self.config)
         except InputError:
             return None
-        is_run = {"family", "method", "options"} <= set(record) and isinstance(record["options"], dict)
-        return record if is_run else None
+        kinds = {"family": str, "method": str, "options": dict}
+        return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expert_merging.backbone import Backbone
-    from expert_merging.comparing.sweep import Scored, Scoring, Sweep
+    from expert_merging.comparing.sweep import Scoring, Sweep
+    from expert_merging.comparing.sweep_record import Scored
     from expert_merging.questions.labelled import Question
 
 FOLDER = "sweeps"

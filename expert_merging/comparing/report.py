@@ -22,7 +22,7 @@ from expert_merging.comparing.charts import (
     score_charts,
 )
 from expert_merging.comparing.finished import Answers, Finished, read_answers, read_runs
-from expert_merging.comparing.tables import (
+from expert_merging.comparing.report_tables import (
     ScoreTable,
     TextTable,
     answer_tables,

@@ -9,7 +9,8 @@ import pytest
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.scores_file import read_scores
-from expert_merging.comparing.sweep import Record, Scored, Scoring, _Bench
+from expert_merging.comparing.sweep import Scoring, _Bench
+from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.errors import InputError
 from expert_merging.run import Run
 from tests.checkpoints import write_tasks
@@ -242,6 +243,28 @@ def test_a_record_of_something_else_is_refused(tmp_path):
         file.write_text(text)
         with pytest.raises(InputError, match="holds no scores of a sweep; move it away to begin again"):
             Record(file, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"point": [1]}, {"point": None}, {"key": []}, {"key": 1}, {"share": "1"}, {"share": None}),
+        *({"divergence": {"Math": "x"}}, {"divergence": {"Math": math.inf}}, {"divergence": 1}),
+        *({"correct": 1}, {"correct": {"Math": []}}, {"correct": {"Math": "10"}}, {"correct": {"Math": [True]}}),
+        *({"seconds": "long"}, {"problem": 3}),
+    ],
+    ids=str,
+)
+def test_a_damaged_entry_is_refused(damage, tmp_path):
+    file = tmp_path / "sweep.json"
+    Record(file, {}).add(Scored({"seed": 1}, "k", 1.0, {"Math": 0.5}, {"Math": [1.0, 0.0]}, 1.0, "none"))
+    content = json.loads(file.read_text())
+    assert content["points"][0]["accuracy"] == {"Math": 50.0}
+    assert Record(file, {}).known("k", 1.0).accuracy == {"Math": 50.0}
+    content["points"][0] |= damage
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="holds no scores of a sweep; move it away to begin again"):
+        Record(file, {})
 
 
 @pytest.mark.parametrize("flag", ["--mthod", "--json"])

@@ -51,6 +51,7 @@ from Mistral.backbone import BACKBONE
 from tests import checkpoints, internvl, qwen2vl
 from tests.adapters import save_adapter
 from tests.command import TENSORS, flags, merge
+from tests.fuzz import measured
 from tests.fuzz.damage import KINDS, damaged
 
 # What one damaged file may take: seconds of a processor, and bytes of memory.
@@ -508,6 +509,9 @@ READERS = (
         "adapter", _adapter, ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), _read_adapter, 15
     ),
     Reader("records", _records, ("config.json", "evaluations.json", "start.json", "digests.json"), _read_records, 30),
+    Reader("measured", measured.measure, measured.MEASURED, measured.read_measured, 8),
+    Reader("sweep", measured.sweep, ("sweep.json",), measured.read_sweep, 20),
+    Reader("labelled", measured.label, ("Chat.json", "Math.jsonl"), measured.read_labelled, 20),
     Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
     Reader("command, closed form", _command, _FOLDERS, partial(_whole, method="ties"), 3),
     Reader(
