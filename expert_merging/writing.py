@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
 import hashlib
 import os
@@ -233,3 +234,22 @@ def write_atomically(target: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
     os.rename(partial_name(target), target)
     sync_folder(target.parent)
+
+
+def take_hold(lock: Path, flag: str) -> int:
+    """Keep other processes from writing to a folder, until the descriptor is closed or this process ends.
+
+    Args:
+        lock: a file in the folder, made if it does not exist.
+        flag: the flag that chooses another folder.
+
+    Raises:
+        InputError: another process is writing to the folder.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another process is writing to {lock.parent}; wait for it or choose another {flag}") from None
+    return descriptor

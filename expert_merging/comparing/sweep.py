@@ -36,10 +36,9 @@ from expert_merging.running.candidates import Candidates
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.samples import Samples, check_samples
+from expert_merging.writing import take_hold
 
-logger = logging.getLogger(__name__)
-
-RECORD = "sweep.json"
+RECORD, LOCK = "sweep.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -176,25 +175,35 @@ class Sweep:
         }
 
     def run(self, terminal: Terminal) -> list[Scored]:
-        """Score all points, best first; those that an earlier part of the sweep has scored are looked up."""
+        """Score all points, best first; those that an earlier part of the sweep has scored are looked up.
+
+        Raises:
+            InputError: another process is at the same sweep.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        held = take_hold(self.folder / LOCK, "--sweep_name")
+        try:
+            self.record.read()  # another process may have added to it since the checks
+            return self._run(terminal)
+        finally:
+            os.close(held)
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _run(self, terminal: Terminal) -> list[Scored]:
         fewest = min(sum(sample.task == task for sample in self.asked.samples) for task in self.asked.tasks)
         shares = self.scoring.shares(len(self.planned), fewest)
         left, done = self.planned, list[Scored]()
         counts = [max(1, len(left) // (self.scoring.halving or 1) ** number) for number in range(len(shares))]
         bench = _Bench(self, shares)
-        try:
-            if any(self.record.known(planned.key, shares[0]) is None for planned in left):
-                bench.open(terminal.progress)
-            with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
-                for share, following in zip(shares, [*counts[1:], 0], strict=True):
-                    scored = [self._score(bench, planned, share, advance) for planned in left]
-                    scored.sort(key=lambda one: one.badness(self.scoring.select))
-                    kept = {one.key for one in scored[:following]}
-                    done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
-                    left = [planned for planned in left if planned.key in kept]
-        finally:
-            shutil.rmtree(self.work, ignore_errors=True)
+        if any(self.record.known(planned.key, shares[0]) is None for planned in left):
+            bench.open(terminal.progress)
+        with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
+            for share, following in zip(shares, [*counts[1:], 0], strict=True):
+                scored = [self._score(bench, planned, share, advance) for planned in left]
+                scored.sort(key=lambda one: one.badness(self.scoring.select))
+                kept = {one.key for one in scored[:following]}
+                done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
+                left = [planned for planned in left if planned.key in kept]
         return done
 
     def _score(self, bench: _Bench, planned: Planned, share: float, advance: Any) -> Scored:
