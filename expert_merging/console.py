@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +26,9 @@ from rich.progress import (
 
 from expert_merging.errors import one_line
 from expert_merging.progress import Advance
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
@@ -54,6 +58,28 @@ class _Lines(logging.Formatter):
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print one line as it is, unwrapped, so that paths and commands can be copied."""
     console.print(one_line(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def table_of_numbers(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a terminal, whose first column has names, which are folded where there is no room.
+
+    Args:
+        title: what stands above it.
+        columns: names of the columns of numbers.
+        rows: name and numbers of each.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    # Lines between columns would take space from the names.
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(Text(one_line(column)), justify="right")
+    for name, *numbers in rows:
+        table.add_row(Text(one_line(name)), *map(Text, numbers))
+    return table
 
 
 class _ConsoleHandler(logging.Handler):

@@ -112,6 +112,18 @@ def check_lengths(folder: Path, files: Iterable[Path]) -> None:
             )
 
 
+def check_file(file: Path, flag: str) -> None:
+    """Check that a file of results can be written where a flag says, before what it is to hold is computed.
+
+    Raises:
+        InputError: there is no folder for it, or one of its name.
+    """
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise InputError(f"{flag} {file} is a folder; name a file in it")
+
+
 def put_aside(file: Path) -> Path:
     """Keep a file that is about to be replaced as ``name.base.ending``; one of that name is put aside itself, before.
 

@@ -23,6 +23,7 @@ from expert_merging.asking import Formats
 from expert_merging.backbone import Backbone
 from expert_merging.checks import Job, check
 from expert_merging.comparing.grid import Point, label_of
+from expert_merging.comparing.scoring import points_by_task
 from expert_merging.comparing.sweep_record import Record, Scored, Select
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError, Problems, about
@@ -32,7 +33,7 @@ from expert_merging.preparing import prepare
 from expert_merging.progress import Progress, no_progress
 from expert_merging.questions.labelled import Question, digest_of
 from expert_merging.running.answers import Asker
-from expert_merging.running.candidates import Candidates
+from expert_merging.running.candidates import Candidates, first_of_tasks
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.samples import Samples, check_samples
@@ -171,7 +172,7 @@ class Sweep:
             "checkpoints": self.first.description["checkpoints"],
             "loss_tokens": self.asked.options.loss_tokens,
             **self.asked.inputs,
-            "questions": digest_of(list(self.scoring.questions)) if self.scoring.questions else None,
+            "questions": digest_of(self.scoring.questions) if self.scoring.questions else None,
         }
 
     def run(self, terminal: Terminal) -> list[Scored]:
@@ -291,18 +292,10 @@ class _Bench:
         finally:
             shutil.rmtree(run.folder, ignore_errors=True)
         divergence = candidates.divergence(share)
-        correct = self._correct(asker, model, share)
+        questions = first_of_tasks(self.sweep.scoring.questions, share)
+        correct = points_by_task(questions, asker.answer(model, questions))
         seconds = round(time.monotonic() - start, 2)
         return Scored(planned.point, planned.key, share, divergence, correct, seconds)
-
-    def _correct(self, asker: Asker, model: Any, share: float) -> dict[str, list[float]]:
-        by_task: dict[str, list[Question]] = {}
-        for question in self.sweep.scoring.questions:
-            by_task.setdefault(question.task, []).append(question)
-        return {
-            task: [found.points for found in asker.answer(model, own[: math.ceil(share * len(own))])]
-            for task, own in by_task.items()
-        }
 
 
 @contextmanager
