@@ -8,10 +8,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -28,6 +29,9 @@ from rich.progress import (
 
 from expert_merging.errors import one_line
 from expert_merging.progress import Advance
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 logger = logging.getLogger(__name__)
 _PACKAGE = "expert_merging"
@@ -68,6 +72,28 @@ class Screen(Console):
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def table_of_numbers(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a terminal, whose first column has names, which are folded where there is no room.
+
+    Args:
+        title: what stands above it.
+        columns: names of the columns of numbers.
+        rows: name and numbers of each.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    # Lines between columns would take space from the names.
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(Text(one_line(column)), justify="right")
+    for name, *numbers in rows:
+        table.add_row(Text(one_line(name)), *map(Text, numbers))
+    return table
 
 
 class _ConsoleHandler(logging.Handler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -95,12 +96,12 @@ def read_outcome(file: Path) -> Outcome | None:
 
 
 def _is_outcome(content: dict[str, Any]) -> bool:
-    """Whether the values are of the types that they have; a truth value is no number."""
-    seconds, memory = content["seconds"], content["peak_memory"]
+    """Whether the values are of the types that they have; a truth value is no number, and what is taken is finite."""
     optional = content["peak_gpu_memory"], content["relative_change"]
-    numbers = [seconds, memory, *(value for value in optional if value is not None)]
+    numbers = [content["seconds"], content["peak_memory"], *(value for value in optional if value is not None)]
     return (
         all(type(value) in (int, float) for value in numbers)
+        and all(map(math.isfinite, numbers[:2]))
         and isinstance(content["continued"], bool)
         and isinstance(content["finished"], str)
     )

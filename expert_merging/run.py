@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from expert_merging import __version__
 from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
-from expert_merging.writing import partial_name, sync_folder, write_atomically
+from expert_merging.writing import partial_name, sync_folder, take_hold, write_atomically
 
 # Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
 _DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
@@ -59,7 +58,6 @@ class Run:
         self.directions = folder / "directions"
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
-        self.scores = folder / "scores.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
         self.scores = folder / "scores.json"
@@ -181,8 +179,8 @@ class Run:
             record = read_object(self.config)
         except InputError:
             return None
-        is_run = {"family", "method", "options"} <= set(record) and isinstance(record["options"], dict)
-        return record if is_run else None
+        kinds = {"family": str, "method": str, "options": dict}
+        return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None
 
     def merged_from(self) -> dict[str, Any] | None:
         """Like `record`, which other programs than the run's own need in full.
@@ -202,14 +200,7 @@ class Run:
             InputError: another process is writing to the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise InputError(
-                f"another process is writing to {self.folder}; wait for it or choose another --run_name"
-            ) from None
+        self._lock = take_hold(self.lock, "--run_name")
         if not self.config.exists():
             write_atomically(self.config, (json.dumps(description, indent=2) + "\n").encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
 import hashlib
 import os
@@ -110,6 +111,18 @@ def check_lengths(folder: Path, files: Iterable[Path]) -> None:
             raise InputError(
                 f"{file} in {folder} would have a path of more than {path_bytes} bytes; shorten its folders"
             )
+
+
+def check_file(file: Path, flag: str) -> None:
+    """Check that a file of results can be written where a flag says, before what it is to hold is computed.
+
+    Raises:
+        InputError: there is no folder for it, or one of its name.
+    """
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise InputError(f"{flag} {file} is a folder; name a file in it")
 
 
 def put_aside(file: Path) -> Path:
@@ -234,3 +247,22 @@ def write_atomically(target: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
     os.rename(partial_name(target), target)
     sync_folder(target.parent)
+
+
+def take_hold(lock: Path, flag: str) -> int:
+    """Keep other processes from writing to a folder, until the descriptor is closed or this process ends.
+
+    Args:
+        lock: a file in the folder, made if it does not exist.
+        flag: the flag that chooses another folder.
+
+    Raises:
+        InputError: another process is writing to the folder.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another process is writing to {lock.parent}; wait for it or choose another {flag}") from None
+    return descriptor

@@ -72,6 +72,8 @@ def test_of_several_models_the_change_is_that_of_all():
         '"continued": false, "finished": ""}',
         '{"format": 1, "seconds": true, "peak_memory": 1, "peak_gpu_memory": null, "relative_change": null, '
         '"continued": false, "finished": ""}',
+        '{"format": 1, "seconds": Infinity, "peak_memory": 1, "peak_gpu_memory": null, "relative_change": null, '
+        '"continued": false, "finished": ""}',
         '{"format": 1, "seconds": 1, "peak_memory": 1, "peak_gpu_memory": null, "relative_change": null, '
         '"continued": false, "finished": "", "more": 1}',
     ],

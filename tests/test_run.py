@@ -91,7 +91,10 @@ def test_everything_that_differs_is_named_and_long_values_are_cut(begun):
 
 @pytest.mark.parametrize(
     "text",
-    [None, "{", "[]", "null", '"text"', '{"model_type": "mistral"}', '{"family": "", "method": "", "options": []}'],
+    [
+        *(None, "{", "[]", "null", '"text"', '{"model_type": "mistral"}'),
+        *('{"family": "", "method": "", "options": []}', '{"family": "", "method": ["ties"], "options": {}}'),
+    ],
 )
 def test_a_folder_with_something_else_is_refused(run, text):
     run.folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from expert_merging.commands.command import Command
 from expert_merging.comparing.grid import label_of, points_of
 from expert_merging.comparing.scores_file import Scores, SetScore, add_scores, mean_of
-from expert_merging.console import say
+from expert_merging.console import say, table_of_numbers
 from expert_merging.documents import parse_yaml, read_text, resolved
 from expert_merging.errors import InputError, near_name, one_line
 from expert_merging.families import family_names, load_family
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expert_merging.backbone import Backbone
-    from expert_merging.comparing.sweep import Scored, Scoring, Sweep
+    from expert_merging.comparing.sweep import Scoring, Sweep
+    from expert_merging.comparing.sweep_record import Scored
     from expert_merging.questions.labelled import Question
 
 FOLDER = "sweeps"
@@ -200,33 +201,23 @@ def _write(sweep: Sweep, scored: Scored, own: SweepOptions, terminal: Any) -> No
 
 def scores_of(sweep: Sweep, scored: Scored, own: SweepOptions) -> Scores:
     """A point's scores as a run keeps them; they are of the very weights that are written."""
-    from expert_merging.comparing.evaluate import task_score
-    from expert_merging.questions.labelled import by_task, digest_of
+    from expert_merging.comparing.scoring import digests_of, set_score
 
-    digests = {task: digest_of(asked) for task, asked in by_task(list(sweep.scoring.questions)).items()}
-    tasks = {task: task_score(points, digests[task]) for task, points in scored.correct.items()}
-    kinds = {question.kind for question in sweep.scoring.questions}
-    metric = str(min(kinds)) if len(kinds) == 1 else "accuracy"
-    sets = {resolved(own.questions).name: SetScore(tasks, metric)} if tasks and own.questions else {}
+    questions, sets = sweep.scoring.questions, dict[str, SetScore]()
+    if own.questions is not None:
+        sets[resolved(own.questions).name] = set_score(questions, scored.correct, digests_of(questions))
     return Scores(sets, scored.divergence)
 
 
 def _table(scored: Sequence[Scored], select: str) -> Table:
     """The best points, with their mean scores."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     title = f"The best of {len(scored)} points by {select} (divergence: 0 is the experts, 1 the base)"
-    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    result.add_column("", overflow="fold")
-    for column in ("divergence", "accuracy %", "share of samples"):
-        result.add_column(column, justify="right")
+    rows = []
     for one in scored[:_SHOWN]:
         numbers = [f"{mean_of(one.divergence):.4f}", f"{mean_of(one.accuracy):.1f}" if one.accuracy else ""]
         row = [one_line(one.problem), "", ""] if one.problem else [*numbers, f"{one.share:.3g}"]
-        result.add_row(Text(one_line(label_of(one.point))), *map(Text, row))
-    return result
+        rows.append([label_of(one.point), *row])
+    return table_of_numbers(title, ["divergence", "accuracy %", "share of samples"], rows)
 
 
 COMMAND = Command(

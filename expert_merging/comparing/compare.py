@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
+from expert_merging.console import Terminal, say, table_of_numbers
 from expert_merging.documents import resolved
-from expert_merging.errors import InputError, one_line
+from expert_merging.errors import InputError
 from expert_merging.families import load_family as load_family
 from expert_merging.flags import Count
 from expert_merging.libraries import import_transformers
 from expert_merging.run import Run
+from expert_merging.writing import check_file, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,12 +92,13 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
     Raises:
         InputError: something that is needed is neither given nor in a run's record, or cannot be used.
     """
+    if options.json is not None:
+        check_file(Path(options.json), "--json")
     compared = find_models(models)
     backbone, base, experts = _sources(compared, options)
     learned = [model.record["options"] for model in compared if model.record and _has_read_samples(model.record)]
     found, samples = _measure(compared, learned, backbone, base, experts, options)
     from expert_merging.comparing.align import relative
-    from expert_merging.console import say
 
     shares = relative(found)
     console.print(_table(shares), soft_wrap=False)  # which would cut names instead of folding them
@@ -115,7 +118,7 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
                 for model in compared
             },
         }
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_atomically(Path(options.json), (json.dumps(result, indent=2) + "\n").encode())
 
 
 def find_models(models: Sequence[Path]) -> list[Compared]:
@@ -205,7 +208,6 @@ def _measure(
     import torch
 
     from expert_merging.comparing.align import measure, middle_layer
-    from expert_merging.console import Terminal
     from expert_merging.machine import limit_threads
     from expert_merging.plan import make_plan
     from expert_merging.processes import choose_device
@@ -281,21 +283,12 @@ def _samples_used(record: Mapping[str, Any], task: str) -> int:
 
 def _table(shares: Mapping[str, ByTask]) -> Table:
     """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     from expert_merging.comparing.align import BASE, MEAN
 
-    tasks = [task for task in shares[BASE] if task != MEAN]
-    # Lines between columns would take space from the names of models.
-    result = Table(
-        title="Divergence from each task's expert (0: the expert, 1: the base)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    result.add_column("", overflow="fold")
-    for column in (*map(one_line, (*tasks, MEAN)), "hidden\nstates"):
-        result.add_column(Text(column), justify="right")
-    for label, found in shares.items():
-        divergences = [f"{found[task]['divergence']:.3f}" for task in (*tasks, MEAN)]
-        result.add_row(Text(one_line(label)), *divergences, f"{found[MEAN]['hidden']:.3f}")
-    return result
+    tasks = [*(task for task in shares[BASE] if task != MEAN), MEAN]
+    rows = [
+        [label, *(f"{found[task]['divergence']:.3f}" for task in tasks), f"{found[MEAN]['hidden']:.3f}"]
+        for label, found in shares.items()
+    ]
+    title = "Divergence from each task's expert (0: the expert, 1: the base)"
+    return table_of_numbers(title, [*tasks, "hidden states"], rows)

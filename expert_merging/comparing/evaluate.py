@@ -1,34 +1,30 @@
-"""Measure how many questions models answer rightly: own labelled files, public tasks, other tools' results."""
+"""Measure how many labelled questions models answer rightly."""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.comparing.compare import Compared, find_models
-from expert_merging.comparing.intervals import Paired, compare_paired, interval
-from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, as_json
+from expert_merging.comparing.evaluated import Found, show, write_answers, write_scores
+from expert_merging.comparing.scores_file import Scores, SetScore, add_scores, read_scores
+from expert_merging.comparing.scoring import digests_of, points_by_task, set_score
 from expert_merging.documents import resolved
-from expert_merging.errors import InputError, Problems, about, one_line
+from expert_merging.errors import InputError, Problems, about
 from expert_merging.families import family_names, load_family
 from expert_merging.flags import Count
 from expert_merging.running.board import note_scores
+from expert_merging.writing import check_file
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from expert_merging.backbone import Backbone
     from expert_merging.console import Terminal
     from expert_merging.questions.labelled import Question
     from expert_merging.running.answers import Answered, Asker
-
-# A model's scores by set, for each model by its label.
-Found = dict[str, dict[str, SetScore]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +89,7 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console)
     """
     if options.questions is None:
         raise InputError("what is to be measured? Give --questions FOLDER")
+    _check_files(options)
     compared = find_models(models)
     found: Found = {model.label: {} for model in compared}
     name, sets = _ask_questions(compared, options)
@@ -102,16 +99,31 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console)
         if model.run is not None:
             add_scores(model.run.scores, Scores(found[model.label]))
             note_scores(model.run, {set_name: score.mean for set_name, score in found[model.label].items()})
-    _show(found, console)
+    show(found, console)
     if options.json is not None:
-        _write_json(Path(options.json), compared, found)
+        write_scores(Path(options.json), {model.label: model.folder for model in compared}, found)
+
+
+def _check_files(options: EvaluateOptions) -> None:
+    """Check that the files of results can be written, before models are asked for hours.
+
+    Raises:
+        InputError: one cannot.
+    """
+    problems = Problems()
+    for name in ("json", "answers"):
+        file = getattr(options, name)
+        if file is not None:
+            with problems.collecting():
+                check_file(Path(file), f"--{name}")
+    problems.check()
 
 
 def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[str, dict[str, SetScore]]:
     """Name of the set of questions, and every model's scores on it."""
     from expert_merging.console import Terminal
     from expert_merging.machine import limit_threads
-    from expert_merging.questions.labelled import by_task, check_tasks, digest_of, load_questions
+    from expert_merging.questions.labelled import check_tasks, load_questions
 
     limit_threads()
     backbones = [_family_of(model, options) for model in compared]
@@ -121,16 +133,16 @@ def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tu
     if isinstance(options.prompt_template, dict):
         check_tasks(options.prompt_template, questions, "prompt_template")
     asked = _ready(compared, backbones, questions, options)
-    digests = {task: digest_of(own) for task, own in by_task(questions).items()}
+    digests = digests_of(questions)
     terminal, found, answers = Terminal(), dict[str, SetScore](), dict[str, Sequence[Any]]()
     try:
         for one in asked:
-            answers[one.model.label] = _answers(one, questions, options, terminal)
-            found[one.model.label] = _score(questions, answers[one.model.label], digests)
+            own = answers[one.model.label] = _answers(one, questions, options, terminal)
+            found[one.model.label] = set_score(questions, points_by_task(questions, own), digests)
     finally:
         terminal.close()
     if options.answers is not None:
-        _write_answers(Path(options.answers), questions, answers)
+        write_answers(Path(options.answers), questions, answers)
     return folder.name, found
 
 
@@ -178,6 +190,8 @@ def _prepared(
     from expert_merging.running.answers import Asker
     from expert_merging.running.prompts import Prompts
 
+    if model.run is not None:
+        read_scores(model.run.scores)  # which the new ones are added to
     checkpoint = Checkpoint(model.folder)
     with_picture = next((one.sample for one in questions if one.sample.images), None)
     if with_picture is not None and not backbone.takes_images:
@@ -206,136 +220,3 @@ def _answers(asked: Asked, questions: list[Question], options: EvaluateOptions, 
             found.append(answered)
             advance(1)
     return found
-
-
-def _score(questions: list[Question], answers: Sequence[Answered], digests: Mapping[str, str]) -> SetScore:
-    """What a model reaches on all tasks, in percent."""
-    points: dict[str, list[float]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        points.setdefault(question.task, []).append(answer.points)
-    kinds = {question.kind for question in questions}
-    tasks = {task: task_score(own, digests[task]) for task, own in points.items()}
-    return SetScore(tasks, kinds.pop() if len(kinds) == 1 else "accuracy")
-
-
-def task_score(points: Sequence[float], questions: str = "") -> TaskScore:
-    """A task's score in percent with its interval.
-
-    Args:
-        points: of each question, in [0, 1].
-        questions: digest of the questions.
-    """
-    low, high = interval(points)
-    return TaskScore(100 * sum(points) / len(points), 100 * low, 100 * high, len(points), tuple(points), questions)
-
-
-def paired(found: Found, name: str) -> dict[tuple[str, str], Paired]:
-    """Every two models on the questions of a set, where both have answered the same ones."""
-    having = {label: sets[name] for label, sets in found.items() if name in sets}
-    result = {}
-    for (first, one), (second, other) in itertools.combinations(having.items(), 2):
-        points = [_points_of(score) for score in (one, other)]
-        if points[0] and _questions_of(one) == _questions_of(other):
-            result[first, second] = compare_paired(*points)
-    return result
-
-
-def _points_of(score: SetScore) -> list[float]:
-    return [point for task in sorted(score.tasks) for point in score.tasks[task].correct]
-
-
-def _questions_of(score: SetScore) -> list[tuple[str, str, int]]:
-    return sorted((name, task.questions, len(task.correct)) for name, task in score.tasks.items())
-
-
-def _show(found: Found, console: Console) -> None:
-    """A table for each set, and which differences are more than chance."""
-    from expert_merging.console import say
-
-    for name in dict.fromkeys(name for sets in found.values() for name in sets):
-        having = {label: sets[name] for label, sets in found.items() if name in sets}
-        console.print(_table(name, having), soft_wrap=False)  # which would cut names instead of folding them
-        best = max(having, key=lambda label: having[label].mean)
-        for other in having:
-            pair = paired({label: found[label] for label in (best, other)}, name).get((best, other))
-            if pair is not None:
-                say(console, _in_words(best, other, pair))
-
-
-def _in_words(best: str, other: str, pair: Paired) -> str:
-    """What the test says of the best model and another one."""
-    p = "p < 0.001" if pair.p < 0.001 else f"p = {pair.p:.3f}"
-    return (
-        f"{best} is right where {other} is wrong on {pair.first_only} of {pair.count} questions, and wrong where it is "
-        f"right on {pair.second_only}: {p} (McNemar's exact test)"
-    )
-
-
-def _table(name: str, scores: Mapping[str, SetScore]) -> Table:
-    """Means and intervals, a row for each model."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    metric = next(iter(scores.values())).metric.replace("_", " ")
-    result = Table(title=f"{one_line(name)}: {metric} in %, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    result.add_column("", overflow="fold")
-    tasks = list(dict.fromkeys(task for score in scores.values() for task in score.tasks))
-    for column in (*tasks, "mean"):
-        result.add_column(Text(one_line(column)), justify="right")
-    for label, score in scores.items():
-        cells = [_cell(score.tasks.get(task)) for task in tasks]
-        result.add_row(Text(one_line(label)), *cells, _cell(mean_score(score)))
-    return result
-
-
-def mean_score(score: SetScore) -> TaskScore:
-    """A set's mean, with its interval where every task has points and the set has no rule of its own."""
-    points = [task.correct for task in score.tasks.values()]
-    plain = sum(task.mean for task in score.tasks.values()) / max(1, len(score.tasks))
-    if not points or not all(points) or abs(plain - score.mean) > 1e-6:
-        return TaskScore(score.mean)
-    low, high = interval(*points)
-    return TaskScore(score.mean, 100 * low, 100 * high)
-
-
-def _cell(score: TaskScore | None) -> str:
-    if score is None:
-        return ""
-    bounds = "" if score.low is None or score.high is None else f"\n{score.low:.1f} to {score.high:.1f}"
-    return f"{score.mean:.1f}{bounds}"
-
-
-def _write_json(file: Path, compared: Sequence[Compared], found: Found) -> None:
-    """Scores of all models, and the tests between every two."""
-    names = dict.fromkeys(name for sets in found.values() for name in sets)
-    content = {
-        "models": {
-            model.label: {"folder": str(model.folder), **as_json(Scores(found[model.label]))} for model in compared
-        },
-        "paired": {
-            name: [
-                {"first": first, "second": second, **vars(pair)}
-                for (first, second), pair in paired(found, name).items()
-            ]
-            for name in names
-        },
-    }
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_answers(file: Path, questions: list[Question], answers: Mapping[str, Sequence[Answered]]) -> None:
-    """Every question with what is right and what each model has answered."""
-    content = [
-        {
-            "task": question.task,
-            "question": question.sample.question,
-            **({"pictures": list(map(str, question.sample.images))} if question.sample.images else {}),
-            "right": list(question.answers),
-            "answers": {
-                label: {"text": own[number].text, "points": own[number].points} for label, own in answers.items()
-            },
-        }
-        for number, question in enumerate(questions)
-    ]
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

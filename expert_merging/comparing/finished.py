@@ -16,8 +16,6 @@ from expert_merging.learned.history import CURVES, OVER_TIME, OverTime, Row, loa
 from expert_merging.learned.importance import Layer, load_layers
 from expert_merging.run import Run
 
-SCORES = "scores.json"
-
 
 class Response(NamedTuple):
     """What an expert has answered.
@@ -101,7 +99,7 @@ def _read(run: Run, label: str) -> Finished:
         label,
         run,
         run.record or {},
-        read_scores(run.folder / SCORES),
+        read_scores(run.scores),
         load_layers(analysis / LAYERS) if (analysis / LAYERS).exists() else (),
         curves,
         load_over_time(analysis / OVER_TIME) if (analysis / OVER_TIME).exists() else None,

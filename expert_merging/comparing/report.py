@@ -22,7 +22,7 @@ from expert_merging.comparing.charts import (
     score_charts,
 )
 from expert_merging.comparing.finished import Answers, Finished, read_answers, read_runs
-from expert_merging.comparing.tables import (
+from expert_merging.comparing.report_tables import (
     ScoreTable,
     TextTable,
     answer_tables,
@@ -32,7 +32,7 @@ from expert_merging.comparing.tables import (
     score_table,
 )
 from expert_merging.errors import InputError
-from expert_merging.writing import write_atomically
+from expert_merging.writing import check_file, write_atomically
 
 GENERATOR = "Expert Merging report"
 TEMPLATE = "report.html"
@@ -110,10 +110,7 @@ def _check_output(output: Path) -> None:
     Raises:
         InputError: it cannot.
     """
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}; make it first")
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; name a file in it, such as {output / 'report.html'}")
+    check_file(output, "--output")
     if output.exists():
         with output.open("rb") as stream:
             if GENERATOR.encode() not in stream.read(1000):

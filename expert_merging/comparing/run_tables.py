@@ -62,7 +62,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def csv_table(rows: Sequence[Row]) -> str:
     """The table as CSV: a column for each option that differs, seconds, and bytes of memory."""
     options = dict.fromkeys(name for row in rows for name in row.differing)
-    sets = [name for name in _sets(rows) if name not in COLUMNS]
+    sets = _sets(rows)
     names = [*COLUMNS[:4], *(name for name in options if name not in (*COLUMNS, *sets)), *COLUMNS[4:], *sets]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -118,8 +118,8 @@ def _least(row: Row, name: str) -> str:
 
 
 def _sets(rows: Sequence[Row]) -> list[str]:
-    """Names of the sets of scores, in the order in which they come."""
-    return [*dict.fromkeys(name for row in rows for name in row.scores.sets)]
+    """Names of the sets of scores that are columns, in the order in which they come."""
+    return [*dict.fromkeys(name for row in rows for name in row.scores.sets if name not in COLUMNS)]
 
 
 def _plain(value: Any) -> Any:

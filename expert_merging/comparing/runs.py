@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expert_merging.comparing.scores_file import Scores, read_scores
+from expert_merging.comparing.scores_file import Scores, mean_of, read_scores
 from expert_merging.documents import parse_json, resolved
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.flags import current_name
@@ -62,9 +62,11 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The columns of the table, by name; None for what is not known."""
-        outcome = self.outcome
-        divergence = self.scores.divergence.values()
+        """The columns of the table, by name; None for what is not known.
+
+        A set of scores that is called like another column has none.
+        """
+        outcome, divergence = self.outcome, self.scores.divergence
         known: dict[str, Any] = {
             "run": self.run.name,
             "family": self.record["family"],
@@ -73,13 +75,13 @@ class Row:
             "seconds": outcome and outcome.seconds,
             "peak_memory": outcome and outcome.peak_memory,
             "peak_gpu_memory": outcome and outcome.peak_gpu_memory,
-            "divergence": sum(divergence) / len(divergence) if divergence else None,
+            "divergence": mean_of(divergence) if divergence else None,
             "relative_change": outcome and outcome.relative_change,
             "state": self.state,
             "started": self.record.get("started"),
             "folder": str(self.run.folder),
         }
-        return known | {name: score.mean for name, score in self.scores.sets.items()}
+        return {name: score.mean for name, score in self.scores.sets.items()} | known
 
     def value(self, name: str) -> Any:
         """A column, or an option; None where the run has none of that name."""

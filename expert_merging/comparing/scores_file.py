@@ -150,9 +150,14 @@ def _set(entry: Mapping[str, Any]) -> SetScore:
 
 def _task(entry: Mapping[str, Any]) -> TaskScore:
     low, high = (None if entry.get(end) is None else _number(entry[end]) for end in ("low", "high"))
-    count, correct = entry.get("count"), tuple(map(_number, entry.get("correct", ())))
+    count, correct = entry.get("count"), tuple(map(finite, entry.get("correct", ())))
     return TaskScore(
-        _number(entry["mean"]), low, high, None if count is None else int(count), correct, entry.get("questions", "")
+        _number(entry["mean"]),
+        low,
+        high,
+        None if count is None else int(finite(count)),
+        correct,
+        str(entry.get("questions", "")),
     )
 
 
@@ -160,3 +165,15 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(value)
     return float(value)
+
+
+def finite(value: Any) -> float:
+    """A finite number of a file in JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = _number(value)
+    if not math.isfinite(found):
+        raise ValueError(value)
+    return found

@@ -15,17 +15,17 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from expert_merging.asking import Formats
 from expert_merging.backbone import Backbone
 from expert_merging.checks import Job, check
 from expert_merging.comparing.grid import Point, label_of
-from expert_merging.comparing.scores_file import mean_of
+from expert_merging.comparing.scoring import points_by_task
+from expert_merging.comparing.sweep_record import Record, Scored, Select
 from expert_merging.console import Terminal
-from expert_merging.documents import read_object
 from expert_merging.errors import InputError, Problems, about
 from expert_merging.options import Resolved, resolve
 from expert_merging.outputs import mirror
@@ -33,47 +33,13 @@ from expert_merging.preparing import prepare
 from expert_merging.progress import Progress, no_progress
 from expert_merging.questions.labelled import Question, digest_of
 from expert_merging.running.answers import Asker
-from expert_merging.running.candidates import Candidates
+from expert_merging.running.candidates import Candidates, first_of_tasks
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.samples import Samples, check_samples
-from expert_merging.writing import write_atomically
+from expert_merging.writing import take_hold
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
-RECORD = "sweep.json"
-Select = Literal["divergence", "accuracy"]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A point with its scores.
-
-    Args:
-        point: the values of the swept options.
-        key: digest of all its settings.
-        share: share of the samples and questions that it was scored by.
-        divergence: from each task's expert, as a share of the base's.
-        accuracy: percentage of right answers, by task.
-        correct: points of each question, by task.
-        seconds: that it took.
-        problem: why it could not be merged; empty where it could.
-    """
-
-    point: Point
-    key: str
-    share: float = 1.0
-    divergence: Mapping[str, float] = field(default_factory=dict)
-    accuracy: Mapping[str, float] = field(default_factory=dict)
-    correct: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    problem: str = ""
-
-    def badness(self, select: Select) -> float:
-        """What is smallest for the best point; infinite where there is no number."""
-        found = mean_of(self.divergence) if select == "divergence" else -mean_of(self.accuracy)
-        return found if math.isfinite(found) else math.inf
+RECORD, LOCK = "sweep.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -206,29 +172,39 @@ class Sweep:
             "checkpoints": self.first.description["checkpoints"],
             "loss_tokens": self.asked.options.loss_tokens,
             **self.asked.inputs,
-            "questions": digest_of(list(self.scoring.questions)) if self.scoring.questions else None,
+            "questions": digest_of(self.scoring.questions) if self.scoring.questions else None,
         }
 
     def run(self, terminal: Terminal) -> list[Scored]:
-        """Score all points, best first; those that an earlier part of the sweep has scored are looked up."""
+        """Score all points, best first; those that an earlier part of the sweep has scored are looked up.
+
+        Raises:
+            InputError: another process is at the same sweep.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        held = take_hold(self.folder / LOCK, "--sweep_name")
+        try:
+            self.record.read()  # another process may have added to it since the checks
+            return self._run(terminal)
+        finally:
+            os.close(held)
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _run(self, terminal: Terminal) -> list[Scored]:
         fewest = min(sum(sample.task == task for sample in self.asked.samples) for task in self.asked.tasks)
         shares = self.scoring.shares(len(self.planned), fewest)
         left, done = self.planned, list[Scored]()
         counts = [max(1, len(left) // (self.scoring.halving or 1) ** number) for number in range(len(shares))]
         bench = _Bench(self, shares)
-        try:
-            if any(self.record.known(planned.key, shares[0]) is None for planned in left):
-                bench.open(terminal.progress)
-            with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
-                for share, following in zip(shares, [*counts[1:], 0], strict=True):
-                    scored = [self._score(bench, planned, share, advance) for planned in left]
-                    scored.sort(key=lambda one: one.badness(self.scoring.select))
-                    kept = {one.key for one in scored[:following]}
-                    done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
-                    left = [planned for planned in left if planned.key in kept]
-        finally:
-            shutil.rmtree(self.work, ignore_errors=True)
+        if any(self.record.known(planned.key, shares[0]) is None for planned in left):
+            bench.open(terminal.progress)
+        with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
+            for share, following in zip(shares, [*counts[1:], 0], strict=True):
+                scored = [self._score(bench, planned, share, advance) for planned in left]
+                scored.sort(key=lambda one: one.badness(self.scoring.select))
+                kept = {one.key for one in scored[:following]}
+                done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
+                left = [planned for planned in left if planned.key in kept]
         return done
 
     def _score(self, bench: _Bench, planned: Planned, share: float, advance: Any) -> Scored:
@@ -316,71 +292,10 @@ class _Bench:
         finally:
             shutil.rmtree(run.folder, ignore_errors=True)
         divergence = candidates.divergence(share)
-        correct = self._correct(asker, model, share)
-        accuracy = {task: 100 * sum(own) / len(own) for task, own in correct.items()}
+        questions = first_of_tasks(self.sweep.scoring.questions, share)
+        correct = points_by_task(questions, asker.answer(model, questions))
         seconds = round(time.monotonic() - start, 2)
-        return Scored(planned.point, planned.key, share, divergence, accuracy, correct, seconds)
-
-    def _correct(self, asker: Asker, model: Any, share: float) -> dict[str, list[float]]:
-        by_task: dict[str, list[Question]] = {}
-        for question in self.sweep.scoring.questions:
-            by_task.setdefault(question.task, []).append(question)
-        return {
-            task: [found.points for found in asker.answer(model, own[: math.ceil(share * len(own))])]
-            for task, own in by_task.items()
-        }
-
-
-class Record:
-    """What a sweep has scored, in a file that it is continued from.
-
-    Args:
-        file: where it is kept.
-        description: what must be the same for scores to be compared.
-
-    Raises:
-        InputError: the file has scores of something else, or is damaged.
-    """
-
-    def __init__(self, file: Path, description: Mapping[str, Any]) -> None:
-        self.file, self.description = file, dict(description)
-        self.scored: dict[tuple[str, float], Scored] = self._read() if file.exists() else {}
-
-    def _read(self) -> dict[tuple[str, float], Scored]:
-        content = read_object(self.file, advice="move it away to begin again")
-        try:
-            found = [_scored(entry) for entry in content["points"]]
-            differing = [name for name, value in self.description.items() if content["description"].get(name) != value]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{self.file} holds no scores of a sweep; move it away to begin again") from None
-        if differing or content.get("format") != FORMAT:
-            raise InputError(
-                f"{self.file} has scores of another sweep ({', '.join(differing) or 'format'}); choose another "
-                "--sweep_name, or move the folder away"
-            )
-        return {(one.key, one.share): one for one in found}
-
-    def known(self, key: str, share: float) -> Scored | None:
-        """The scores of a point; None where it has none yet."""
-        return self.scored.get((key, share))
-
-    def add(self, scored: Scored) -> None:
-        """Note the scores of a point and write all."""
-        self.scored[scored.key, scored.share] = scored
-        points = ",\n".join(json.dumps(_entry(one), ensure_ascii=False) for one in self.scored.values())
-        head = json.dumps({"format": FORMAT, "description": self.description}, ensure_ascii=False)
-        write_atomically(self.file, f'{head[:-1]}, "points": [\n{points}\n]}}\n'.encode())
-
-
-def _entry(scored: Scored) -> dict[str, Any]:
-    entry = {name: value for name, value in vars(scored).items() if value not in ("", {}) or name == "divergence"}
-    finite = {task: value if math.isfinite(value) else None for task, value in scored.divergence.items()}
-    return {**entry, "divergence": finite}
-
-
-def _scored(entry: Mapping[str, Any]) -> Scored:
-    divergence = {task: math.nan if value is None else float(value) for task, value in entry["divergence"].items()}
-    return Scored(**{**entry, "divergence": divergence})
+        return Scored(planned.point, planned.key, share, divergence, correct, seconds)
 
 
 @contextmanager

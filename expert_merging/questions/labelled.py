@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +95,7 @@ def check_tasks(names: Mapping[str, Any], questions: list[Question], flag: str) 
         raise InputError(*problems)
 
 
-def digest_of(questions: list[Question]) -> str:
+def digest_of(questions: Sequence[Question]) -> str:
     """A digest of questions, pictures and answers."""
     asked = [(one.task, one.sample.question, one.answers, one.kind, one.choices) for one in questions]
     digest = hashlib.sha256(json.dumps(asked).encode())
@@ -105,7 +105,7 @@ def digest_of(questions: list[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
-def by_task(questions: list[Question]) -> dict[str, list[Question]]:
+def by_task(questions: Sequence[Question]) -> dict[str, list[Question]]:
     """The questions of each task, in the order of the tasks' first ones."""
     found: dict[str, list[Question]] = {}
     for question in questions:

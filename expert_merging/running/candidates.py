@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from expert_merging.context import Context
 from expert_merging.plan import Plan, Rule
 from expert_merging.running.in_memory import InMemory
 from expert_merging.running.samples import Samples
-from expert_merging.running.scores import ExpertDivergence
+from expert_merging.running.scores import ExpertDivergence, HasTask
 from expert_merging.running.sharding import load_on
-from expert_merging.running.targets import Target
+
+Item = TypeVar("Item", bound=HasTask)
 
 
 class Candidates:
@@ -77,9 +78,9 @@ def _base_alone(task_vectors: Tensor, *_: Any) -> Tensor:
     return task_vectors.new_zeros(task_vectors.shape[1:])
 
 
-def first_of_tasks(targets: Sequence[Target], share: float) -> list[Target]:
-    """The first so many of each task's targets, at least one of each."""
-    by_task: dict[str, list[Target]] = {}
-    for target in targets:
-        by_task.setdefault(target.task, []).append(target)
-    return [target for own in by_task.values() for target in own[: math.ceil(share * len(own))]]
+def first_of_tasks(items: Sequence[Item], share: float) -> list[Item]:
+    """The first so many of each task's samples or questions, at least one of each."""
+    by_task: dict[str, list[Item]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item)
+    return [item for own in by_task.values() for item in own[: math.ceil(share * len(own))]]

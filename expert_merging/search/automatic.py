@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +96,11 @@ def _prepare(method: Method, context: Context, **options: Any) -> Preparation:
 def _choose(
     context: Context, asked: Samples, method: Method, known: Mapping[str, Any], own: Mapping[str, Any], unit: str
 ) -> float:
-    """The coefficient whose merge is nearest to the experts; the run remembers it."""
+    """The coefficient whose merge is nearest to the experts; the run remembers it.
+
+    Raises:
+        InputError: no merge has predictions that are numbers.
+    """
     from expert_merging.running.candidates import Candidates
     from expert_merging.search.line import minimise_positive
 
@@ -110,6 +115,11 @@ def _choose(
 
         tried = minimise_positive(score, own[COEFFICIENT], _EVALUATIONS)
     chosen = min(tried, key=tried.__getitem__)
+    if math.isinf(tried[chosen]):
+        raise InputError(
+            f"--{COEFFICIENT} {AUTO}: no merge's predictions are numbers, with coefficients from {min(tried):g} to "
+            f"{max(tried):g}; give one yourself, or use --mixed_precision no"
+        )
     logger.info(
         "--%s %s: %g, with %.4g of the base's divergence from the experts", COEFFICIENT, AUTO, chosen, tried[chosen]
     )
@@ -125,7 +135,7 @@ def remembered(run: Run) -> float | None:
         chosen = read_object(run.coefficient).get("chosen")
     except InputError:
         return None
-    return chosen if isinstance(chosen, float) and chosen > 0 else None
+    return chosen if isinstance(chosen, float) and 0 < chosen < math.inf else None
 
 
 def for_card(run: Run) -> str:

@@ -123,6 +123,9 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
     common = ["--cache_dir", str(answered_zoo), "--output_path", str(tmp_path / "out"), "--method", "weight_average"]
     experts = ["--expert", f"Math={answered_zoo / EXPERTS['Math']}"]
     assert merge(*common, *experts, "--run_name", "r") == 0
+    nowhere = tmp_path / "no" / "numbers.json"
+    told_first = f"--json {nowhere}: there is no folder {nowhere.parent}; make it first"
+    assert refusal(capsys, runs[0], "--json", nowhere) == told_first
     shown = refusal(capsys, runs[0], tmp_path / "out" / "weight_average" / "r")
     assert "made of different things" in shown
     assert "give --expert" in shown

@@ -10,8 +10,10 @@ import pytest
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.commands.main import main
 from expert_merging.comparing import evaluate as module
-from expert_merging.comparing.evaluate import _family_of, mean_score, paired
+from expert_merging.comparing.evaluate import _family_of
+from expert_merging.comparing.evaluated import paired
 from expert_merging.comparing.scores_file import SetScore, TaskScore, read_scores
+from expert_merging.comparing.scoring import mean_score
 from expert_merging.comparing.words import words_of
 from expert_merging.questions.formats import Format
 from expert_merging.run import Run
@@ -185,6 +187,21 @@ def test_a_damaged_record_and_an_adapter_are_refused(runs, answered_zoo, questio
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     (line,) = refusal(capsys, tmp_path / "adapter", "--questions", questions)
     assert line == f"{adapter} is an adapter; evaluate the model that it makes, such as a merge of it alone"
+
+
+def test_files_that_cannot_be_written_or_added_to_are_told_before_a_model_is_asked(
+    runs, questions, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Asker, "answer", None)
+    given = ["--questions", questions, "--json", tmp_path / "no" / "s.json", "--answers", tmp_path]
+    assert refusal(capsys, *runs, *given) == [
+        f"--json {tmp_path / 'no' / 's.json'}: there is no folder {tmp_path / 'no'}; make it first",
+        f"--answers {tmp_path} is a folder; name a file in it",
+    ]
+    Run(runs[1]).scores.write_text("[]")
+    assert refusal(capsys, *runs, "--questions", questions) == [
+        f"task_arithmetic/r2: {Run(runs[1]).scores} holds list, not a JSON object; move it away, and measure again"
+    ]
 
 
 def test_only_the_same_questions_are_compared():

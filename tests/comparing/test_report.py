@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from expert_merging.commands.main import main
+from expert_merging.comparing.report_tables import ranks
 from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores
-from expert_merging.comparing.tables import ranks
 from expert_merging.learned.history import add_update, save_history
 from expert_merging.learned.importance import save_layers
 from expert_merging.summary import COMPLETE
@@ -96,7 +96,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are(tmp_p
 def test_numbers_that_are_none_and_records_that_say_nothing_are_passed_over(tmp_path):
     run = make_run(tmp_path / "m" / "r", scores={"a": (float("nan"),), "b": (1.0,)}, learned=True)
     record = json.loads((run / "config.json").read_text())
-    record |= {"run": [1], "versions": "none", "family": "x; rm -rf ~", "method": ["m"]}
+    record |= {"run": [1], "versions": "none", "family": "x; rm -rf ~"}
     (run / "config.json").write_text(json.dumps(record))
     table = (run / "analysis" / "layers.csv").read_text().splitlines()
     (run / "analysis" / "layers.csv").write_text("\n".join([table[0], table[1].replace("0.25", "nan"), *table[2:]]))

@@ -76,6 +76,19 @@ def test_options_in_which_all_runs_of_a_method_agree_are_not_shown(logs):
     assert [row.differing for row in rows] == [{}, {}]
 
 
+def test_a_set_that_is_called_like_another_column_does_not_take_its_place(scored, capsys):
+    folder = scored / "task_arithmetic" / "low"
+    add_scores(folder / "scores.json", Scores({name: SetScore({"A": TaskScore(7.0)}) for name in ("state", "seconds")}))
+    (row,) = records(capsys, folder)
+    assert (row["state"], row["scores"]["state"]["mean"]) == ("complete", 7.0)
+    assert 0 < row["seconds"] != 7.0
+    assert shown(capsys, folder).split()[:12] == [
+        *("method", "what", "differs", "seed", "time", "peak", "memory", "change", "divergence", "quiz", "state", "run")
+    ]
+    (line,) = csv.DictReader(io.StringIO(shown(capsys, folder, "--csv")))
+    assert line["state"] == "complete"
+
+
 def test_a_folder_named_twice_gives_each_run_once(logs):
     assert len(find_runs([logs, logs / "ties", logs / "ties" / "cut"])) == 4
 

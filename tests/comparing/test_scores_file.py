@@ -61,6 +61,8 @@ def test_nothing_is_read_of_no_file_and_of_parts_that_are_missing(tmp_path):
         ('{"format": 1, "scores": []}', "does not hold scores; move it away, and measure again"),
         ('{"format": 1, "scores": {"a": {"tasks": {"x": {}}}}}', "does not hold scores"),
         ('{"format": 1, "scores": {"a": {"tasks": {"x": {"mean": "3"}}}}}', "does not hold scores"),
+        ('{"format": 1, "scores": {"a": {"tasks": {"x": {"mean": 3, "count": Infinity}}}}}', "does not hold scores"),
+        ('{"format": 1, "scores": {"a": {"tasks": {"x": {"mean": 3, "correct": [NaN]}}}}}', "does not hold scores"),
         ('{"format": 1, "divergence": {"tasks": {"x": true}}}', "does not hold scores"),
     ],
 )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.scores_file import read_scores
-from expert_merging.comparing.sweep import Record, Scored, Scoring, _Bench
+from expert_merging.comparing.sweep import Scoring, _Bench
+from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.errors import InputError
 from expert_merging.run import Run
+from expert_merging.writing import take_hold
 from tests.checkpoints import write_tasks
 from tests.command import merge
 from tests.search.test_evo import score_plainly
@@ -86,7 +89,7 @@ def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo,
         assert kept.sets["mine"] in found.values()
         assert kept.divergence
     assert {path.name for path in (out / "sweeps").iterdir()} == {recorded.parent.name}
-    assert {path.name for path in recorded.parent.iterdir()} == {"sweep.json", "responses.json"}
+    assert {path.name for path in recorded.parent.iterdir()} == {"sweep.json", "responses.json", ".lock"}
 
 
 def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path, monkeypatch):
@@ -113,6 +116,28 @@ def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path
     monkeypatch.setattr(_Bench, "open", None)
     assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
     assert scored == []
+
+
+def test_another_process_is_waited_for_and_what_it_has_scored_is_kept(command, tmp_path, capsys, monkeypatch):
+    given = [*command, "--method", "task_arithmetic", "--write", "none"]
+    assert sweep(*given, "--sweep", "scaling_coefficient=0.1") == 0
+    file, _ = record_of(tmp_path / "out")
+    other = take_hold(file.parent / ".lock", "--flag")
+    assert refusal(capsys, *given, "--sweep", "scaling_coefficient=0.2") == [
+        f"another process is writing to {file.parent}; wait for it or choose another --sweep_name"
+    ]
+    os.close(other)
+    file.rename(tmp_path / "theirs.json")
+
+    def ends_just_before(lock, flag):
+        (tmp_path / "theirs.json").rename(file)
+        return take_hold(lock, flag)
+
+    monkeypatch.setattr("expert_merging.comparing.sweep.take_hold", ends_just_before)
+    assert sweep(*given, "--sweep", "scaling_coefficient=0.2") == 0
+    _, points = record_of(tmp_path / "out")
+    assert [point["point"]["scaling_coefficient"] for point in points] == [0.1, 0.2]
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "sweeps"]
 
 
 def test_the_best_is_written_as_an_ordinary_run(command, tiny_zoo, tmp_path):
@@ -242,6 +267,28 @@ def test_a_record_of_something_else_is_refused(tmp_path):
         file.write_text(text)
         with pytest.raises(InputError, match="holds no scores of a sweep; move it away to begin again"):
             Record(file, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"point": [1]}, {"point": None}, {"key": []}, {"key": 1}, {"share": "1"}, {"share": None}),
+        *({"divergence": {"Math": "x"}}, {"divergence": {"Math": math.inf}}, {"divergence": 1}),
+        *({"correct": 1}, {"correct": {"Math": []}}, {"correct": {"Math": "10"}}, {"correct": {"Math": [True]}}),
+        *({"seconds": "long"}, {"problem": 3}),
+    ],
+    ids=str,
+)
+def test_a_damaged_entry_is_refused(damage, tmp_path):
+    file = tmp_path / "sweep.json"
+    Record(file, {}).add(Scored({"seed": 1}, "k", 1.0, {"Math": 0.5}, {"Math": [1.0, 0.0]}, 1.0, "none"))
+    content = json.loads(file.read_text())
+    assert content["points"][0]["accuracy"] == {"Math": 50.0}
+    assert Record(file, {}).known("k", 1.0).accuracy == {"Math": 50.0}
+    content["points"][0] |= damage
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="holds no scores of a sweep; move it away to begin again"):
+        Record(file, {})
 
 
 @pytest.mark.parametrize("flag", ["--mthod", "--json"])

@@ -54,6 +54,7 @@ from Mistral.backbone import BACKBONE
 from tests import checkpoints, internvl, qwen2vl
 from tests.adapters import save_adapter
 from tests.command import TENSORS, flags, merge
+from tests.fuzz import measured
 from tests.fuzz.damage import KINDS, damaged
 
 # What one damaged file may take: seconds of a processor, and bytes of memory.
@@ -543,6 +544,9 @@ READERS = (
         "adapter", _adapter, ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), _read_adapter, 15
     ),
     Reader("records", _records, ("config.json", "evaluations.json", "start.json", "digests.json"), _read_records, 30),
+    Reader("measured", measured.measure, measured.MEASURED, measured.read_measured, 8),
+    Reader("sweep", measured.sweep, ("sweep.json",), measured.read_sweep, 20),
+    Reader("labelled", measured.label, ("Chat.json", "Math.jsonl"), measured.read_labelled, 20),
     Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
     Reader("pickle files", _pickles, ("new/pytorch_model.bin", "old/pytorch_model.bin"), _converted, 15),
     Reader("extract", _masked, tuple(f"emr/r/{name}" for name in _MASKED), _extracted, 8),

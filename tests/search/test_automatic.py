@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 
 import pytest
 
@@ -13,6 +14,7 @@ from expert_merging.console import Terminal
 from expert_merging.errors import InputError
 from expert_merging.learned.directions import TABLE
 from expert_merging.options import resolve
+from expert_merging.running.candidates import Candidates
 from expert_merging.search import automatic as module
 from expert_merging.search.automatic import COEFFICIENT, automatic
 from Mistral.backbone import BACKBONE
@@ -70,11 +72,21 @@ def test_a_damaged_record_is_no_choice(common, tmp_path):
         terminal.close()
     assert module.remembered(context.run) is None
     context.run.folder.mkdir(parents=True)
-    for text in ("{", '{"chosen": "0.3"}', '{"chosen": -1.0}'):
+    for text in ("{", '{"chosen": "0.3"}', '{"chosen": -1.0}', '{"chosen": Infinity}'):
         context.run.coefficient.write_text(text)
         assert module.remembered(context.run) is None
     context.run.coefficient.write_text('{"chosen": 0.5}')
     assert module.remembered(context.run) == 0.5
+
+
+def test_merges_without_numbers_are_no_choice(common, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Candidates, "merge", lambda *_: None)
+    monkeypatch.setattr(Candidates, "divergence", lambda _: {"Math": math.nan})
+    given = ["--method", "task_arithmetic", *common, *AUTO, "--output_path", tmp_path]
+    assert refusal(capsys, *given).startswith(
+        "--scaling_coefficient auto: no merge's predictions are numbers, with coefficients from 0.0"
+    )
+    assert not list(tmp_path.glob("*/*/coefficient.json"))
 
 
 def test_what_has_no_coefficient_or_runs_models_is_refused(common, tmp_path, capsys):
