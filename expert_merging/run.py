@@ -26,6 +26,8 @@ _DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
 _LOCKS = Path("/proc/locks")
 # Options that say where checkpoints are; what they are is said by their fingerprints.
 _PLACES = ("base_model_path", "expert")
+# What every record has, and other files of that name have not.
+_KINDS = {"family": str, "method": str, "options": dict}
 
 
 class Run:
@@ -173,14 +175,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any] | None:
         """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
-        if not self.config.is_file():  # a pipe would be waited for
-            return None
-        try:
-            record = read_object(self.config)
-        except InputError:
-            return None
-        kinds = {"family": str, "method": str, "options": dict}
-        return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None
+        record = self._read()
+        return record if record is not None and _is_of_run(record) else None
 
     def merged_from(self) -> dict[str, Any] | None:
         """Like `record`, which other programs than the run's own need in full.
@@ -188,10 +184,20 @@ class Run:
         Raises:
             InputError: there is one, and it does not say what was merged.
         """
-        record = self.record
-        if record is not None and not _says_what_was_merged(record):
+        record = self._read()
+        if record is not None and not (_is_of_run(record) and _says_what_was_merged(record)):
             raise InputError(f"{self.config} does not say what was merged; was it edited?")
         return record
+
+    def _read(self) -> dict[str, Any] | None:
+        """What calls itself a record of a run."""
+        if not self.config.is_file():  # a pipe would be waited for
+            return None
+        try:
+            record = read_object(self.config)
+        except InputError:
+            return None
+        return record if set(_KINDS) <= set(record) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.
@@ -225,11 +231,14 @@ def digest_of_run(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(decisive.encode()).hexdigest()[:8]
 
 
+def _is_of_run(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record[name], kind) for name, kind in _KINDS.items())
+
+
 def _says_what_was_merged(record: Mapping[str, Any]) -> bool:
     options = record["options"]
     return (
-        all(isinstance(record[name], str) for name in ("family", "method"))
-        and isinstance(record.get("checkpoints"), Mapping)
+        isinstance(record.get("checkpoints"), Mapping)
         and isinstance(options.get("base_model_path"), str)
         and isinstance(options.get("expert"), Mapping)
         and all(isinstance(place, str) for place in options["expert"].values())

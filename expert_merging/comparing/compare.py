@@ -159,8 +159,14 @@ def _says_what_it_read(options: Mapping[str, Any]) -> bool:
         and all(isinstance(expert, str) for expert in experts.values())
         and isinstance(counts, Mapping)
         and all(isinstance(count, int) for count in (options.get("samples_per_task"), *counts.values()))
-        and isinstance(options.get("prompt_template"), str | None)
+        and _is_template(options.get("prompt_template"))
     )
+
+
+def _is_template(value: object) -> bool:
+    """Whether it is what ``--prompt_template`` takes: a text, or texts by name."""
+    texts = value.values() if isinstance(value, Mapping) else [value]
+    return value is None or all(isinstance(text, str) for text in texts)
 
 
 def _sources(compared: Sequence[Compared], options: AlignOptions) -> tuple[Backbone, Path, dict[str, Path]]:

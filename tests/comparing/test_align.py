@@ -146,6 +146,7 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
                 {"samples_per_task_dict": {"A": None}},
                 {"task_expert": ["A"]},
                 {"prompt_template": 3},
+                {"prompt_template": {"A": 3}},
             )
         ),
     ],
