@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
+from expert_merging.comparing.scores_file import read_scores
 from expert_merging.documents import resolved
 from expert_merging.errors import InputError, one_line
 from expert_merging.families import load_family as load_family
@@ -122,7 +123,7 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
     """The models of runs and folders, each with a label of its own.
 
     Raises:
-        InputError: there is no model in a folder.
+        InputError: there is no model in a folder, or scores of a run that cannot be read.
     """
     found = []
     for path in models:
@@ -131,6 +132,8 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
         record = None if run is None else run.record
+        if run is not None:
+            read_scores(run.scores)  # they are added to in the end, which must not fail after hours
         label = resolved(path).name if run is None else f"{run.method}/{run.name}"
         found.append(Compared(label, folder, record, run))
     repeated = Counter(model.label for model in found)
