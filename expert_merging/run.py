@@ -62,7 +62,6 @@ class Run:
         self.scores = folder / "scores.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
-        self.scores = folder / "scores.json"
         self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
