@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,40 +111,61 @@ def model_card(
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
-    adapters = description.get("adapters", ())
-    model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
-    licence = _common_licence(names.values())
+    shown = {name: value for name, value in {**options, "seed": description["seed"]}.items() if is_shown(value)}
+    origin_form = _KEPT if is_mirror else _MADE
     return _CARD.format(
-        licence=f"license: {json.dumps(licence)}\n" if licence else "",
+        licence=_licence_line(names.values()),
         task=task,
         command=_COMMAND.format(command=one_line(command)) if command else "",
-        sources="\n".join(
-            f"- {json.dumps(one_line(checkpoint_name(path)), ensure_ascii=False)}" for path in names.values()
-        ),
+        sources="\n".join(map(_front_matter_entry, names.values())),
         title=inline(title),
         base=code(checkpoint_name(base)),
         count=len(experts),
         method=description["method"],
         about=f"\n\n{about}" if about else "",
-        table="\n".join(
-            f"| {inline(role)} | {cell(checkpoint_name(path))}{_details(path, is_adapter=role in adapters)} |"
-            for role, path in names.items()
-        ),
-        options=json.dumps(
-            {name: value for name, value in {**options, "seed": description["seed"]}.items() if is_shown(value)},
-            indent=2,
-        ),
-        origin=(_KEPT if is_mirror else _MADE).format(
+        table=_table(names, description.get("adapters", ())),
+        options=json.dumps(shown, indent=2),
+        origin=origin_form.format(
             merged=merged, tensors=tensors, but="" if keeps_others else ", but for embeddings, head and tokenizer"
         ),
         layout=_LAYOUTS[is_mirror],
         asking=f"\n{asking}\n" if asking else "",
-        example=_EXAMPLE.format(
-            second="tokenizer" if processor.startswith("AutoTokenizer") else "processor",
-            classes=", ".join(expression.split(".")[0] for expression in loading),
-            model=model,
-            processor=processor,
-        ),
+        example=_example(loading),
+    )
+
+
+def _licence_line(paths: Iterable[str]) -> str:
+    """The line of the front matter that says the licence; nothing where it is not known."""
+    licence = _common_licence(paths)
+    return f"license: {json.dumps(licence)}\n" if licence else ""
+
+
+def _front_matter_entry(path: str) -> str:
+    """A checkpoint in the front matter's list of sources."""
+    return f"- {json.dumps(one_line(checkpoint_name(path)), ensure_ascii=False)}"
+
+
+def _table(names: Mapping[str, str], adapters: Container[str]) -> str:
+    """Rows of the table of sources.
+
+    Args:
+        names: path of each source by its role.
+        adapters: roles of those that are adapters.
+    """
+    return "\n".join(
+        f"| {inline(role)} | {cell(checkpoint_name(path))}{_details(path, is_adapter=role in adapters)} |"
+        for role, path in names.items()
+    )
+
+
+def _example(loading: tuple[str, str]) -> str:
+    """Code that loads the model and what goes before it, given the expressions for both."""
+    model, processor = (expression.format(model="path/to/this/folder") for expression in loading)
+    return _EXAMPLE.format(
+        second="tokenizer" if processor.startswith("AutoTokenizer") else "processor",
+        classes=", ".join(expression.split(".")[0] for expression in loading),
+        model=model,
+        processor=processor,
     )
 
 

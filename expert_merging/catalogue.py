@@ -98,7 +98,7 @@ def find_method(name: str) -> Method:
     names = {known: method for method in methods.values() for known in method.names[1:]} | methods
     asked = _plain(name)
     if asked not in names:
-        raise InputError(f"no method named {name!r}. {near_name(name, [*methods, *names])}")
+        raise InputError(f"no method named {name!r}. {near_name(name, list(dict.fromkeys([*methods, *names])))}")
     return names[asked]
 
 

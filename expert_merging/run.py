@@ -53,6 +53,7 @@ class Run:
         self.state = folder / "state"
         self.evaluations = folder / "evaluations.json"
         self.responses = folder / "responses.json"
+        self.scores = folder / "scores.json"
         self.statistics = folder / "statistics"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
@@ -62,7 +63,6 @@ class Run:
         self.coefficient = folder / "coefficient.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
-        self.scores = folder / "scores.json"
         self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 

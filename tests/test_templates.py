@@ -192,3 +192,25 @@ def test_a_template_in_a_file_of_its_own_is_replaced_there(tmp_path):
     assert put_template("new", tmp_path) == ["chat_template.base.jinja"]
     assert (tmp_path / "chat_template.base.jinja").read_text() == "old"
     assert read_template(tmp_path).text == "new"
+
+
+class Loops:
+    def __del__(self):
+        loop()
+
+
+def loop():
+    while True:
+        pass
+
+
+def loop_twice():
+    Loops()  # which nobody has, so that it is let go of at once
+    loop()
+
+
+def test_the_end_of_time_is_heard_a_second_time_where_the_first_is_lost_in_silence(monkeypatch, capfd):
+    monkeypatch.setattr(templates, "_SECONDS", 0.1)
+    with pytest.raises(TimeoutError), templates._limited():
+        loop_twice()
+    assert capfd.readouterr().err == ""

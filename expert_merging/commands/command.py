@@ -17,16 +17,16 @@ class Command:
     Args:
         name: what the user types.
         summary: what it does, as a phrase.
-        run: does it, given the values of its arguments by name.
+        run: does it, given the values of its arguments by name; None where `main` does it.
         add_arguments: gives a parser its arguments.
         description: more than the summary, for its own help.
         main: given all its arguments as they were typed, instead of `run`; returns the exit code.
-        takes_more: what the parser does not know is left to `run`, as ``more``.
+        takes_more: what the parser does not know is left to `run`, as ``more``, or to `main`.
     """
 
     name: str
     summary: str
-    run: Callable[[Mapping[str, Any], Console], None]
+    run: Callable[[Mapping[str, Any], Console], None] | None
     add_arguments: Callable[[argparse.ArgumentParser], None]
     description: str = ""
     main: Callable[[Sequence[str]], int] | None = None

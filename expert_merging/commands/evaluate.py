@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from expert_merging.commands.command import Command
+from expert_merging.commands.models import add_models, values_of
 from expert_merging.comparing.evaluate import EvaluateOptions, evaluate
 from expert_merging.flags import read_options
-from expert_merging.parser import add_flag, single_value
 
 OPTIONS = read_options(EvaluateOptions)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the arguments."""
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument(
-        "models",
-        nargs="+",
-        type=Path,
-        metavar="RUN_OR_FOLDER",
-        help="a run, or the folder of any model, or its repository on the Hub",
-    )
-    for option in OPTIONS.values():
-        add_flag(parser, option, option.default, takes_several=False)
+    add_models(parser, OPTIONS)
 
 
 def run(given: Mapping[str, Any], console: Console) -> None:
     """Measure models."""
-    texts = {name: value for name, value in given.items() if name != "models"}
-    values = {name: OPTIONS[name].convert(single_value(OPTIONS, name, value)) for name, value in texts.items()}
-    evaluate(given["models"], EvaluateOptions(**values), console)
+    evaluate(given["models"], EvaluateOptions(**values_of(given, OPTIONS)), console)
 
 
 COMMAND = Command(

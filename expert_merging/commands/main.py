@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Screen(soft_wrap=True, highlight=False, markup=False)
     try:
         check_arguments(arguments)
-        COMMANDS[given.pop("command")].run(given, console)
+        name = given.pop("command")
+        run = COMMANDS[name].run
+        if run is None:
+            raise InputError(f"{name} must stand first: {PROGRAM} {name} ..., got {shlex.join(arguments)}")
+        run(given, console)
     except InputError as error:
         tell(error)
         return 1

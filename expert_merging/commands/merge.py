@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from rich.console import Console
 
 from expert_merging import cli
 from expert_merging.backbone import Backbone
@@ -74,11 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, takes_method: bool = True)
     )
 
 
-def run(_given: Mapping[str, Any], _console: Console) -> None:
-    """Take arguments that were parsed already, which merging does not."""
-    raise NotImplementedError
-
-
 def _method_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The method, if it stands first, and all flags with it as one of them.
 
@@ -129,7 +121,8 @@ def _without_family(flags: Sequence[str]) -> list[str]:
 COMMAND = Command(
     "merge",
     "merge experts of one base into one model",
-    run,
+    None,
     add_arguments,
     main=main,
+    takes_more=True,
 )

@@ -125,7 +125,7 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
     """The models of runs and folders, each with a label of its own.
 
     Raises:
-        InputError: there is no model in a folder.
+        InputError: there is no model in a folder, or scores of a run that cannot be read.
     """
     found = []
     for path in models:

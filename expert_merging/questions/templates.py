@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,13 +118,16 @@ def _limited() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, _SECONDS / 4)  # again, where what is raised is not heard
+    before, hook = signal.signal(signal.SIGVTALRM, stop), sys.unraisablehook
+    # Python tells of what is raised where nobody can hear it, as while an object is let go of; the next one is heard.
+    sys.unraisablehook = lambda _: None
+    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, _SECONDS / 4)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+        sys.unraisablehook = hook
 
 
 @cache

@@ -97,6 +97,19 @@ def test_methods_are_listed_without_a_base(capsys):
     assert "task_arithmetic" in shown(capsys, "--list_methods")
 
 
+def test_it_must_stand_first(capsys):
+    assert main(["--dry_run", "merge", "ties"]) == 1
+    assert capsys.readouterr().err == (
+        "error: merge must stand first: expert-merging merge ..., got --dry_run merge ties\n"
+    )
+
+
+def test_a_method_that_is_none_is_answered_with_each_name_once(capsys):
+    names = refused(capsys, "x").split("Known: ")[1].rstrip(".").split(", ")
+    assert "ties" in names
+    assert len(names) == len({*names})
+
+
 def test_the_list_of_commands_has_it(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

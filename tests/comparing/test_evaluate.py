@@ -175,6 +175,18 @@ def test_what_cannot_be_measured_is_said(runs, answered_zoo, questions, tmp_path
     assert "the model takes at most 128; shorten the sample" in line
 
 
+def test_scores_that_cannot_be_added_to_are_told_before_anything_is_asked(runs, questions, capsys, monkeypatch):
+    def ask(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(Asker, "answer", ask)
+    file = Run(runs[1]).scores
+    file.write_text('{"format": 1')
+    (line,) = refusal(capsys, *runs, "--questions", questions)
+    assert line.startswith(f"{file} is not valid JSON")
+    assert line.endswith("; move it away, and measure again")
+
+
 def test_a_damaged_record_and_an_adapter_are_refused(runs, answered_zoo, questions, tmp_path, capsys):
     record = json.loads(Run(runs[0]).config.read_text())
     record["asking"] = {"formats": {"Math": {"from": "somewhere"}}}
