@@ -183,7 +183,7 @@ def test_scores_that_cannot_be_added_to_are_told_before_anything_is_asked(runs, 
     file = Run(runs[1]).scores
     file.write_text('{"format": 1')
     (line,) = refusal(capsys, *runs, "--questions", questions)
-    assert line.startswith(f"{file} is not valid JSON")
+    assert line.startswith(f"task_arithmetic/r2: {file} is not valid JSON")
     assert line.endswith("; move it away, and measure again")
 
 
