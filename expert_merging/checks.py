@@ -42,6 +42,7 @@ _INDIFFERENT = (
     "run_name",
     "device",
     "log_with",
+    "keep_targets",
     "run_tests",
     "dry_run",
     "method",
@@ -224,7 +225,10 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
     with problems.collecting():
         _check_output(folder, [plan.base.folder, *(expert.folder for expert in plan.experts.values())])
     problems.check()
-    return Run(folder)
+    run = Run(folder)
+    if not resolved.general["keep_targets"]:
+        run.targets = None
+    return run
 
 
 def _check_output(folder: Path, checkpoints: Sequence[Path]) -> None:

@@ -41,6 +41,8 @@ class GeneralOptions:
         seed: seed of everything random; -1 draws one and records it.
         device: where to compute; auto takes the first GPU if there is one.
         log_with: experiment tracker of methods that learn, as accelerate calls it (tensorboard, wandb, ...), or none.
+        keep_targets: keep what experts say about samples in targets/ of the output folder, for other runs with the same
+            experts and samples. At most 50 GB are kept; the oldest files go first.
         chat_template_from: whose chat template the merged folder gets: an expert's name, base or family. By default the
             base's where it renders a question, else the one that all experts share, else the family's.
         push_to_hub: repository on the Hugging Face Hub, ORGANISATION/NAME, that the complete model is put into, also of
@@ -62,6 +64,7 @@ class GeneralOptions:
     seed: int = 0
     device: str = "auto"
     log_with: str = "tensorboard"
+    keep_targets: bool = True
     chat_template_from: str | None = None
     push_to_hub: str | None = None
     run_tests: bool = False
@@ -95,7 +98,17 @@ _GROUPS = {
         *("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
         *("tokenizer", "embeddings", "chat_template_from"),
     ),
-    "the run": ("output_path", "run_name", "seed", "device", "log_with", "push_to_hub", "run_tests", "dry_run"),
+    "the run": (
+        "output_path",
+        "run_name",
+        "seed",
+        "device",
+        "log_with",
+        "keep_targets",
+        "push_to_hub",
+        "run_tests",
+        "dry_run",
+    ),
 }
 
 

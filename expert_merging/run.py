@@ -63,6 +63,8 @@ class Run:
         self.coefficient = folder / "coefficient.json"
         self.magnitudes = folder / "magnitudes.json"
         self.outcome = folder / "outcome.json"
+        # Shared by all runs of an output folder; None to keep nothing there.
+        self.targets: Path | None = folder.parent.parent / "targets"
         self.kept = Kept(folder / "digests.json")
         self._lock: int | None = None
 
@@ -132,7 +134,7 @@ class Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
         stage = Run(self.folder / name)
         stage.responses, stage.directions, stage.board = self.responses, self.directions, self.board
-        stage.config, stage.magnitudes = self.config, self.magnitudes
+        stage.config, stage.magnitudes, stage.targets = self.config, self.magnitudes, self.targets
         return stage
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -286,15 +288,20 @@ def _short(value: Any) -> str:
 
 def provenance() -> dict[str, Any]:
     """Versions, the repository's revision and the time, for the record."""
-    versions = {"expert_merging": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
-        "versions": versions,
+        "versions": {"expert_merging": __version__, "python": platform.python_version(), **library_versions()},
         "git_revision": _git_revision(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that compute."""
+    versions = {}
+    for name in ("torch", "transformers", "accelerate", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _git_revision() -> str | None:

@@ -219,21 +219,22 @@ class ShardWriter:
 def sync_files(folder: Path) -> None:
     """Make the files of a folder durable, before the folder is given its final name."""
     for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(file)
     sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(file: Path) -> None:
+    """Make a file durable, before it is given its final name."""
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    sync_file(folder)
 
 
 def write_atomically(target: Path, content: bytes) -> None:

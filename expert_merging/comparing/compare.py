@@ -245,10 +245,23 @@ def _measure(
                 dtype=dtype,
                 batch_tokens=fitting_tokens(plan.base.config, dtype.itemsize, device),
                 progress=terminal.progress,
+                kept=_targets(compared),
             )
             return measure(maker, samples, {model.label: model.folder for model in compared}), samples
     finally:
         terminal.close()
+
+
+def _targets(compared: Sequence[Compared]) -> Path | None:
+    """Where the runs keep what their experts say; None where none is in its output folder."""
+    places = (
+        model.run.targets
+        for model in compared
+        if model.run is not None
+        and model.record is not None
+        and str(model.run.folder.parent.parent) == model.record.get("run", {}).get("output_path")
+    )
+    return next(places, None)
 
 
 def _choose_samples(

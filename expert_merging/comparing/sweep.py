@@ -272,6 +272,8 @@ class _Bench:
         if self.opened is None:
             context, sweep = self.sweep.first.context, self.sweep
             context.run.responses = sweep.folder / context.run.responses.name
+            if context.run.targets is not None:
+                context.run.targets = sweep.folder.parent.parent / context.run.targets.name
             candidates = Candidates(replace(context, progress=progress), sweep.asked, self.shares)
             processor = context.backbone.load_processor(context.plan.base.folder)
             self.opened = candidates, Asker(context.backbone, processor, sweep.formats)

@@ -18,8 +18,8 @@ from expert_merging.backbone import Backbone
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
 from expert_merging.running.batches import pack, together
+from expert_merging.running.generating import generate, stop_tokens
 from expert_merging.running.prompts import end_tokens, place, tokenizer_of, with_response
-from expert_merging.running.targets import generate, stop_tokens
 
 # Questions whose prompts, which may have pictures, are in memory at a time.
 _GROUP = 64

@@ -9,8 +9,8 @@ import torch
 
 from expert_merging.asking import Formats
 from expert_merging.context import Context
+from expert_merging.running.generating import generate
 from expert_merging.running.prompts import end_tokens, place
-from expert_merging.running.targets import generate
 
 logger = logging.getLogger(__name__)
 

@@ -112,6 +112,7 @@ class Samples:
             sharded=sharded,
             batch_tokens=self.batch_tokens,
             prompts=self.prompts,
+            kept=context.run.targets,
         )
 
 

@@ -11,7 +11,7 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,10 +27,13 @@ from expert_merging.checkpoints.tying import same_tensor
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.plan import Plan
-from expert_merging.progress import Advance, Progress
+from expert_merging.progress import Advance, Progress, no_advance
 from expert_merging.questions.calibration import Sample
 from expert_merging.roles import word_tables
+from expert_merging.run import library_versions
 from expert_merging.running.batches import pack, together
+from expert_merging.running.generating import generate
+from expert_merging.running.kept_targets import KeptTargets, identity, name_of
 from expert_merging.running.prompts import Prompts, check_lengths, place, tokenizer_of, with_response
 from expert_merging.running.sharding import load_on
 from expert_merging.writing import write_atomically
@@ -113,6 +116,7 @@ class TargetMaker:
         sharded: models are split over all processes, which work side by side, and the main one writes.
         batch_tokens: tokens that go through a model together, a single sample's at least.
         prompts: the samples' prompts, checked; by default they are made and checked before an expert is asked.
+        kept: folder of what experts have said to other runs; None to ask them whatever they have said.
     """
 
     backbone: Backbone
@@ -128,17 +132,25 @@ class TargetMaker:
     sharded: bool = False
     batch_tokens: int = 1
     prompts: Prompts | None = None
+    kept: Path | None = None
 
     def make(self, samples: Sequence[Sample]) -> list[Target]:
-        """Targets of all samples, in their order."""
-        made: dict[int, Target] = {}
+        """Targets of all samples, in their order; what experts have said to other runs is read."""
+        prompts, made = self._checked(samples), dict[int, Target]()
+        experts = {expert: self._kept_of(expert, prompts) for expert in self.plan.experts}
 
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            head = self._own_head(model, expert)
+            head, found = self._own_head(model, expert), dict[int, Target]()
             for batch in pack(own, lambda asked: asked.inputs["input_ids"].numel(), self.batch_tokens):
-                made.update(self._record(model, batch, head))
+                found.update(self._record(model, batch, head))
+            made.update(found)
+            if (kept := experts[expert]) is not None and _is_plain(model.get_output_embeddings(), self.dtype):
+                self._keep_states(kept, _of(expert, samples), found)
 
-        self.ask(samples, look)
+        for expert, kept in experts.items():
+            made.update({} if kept is None else self._known(expert, kept, prompts, _of(expert, samples)))
+        known = {samples[number].expert for number in made}
+        self._ask(samples, look, prompts, {name: kept for name, kept in experts.items() if name not in known})
         return [made[number] for number in range(len(samples))]
 
     def ask(self, samples: Sequence[Sample], look: Look) -> None:
@@ -148,23 +160,83 @@ class TargetMaker:
             samples: the samples of all experts of the plan.
             look: is shown each expert.
         """
+        prompts = self._checked(samples)
+        self._ask(samples, look, prompts, {expert: self._kept_of(expert, prompts) for expert in self.plan.experts})
+
+    def _ask(
+        self, samples: Sequence[Sample], look: Look, prompts: Prompts, experts: Mapping[str, KeptTargets | None]
+    ) -> None:
+        asked = [sample for sample in samples if sample.expert in experts]
+        missing = sum(sample.response is None for sample in asked)
+        with self.progress("asking the experts", len(asked) + missing, "sample") as advance:
+            for expert, kept in experts.items():
+                advance(0, expert)
+                checkpoint = self.plan.experts[expert]
+                model = load_on(self.device, self.backbone, checkpoint, self.dtype, sharded=self.sharded)
+                own = _of(expert, samples)
+                answered = self._answer(model, prompts, list(own.values()), kept, advance)
+                look(expert, model, self._asked(prompts, own, answered, advance))
+                del model
+
+    def _checked(self, samples: Sequence[Sample]) -> Prompts:
+        """The prompts of the samples."""
         prompts = self.prompts
         if prompts is None:
             formats = choose_formats(self.backbone, self.plan, self.prompt_template)
             prompts = Prompts(self.backbone, self.plan.base, formats)
             prompts.check(samples)
-        missing = sum(sample.response is None for sample in samples)
-        with self.progress("asking the experts", len(samples) + missing, "sample") as advance:
-            for expert, checkpoint in self.plan.experts.items():
-                advance(0, expert)
-                model = load_on(self.device, self.backbone, checkpoint, self.dtype, sharded=self.sharded)
-                own = {number: sample for number, sample in enumerate(samples) if sample.expert == expert}
-                answered = self._answer(model, prompts, list(own.values()), advance)
-                look(expert, model, self._asked(prompts, own, answered, advance))
-                del model
+        return prompts
+
+    def _kept_of(self, expert: str, prompts: Prompts) -> KeptTargets | None:
+        """What an expert has said to all runs that asked it as this one does; None where that is not kept."""
+        # Processes that share a model must all ask or none, and each would look for the files by itself.
+        if self.kept is None or self.sharded:
+            return None
+        way = {
+            "base": self.plan.base.fingerprint(whole=True),
+            "expert": self.plan.experts[expert].fingerprint(whole=True),
+            "formats": prompts.formats.digest,
+            "settings": [str(self.dtype), self.device.type, self.max_new_tokens, self.batch_tokens],
+            "versions": library_versions(),
+        }
+        return KeptTargets(self.kept, expert, way)
+
+    def _known(self, expert: str, kept: KeptTargets, prompts: Prompts, own: Mapping[int, Sample]) -> dict[int, Target]:
+        """Targets of an expert's samples, by number, from what was kept; none where something of it is missing."""
+        states = kept.states(self._name_of(own.values()))
+        answers = self._known_answers(prompts, kept, list(own.values()))
+        if states is None or any(sample.response is None and _key(sample) not in answers for sample in own.values()):
+            return {}
+        logger.info("expert %s is not asked: what it says is known from another run", expert)
+        head, given = self._stored_head(expert), iter(states)
+        complete = [_with_answer(sample, answers) for sample in own.values()]
+        return {
+            asked.number: Target(
+                sample=asked.sample,
+                inputs=asked.inputs,
+                tokens=asked.tokens,
+                last_hidden=next(given).to(self.device),
+                layers=tuple(next(given).to(self.device) for _ in self.layers),
+                head=head,
+            )
+            for asked in self._asked(prompts, own, complete)
+        }
+
+    def _keep_states(self, kept: KeptTargets, own: Mapping[int, Sample], made: Mapping[int, Target]) -> None:
+        """Keep the states of an expert's targets for other runs."""
+        states = [state for number in own for state in (made[number].last_hidden, *made[number].layers)]
+        kept.add_states(self._name_of(own.values()), [state.cpu() for state in states])
+
+    def _name_of(self, samples: Iterable[Sample]) -> str:
+        """What states of these samples are called."""
+        return name_of(map(identity, samples), self.layers, response_only=self.response_only)
 
     def _asked(
-        self, prompts: Prompts, samples: Mapping[int, Sample], answered: Sequence[Sample], advance: Advance
+        self,
+        prompts: Prompts,
+        samples: Mapping[int, Sample],
+        answered: Sequence[Sample],
+        advance: Advance = no_advance,
     ) -> Iterator[Asked]:
         """The samples with their answers as model inputs, one after the other."""
         for (number, sample), complete in zip(samples.items(), answered, strict=True):
@@ -227,31 +299,56 @@ class TargetMaker:
 
     def _own_head(self, model: Any, expert: str) -> torch.nn.Module | None:
         """The expert's output head where it differs from the one that the merged model will have while training."""
-        base, own = self.plan.base, self.plan.experts[expert]
-        name, own_name = _head_name(base), _head_name(own)
         head: torch.nn.Module = model.get_output_embeddings()
-        if (
-            self.plan.merged_as(name) is None
-            and getattr(head, "bias", None) is None
-            and same_tensor(base, name, own, own_name)
-        ):
+        if getattr(head, "bias", None) is None and self._differing_head(expert) is None:
             return None
         return copy.deepcopy(head)
 
-    def _answer(self, model: Any, prompts: Prompts, samples: list[Sample], advance: Advance) -> list[Sample]:
+    def _stored_head(self, expert: str) -> torch.nn.Module | None:
+        """The same of an expert that is not loaded, whose head is a matrix."""
+        name, own = self._differing_head(expert), self.plan.experts[expert]
+        if name is None:
+            return None
+        rows, columns = own.entries[name].shape
+        head = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        weight = own.read(name).view(rows, columns).to(self.device).to(self.dtype)
+        head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return head
+
+    def _differing_head(self, expert: str) -> str | None:
+        """Name of the expert's output head in its files; None where it is the merged model's."""
+        base, own = self.plan.base, self.plan.experts[expert]
+        name, own_name = _head_name(base), _head_name(own)
+        return None if self.plan.merged_as(name) is None and same_tensor(base, name, own, own_name) else own_name
+
+    def _answer(
+        self, model: Any, prompts: Prompts, samples: list[Sample], kept: KeptTargets | None, advance: Advance
+    ) -> list[Sample]:
         """The samples with a response each: their own, one kept from an earlier part of the run, or a new one."""
-        kept = read_object(self.responses, advice="move it away") if self.responses.exists() else {}
-        if kept.get(FORMATS) != prompts.formats.record:
-            kept[FORMATS] = prompts.formats.record
-            self._keep(kept)
-        missing = [sample for sample in samples if sample.response is None and _key(sample) not in kept]
+        known = self._known_answers(prompts, kept, samples)
+        missing = [sample for sample in samples if sample.response is None and _key(sample) not in known]
         advance(len([sample for sample in samples if sample.response is None]) - len(missing))
         for ends, batch in self._batches(prompts, missing):
             found = self._generate(model, prompts, batch, ends)
-            kept.update(zip(map(_key, batch), found, strict=True))
-            self._keep(kept)
+            known.update(zip(map(_key, batch), found, strict=True))
+            self._keep(known)
             advance(len(batch), batch[0].expert)
-        return [sample if sample.response is not None else replace(sample, **kept[_key(sample)]) for sample in samples]
+        if kept is not None:
+            kept.add_answers({identity(sample): known[_key(sample)] for sample in samples if sample.response is None})
+        return [_with_answer(sample, known) for sample in samples]
+
+    def _known_answers(self, prompts: Prompts, kept: KeptTargets | None, samples: Sequence[Sample]) -> dict[str, Any]:
+        """All answers of the run by `_key`, with those to these samples that were given to other runs."""
+        known = read_object(self.responses, advice="move it away") if self.responses.exists() else {}
+        before = dict(known)
+        known[FORMATS] = prompts.formats.record
+        answers = {} if kept is None else kept.answers()
+        for sample in samples:
+            if sample.response is None and _key(sample) not in known and identity(sample) in answers:
+                known[_key(sample)] = answers[identity(sample)]
+        if known != before:
+            self._keep(known)
+        return known
 
     def _batches(self, prompts: Prompts, samples: Sequence[Sample]) -> Iterator[tuple[list[int], list[Sample]]]:
         """Samples that are answered together, and what ends their answers."""
@@ -285,60 +382,24 @@ class TargetMaker:
         ]
 
 
+def _of(expert: str, samples: Sequence[Sample]) -> dict[int, Sample]:
+    """An expert's samples by number."""
+    return {number: sample for number, sample in enumerate(samples) if sample.expert == expert}
+
+
+def _is_plain(head: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether an output head can be made of its matrix in the files."""
+    return type(head) is torch.nn.Linear and head.bias is None and head.weight.dtype == dtype
+
+
+def _with_answer(sample: Sample, answers: Mapping[str, Any]) -> Sample:
+    """A sample with its own response, or with its answer."""
+    return sample if sample.response is not None else replace(sample, **answers[_key(sample)])
+
+
 def _key(sample: Sample) -> str:
     """Name of a sample among the responses."""
     return "/".join([sample.task, sample.identity, sample.question, *map(str, sample.images)])
-
-
-def stop_tokens(model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> set[int]:
-    """Tokens that end an answer: those that the model's own generation settings name, and special ones among others.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        ends: tokens that end a turn; a fine-tune's settings are often those of its base, which has no turns.
-    """
-    own = model.generation_config.eos_token_id
-    return {*(own if isinstance(own, list) else [own]), *(set(ends) & set(tokenizer.all_special_ids))} - {None}
-
-
-@torch.no_grad()
-def generate(
-    model: Any, processor: Any, prompts: Sequence[Mapping[str, Tensor]], max_new_tokens: int, ends: Sequence[int] = ()
-) -> list[tuple[str, list[int]]]:
-    """Greedy continuations of prompts, each as text and as tokens up to the end token.
-
-    Args:
-        model: the model.
-        processor: its tokenizer, or what has one.
-        prompts: model inputs, batch of one each, that are continued together.
-        max_new_tokens: bound on the length.
-        ends: tokens that may end an answer beside the model's own, as for `stop_tokens`.
-    """
-    tokenizer = tokenizer_of(processor)
-    stops = stop_tokens(model, tokenizer, ends)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    inputs = together(prompts, padding or 0, side="left")
-    tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=padding,
-    )
-    written = [_up_to(row, stops) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
-    return [(str(tokenizer.decode(row, skip_special_tokens=True)), row) for row in written]
-
-
-def _up_to(tokens: list[int], stops: Set[int]) -> list[int]:
-    """Tokens up to the first that ends an answer; where others of a batch went on, padding follows it."""
-    end = next((place for place, token in enumerate(tokens, 1) if token in stops), len(tokens))
-    return tokens[:end]
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -12,8 +12,8 @@ from expert_merging.questions.calibration import Sample
 from expert_merging.questions.formats import Format
 from expert_merging.questions.labelled import Question
 from expert_merging.running.answers import Asker, Row, _final, likelihoods
+from expert_merging.running.generating import generate
 from expert_merging.running.scores import score_by_task
-from expert_merging.running.targets import generate
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE
 

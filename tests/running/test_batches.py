@@ -12,8 +12,9 @@ from expert_merging.plan import make_plan
 from expert_merging.progress import no_progress
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.batches import fitting_tokens, kept_bytes, pack, together
+from expert_merging.running.generating import generate
 from expert_merging.running.objectives import alignment, prediction_entropy
-from expert_merging.running.targets import TargetMaker, generate
+from expert_merging.running.targets import TargetMaker
 from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL

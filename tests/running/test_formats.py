@@ -167,7 +167,7 @@ def test_a_written_answer_gets_the_rest_of_a_turn_s_end(written, kept, tiny_zoo,
 
 def test_an_expert_stops_at_the_end_of_its_turn(tiny_zoo, tmp_path):
     """Also where its own settings do not name that token."""
-    from expert_merging.running.targets import generate
+    from expert_merging.running.generating import generate
     from Mistral.backbone import BACKBONE
 
     processor, model = BACKBONE.load_processor(tiny_zoo / BASE), BACKBONE.load_model(tiny_zoo / BASE, torch.float32)
