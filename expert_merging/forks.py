@@ -1,8 +1,8 @@
-"""Processes forked from this one that share numbered work.
+"""Processes that share numbered work: forked from this one, or begun anew where a fork cannot be, beside a GPU.
 
 Each has a pipe of its own, whose other end nobody else holds: so the end of a process is seen at any moment, whatever
 it was doing. Nothing but numbers is sent to them, which a pipe always has room for; what the numbers mean, they know
-from before the fork.
+from their beginning.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import pickle
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from expert_merging.errors import InputError
 from expert_merging.signals import leave_signals_to, signals_held_back
@@ -38,11 +39,34 @@ def share_out(
     Raises:
         InputError: what the work raised, or a process was ended from outside.
     """
+    with crew(work, min(size, count), start) as hand_out:
+        hand_out(range(count), done)
+
+
+# Does numbers of the work, and tells of each and of what the work returned.
+HandOut: TypeAlias = Callable[[Iterable[int], Callable[[int, Any], None]], None]
+
+
+@contextmanager
+def crew(
+    work: Work, size: int, start: Callable[[int], None], kind: Literal["fork", "spawn"] = "fork"
+) -> Iterator[HandOut]:
+    """Processes that are there for several rounds of numbered work.
+
+    Args:
+        work: called once for each number, in any process; what begins anew must be able to pickle it.
+        size: number of processes.
+        start: called first in every process, with its own number.
+        kind: ``fork``, or ``spawn`` for processes that begin anew.
+
+    Raises:
+        InputError: what the work raised, or a process was ended from outside.
+    """
     forks: list[_Fork] = []
     try:
-        for number in range(min(size, count)):
-            forks.append(_Fork(work, lambda number=number: start(number)))  # type: ignore[misc]
-        _hand_out(count, forks, done)
+        for number in range(size):
+            forks.append(_Fork(work, start, number, kind))
+        yield lambda numbers, done: _hand_out(numbers, forks, done)
         for fork in forks:
             fork.finish()
     finally:
@@ -50,8 +74,8 @@ def share_out(
             fork.end()
 
 
-def _hand_out(count: int, forks: list[_Fork], done: Callable[[int, Any], None]) -> None:
-    left = iter(range(count))
+def _hand_out(numbers: Iterable[int], forks: list[_Fork], done: Callable[[int, Any], None]) -> None:
+    left = iter(numbers)
     for fork in forks:
         fork.hand(next(left, None))
     while any(fork.busy_with is not None for fork in forks):
@@ -64,18 +88,23 @@ def _hand_out(count: int, forks: list[_Fork], done: Callable[[int, Any], None]) 
 
 
 class _Fork:
-    """One forked process, which works on one number at a time.
+    """One process, which works on one number at a time.
 
     Args:
-        work: as for `share_out`.
-        start: called first.
+        work: as for `crew`.
+        start: called first, with ``number``.
+        number: its own number.
+        kind: as for `crew`.
     """
 
-    def __init__(self, work: Work, start: Callable[[], None]) -> None:
-        context = multiprocessing.get_context("fork")
+    def __init__(self, work: Work, start: Callable[[int], None], number: int, kind: Literal["fork", "spawn"]) -> None:
+        fork, spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
         self.busy_with: int | None = None
-        self.pipe, end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(end, work, start, os.getpid()))
+        self.pipe, end = multiprocessing.Pipe()
+        arguments = (end, work, start, number, os.getpid())
+        self.process = (fork if kind == "fork" else spawn).Process(target=_serve, args=arguments)
+        if kind == "spawn":
+            resource_tracker.ensure_running()  # which would let signals through if it started below
         with signals_held_back(), warnings.catch_warnings():
             # Of forking beside other threads, which may hold locks for ever in the children. These only read and write
             # files and call torch's and numpy's functions on one thread each, as the workers of torch's own data loader
@@ -101,7 +130,7 @@ class _Fork:
         except (EOFError, OSError) as lost:
             raise _ended() from lost
         if error is not None:
-            raise error from RuntimeError(f"in a forked process:\n{text}")
+            raise error from RuntimeError(f"in another process:\n{text}")
         return result
 
     def finish(self) -> None:
@@ -136,13 +165,13 @@ def _ended() -> InputError:
     )
 
 
-def _serve(pipe: Connection, work: Work, start: Callable[[], None], parent: int) -> None:
-    """The life of a forked process."""
+def _serve(pipe: Connection, work: Work, start: Callable[[int], None], number: int, parent: int) -> None:
+    """The life of one process."""
     leave_signals_to(parent)
-    start()
+    start(number)
     with suppress(EOFError, OSError):  # the parent is gone, and the system is about to end this process
-        while (number := pipe.recv()) is not None:
-            pipe.send(_attempt(work, number))
+        while (asked := pipe.recv()) is not None:
+            pipe.send(_attempt(work, asked))
     os._exit(0)  # without what the interpreter does at its end, which may wait for threads that were not forked
 
 

@@ -47,6 +47,8 @@ class SweepOptions:
         select: score that decides which point is best; by default accuracy where there are questions.
         halving: score all points on few samples first, keep the best of so many, and so on (successive halving); by
             default all points are scored on all samples.
+        jobs: points that are scored at a time, in processes of their own; each GPU has as many of them as another. By
+            default one.
         write: which merges are written in the end, as ordinary runs.
         sweep_name: name of the sweep's folder; by default the same for all points that can be compared, so that a sweep
             with more points goes on from the scores that are known.
@@ -58,6 +60,7 @@ class SweepOptions:
     question_samples: Count | None = None
     select: Literal["divergence", "accuracy"] | None = None
     halving: Annotated[int, Interval("[2, inf)")] | None = None
+    jobs: Count = 1
     write: Literal["best", "all", "none"] = "best"
     sweep_name: str | None = None
 
@@ -97,6 +100,8 @@ def run(given: Mapping[str, Any], console: Console) -> None:
     parent = Path(merging.get("output_path") or ROOT / "results" / "logs") / FOLDER
     scoring = Scoring(select, questions, own.halving)
     sweep = Sweep(merging, points, backbone, scoring, parent, own.sweep_name)
+    if own.jobs > 1 and not sweep.first.resolved.general["keep_targets"]:
+        raise InputError("--jobs needs what experts say to be kept, which all processes read; leave --keep_targets out")
     if merging.get("dry_run"):
         say(console, f"{len(sweep.planned)} points would be scored, in {sweep.folder}:")
         for planned in sweep.planned:
@@ -106,11 +111,12 @@ def run(given: Mapping[str, Any], console: Console) -> None:
 
 
 def _score_and_write(sweep: Sweep, own: SweepOptions, scoring: Scoring, console: Console) -> None:
+    from expert_merging.comparing.sweep_run import run as run_sweep
     from expert_merging.console import Terminal
 
     terminal = Terminal()
     try:
-        scored = sweep.run(terminal)
+        scored = run_sweep(sweep, terminal, own.jobs)
         console.print(_table(scored, scoring.select), soft_wrap=False)
         if len(scored) > _SHOWN:
             say(console, f"and {len(scored) - _SHOWN} more")

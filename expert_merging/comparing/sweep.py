@@ -1,20 +1,15 @@
-"""Sweeps: many settings are merged in one live model and scored, and nothing of them is written but scores.
+"""What a sweep is of: points, samples and questions, and the record of its scores.
 
 Each point is checked as a run of its own, so its model is the one that the same flags of the ordinary command write.
-What a method's preparation writes goes into a folder that is removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +18,20 @@ from expert_merging.asking import Formats
 from expert_merging.backbone import Backbone
 from expert_merging.checks import Job, check
 from expert_merging.comparing.grid import Point, label_of
-from expert_merging.comparing.scoring import points_by_task
-from expert_merging.comparing.sweep_record import Record, Scored, Select
+from expert_merging.comparing.sweep_record import Record, Select
 from expert_merging.console import Terminal
+from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, about
 from expert_merging.options import Resolved, resolve
 from expert_merging.outputs import mirror
-from expert_merging.preparing import prepare
-from expert_merging.progress import Progress, no_progress
+from expert_merging.progress import Progress
 from expert_merging.questions.labelled import Question, digest_of
-from expert_merging.running.answers import Asker
-from expert_merging.running.candidates import Candidates, first_of_tasks
+from expert_merging.run import Run
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.prompts import Prompts
 from expert_merging.running.samples import Samples, check_samples
-from expert_merging.writing import take_hold
 
-RECORD, LOCK = "sweep.json", ".lock"
+RECORD = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +87,7 @@ class Sweep:
         scoring: how points are scored.
         parent: folder that the sweep's own is made in.
         name: the sweep's name; by default the same for all that can be compared.
+        work: folder for what preparations write, which is removed; by default this process's own.
 
     Raises:
         InputError: every problem of every point.
@@ -108,10 +101,11 @@ class Sweep:
         scoring: Scoring,
         parent: Path,
         name: str | None,
+        work: Path | None = None,
     ) -> None:
         self.given, self.backbone, self.scoring = given, backbone, scoring
         # The folder's name depends on what is checked, so what checks write goes beside it.
-        self.work = parent / f"work-{os.getpid()}"
+        self.work = work or parent / f"work-{os.getpid()}"
         self.planned = self._plan(points)
         self.first = self.planned[0].job
         self.asked = self._samples()
@@ -175,45 +169,16 @@ class Sweep:
             "questions": digest_of(self.scoring.questions) if self.scoring.questions else None,
         }
 
-    def run(self, terminal: Terminal) -> list[Scored]:
-        """Score all points, best first; those that an earlier part of the sweep has scored are looked up.
+    def context(self, progress: Progress) -> Context:
+        """What asks the experts."""
+        self.share_files(self.first.context.run)
+        return replace(self.first.context, progress=progress)
 
-        Raises:
-            InputError: another process is at the same sweep.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = take_hold(self.folder / LOCK, "--sweep_name")
-        try:
-            self.record.read()  # another process may have added to it since the checks
-            return self._run(terminal)
-        finally:
-            os.close(held)
-            shutil.rmtree(self.work, ignore_errors=True)
-
-    def _run(self, terminal: Terminal) -> list[Scored]:
-        fewest = min(sum(sample.task == task for sample in self.asked.samples) for task in self.asked.tasks)
-        shares = self.scoring.shares(len(self.planned), fewest)
-        left, done = self.planned, list[Scored]()
-        counts = [max(1, len(left) // (self.scoring.halving or 1) ** number) for number in range(len(shares))]
-        bench = _Bench(self, shares)
-        if any(self.record.known(planned.key, shares[0]) is None for planned in left):
-            bench.open(terminal.progress)
-        with terminal.progress("sweeping", sum(counts), "point") as advance, _silence():
-            for share, following in zip(shares, [*counts[1:], 0], strict=True):
-                scored = [self._score(bench, planned, share, advance) for planned in left]
-                scored.sort(key=lambda one: one.badness(self.scoring.select))
-                kept = {one.key for one in scored[:following]}
-                done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
-                left = [planned for planned in left if planned.key in kept]
-        return done
-
-    def _score(self, bench: _Bench, planned: Planned, share: float, advance: Any) -> Scored:
-        found = self.record.known(planned.key, share)
-        if found is None:
-            found = bench.score(planned, share)
-            self.record.add(found)
-        advance(1, label_of(planned.point))
-        return found
+    def share_files(self, run: Run) -> None:
+        """Let a point's run have the files that all of them share."""
+        run.responses = self.folder / run.responses.name
+        if run.targets is not None:
+            run.targets = self.folder.parent.parent / run.targets.name
 
 
 def _check_kind(resolved: Resolved) -> None:
@@ -254,59 +219,3 @@ def sample_options(values: Mapping[str, Any], backbone: Backbone) -> SampleOptio
             found[name] = options[name].convert(value)
     problems.check()
     return SampleOptions(**found)
-
-
-class _Bench:
-    """What points are scored with, made when the first is: experts' answers, the base's model."""
-
-    def __init__(self, sweep: Sweep, shares: Sequence[float]) -> None:
-        self.sweep, self.shares = sweep, shares
-        self.opened: tuple[Candidates, Asker] | None = None
-
-    def open(self, progress: Progress = no_progress) -> tuple[Candidates, Asker]:
-        """Ask the experts and load the base's model, unless that is done.
-
-        Args:
-            progress: shows how far the experts are.
-        """
-        if self.opened is None:
-            context, sweep = self.sweep.first.context, self.sweep
-            context.run.responses = sweep.folder / context.run.responses.name
-            if context.run.targets is not None:
-                context.run.targets = sweep.folder.parent.parent / context.run.targets.name
-            candidates = Candidates(replace(context, progress=progress), sweep.asked, self.shares)
-            processor = context.backbone.load_processor(context.plan.base.folder)
-            self.opened = candidates, Asker(context.backbone, processor, sweep.formats)
-        return self.opened
-
-    def score(self, planned: Planned, share: float) -> Scored:
-        """Merge a point in memory and score it."""
-        candidates, asker = self.open()
-        start, job = time.monotonic(), planned.job
-        run = job.context.run
-        run.responses = self.sweep.folder / run.responses.name
-        run.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            rule, _ = prepare(job)
-            model = candidates.merge(rule, job.unit, job.context.plan)
-        except InputError as error:
-            return Scored(planned.point, planned.key, share, problem=error.problems[0])
-        finally:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        divergence = candidates.divergence(share)
-        questions = first_of_tasks(self.sweep.scoring.questions, share)
-        correct = points_by_task(questions, asker.answer(model, questions))
-        seconds = round(time.monotonic() - start, 2)
-        return Scored(planned.point, planned.key, share, divergence, correct, seconds)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Leave out what preparations and readers tell of each point."""
-    package = logging.getLogger("expert_merging")
-    level = package.level
-    package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(level)

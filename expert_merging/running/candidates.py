@@ -19,6 +19,7 @@ from expert_merging.running.in_memory import InMemory
 from expert_merging.running.samples import Samples
 from expert_merging.running.scores import ExpertDivergence, HasTask
 from expert_merging.running.sharding import load_on
+from expert_merging.running.targets import Target
 
 Item = TypeVar("Item", bound=HasTask)
 
@@ -37,9 +38,7 @@ class Candidates:
 
     def __init__(self, context: Context, asked: Samples, shares: Sequence[float] = (1.0,)) -> None:
         self.context, self.device = context, torch.device(context.device)
-        # Every head counts as changed, so that targets keep the experts' own: candidates' heads may be anything.
-        everything = replace(context.plan, merged=tuple(context.plan.base.entries))
-        targets = replace(asked.target_maker(context, (), self.device), plan=everything).make(asked.samples)
+        targets = experts_targets(context, asked, self.device)
         self.model = load_on(self.device, context.backbone, context.plan.base, asked.dtype, sharded=False)
         self.divergences = {
             share: ExpertDivergence.beside(self.model, first_of_tasks(targets, share), asked.batch_tokens)
@@ -71,6 +70,12 @@ class Candidates:
     def divergence(self, share: float = 1.0) -> dict[str, float]:
         """How far the model is from each task's expert now, as a share of how far the base is."""
         return self.divergences[share].by_task(self.model)
+
+
+def experts_targets(context: Context, asked: Samples, device: torch.device) -> list[Target]:
+    """What the experts say about the samples; each has its own head, since those of merges may be anything."""
+    everything = replace(context.plan, merged=tuple(context.plan.base.entries))
+    return replace(asked.target_maker(context, (), device), plan=everything).make(asked.samples)
 
 
 def _base_alone(task_vectors: Tensor, *_: Any) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.scores_file import read_scores
-from expert_merging.comparing.sweep import Scoring, _Bench
+from expert_merging.comparing.sweep import Scoring
 from expert_merging.comparing.sweep_record import Record, Scored
+from expert_merging.comparing.sweep_run import Bench
 from expert_merging.errors import InputError
 from expert_merging.run import Run
 from expert_merging.writing import take_hold
@@ -94,7 +95,7 @@ def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo,
 
 def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path, monkeypatch):
     given = [*command, "--sweep", "method=task_arithmetic", "--write", "none"]
-    scored, score = [], _Bench.score
+    scored, score = [], Bench.score
 
     def counted(self, planned, share):
         if len(scored) == 1:
@@ -102,20 +103,38 @@ def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path
         scored.append(planned.point["scaling_coefficient"])
         return score(self, planned, share)
 
-    monkeypatch.setattr(_Bench, "score", counted)
+    monkeypatch.setattr(Bench, "score", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(*given, "--sweep", "scaling_coefficient=0.1,0.2")
     _, points = record_of(tmp_path / "out")
     assert [point["point"]["scaling_coefficient"] for point in points] == [0.1]
     scored.clear()
-    monkeypatch.setattr(_Bench, "score", lambda *arguments: scored.append(arguments[1].point) or score(*arguments))
+    monkeypatch.setattr(Bench, "score", lambda *arguments: scored.append(arguments[1].point) or score(*arguments))
     assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
     assert [point["scaling_coefficient"] for point in scored] == [0.2, 0.3]
-    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "sweeps"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweeps", "targets"}
     scored.clear()
-    monkeypatch.setattr(_Bench, "open", None)
+    monkeypatch.setattr(Bench, "open", None)
     assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
     assert scored == []
+
+
+@pytest.mark.slow
+def test_several_processes_score_as_one_does(command, questions, tmp_path, monkeypatch, capsys):
+    """In all rounds of halving; they read what the experts have said, and one that is not kept cannot be shared."""
+    given = [*command, "--sweep", "scaling_coefficient=0.1:0.3:0.1", "--method", "iso", "--write", "none"]
+    given += ["--questions", questions, "--halving", 2]
+    found = []
+    for name, *jobs in (("one",), ("two", "--jobs", 2)):
+        assert sweep(*given, "--sweep_name", name, *jobs) == 0
+        points = json.loads((tmp_path / "out" / "sweeps" / name / "sweep.json").read_text())["points"]
+        found.append({(point["key"], point["share"]): point | {"seconds": 0} for point in points})
+    assert found[0] == found[1]
+    assert {share for _, share in found[0]} == {0.5, 1.0}
+    assert {path.name for path in (tmp_path / "out" / "sweeps").iterdir()} == {"one", "two"}
+    assert refusal(capsys, *given, "--jobs", 2, "--keep_targets", "false") == [
+        "--jobs needs what experts say to be kept, which all processes read; leave --keep_targets out"
+    ]
 
 
 def test_another_process_is_waited_for_and_what_it_has_scored_is_kept(command, tmp_path, capsys, monkeypatch):
@@ -133,11 +152,11 @@ def test_another_process_is_waited_for_and_what_it_has_scored_is_kept(command, t
         (tmp_path / "theirs.json").rename(file)
         return take_hold(lock, flag)
 
-    monkeypatch.setattr("expert_merging.comparing.sweep.take_hold", ends_just_before)
+    monkeypatch.setattr("expert_merging.comparing.sweep_run.take_hold", ends_just_before)
     assert sweep(*given, "--sweep", "scaling_coefficient=0.2") == 0
     _, points = record_of(tmp_path / "out")
     assert [point["point"]["scaling_coefficient"] for point in points] == [0.1, 0.2]
-    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "sweeps"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweeps", "targets"}
 
 
 def test_the_best_is_written_as_an_ordinary_run(command, tiny_zoo, tmp_path):
@@ -167,7 +186,7 @@ def test_rounds_follow_from_points_and_samples():
 
 
 def test_a_point_that_cannot_be_merged_is_told_and_the_others_go_on(command, tmp_path, capsys, monkeypatch):
-    from expert_merging.comparing import sweep as module
+    from expert_merging.comparing import sweep_run as module
 
     prepare = module.prepare
 
