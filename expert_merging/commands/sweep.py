@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expert_merging.backbone import Backbone
-    from expert_merging.comparing.sweep import Scoring, Sweep
+    from expert_merging.comparing.finished import Finished
+    from expert_merging.comparing.sweep import Sweep
     from expert_merging.comparing.sweep_record import Scored
     from expert_merging.questions.labelled import Question
 
@@ -50,6 +51,7 @@ class SweepOptions:
         jobs: points that are scored at a time, in processes of their own; each GPU has as many of them as another. By
             default one.
         write: which merges are written in the end, as ordinary runs.
+        report: file of a page that shows all points side by side, as the report command makes it of runs.
         sweep_name: name of the sweep's folder; by default the same for all points that can be compared, so that a sweep
             with more points goes on from the scores that are known.
     """
@@ -62,6 +64,7 @@ class SweepOptions:
     halving: Annotated[int, Interval("[2, inf)")] | None = None
     jobs: Count = 1
     write: Literal["best", "all", "none"] = "best"
+    report: str | None = None
     sweep_name: str | None = None
 
 
@@ -95,11 +98,15 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         raise InputError("--select accuracy needs --questions FOLDER with labelled questions")
     if own.write == "all" and merging.get("run_name"):
         raise InputError("--write all writes several runs, which cannot have one --run_name; leave it out")
+    from expert_merging.comparing.report import ReportOptions, check_report, write_page
     from expert_merging.comparing.sweep import Scoring, Sweep
 
+    page = None if own.report is None else ReportOptions(own.report, f"{backbone.name}: points of a sweep")
+    if page is not None:
+        check_report(page, "--report")
+
     parent = Path(merging.get("output_path") or ROOT / "results" / "logs") / FOLDER
-    scoring = Scoring(select, questions, own.halving)
-    sweep = Sweep(merging, points, backbone, scoring, parent, own.sweep_name)
+    sweep = Sweep(merging, points, backbone, Scoring(select, questions, own.halving), parent, own.sweep_name)
     if own.jobs > 1 and not sweep.first.resolved.general["keep_targets"]:
         raise InputError("--jobs needs what experts say to be kept, which all processes read; leave --keep_targets out")
     if merging.get("dry_run"):
@@ -107,28 +114,46 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         for planned in sweep.planned:
             say(console, label_of(planned.point))
         return
-    _score_and_write(sweep, own, scoring, console)
+    scored, written = _score_and_write(sweep, own, console)
+    if page is not None:
+        say(console, str(write_page(_finished(sweep, scored, written, own), page)))
 
 
-def _score_and_write(sweep: Sweep, own: SweepOptions, scoring: Scoring, console: Console) -> None:
+def _score_and_write(sweep: Sweep, own: SweepOptions, console: Console) -> tuple[list[Scored], dict[str, Path]]:
+    """All points, best first, and the folders of the runs that were written, by the points' keys."""
     from expert_merging.comparing.sweep_run import run as run_sweep
     from expert_merging.console import Terminal
 
-    terminal = Terminal()
+    terminal, select = Terminal(), sweep.scoring.select
     try:
         scored = run_sweep(sweep, terminal, own.jobs)
-        console.print(_table(scored, scoring.select), soft_wrap=False)
+        console.print(_table(scored, select), soft_wrap=False)
         if len(scored) > _SHOWN:
             say(console, f"and {len(scored) - _SHOWN} more")
         say(console, f"all scores: {sweep.record.file}")
-        usable = [one for one in scored if one.share == 1 and one.badness(scoring.select) < float("inf")]
+        usable = [one for one in scored if one.share == 1 and one.badness(select) < float("inf")]
         if not usable:
             reasons = [one.problem for one in scored if one.problem]
             raise InputError(f"no point has a score{f'; the first one: {reasons[0]}' if reasons else ''}")
-        for one in {"best": usable[:1], "all": usable, "none": []}[own.write]:
-            _write(sweep, one, own, terminal)
+        chosen = {"best": usable[:1], "all": usable, "none": []}[own.write]
+        return scored, {one.key: _write(sweep, one, own, terminal) for one in chosen}
     finally:
         terminal.close()
+
+
+def _finished(sweep: Sweep, scored: Sequence[Scored], written: Mapping[str, Path], own: SweepOptions) -> list[Finished]:
+    """What a report shows of the points that were scored on all samples, in their order; more of those written."""
+    from expert_merging.comparing.finished import Finished, read_runs
+
+    complete = {one.key: one for one in scored if one.share == 1 and not one.problem}
+    found = []
+    for planned in sweep.planned:
+        if planned.key in written:
+            found.append(replace(*read_runs([written[planned.key]]), label=label_of(planned.point)))
+        elif planned.key in complete:
+            job, scores = planned.job, scores_of(sweep, complete[planned.key], own)
+            found.append(Finished(label_of(planned.point), job.context.run, {**job.description, "run": {}}, scores))
+    return found
 
 
 def read(given: Mapping[str, Any]) -> tuple[SweepOptions, dict[str, Any], Backbone]:
@@ -150,11 +175,12 @@ def read(given: Mapping[str, Any]) -> tuple[SweepOptions, dict[str, Any], Backbo
         raise InputError(f"which family? Give --family, one of {', '.join(family_names())}")
     backbone = load_family(str(own["family"]))
     known = all_options(backbone)
+    config = file.pop("config", None)
     problems = [f"no option {name!r}. {near_name(name, [*known, *OPTIONS])}" for name in file if name not in known]
     if problems:
         raise InputError(*problems)
     parsed = parse(more, backbone)
-    config = parsed.pop("config", None)
+    config = parsed.pop("config", config)
     merging = {**file, **({} if config is None else read_config(Path(config), backbone)), **parsed}
     values = {name: _TAKEN[name].convert(value) for name, value in own.items() if name in _TAKEN}
     return SweepOptions(**values, sweep=own.get("sweep", {})), merging, backbone
@@ -192,8 +218,8 @@ def _questions(own: SweepOptions, backbone: Backbone) -> list[Question]:
     return load_questions(resolved(own.questions), experts=backbone.task_experts, count=own.question_samples)
 
 
-def _write(sweep: Sweep, scored: Scored, own: SweepOptions, terminal: Any) -> None:
-    """Write a point's merge as the ordinary command does, and keep its scores with it."""
+def _write(sweep: Sweep, scored: Scored, own: SweepOptions, terminal: Any) -> Path:
+    """Write a point's merge as the ordinary command does, and keep its scores with it; the folder of the run."""
     from expert_merging.checks import check
     from expert_merging.job import perform
 
@@ -203,6 +229,7 @@ def _write(sweep: Sweep, scored: Scored, own: SweepOptions, terminal: Any) -> No
         add_scores(job.context.run.scores, scores_of(sweep, scored, own))
     finally:
         job.context.run.release()
+    return job.context.run.folder
 
 
 def scores_of(sweep: Sweep, scored: Scored, own: SweepOptions) -> Scores:

@@ -19,7 +19,7 @@ _RANGE = re.compile(rf"\s*({_NUMBER})\s*:\s*({_NUMBER})\s*:\s*({_NUMBER})\s*")
 # Options that decide what every score is compared with, so that points that differ in them cannot be compared.
 _FIXED = (
     *("cache_dir", "base_model_path", "expert", "data_dir", "task_expert", "output_path", "run_name", "device"),
-    *("samples_per_task", "samples_per_task_dict", "loss_tokens", "max_new_tokens", "prompt_template"),
+    *("loss_tokens", "max_new_tokens", "prompt_template", "keep_targets"),
     *("mixed_precision", "log_with", "dry_run", "run_tests", "tokenizer", "embeddings", "chat_template_from"),
 )
 _MOST = 10_000

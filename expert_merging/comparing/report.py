@@ -81,13 +81,40 @@ def report(folders: Sequence[Path], options: ReportOptions) -> Path:
     Raises:
         InputError: a folder is no run, a file cannot be read, plotly is missing, or the output is another file.
     """
+    check_report(options)
+    return write_page(read_runs(folders), options)
+
+
+def check_report(options: ReportOptions, flag: str = "--output") -> None:
+    """Check that a page can be written, and that nothing but an earlier report is replaced.
+
+    Args:
+        options: what the page shows.
+        flag: says where it goes.
+
+    Raises:
+        InputError: plotly is missing, or the output is another file.
+    """
     try:
-        from plotly.offline import get_plotlyjs
+        import plotly  # noqa: F401
     except ImportError:
         raise InputError("a report needs plotly, which draws its charts; pip install plotly") from None
     output = Path(options.output)
-    _check_output(output)
-    runs = read_runs(folders)
+    check_file(output, flag)
+    if output.exists():
+        with output.open("rb") as stream:
+            if GENERATOR.encode() not in stream.read(1000):
+                raise InputError(f"{flag} {output} exists and is no report; name another file, or move it away")
+
+
+def write_page(runs: Sequence[Finished], options: ReportOptions) -> Path:
+    """Write a page about runs that were read, after `check_report`.
+
+    Raises:
+        InputError: the file of answers cannot be read.
+    """
+    from plotly.offline import get_plotlyjs
+
     answers = [] if options.answers is None else read_answers(Path(options.answers))
     sections = [section for section in _sections(runs, answers) if section.scores or section.charts or section.tables]
     charts = any(section.charts for section in sections)
@@ -100,21 +127,9 @@ def report(folders: Sequence[Path], options: ReportOptions) -> Path:
         has_scores=any(section.scores for section in sections),
         plotly=get_plotlyjs() if charts else "",
     )
+    output = Path(options.output)
     write_atomically(output, page.encode())
     return output
-
-
-def _check_output(output: Path) -> None:
-    """Check that a page can be written, and that nothing but an earlier report is replaced.
-
-    Raises:
-        InputError: it cannot.
-    """
-    check_file(output, "--output")
-    if output.exists():
-        with output.open("rb") as stream:
-            if GENERATOR.encode() not in stream.read(1000):
-                raise InputError(f"--output {output} exists and is no report; name another file, or move it away")
 
 
 def _render(**content: Any) -> str:

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from expert_merging.commands.main import main
+from expert_merging.commands.sweep import read
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.comparing.sweep import Scoring
 from expert_merging.comparing.sweep_record import Record, Scored
@@ -69,8 +70,17 @@ def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo,
         "- {method: [task_arithmetic], exclude_params: [['.*mlp.*', '.*lm_head.*']]}\n"
         "select: divergence\n"
     )
-    assert sweep(file, *command, "--questions", questions, "--write", "all") == 0
+    page = tmp_path / "page.html"
+    assert sweep(file, *command, "--questions", questions, "--write", "all", "--report", page) == 0
     shown = capsys.readouterr().out
+    assert str(page) in shown
+    for words in (
+        "method ties</th>",
+        "method task_arithmetic, scaling_coefficient 0.3</th>",
+        "Scores: mine",
+        "Learning",
+    ):
+        assert words in page.read_text(), words
     assert "The best of 6 points by divergence (divergence: 0 is the experts, 1 the base)" in shown
     recorded, points = record_of(out)
     assert f"all scores: {recorded}" in shown
@@ -117,6 +127,33 @@ def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path
     monkeypatch.setattr(Bench, "open", None)
     assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
     assert scored == []
+
+
+def test_a_report_shows_points_that_are_not_written_too(command, questions, tmp_path, capsys):
+    """And where it cannot be, nothing is done."""
+    pytest.importorskip("plotly")
+    given = [*command, "--method", "task_arithmetic", "--sweep", "scaling_coefficient=0,0.3", "--write", "none"]
+    given += ["--questions", questions]
+    assert refusal(capsys, *given, "--report", tmp_path) == [f"--report {tmp_path} is a folder; name a file in it"]
+    assert not (tmp_path / "out").exists()
+    page = tmp_path / "page.html"
+    assert sweep(*given, "--report", page) == 0
+    text = page.read_text()
+    assert text.count("scaling_coefficient 0.3</th>") >= 2, "with its accuracy, and its divergence"
+    _, points = record_of(tmp_path / "out")
+    assert f"{sum(points[1]['divergence'].values()) / 3:.3f}" in text
+    assert "scaling_coefficient: 0.3</code>" in text, "how it is repeated"
+
+
+def test_how_many_samples_are_learned_from_may_be_swept(command, tmp_path):
+    """Points are scored on the same samples all the same."""
+    given = [*command, "--method", "expert_merging", "--num_epochs", 1, "--write", "none", "--samples_per_task", 2]
+    assert sweep(*given, "--sweep", "samples_per_task=1,2") == 0
+    _, points = record_of(tmp_path / "out")
+    assert points[0]["divergence"] != points[1]["divergence"]
+    assert sweep(*given, "--sweep", "num_epochs=1") == 0
+    _, again = record_of(tmp_path / "out")
+    assert len(again) == 2, "the same as with samples_per_task 2"
 
 
 @pytest.mark.slow
@@ -267,6 +304,18 @@ def test_a_file_that_is_no_sweep_is_refused(command, tmp_path, capsys):
     ]
     file.write_text("family: Mistral\nmethd: ties\nsweep: {seed: [1]}")
     assert refusal(capsys, file) == ["no option 'methd'. Did you mean 'method'?"]
+
+
+def test_a_file_may_name_a_file_of_further_options(command, tmp_path, capsys):
+    file, options = tmp_path / "sweep.yaml", tmp_path / "options.yaml"
+    options.write_text("method: ties\nscaling_coefficient: 0.7\n")
+    file.write_text(f"family: Mistral\nconfig: {options}\nsweep: {{density: [0.1, 0.2]}}")
+    _, merging, _ = read({"more": [str(file)]})
+    assert (merging["method"], merging["scaling_coefficient"]) == ("ties", 0.7)
+    _, merging, _ = read({"more": [str(file), "--scaling_coefficient", "0.2"]})
+    assert merging["scaling_coefficient"] == "0.2"
+    options.unlink()
+    assert "options.yaml cannot be read" in refusal(capsys, file)[0]
 
 
 def test_a_record_of_something_else_is_refused(tmp_path):
