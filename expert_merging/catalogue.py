@@ -37,7 +37,7 @@ from expert_merging.methods import (
 )
 from expert_merging.mixtures import moe
 from expert_merging.search import methods as search_methods
-from expert_merging.statistics import mats, regmean
+from expert_merging.statistics import featcal, mats, regmean
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
@@ -64,7 +64,7 @@ KINDS = {
         superposition,
     ),
     "several artefacts": (tall, emr),
-    "modifiers": (consensus, calibration),
+    "modifiers": (consensus, calibration, featcal),
     "statistics": (regmean, mats),
     "learned": (learned_methods,),
     "search": (search_methods,),

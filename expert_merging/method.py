@@ -51,12 +51,14 @@ class Preparation:
         inputs: digests of what is read besides checkpoints, by name; a run is continued only with the same.
         notes: lines for the plan that ``--dry_run`` prints.
         unit: what the merge function has to be fed in this run, where that is coarser than the method's own unit.
+        follows: ``run`` takes what was merged before, as ``run(rule, unit)``.
     """
 
-    run: Callable[[], Mapping[str, Any]] = dict
+    run: Callable[..., Mapping[str, Any]] = dict
     inputs: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unit: Unit = "entries"
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,12 @@ class Method:
         found = self.prepare.function(context, **accepted(self.prepare.function, options))
         return replace(found, run=self._promised(found.run), unit=coarsest([self.unit, found.unit]))
 
-    def _promised(self, run: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+    def _promised(self, run: Callable[..., Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
         """The work of a preparation, which must return what it was registered to give; tensors ``made`` may be more."""
         gives = set(self.prepare.gives) if self.prepare else set()
 
-        def checked() -> Mapping[str, Any]:
-            found = run()
+        def checked(*before: Any) -> Mapping[str, Any]:
+            found = run(*before)
             if set(found) - {_MADE} != gives - {_MADE}:
                 raise TypeError(
                     f"method {self.name}: its preparation returns {_listed(found)}, and was registered to give "

@@ -17,9 +17,10 @@ def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
         The rule that merges, and tensors that are to be written as they are.
     """
     always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
-    rules, made = [], {}
+    rules, made = list[Rule](), {}
     for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):
-        known = {**always, **preparation.run()}
+        before = (modified(rules[0], rules[1:]), job.unit) if preparation.follows else ()
+        known = {**always, **preparation.run(*before)}
         made.update(known.get("made", {}))
         rules.append(step.rule(known, job.resolved.options_of(step)))
     return modified(rules[0], rules[1:]), made

@@ -55,6 +55,7 @@ class Run:
         self.responses = folder / "responses.json"
         self.scores = folder / "scores.json"
         self.statistics = folder / "statistics"
+        self.calibrated = folder / "calibrated"
         self.coefficients = folder / "coefficients.safetensors"
         self.weight_coeffs = folder / "weight_coeffs.json"
         self.analysis = folder / "analysis"

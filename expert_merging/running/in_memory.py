@@ -71,10 +71,10 @@ class InMemory:
             for piece, base, task_vectors in pieces_of(self.reader, part, unit):
                 made = rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
                 found = made["merged"] if isinstance(made, Mapping) else made
-                self._write(piece, base.add_(found.reshape(-1)).to(dtype))
+                self.write(piece, base.add_(found.reshape(-1)).to(dtype))
 
-    def _write(self, piece: Part, values: torch.Tensor) -> None:
-        """Put merged entries into the parameters that hold them."""
+    def write(self, piece: Part, values: torch.Tensor) -> None:
+        """Put merged entries, ``(entries,)``, into the parameters that hold them."""
         before = 0
         for run in self.runs[piece.name]:
             length = run.stop - run.start
@@ -82,6 +82,10 @@ class InMemory:
             if first < stop:
                 self._place(run, first - before, values[first - piece.start : stop - piece.start])
             before += length
+
+    def read(self, name: str) -> torch.Tensor:
+        """The entries ``(entries,)`` that a merged tensor has now, in float32."""
+        return torch.cat([self.weights[run.parameter][run.start : run.stop] for run in self.runs[name]]).float()
 
     def _place(self, run: Run, start: int, values: torch.Tensor) -> None:
         self.weights[run.parameter][run.start + start : run.start + start + len(values)].copy_(values)

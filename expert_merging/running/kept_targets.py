@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
-from expert_merging.kept import Kept, Written
+from expert_merging.kept import Kept
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.picture_sources import content_of
-from expert_merging.writing import partial_name, sync_file, sync_folder
+from expert_merging.running.tensor_files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +91,7 @@ class KeptTargets:
             logger.info("hidden states of %s are not kept: they take %.1f GB", self.folder.name, size / 1e9)
             return
         _make_room(self.parent, size)
-        temporary = partial_name(file)
-        save_file({str(number): state.contiguous() for number, state in enumerate(states)}, temporary)
-        sync_file(temporary)
-        self.kept.note({file.name: Written.of_file(temporary)})
-        os.rename(temporary, file)
-        sync_folder(self.folder)
+        write_tensors(file, {str(number): state for number, state in enumerate(states)}, self.kept)
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """Write something; where that fails it is not kept, since the run needs none of it."""

@@ -8,7 +8,7 @@ model's own forward pass, embeddings, which may be the head, and vision towers, 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,13 +76,19 @@ def _loaded(backbone: Backbone, checkpoint: Checkpoint, dtype: torch.dtype) -> t
     return backbone.load_model(checkpoint.folder, dtype), dtype
 
 
+def decoder_layers(model: Any) -> tuple[torch.nn.Module, Sequence[torch.nn.Module]]:
+    """A model's decoder, and its list of layers; empty where it has none."""
+    decoder = model.get_decoder().get_decoder()  # the first may be a language model with its head
+    lists = [list(part) for part in decoder.modules() if isinstance(part, torch.nn.ModuleList)]
+    return decoder, max(lists, key=len, default=[])
+
+
 def _shard(model: Any, device: torch.device, bring: Callable[[torch.nn.Module], None]) -> None:
     """Split the layers, bringing one at a time to the device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    decoder = model.get_decoder().get_decoder()  # the first may be a language model with its head
-    layers = max((part for part in decoder.modules() if isinstance(part, torch.nn.ModuleList)), key=len, default=())
+    decoder, layers = decoder_layers(model)
     if not layers:
         raise InputError(
             f"--shard splits a decoder's list of layers, and {type(decoder).__name__} has none; leave it away"

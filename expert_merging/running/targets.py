@@ -163,6 +163,17 @@ class TargetMaker:
         prompts = self._checked(samples)
         self._ask(samples, look, prompts, {expert: self._kept_of(expert, prompts) for expert in self.plan.experts})
 
+    def answered(self, samples: Sequence[Sample]) -> Iterator[Asked]:
+        """The samples as their experts were asked in this run, with what they have answered; no expert is loaded.
+
+        Args:
+            samples: samples that `make` or `ask` were given before.
+        """
+        prompts = self._checked(samples)
+        answers = self._known_answers(prompts, None, samples)
+        complete = [_with_answer(sample, answers) for sample in samples]
+        return self._asked(prompts, dict(enumerate(samples)), complete)
+
     def _ask(
         self, samples: Sequence[Sample], look: Look, prompts: Prompts, experts: Mapping[str, KeptTargets | None]
     ) -> None:

@@ -68,7 +68,13 @@ def gather_grams(context: Context, samples: Samples) -> Grams:
 
 
 def gather(
-    context: Context, samples: Samples, opened: Callable[[str], str], find: Find, *, who: str = "expert {}"
+    context: Context,
+    samples: Samples,
+    opened: Callable[[str], str],
+    find: Find,
+    *,
+    who: str = "expert {}",
+    folder: Path | None = None,
 ) -> Grams:
     """Statistics of each expert, in the run's folder; those that are there already are taken.
 
@@ -80,16 +86,18 @@ def gather(
         opened: a digest that differs once a checkpoint was written that an expert's statistics are of.
         find: finds an expert's statistics.
         who: what has computed them, with a place for the expert's name, for messages.
+        folder: where they are kept, in the run's; by default the one of statistics.
 
     Raises:
         InputError: an expert answers with nothing or computes NaN.
     """
-    folder, experts = context.run.statistics, context.plan.experts
+    folder, experts = folder or context.run.statistics, context.plan.experts
+    place = folder.relative_to(context.run.folder).as_posix()
     files = {expert: file_of(folder, expert) for expert in experts}
-    kept = {expert: context.run.kept.within(folder.name, opened(expert)) for expert in experts}
+    kept = {expert: context.run.kept.within(place, opened(expert)) for expert in experts}
     left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]
     if left:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
         @torch.no_grad()
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
@@ -184,11 +192,21 @@ class InputWatch:
                 "does not look at inputs"
             )
 
-    def run(self, asked: Asked) -> None:
-        """Run the model over a sample."""
+    def run(self, asked: Asked, forward: Callable[[], Any] | None = None) -> Any:
+        """Run the model, or a part of it, over a sample.
+
+        Args:
+            asked: the sample.
+            forward: runs the part.
+
+        Returns:
+            What it returns.
+        """
         self._asked = asked
-        self.model.base_model(**asked.inputs, use_cache=False)
+        made = forward() if forward else self.model.base_model(**asked.inputs, use_cache=False)
         self._flush()
+        self._asked = None
+        return made
 
     def finish(self) -> dict[tuple[str, ...], Gram]:
         """The Gram matrices, by the names of the tensors that share them.
@@ -216,7 +234,8 @@ class InputWatch:
 
     def _hook(self, parameter: str) -> Callable[..., None]:
         def see(_layer: Any, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            self._see(parameter, positional[0] if positional else named["input"])
+            if self._asked is not None:  # what runs outside of `run` is not watched
+                self._see(parameter, positional[0] if positional else named["input"])
 
         return see
 

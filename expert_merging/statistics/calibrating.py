@@ -1,0 +1,323 @@
+"""A merged model's layers, changed one after the other, so that each sees what the changed ones below it make."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError, first_of
+from expert_merging.plan import Plan, Rule
+from expert_merging.roles import is_in_decoder
+from expert_merging.running.in_memory import InMemory
+from expert_merging.running.samples import Samples
+from expert_merging.running.sharding import decoder_layers, load_on
+from expert_merging.running.targets import Asked
+from expert_merging.running.tensor_files import write_tensors
+from expert_merging.statistics.gram import Gram, Grams, GramSum
+from expert_merging.statistics.inputs import InputWatch, gather, grams_of, matrices
+from expert_merging.streaming import Reader
+
+logger = logging.getLogger(__name__)
+
+
+class Pull(NamedTuple):
+    """Where a layer's weights are drawn to.
+
+    Args:
+        mix: share of the expert's own inputs in those that targets are computed from.
+        ridge: weight of the pull towards the merged weights.
+        reach: how far what it pulls to is from the base, as a multiple of the merged weights.
+    """
+
+    mix: float
+    ridge: float
+    reach: float
+
+
+class Pair(NamedTuple):
+    """What goes into a layer on the same samples of an expert, ``(tokens, inputs)`` each.
+
+    Args:
+        expert: number of the expert.
+        merged: in the merged model.
+        own: in the expert.
+    """
+
+    expert: int
+    merged: Tensor
+    own: Tensor
+
+
+def layer_matrices(context: Context) -> list[str]:
+    """Names of the merged matrices of the language model's layers."""
+    return [name for name in matrices(context) if is_in_decoder(name)]
+
+
+def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
+    """The most bytes that what goes into each expert's layers takes; layers that share it share its place."""
+    columns = sum(context.plan.base.entries[name].shape[1] for name in layer_matrices(context))
+    asked = {name: sum(sample.expert == name for sample in samples.samples) for name in context.plan.experts}
+    return {expert: samples.dtype.itemsize * columns * samples.longest * count for expert, count in asked.items()}
+
+
+def new_weights(
+    base: Tensor, task_vectors: Tensor, merged: Tensor, pairs: Sequence[Pair], shifts: Tensor, pull: Pull
+) -> Tensor:
+    """The weights that draw a layer's outputs to the experts', in float64; see `featcal` for the formula.
+
+    Args:
+        base: ``(outputs, inputs)``.
+        task_vectors: ``(experts, outputs, inputs)``.
+        merged: the merged weights, ``(outputs, inputs)``.
+        pairs: what goes into the layer, for each expert that has samples.
+        shifts: ``(experts, outputs)``, what each expert's bias has more than the merged one.
+        pull: where to.
+    """
+    anchor = base.double() + pull.reach * (merged.double() - base.double())
+    rows, missing = [], []
+    for expert, inputs, own_inputs in pairs:
+        inputs = inputs.to(base.device).double()
+        wanted = torch.lerp(inputs, own_inputs.to(base.device).double(), pull.mix)
+        weights = base.double() + task_vectors[expert].double()
+        smaller = inputs @ inputs.T if len(inputs) < inputs.shape[1] else inputs.T @ inputs
+        # So that the sum of products has norm 1: the number of tokens, by which means are divided, cancels out.
+        scale = smaller.norm().clamp_(min=torch.finfo(torch.float32).tiny).rsqrt_()
+        rows.append(inputs * scale)
+        missing.append((wanted @ weights.T + shifts[expert].double() - inputs @ anchor.T) * scale)
+    stacked, wanted = torch.cat(rows), torch.cat(missing)
+    if len(stacked) < stacked.shape[1]:
+        change = stacked.T @ _solve(stacked @ stacked.T, wanted, pull.ridge)
+    else:
+        change = _solve(stacked.T @ stacked, stacked.T @ wanted, pull.ridge)
+    return anchor + change.T
+
+
+def _solve(products: Tensor, right: Tensor, ridge: float) -> Tensor:
+    products.diagonal().add_(ridge)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(products))
+
+
+class _Vectors(GramSum):
+    """Keeps all vectors, in their order, however many they are."""
+
+    def add(self, vectors: Tensor) -> None:
+        self.vectors += len(vectors)
+        self._kept.append(vectors.cpu())
+
+
+@torch.no_grad()
+def calibrate(context: Context, samples: Samples, pull: Pull, rule: Rule, unit: str) -> None:
+    """Find new weights for a merged model's layers, and keep them in the run; layers that it has already are read.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        pull: where weights are drawn to.
+        rule: merges task vectors.
+        unit: what the rule is fed.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN, or the model is no stack of layers.
+    """
+    names, file_name = layer_matrices(context), context.backbone.file_name
+    folder, opened = context.run.calibrated, context.plan.opened
+
+    def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
+        return grams_of(model, names, file_name, own, _Vectors)
+
+    own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder / "inputs")
+    device = torch.device(context.device)
+    model = load_on(device, context.backbone, context.plan.base, samples.dtype, sharded=False)
+    memory = InMemory(model, context.plan, file_name, device)
+    memory.merge(rule, unit)
+    walk = _Walk(context.plan, memory, own, pull)
+    asked = list(samples.target_maker(context, (), device).answered(samples.samples))
+    kept, layers = context.run.kept.within(folder.name, opened), decoder_layers(model)[1]
+    streams = streams_of(model, layers, asked)
+    watch = InputWatch(model, {file_name(name): name for name in names}, file_name, _Vectors)
+    try:
+        with context.progress("calibrating layers", len(layers), "layer") as advance:
+            for number, layer in enumerate(layers):
+                file = folder / f"layer-{number:04}.safetensors"
+                if kept.has(file):
+                    with safe_open(file, framework="pt") as opened_file:
+                        for name in opened_file.keys():  # noqa: SIM118  (it is no mapping)
+                            memory.write(context.plan.part(name), opened_file.get_tensor(name).view(-1))
+                else:
+                    changed = walk.change(watch, layer, number, streams)
+                    write_tensors(file, changed, kept)
+                for stream in streams:
+                    stream.hidden = stream.through(layer, number)
+                advance(1)
+    finally:
+        watch.close()
+    walk.tell_of_others()
+
+
+@dataclass
+class Stream:
+    """A sample on its way through the layers.
+
+    Args:
+        asked: the sample.
+        hidden: what goes into the next layer.
+        given: what each layer is given beside it, by position and by name.
+    """
+
+    asked: Asked
+    hidden: Tensor
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def through(self, layer: torch.nn.Module, number: int) -> Tensor:
+        """What comes out of the layer of that number."""
+        positional, named = self.given[number]
+        return _hidden(layer(self.hidden, *positional, **named))
+
+
+def _hidden(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+@torch.no_grad()
+def streams_of(model: Any, layers: Sequence[torch.nn.Module], asked: Sequence[Asked]) -> list[Stream]:
+    """What goes into a model's layers on each sample, found by running it.
+
+    Raises:
+        InputError: what comes out of a layer is not what goes into the next.
+    """
+    return [_stream(model, layers, one) for one in asked]
+
+
+def _stream(model: Any, layers: Sequence[torch.nn.Module], asked: Asked) -> Stream:
+    first: list[Tensor] = []
+    last: list[Tensor] = []
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(_layer: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not positional or (last and not torch.equal(positional[0], last[-1])):
+            raise InputError(
+                f"{type(model).__name__} changes hidden states between its layers, so that they cannot be calibrated "
+                "one by one; leave out --post featcal"
+            )
+        first.extend(positional[:1] if not given else ())
+        given.append((positional[1:], named))
+
+    def after(_layer: Any, _given: Any, output: Any) -> None:
+        last[:] = [_hidden(output)]
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        model.base_model(**asked.inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Stream(asked, first[0], given)
+
+
+@dataclass
+class _Walk:
+    """What changes a layer of the merged model.
+
+    Args:
+        plan: the checkpoints.
+        memory: the merged model.
+        own: what goes into the experts' layers.
+        pull: where weights are drawn to.
+        others: names of matrices that were not changed.
+    """
+
+    plan: Plan
+    memory: InMemory
+    own: Grams
+    pull: Pull
+    others: list[str] = field(default_factory=list)
+
+    def change(
+        self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
+    ) -> dict[str, Tensor]:
+        """New weights of a layer by name, in the base's type; all of them are found before the first is written."""
+        seen: list[dict[str, Gram]] = []
+        for expert in self.plan.experts:
+            for stream in streams:
+                if stream.asked.sample.expert == expert:
+                    watch.run(stream.asked, partial(stream.through, layer, number))
+            seen.append({name: gram for names, gram in watch.finish().items() for name in names})
+        reader = Reader(self.plan, self.memory.device)
+        changed = {}
+        for name in dict.fromkeys(name for own in seen for name in own):
+            pairs = self._pairs(name, [own.get(name) for own in seen])
+            if pairs:
+                changed[name] = self._weights(reader, name, pairs).to(self.plan.base.entries[name].torch_dtype).cpu()
+            else:
+                self.others.append(name)
+        for name, weights in changed.items():
+            self.memory.write(self.plan.part(name), weights.view(-1))
+        return changed
+
+    def _pairs(self, name: str, merged: Sequence[Gram | None]) -> list[Pair]:
+        """What goes into a layer; nothing where a model of experts sends other tokens there than the expert does."""
+        both = [(number, one, own) for number, (one, own) in enumerate(zip(merged, self.own.of(name), strict=True))]
+        pairs = [
+            Pair(number, one.values, own.values) for number, one, own in both if one is not None and own is not None
+        ]
+        same = all(len(pair.merged) == len(pair.own) for pair in pairs)
+        return pairs if same and len(pairs) == sum(one is not None or own is not None for _, one, own in both) else []
+
+    def _weights(self, reader: Reader, name: str, pairs: Sequence[Pair]) -> Tensor:
+        shape = self.plan.base.entries[name].shape
+        base, task_vectors = reader.read(self.plan.part(name))
+        merged = self.memory.read(name).view(shape)
+        shifts = self._shifts(reader, name, task_vectors)
+        return new_weights(base.view(shape), task_vectors.view(-1, *shape), merged, pairs, shifts, self.pull)
+
+    def _shifts(self, reader: Reader, name: str, task_vectors: Tensor) -> Tensor:
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias not in self.plan.merged:
+            return task_vectors.new_zeros(len(task_vectors), self.plan.base.entries[name].shape[0])
+        base, own = reader.read(self.plan.part(bias))
+        return base + own - self.memory.read(bias)
+
+    def tell_of_others(self) -> None:
+        """Say which matrices stay as they were merged."""
+        if self.others:
+            logger.info(
+                "what goes into %s is not the same tokens in all models: not calibrated", first_of(self.others, 1)
+            )
+
+
+class Calibrated:
+    """New weights of a run's layers, read from their files whenever they are asked for, by any thread or process.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files: Mapping[str, Path] = {
+            name: file for file in sorted(folder.glob("layer-*.safetensors")) for name in _names(file)
+        }
+
+    def weights(self, name: str) -> Tensor | None:
+        """The weights of a tensor in the base's type; None where it stays as it was merged."""
+        file = self.files.get(name)
+        if file is None:
+            return None
+        with safe_open(file, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(name)
+        return found
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

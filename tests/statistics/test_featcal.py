@@ -1,0 +1,201 @@
+"""FeatCal against its equations, and against whole models that are changed layer by layer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expert_merging.errors import InputError
+from expert_merging.running.targets import Asked
+from expert_merging.statistics import calibrating
+from expert_merging.statistics.calibrating import Pair, Pull, new_weights, streams_of
+from InternVL.backbone import BACKBONE as internvl  # noqa: N811
+from tests import internvl as internvl_checkpoints
+from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
+from tests.command import contents, merge, merged, refusal
+from tests.statistics.twin import answered, inputs_of_layers
+
+RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
+DEFAULT, OTHER = Pull(0.3, 0.05, 1.0), Pull(0.4, 0.1, 1.5)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    write_tasks(folder, responses=RESPONSES)
+    return folder
+
+
+@pytest.fixture
+def arguments(tiny_zoo, dataset):
+    given = ["--method", "task_arithmetic", "--post", "featcal", "--cache_dir", tiny_zoo, "--data_dir", dataset]
+    return [*given, "--samples_per_task", 2, "--run_name", "r"]
+
+
+def plainly(base, experts, merged, pairs, shifts, pull):
+    """The paper's equations as they stand: Gram matrices of all inputs, a right side, and one system of equations."""
+    base, merged = base.double(), merged.double()
+    left = pull.ridge * torch.eye(base.shape[1], dtype=torch.float64)
+    right = pull.ridge * (base + pull.reach * (merged - base)).T
+    for expert, inputs, own in pairs:
+        inputs, own = inputs.double(), own.double()
+        mixed = pull.mix * own + (1 - pull.mix) * inputs
+        gram = inputs.T @ inputs / len(inputs)
+        outputs = mixed @ experts[expert].double().T + shifts[expert]
+        left += gram / gram.norm()
+        right = right + inputs.T @ outputs / len(inputs) / gram.norm()
+    return torch.linalg.solve(left, right).T
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (20, 15), (3, 20)], ids=["few tokens", "many", "few and many"])
+def test_weights_solve_the_equations(counts):
+    torch.manual_seed(0)
+    base, merged = torch.randn(2, 4, 12)
+    task_vectors, shifts = torch.randn(3, 4, 12), torch.randn(3, 4)
+    pairs = [Pair(number, *torch.randn(2, count, 12)) for number, count in zip((0, 2), counts, strict=True)]
+    found = new_weights(base, task_vectors, merged, pairs, shifts, OTHER)
+    torch.testing.assert_close(found, plainly(base, base + task_vectors, merged, pairs, shifts, OTHER))
+
+
+def test_inputs_that_are_all_zero_change_nothing():
+    base, merged = torch.randn(2, 4, 12)
+    nothing = [Pair(0, *torch.zeros(2, 3, 12))]
+    found = new_weights(base, torch.randn(1, 4, 12), merged, nothing, torch.zeros(1, 4), DEFAULT)
+    torch.testing.assert_close(found, merged.double())
+
+
+def calibrated_plainly(base, model, experts, asked, pull):
+    """Change a merged model layer by layer; the whole of it runs anew for each."""
+    own = {name: inputs_of_layers(expert, asked[name]) for name, expert in experts.items()}
+    weights, start = dict(model.named_parameters()), dict(base.named_parameters())
+    theirs = [dict(expert.named_parameters()) for expert in experts.values()]
+    for layer in range(len(model.model.layers)):
+        names = [name for name in own["Chat"] if name.startswith(f"model.layers.{layer}.")]
+        seen = [inputs_of_layers(model, asked[name]) for name in experts]
+        new = {}
+        for name in names:
+            pairs = [
+                (number, one[name], own[expert][name])
+                for number, (expert, one) in enumerate(zip(experts, seen, strict=True))
+            ]
+            nothing = torch.zeros(len(experts), len(weights[name]))
+            matrices = [expert[name].detach() for expert in theirs]
+            new[name] = plainly(start[name].detach(), matrices, weights[name].detach(), pairs, nothing, pull)
+        for name, value in new.items():
+            weights[name].data = value.float()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("pull", [DEFAULT, OTHER], ids=["default", "others"])
+def test_it_changes_a_model_as_the_plain_twin(pull, arguments, tiny_zoo, tmp_path):
+    given = [f"--featcal_{name}={value}" for name, value in pull._asdict().items()]
+    run = merged(tmp_path / "out", *arguments, *given)
+    plain = merged(tmp_path / "plain", *arguments[:2], *arguments[4:])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_zoo / BASE)
+    asked = {name: answered(tokenizer, name, RESPONSES[name], range(2)) for name in EXPERTS}
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    experts = {name: load(tiny_zoo / folder) for name, folder in EXPERTS.items()}
+    expected = calibrated_plainly(load(tiny_zoo / BASE), load(plain.model), experts, asked, pull)
+    found, before, changed = tensors_of(run.model), tensors_of(plain.model), 0
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
+        changed += (tensor - before[name]).abs().max() > 2e-4
+    assert changed == 3 * 7
+
+
+def test_it_goes_on_with_the_layer_that_is_missing(arguments, tmp_path, monkeypatch):
+    """What experts see and the layers that were changed are there; a damaged one is changed again."""
+    expected = contents(merged(tmp_path / "whole", *arguments).model)
+    write, layers = calibrating.write_tensors, []
+
+    def stop_at_the_last(file, tensors, kept):
+        layers.append(file.stem)
+        if file.stem == "layer-0002":
+            raise KeyboardInterrupt
+        write(file, tensors, kept)
+
+    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
+    merge(*arguments, "--output_path", tmp_path / "parts")
+    folder = tmp_path / "parts" / "task_arithmetic" / "r" / "calibrated"
+    assert layers == ["layer-0000", "layer-0001", "layer-0002"]
+    damaged = folder / "layer-0001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    layers.clear()
+    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    monkeypatch.setattr("expert_merging.running.targets.load_on", None)
+    run = merged(tmp_path / "parts", *arguments)
+    assert layers == ["layer-0001", "layer-0002"]
+    assert contents(run.model) == expected
+
+
+def test_it_follows_a_method_that_gathers_statistics_of_its_own(arguments, tmp_path):
+    """And another modifier may follow it."""
+    run = merged(tmp_path, *arguments, "--method", "regmean", "--post", "consensus", "--consensus_k", 0)
+    alone = merged(tmp_path / "alone", *arguments, "--method", "regmean")
+    assert json.loads(run.config.read_text())["options"]["post"] == ["featcal", "consensus"]
+    assert contents(run.model).keys() == contents(alone.model).keys()
+    assert len([*run.statistics.iterdir()]) == len([*(run.calibrated / "inputs").iterdir()]) == 3
+    for name, tensor in tensors_of(run.model).items():
+        assert torch.equal(tensor, tensors_of(alone.model)[name]), "consensus_k 0 keeps everything"
+
+
+@pytest.mark.slow
+def test_models_with_pictures_have_their_language_model_calibrated(tmp_path):
+    zoo = internvl_checkpoints.make_zoo(tmp_path / "zoo")
+    given = ["--cache_dir", zoo, "--data_dir", zoo / "dataset", "--method", "task_arithmetic"]
+    run = merged(tmp_path / "out", *given, "--post", "featcal", family=internvl)
+    before = tensors_of(merged(tmp_path / "plain", *given, family=internvl).model)
+    changed = {name for name, tensor in tensors_of(run.model).items() if not torch.equal(tensor, before[name])}
+    assert len(changed) == 3 * 7
+    assert all(".layers." in name and "proj" in name and "vision" not in name for name in changed)
+
+
+def test_a_bias_that_an_expert_has_changed_counts(tmp_path):
+    """As if an input of 1 came in, whose weight stays."""
+    torch.manual_seed(0)
+    base, merged_, task_vectors = torch.randn(4, 12), torch.randn(4, 12), torch.randn(1, 4, 12)
+    inputs, own = torch.randn(2, 5, 12)
+    shifts = torch.randn(1, 4)
+    found = new_weights(base, task_vectors, merged_, [Pair(0, inputs, own)], shifts, Pull(0.3, 1e-9, 1.0))
+    wanted = torch.lerp(inputs, own, 0.3).double() @ (base + task_vectors[0]).double().T + shifts.double()
+    torch.testing.assert_close(inputs.double() @ found.T, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_no_plain_stack_is_refused():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+            self.base_model = self
+
+        def forward(self, hidden, **_):
+            return self.layers[1](self.layers[0](hidden) + 1)
+
+    model = Odd()
+    asked = Asked(0, None, {"hidden": torch.ones(1, 2)}, torch.tensor([0]))
+    with pytest.raises(InputError, match="Odd changes hidden states between its layers"):
+        streams_of(model, model.layers, [asked])
+
+
+def test_problems_are_told_before_anything_runs(arguments, tmp_path, capsys):
+    given = [*arguments, "--output_path", tmp_path / "out"]
+    assert refusal(capsys, *given, "--featcal_mix", 1.5) == "--featcal_mix must be a number in [0, 1], got 1.5"
+    assert "--featcal_ridge must be" in refusal(capsys, *given, "--featcal_ridge", 0)
+    told = "featcal changes matrices of the language model's layers, and none of them is merged"
+    assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
+    assert "does not exist; give --data_dir" in refusal(capsys, *given, "--data_dir", tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_tells_what_is_kept(arguments, tmp_path, capsys):
+    assert merge(*arguments, "--output_path", tmp_path / "out", "--dry_run") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "features of 21 matrices are calibrated on 6 samples, a layer at a time" in said
+    assert "it can be removed once the merged model is there" in said
+    assert json.loads("[]") == [*(tmp_path / "out").glob("*")]
