@@ -33,6 +33,7 @@ OPTIONS = {
     "evo": ["--evaluations", 5, "--population", 4],
     "consensus": ["--method", "task_arithmetic"],
     "svc": ["--method", "task_arithmetic"],
+    "featcal": ["--method", "task_arithmetic"],
 }
 # How far weights may be apart that were learned in one process and in several, or with tensors in another order. Sums
 # over samples and tensors are in float32 and in another order then.
@@ -107,7 +108,7 @@ def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
     finish, finished = ShardWriter.finish, []
 
     def finish_or_stop(writer: ShardWriter) -> None:
-        if writer.target.suffix == ".safetensors" and "statistics" not in writer.target.parts:
+        if writer.target.suffix == ".safetensors" and not {"statistics", "calibrated"} & {*writer.target.parts}:
             finished.append(writer.target)
             if len(finished) == number:
                 raise KeyboardInterrupt
