@@ -121,9 +121,12 @@ def load_tasks(names: Sequence[str], folder: Path | None, *, shots: int | None, 
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"--tasks_dir {folder}: there is no such folder")
-    manager = _manager(folder)
+    wanted = list(dict.fromkeys(names))
+    if not wanted:
+        raise InputError("--tasks names no task; give names with commas between them, such as gsm8k,arc_easy")
+    manager = _manager(folder, wanted)
     problems, loaded = Problems(), {}
-    for name in dict.fromkeys(names):
+    for name in wanted:
         with problems.collecting():
             loaded[name] = _load(manager, name, runs_code)
             for task in loaded[name]["tasks"].values():
@@ -132,8 +135,11 @@ def load_tasks(names: Sequence[str], folder: Path | None, *, shots: int | None, 
     return Tasks(loaded, runs_code)
 
 
-def _manager(folder: Path | None) -> Any:
-    """What knows all tasks."""
+def _manager(folder: Path | None, names: Sequence[str]) -> Any:
+    """What knows the tasks of a folder, and the harness's own unless the names are all there.
+
+    Reading the harness's own 14,000 takes longer than asking a small model.
+    """
     import_transformers()
     try:
         import datasets
@@ -141,6 +147,10 @@ def _manager(folder: Path | None) -> Any:
     except ImportError as error:
         raise InputError(f"--tasks needs lm-evaluation-harness ({error}); pip install '{NEEDED}'") from None
     datasets.disable_progress_bars()
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if {*names} <= {*own.all_tasks}:
+            return own
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
