@@ -1,4 +1,4 @@
-"""The columns of the published picture tables: which result of a toolkit each is, and by which rule.
+"""The columns of the published tables: which result of a toolkit each is, and by which rule.
 
 As the authors of the experts compute them (Wei et al., 2025): MathVista's column is the mean of three of its skills,
 MATH-Vision's of four of its subjects. RefCOCO's columns are shares of boxes that overlap the right one by half or more.
@@ -67,9 +67,14 @@ HARNESS = {
     "refcoco+_bbox_rec_val": Column("RefCOCO+"),
     "refcocog_bbox_rec_val": Column("RefCOCOg"),
 }
+# By the names that InternVL's own script gives data sets.
+GROUNDING = {
+    f"{name}_val": column for name, column in zip(("refcoco", "refcoco+", "refcocog"), HARNESS.values(), strict=True)
+}
+ALPACA = "AlpacaEval"
 # Metrics, or filters of answers, of tasks whose first one is not the usual one.
 USUAL = {**dict.fromkeys(HARNESS, "refcoco_ACC@0.5"), "gsm8k": "flexible-extract"}
-_ORDER = [column.name for column in (*VLMEVALKIT.values(), *HARNESS.values())]
+_ORDER = [ALPACA, *(column.name for column in (*VLMEVALKIT.values(), *HARNESS.values()))]
 
 
 def joined(earlier: SetScore | None, new: Mapping[str, TaskScore]) -> SetScore:

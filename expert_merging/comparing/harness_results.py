@@ -17,6 +17,7 @@ from typing import Any
 
 from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.comparing.columns import HARNESS, USUAL, Measured
+from expert_merging.comparing.grounding import overlap
 from expert_merging.comparing.intervals import interval
 from expert_merging.comparing.scores_file import TaskScore, finite
 from expert_merging.comparing.scoring import task_score
@@ -27,7 +28,7 @@ from expert_merging.errors import InputError, excerpt, first_of
 Samples = Sequence[Mapping[str, Any]]
 _ADVICE = "let the harness write it again"
 _RESULTS = re.compile(r"(?:results(?:_(.+))?|(.+)_results)\.json")
-_OVERLAP = re.compile(r"ACC@(\d\.\d+)")
+_SHARE = re.compile(r"ACC@(\d\.\d+)")
 _NEAR = 1e-6
 
 
@@ -96,18 +97,10 @@ def _point(metric: str, value: Any) -> float | None:
     """Points of a question in [0, 1]; None where the metric is not of single questions."""
     if isinstance(value, int | float):
         return float(value) if 0 <= value <= 1 else None
-    overlap = _OVERLAP.search(metric)
-    if overlap and isinstance(value, Mapping):
-        return float(_overlap(value["bbox"], value["pred"]) >= float(overlap[1]))
+    wanted = _SHARE.search(metric)
+    if wanted and isinstance(value, Mapping):
+        return float(overlap(value["bbox"], value["pred"]) >= float(wanted[1]))
     return None
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes, each ``(left, top, right, bottom)``."""
-    shared = [min(one[end + 2], other[end + 2]) - max(one[end], other[end]) for end in (0, 1)]
-    common = max(0.0, shared[0]) * max(0.0, shared[1])
-    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - common
-    return common / union if union else 0.0
 
 
 def _question(sample: Mapping[str, Any]) -> Any:

@@ -271,7 +271,8 @@ def problems(folder, metric=None):
 def test_what_holds_no_results_is_refused(tmp_path):
     nothing = (
         "no results are there; lm_eval and lmms-eval write them as results_DATE.json and DATE_results.json, VLMEvalKit "
-        "as MODEL_DATASET_acc.csv and MODEL_DATASET_JUDGE_score.csv in a folder called MODEL"
+        "as MODEL_DATASET_acc.csv and MODEL_DATASET_JUDGE_score.csv in a folder called MODEL, InternVL's script as "
+        "refcoco_val_DATE.json, alpaca_eval as annotations.json"
     )
     assert problems(tmp_path / "no") == ["there is no such folder"]
     assert problems(tmp_path) == [nothing]
@@ -357,3 +358,61 @@ def test_damaged_files_of_a_harness_are_named(tmp_path):
     results.write_text("{")
     (line,) = problems(folder)
     assert line.startswith(f"{results} is not valid JSON (")
+
+
+def test_boxes_of_internvl_s_own_script(tmp_path):
+    """In thousandths or shares of the picture's sides, and half of the right box is enough."""
+    answers = [
+        "<ref>dog</ref><box>[[0, 0, 500, 250]]</box>",
+        "[[0.0, 0.0, 0.5, 0.24]]",
+        "[0, 0, 500, 500]",
+        "[a, b, c, d]",
+    ]
+    entries = [{"answer": text, "gt_bbox": [0, 0, 50, 100], "hw": [200, 100]} for text in [*answers, "nothing"]]
+    (tmp_path / "refcoco+_val_260102030405.json").write_text(json.dumps(entries))
+    (tmp_path / "refcoco_testA_260102030405.json").write_text("[]")
+    found = read_folder(tmp_path)
+    assert found.tasks["RefCOCO+"].correct == (1, 0, 1, 0, 0)
+    assert found.tasks["RefCOCO+"].mean == 40
+    assert found.left_out == ["refcoco_testA"]
+    (tmp_path / "refcoco+_val_260102030406.json").write_text(json.dumps(entries))
+    assert problems(tmp_path) == [
+        f"{tmp_path} has refcoco+_val_260102030405.json, refcoco+_val_260102030406.json, which do not say whose they "
+        "are; leave those of one model there"
+    ]
+
+
+def test_preferences_of_alpacaeval(tmp_path):
+    entry = {"generator_2": "merged", "output_1": "there"}
+    values = (1, 2, 1.5, 0, 1.9, None, float("nan"))
+    entries = [{**entry, "instruction": f"do {number}", "preference": one} for number, one in enumerate(values)]
+    file = tmp_path / "weighted_alpaca_eval_gpt4_turbo" / "annotations.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(entries))
+    found = read_folder(tmp_path).tasks["AlpacaEval"]
+    assert found.correct == pytest.approx((0, 1, 0.5, 0.5, 0.9))
+    assert found.mean == pytest.approx(58)
+    file.write_text(json.dumps([*entries, {**entries[0], "generator_2": "other"}]))
+    assert problems(tmp_path) == [f"{file} has preferences about several models: merged, other; give those of one"]
+    shutil.copy(file, tmp_path)
+    (line,) = problems(tmp_path)
+    assert line.startswith("preferences of several judges or models: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("refcoco_val_260102030405.json", [{"answer": "", "gt_bbox": [0, 0], "hw": [1, 1]}]),
+        ("refcoco_val_260102030405.json", [{"answer": 3, "gt_bbox": [0, 0, 1, 1], "hw": [1, 1]}]),
+        ("refcoco_val_260102030405.json", []),
+        ("refcoco_val_260102030405.json", {"answer": 3}),
+        ("annotations.json", [{"preference": 3, "generator_2": "a", "instruction": "b", "output_1": "c"}]),
+        ("annotations.json", [{"preference": 1}]),
+        ("annotations.json", {"preference": 1}),
+    ],
+)
+def test_damaged_boxes_and_preferences_are_named(tmp_path, name, broken):
+    (tmp_path / name).write_text(json.dumps(broken))
+    what = "preferences as alpaca_eval" if name == "annotations.json" else "boxes as InternVL's script"
+    who = "alpaca_eval" if name == "annotations.json" else "InternVL's script"
+    assert problems(tmp_path) == [f"{tmp_path / name} does not hold {what} writes them; let {who} write it again"]
