@@ -1,30 +1,33 @@
-"""Measure how many labelled questions models answer rightly."""
+"""Measure how many questions models answer rightly: own ones, public benchmarks, and what others have measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from expert_merging.comparing.columns import BENCHMARKS, NO_SHARE, Measured, joined
 from expert_merging.comparing.compare import Compared, find_models
 from expert_merging.comparing.evaluated import Found, show, write_answers, write_scores
+from expert_merging.comparing.imported import read_folder
 from expert_merging.comparing.scores_file import Scores, SetScore, add_scores, read_scores
 from expert_merging.comparing.scoring import digests_of, points_by_task, set_score
+from expert_merging.console import say
 from expert_merging.documents import resolved
-from expert_merging.errors import InputError, Problems, about
-from expert_merging.families import family_names, load_family
-from expert_merging.flags import Count
+from expert_merging.errors import InputError, Problems, about, first_of
+from expert_merging.flags import Count, CountOrNone
 from expert_merging.running.board import note_scores
 from expert_merging.writing import check_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from expert_merging.backbone import Backbone
+    from expert_merging.comparing.asked import Asked
+    from expert_merging.comparing.harness import Tasks
     from expert_merging.console import Terminal
     from expert_merging.questions.labelled import Question
-    from expert_merging.running.answers import Answered, Asker
+    from expert_merging.running.answers import Answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,12 @@ class EvaluateOptions:
     Args:
         questions: folder with a file of labelled questions for each task, TASK.json, in the form of calibration files
             with an answer for each entry.
+        tasks: public benchmarks, tasks of lm-evaluation-harness, with commas between them.
+        tasks_dir: folder with files of further tasks for the harness, in its form.
+        num_fewshot: examples before each question of the harness's tasks; by default what each task says.
+        metric: metric, or filter of answers, that is the score where a task of a harness has it; by default the first.
+        batch_size: questions of the harness's tasks that go through a model together.
+        confirm_run_unsafe_code: run code that models write, which tasks such as humaneval do.
         samples: questions of each task, from the beginning of its file; all by default.
         match: judge written answers by what each file has (a text is matched exactly, a number is looked for), or by
             the last number in any case.
@@ -48,6 +57,12 @@ class EvaluateOptions:
     """
 
     questions: str | None = None
+    tasks: str | None = None
+    tasks_dir: str | None = None
+    num_fewshot: CountOrNone | None = None
+    metric: str | None = None
+    batch_size: Count = 8
+    confirm_run_unsafe_code: bool = False
     samples: Count | None = None
     match: Literal["auto", "numbers"] = "auto"
     choices: Literal["whole", "per_byte"] = "whole"
@@ -59,58 +74,72 @@ class EvaluateOptions:
     answers: str | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A model that is ready to be asked.
-
-    Args:
-        model: the model.
-        backbone: its family, with the settings of its run.
-        asker: asks it.
-        dtype: type of its weights.
-    """
-
-    model: Compared
-    backbone: Backbone
-    asker: Asker
-    dtype: Any
-
-
-def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console) -> None:
+def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console, imported: Sequence[Path] = ()) -> None:
     """Measure the models, print tables, and keep the scores of runs in their ``scores.json``.
 
     Args:
         models: runs or folders of models.
         options: the command's options.
         console: where the tables go.
+        imported: folders in which other toolkits have written results of the model, which is only one then.
 
     Raises:
         InputError: nothing is to be measured, or something that is needed cannot be used.
     """
-    if options.questions is None:
-        raise InputError("what is to be measured? Give --questions FOLDER")
-    _check_files(options)
+    _check(models, options, imported)
     compared = find_models(models)
+    earlier = _earlier(compared)
+    public = {model.label: Measured() for model in compared}
+    for folder in imported:
+        public[compared[0].label].add(read_folder(folder, options.metric))
+    tasks = None if options.tasks is None else _load_tasks(compared, options)
     found: Found = {model.label: {} for model in compared}
-    name, sets = _ask_questions(compared, options)
-    for label, score in sets.items():
-        found[label][name] = score
+    if options.questions is not None:
+        name, sets = _ask_questions(compared, options)
+        for label, score in sets.items():
+            found[label][name] = score
+    if tasks is not None:
+        for label, measured in _ask_tasks(tasks, options):
+            public[label].add(measured)
+    for label, measured in public.items():
+        if measured.tasks:
+            found[label][BENCHMARKS] = joined(earlier[label].sets.get(BENCHMARKS), measured.tasks)
+    _tell(compared, found, public, options, console)
+
+
+def _tell(
+    compared: Sequence[Compared],
+    found: Found,
+    public: Mapping[str, Measured],
+    options: EvaluateOptions,
+    console: Console,
+) -> None:
+    """Keep scores and show them."""
     for model in compared:
         if model.run is not None:
             add_scores(model.run.scores, Scores(found[model.label]))
-            note_scores(model.run, {set_name: score.mean for set_name, score in found[model.label].items()})
+            note_scores(model.run, {name: score.mean for name, score in found[model.label].items()})
     show(found, console)
+    for label, measured in public.items():
+        if measured.left_out:
+            say(console, f"{label}: not among the scores, as {NO_SHARE}: {first_of(measured.left_out, 10)}")
     if options.json is not None:
         write_scores(Path(options.json), {model.label: model.folder for model in compared}, found)
 
 
-def _check_files(options: EvaluateOptions) -> None:
-    """Check that the files of results can be written, before models are asked for hours.
+def _check(models: Sequence[Path], options: EvaluateOptions, imported: Sequence[Path]) -> None:
+    """Check what was given, and that the files of results can be written, before models are asked for hours.
 
     Raises:
-        InputError: one cannot.
+        InputError: all that is wrong.
     """
     problems = Problems()
+    if options.questions is None and options.tasks is None and not imported:
+        problems.add("what is to be measured? Give --questions FOLDER, --tasks NAMES or --import FOLDER")
+    if imported and len(models) > 1:
+        problems.add(f"--import has the results of one model; give it one run, got {len(models)}")
+    if options.answers is not None and options.questions is None:
+        problems.add("--answers is for the answers to --questions; give such a folder")
     for name in ("json", "answers"):
         file = getattr(options, name)
         if file is not None:
@@ -119,20 +148,39 @@ def _check_files(options: EvaluateOptions) -> None:
     problems.check()
 
 
+def _earlier(compared: Sequence[Compared]) -> dict[str, Scores]:
+    """What has been measured of the models before, by label.
+
+    Raises:
+        InputError: scores that new ones are to be added to cannot be read.
+    """
+    problems, found = Problems(), {}
+    for model in compared:
+        with problems.collecting(), about(model.label):
+            found[model.label] = Scores() if model.run is None else read_scores(model.run.scores)
+    problems.check()
+    return found
+
+
 def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[str, dict[str, SetScore]]:
     """Name of the set of questions, and every model's scores on it."""
+    from expert_merging.comparing.asked import family_of, ready
     from expert_merging.console import Terminal
     from expert_merging.machine import limit_threads
     from expert_merging.questions.labelled import check_tasks, load_questions
 
     limit_threads()
-    backbones = [_family_of(model, options) for model in compared]
+    backbones = [family_of(model, options.family) for model in compared]
     experts = {task: expert for backbone in backbones for task, expert in backbone.task_experts.items()}
     folder = resolved(str(options.questions))
+    if folder.name == BENCHMARKS:
+        raise InputError(f"--questions {folder}: scores on public benchmarks are kept as {BENCHMARKS}; rename it")
     questions = load_questions(folder, experts=experts, count=options.samples, numbers=options.match == "numbers")
     if isinstance(options.prompt_template, dict):
-        check_tasks(options.prompt_template, questions, "prompt_template")
-    asked = _ready(compared, backbones, questions, options)
+        check_tasks(
+            options.prompt_template, {question.task for question in questions} | {*names_of(options)}, "prompt_template"
+        )
+    asked = ready(compared, backbones, options.prompt_template, questions)
     digests = digests_of(questions)
     terminal, found, answers = Terminal(), dict[str, SetScore](), dict[str, Sequence[Any]]()
     try:
@@ -146,77 +194,76 @@ def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tu
     return folder.name, found
 
 
-def _family_of(model: Compared, options: EvaluateOptions) -> Backbone:
-    """The family of a model, with the settings of its run."""
-    from expert_merging.checkpoints.adapter_files import is_adapter
-    from expert_merging.checkpoints.folders import required_object
-
-    if is_adapter(model.folder):
-        raise InputError(f"{model.folder} is an adapter; evaluate the model that it makes, such as a merge of it alone")
-    if model.record is not None:
-        backbone = load_family(model.record["family"])
-        given = model.record["options"]
-        return backbone.configured({name: given[name] for name in backbone.options if name in given})
-    if options.family is not None:
-        return load_family(options.family)
-    kind = required_object(model.folder / "config.json").get("model_type")
-    known = [
-        backbone
-        for backbone in map(load_family, family_names())
-        if "" in backbone.evaluation or kind in backbone.evaluation
-    ]
-    return next((backbone for backbone in known if kind in backbone.evaluation), known[0])
-
-
-def _ready(
-    compared: Sequence[Compared], backbones: Sequence[Backbone], questions: list[Question], options: EvaluateOptions
-) -> list[Asked]:
-    """The models with what asks them; all that can be wrong is told before the first is loaded."""
-    problems, found = Problems(), list[Asked]()
-    checked: set[str] = set()
-    for model, backbone in zip(compared, backbones, strict=True):
-        with problems.collecting(), about(model.label):
-            found.append(_prepared(model, backbone, questions, options, checked))
-    problems.check()
-    return found
-
-
-def _prepared(
-    model: Compared, backbone: Backbone, questions: list[Question], options: EvaluateOptions, checked: set[str]
-) -> Asked:
-    """A model with what asks it; its prompts are checked unless another model has the same."""
-    from expert_merging.checkpoints.checkpoint import Checkpoint
-    from expert_merging.comparing.words import words_of
-    from expert_merging.running.answers import Asker
-    from expert_merging.running.prompts import Prompts
-
-    if model.run is not None:
-        read_scores(model.run.scores)  # which the new ones are added to
-    checkpoint = Checkpoint(model.folder)
-    with_picture = next((one.sample for one in questions if one.sample.images), None)
-    if with_picture is not None and not backbone.takes_images:
-        raise InputError(f"{with_picture.place} has a picture, and {backbone.name} is a language model")
-    formats = words_of(backbone, checkpoint, model.record, options.prompt_template)
-    prompts = Prompts(backbone, checkpoint, formats, keeps=False)
-    key = f"{backbone.name} {formats.digest} {checkpoint.config.get('max_position_embeddings')}"
-    if key not in checked:
-        prompts.check([one.sample for one in questions])
-        checked.add(key)
-    by_length = options.choices == "per_byte"
-    asker = Asker(backbone, prompts.processor, formats, max_new_tokens=options.max_new_tokens, by_length=by_length)
-    dtype = next(entry.torch_dtype for entry in checkpoint.entries.values() if entry.is_float)
-    return Asked(model, backbone, asker, dtype)
-
-
 def _answers(asked: Asked, questions: list[Question], options: EvaluateOptions, terminal: Terminal) -> list[Answered]:
     """What a model answers; it is loaded, asked and released."""
-    from expert_merging.processes import choose_device
-    from expert_merging.workers import fitting_threads
+    from expert_merging.comparing.asked import loaded
+    from expert_merging.running.answers import Asker
 
     label, found = asked.model.label, list[Any]()
-    model = asked.backbone.load_model(asked.model.folder, asked.dtype).to(choose_device(options.device))
-    with fitting_threads(model.num_parameters()), terminal.progress(label, len(questions), "question") as advance:
-        for answered in asked.asker.answer(model, questions):
+    asker = Asker(
+        asked.backbone,
+        asked.processor,
+        asked.formats,
+        max_new_tokens=options.max_new_tokens,
+        by_length=options.choices == "per_byte",
+    )
+    with loaded(asked, options.device) as model, terminal.progress(label, len(questions), "question") as advance:
+        for answered in asker.answer(model, questions):
             found.append(answered)
             advance(1)
     return found
+
+
+def names_of(options: EvaluateOptions) -> list[str]:
+    """The names of the harness's tasks."""
+    return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+
+
+def _load_tasks(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[Tasks, list[Asked]]:
+    """The harness's tasks and the models that they are for; all that can be wrong is told here."""
+    from expert_merging.comparing.asked import family_of, ready
+    from expert_merging.comparing.harness import load_tasks
+    from expert_merging.machine import limit_threads
+    from expert_merging.questions.labelled import check_tasks
+
+    limit_threads()
+    backbones = [family_of(model, options.family) for model in compared]
+    names = names_of(options)
+    if isinstance(options.prompt_template, dict) and options.questions is None:
+        check_tasks(options.prompt_template, names, "prompt_template")
+    for backbone in backbones:
+        if backbone.takes_images:
+            raise InputError(
+                f"--tasks are for language models; measure {backbone.name} with VLMEvalKit or lmms-eval and "
+                "give --import"
+            )
+    folder = None if options.tasks_dir is None else resolved(options.tasks_dir)
+    tasks = load_tasks(names, folder, shots=options.num_fewshot, runs_code=options.confirm_run_unsafe_code)
+    tasks.check_metric(options.metric)
+    asked = ready(compared, backbones, options.prompt_template)
+    for one in asked:
+        with about(one.model.label):
+            tasks.check_context(one.longest)
+    return tasks, asked
+
+
+def _ask_tasks(ready: tuple[Tasks, list[Asked]], options: EvaluateOptions) -> Iterator[tuple[str, Measured]]:
+    """What each model reaches on the harness's tasks."""
+    from expert_merging.comparing.asked import loaded
+    from expert_merging.running.prompts import tokenizer_of
+
+    tasks, asked = ready
+    for one in asked:
+        with loaded(one, options.device) as model:
+            tokenizer = tokenizer_of(one.processor)
+            yield (
+                one.model.label,
+                tasks.measure(
+                    model,
+                    tokenizer,
+                    one.formats,
+                    count=options.samples,
+                    batch=options.batch_size,
+                    metric=options.metric,
+                ),
+            )

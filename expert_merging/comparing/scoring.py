@@ -12,6 +12,9 @@ from expert_merging.questions.labelled import Question, by_task, digest_of
 if TYPE_CHECKING:
     from expert_merging.running.answers import Answered
 
+# Percentage points by which two sums of the same numbers may differ.
+_NEAR = 1e-6
+
 
 def points_by_task(questions: Sequence[Question], answers: Iterable[Answered]) -> dict[str, list[float]]:
     """Points of the answers to each task's questions, in [0, 1], in the order of the questions."""
@@ -53,10 +56,13 @@ def task_score(points: Sequence[float], questions: str = "") -> TaskScore:
 
 
 def mean_score(score: SetScore) -> TaskScore:
-    """A set's mean, with its interval where every task has points and the set has no rule of its own."""
+    """A set's mean, with its interval where it is the plain mean over tasks, and each task's that of its points."""
     points = [task.correct for task in score.tasks.values()]
-    plain = sum(task.mean for task in score.tasks.values()) / max(1, len(score.tasks))
-    if not points or not all(points) or abs(plain - score.mean) > 1e-6:
+    if not points or not all(points):
+        return TaskScore(score.mean)
+    means = [100 * sum(own) / len(own) for own in points]
+    plain = all(abs(mean - task.mean) < _NEAR for mean, task in zip(means, score.tasks.values(), strict=True))
+    if not plain or abs(sum(means) / len(means) - score.mean) > _NEAR:
         return TaskScore(score.mean)
     low, high = interval(*points)
     return TaskScore(score.mean, 100 * low, 100 * high)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,13 +83,13 @@ def load_questions(
     return found
 
 
-def check_tasks(names: Mapping[str, Any], questions: list[Question], flag: str) -> None:
+def check_tasks(names: Iterable[str], tasks: Iterable[str], flag: str) -> None:
     """Check that a flag names tasks that there are.
 
     Raises:
         InputError: it names others.
     """
-    known = sorted({question.task for question in questions})
+    known = sorted(set(tasks))
     problems = [f"--{flag} names the task {name!r}. {near_name(name, known)}" for name in names if name not in known]
     if problems:
         raise InputError(*problems)

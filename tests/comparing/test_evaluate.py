@@ -9,8 +9,8 @@ import pytest
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.commands.main import main
-from expert_merging.comparing import evaluate as module
-from expert_merging.comparing.evaluate import _family_of
+from expert_merging.comparing.asked import family_of
+from expert_merging.comparing.compare import Compared, find_models
 from expert_merging.comparing.evaluated import paired
 from expert_merging.comparing.scores_file import SetScore, TaskScore, read_scores
 from expert_merging.comparing.scoring import mean_score
@@ -120,7 +120,7 @@ def test_models_are_asked_in_the_words_of_their_run(answered_zoo, tmp_path):
     prompts = '{"Code": "Write {question}:", "Chat": "Say {question}"}'
     assert merge(*common, *learning, "--prompt_template", prompts, "--run_name", "r") == 0
     run = Run(tmp_path / "out" / "expert_merging" / "r")
-    [model] = module.find_models([run.folder])
+    [model] = find_models([run.folder])
     formats = words_of(BACKBONE, Checkpoint(run.model), model.record)
     assert formats.experts["Math"].text == "<s>Q {question} A "
     assert not formats.experts["Math"].adds_special_tokens
@@ -148,14 +148,17 @@ def test_models_are_asked_in_the_words_of_their_run(answered_zoo, tmp_path):
 )
 def test_a_family_is_found_by_the_kind_of_model(tmp_path, kind, family):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    options = module.EvaluateOptions()
-    assert _family_of(module.Compared("m", tmp_path, None), options).name == family
-    forced = module.EvaluateOptions(family="InternVL")
-    assert _family_of(module.Compared("m", tmp_path, None), forced).name == "InternVL"
+    assert family_of(Compared("m", tmp_path, None), None).name == family
+    assert family_of(Compared("m", tmp_path, None), "InternVL").name == "InternVL"
 
 
 def test_what_cannot_be_measured_is_said(runs, answered_zoo, questions, tmp_path, capsys):
-    assert refusal(capsys, runs[0]) == ["what is to be measured? Give --questions FOLDER"]
+    assert refusal(capsys, runs[0]) == [
+        "what is to be measured? Give --questions FOLDER, --tasks NAMES or --import FOLDER"
+    ]
+    assert refusal(capsys, runs[0], "--tasks", "x", "--answers", tmp_path / "a.json") == [
+        "--answers is for the answers to --questions; give such a folder"
+    ]
     assert refusal(capsys, runs[0], "--questions", questions, "--prompt_template", '{"Maths": "{question}"}') == [
         "--prompt_template names the task 'Maths'. Did you mean 'Math'?"
     ]
@@ -230,4 +233,5 @@ def test_the_interval_of_a_mean_needs_all_points_and_the_plain_rule():
     assert found.mean == 75
     assert found.low < 75 < found.high
     assert mean_score(SetScore({**known, "z": TaskScore(1)})).low is None
+    assert mean_score(SetScore({**known, "z": TaskScore(40, correct=(1, 0))})).low is None
     assert mean_score(SetScore(known, own_mean=60.0)) == TaskScore(60.0)
