@@ -7,15 +7,19 @@ import math
 import os
 
 import pytest
+import torch
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.comparing.sweep import Scoring, _Bench
 from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.errors import InputError
+from expert_merging.learned.coefficients import Coefficients
+from expert_merging.plan import make_plan
 from expert_merging.run import Run
 from expert_merging.writing import take_hold
-from tests.checkpoints import write_tasks
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, EXPERTS, write_tasks
 from tests.command import merge
 from tests.search.test_evo import score_plainly
 
@@ -147,6 +151,23 @@ def test_the_best_is_written_as_an_ordinary_run(command, tiny_zoo, tmp_path):
     given = ["--cache_dir", tiny_zoo, "--output_path", tmp_path / "out", "--method", "task_arithmetic"]
     assert merge(*given, "--scaling_coefficient", 0.1) == 0  # finds it complete
     assert [path.name for path in (tmp_path / "out" / "task_arithmetic").iterdir()] == [folder.name]
+
+
+def test_edits_of_coefficients_are_swept(command, tiny_zoo, tmp_path):
+    """Values with commas stand in quotation marks; with all coefficients at 0, the merge is the base."""
+    experts = {name: tiny_zoo / folder for name, folder in EXPERTS.items()}
+    plan = make_plan(tiny_zoo / BASE, experts, list(BACKBONE.exclude_params))
+    values = {name: torch.full((3, 1), 0.3) for name in plan.merged}
+    file = tmp_path / "coefficients.safetensors"
+    Coefficients(tuple(experts), values, (1.0, 1.0, 1.0), checkpoints=plan.contents).save(file)
+    given = [*command, "--method", "coefficients", "--coefficients", file]
+    assert sweep(*given, "--sweep", 'edit="Math: 1.2, mlp: 0.8","Math Chat: 0, Code: 0"') == 0
+    _, points = record_of(tmp_path / "out")
+    divergence = {point["point"]["edit"]: sum(point["divergence"].values()) / 3 for point in points}
+    assert divergence["Math Chat: 0, Code: 0"] == pytest.approx(1, rel=1e-5)
+    assert divergence["Math: 1.2, mlp: 0.8"] < 0.95
+    (folder,) = (tmp_path / "out" / "coefficients").iterdir()
+    assert Run(folder).record["options"]["edit"] == "Math: 1.2, mlp: 0.8"
 
 
 def test_hopeless_points_are_left_by_halving(command, tmp_path):
