@@ -255,11 +255,18 @@ class Run:
     def _replace(self) -> None:
         """Let what is complete take the place of what the finished run has left.
 
-        The record comes last: until it is there, the same command does again what is missing.
+        The record comes last: until it is there, the same command does again what is missing. Coefficients count as
+        missing without their values, which go before what describes them.
         """
         self.scores.unlink(missing_ok=True)  # of the model that is replaced
-        last = (self.partial_model, self.kept.file, self.config)
-        for entry in (*sorted({*self.work.iterdir()} - {*last}), *last):
+        last = (
+            self.coefficients,
+            self.coefficients.with_suffix(".json"),
+            self.partial_model,
+            self.kept.file,
+            self.config,
+        )
+        for entry in (*({*self.work.iterdir()} - {*last}), *last):
             _put(entry, self.model if entry == self.partial_model else self.folder / entry.name)
             sync_folder(self.folder)
         shutil.rmtree(self.work)

@@ -229,7 +229,7 @@ def _work(
         before: stages that are learned before the last.
     """
     directions, options = settings.directions, settings.options
-    if context.run.goes_on:
+    if context.run.goes_on and not context.run.config.exists():  # which has been checked when it began
         last = [run.last_state for run in (*before, context.run) if run.last_state is not None]
         notes = (*notes, check_goes_on(last, options.num_epochs, options.patience))
     every = [start.directions for start in settings.starts] or [directions]
