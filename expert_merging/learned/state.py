@@ -126,7 +126,7 @@ class StateFolder:
     Args:
         folder: where the state is; the next one is written beside it, and the last one waits there until the new one
             has its name.
-        before: another folder with the state to begin from, None to begin anew.
+        before: another folder with a state to begin from where there is none yet; None to begin anew.
     """
 
     def __init__(self, folder: Path, before: Path | None = None) -> None:
@@ -151,6 +151,13 @@ class StateFolder:
             os.rename(self.folder, self.old)
         os.rename(self.partial, self.folder)
         shutil.rmtree(self.old, ignore_errors=True)
+
+    def begin(self) -> None:
+        """Take over the state to begin from, which also a run that has nothing more to learn leaves."""
+        if self.before is not None and self.found == [self.before]:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.copytree(self.before, self.partial)
+            os.rename(self.partial, self.folder)
 
     def save(self, accelerator: Any, trained: torch.nn.Module, state: TrainingState) -> None:
         """Save what a restart needs."""

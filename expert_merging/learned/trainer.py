@@ -88,6 +88,8 @@ class Trainer:
         learned, self.held_out = hold_out(targets, self.settings.options.held_out)
         if self.held_out:
             self.vector.register_buffer("best", self.vector.raw.detach().clone())
+        if self.accelerator.is_main_process:
+            self.states.begin()
         self.states.resume(self.accelerator, self.vector, self.state)
         self.report.start(self.state, self.vector.by_expert())
         if self.held_out and not self.state.first_losses:

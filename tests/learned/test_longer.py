@@ -12,7 +12,7 @@ from rich.console import Console
 
 from expert_merging import run as run_module
 from expert_merging.comparing.scores_file import Scores, add_scores
-from expert_merging.learned.state import TrainingState
+from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
 from expert_merging.verify import verify
@@ -87,6 +87,7 @@ def test_a_longer_run_is_one_that_was_as_long_from_the_start(name, learn):
     assert log.count("epoch 1 of 4") == (method == "expert_merging++"), "of the second stage alone"
     verify(longer.folder, Console(quiet=True))
     assert not longer.longer.work.exists()
+    assert longer.state.is_dir(), "it can go on again"
 
 
 def test_until_it_is_complete_the_finished_run_stays_what_it_was(learn, monkeypatch):
@@ -166,6 +167,17 @@ def test_stopped_while_it_takes_the_place_of_the_finished_run_it_is_completed(le
         shutil.rmtree(short.folder)
         shutil.copytree(tmp_path / "short", short.folder)
     assert (steps > 8, without_model) == (True, 1)
+
+
+def test_the_state_to_begin_from_is_taken_over_where_there_is_none(tmp_path):
+    states = StateFolder(tmp_path / "longer" / "state", before=tmp_path / "state")
+    states.begin()
+    assert states.found == []
+    for content in ("last", "later"):
+        (tmp_path / "state").mkdir(exist_ok=True)
+        (tmp_path / "state" / "file").write_text(content)
+        states.begin()
+        assert (states.folder / "file").read_text() == "last"
 
 
 def test_what_would_be_another_run_is_refused(learn, capsys):
