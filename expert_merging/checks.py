@@ -112,6 +112,8 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     seed = description["seed"]
     if resolved.general["seed"] < 0:
         seed = description["seed"] = from_main_process(run.recorded_seed(seed))
+    if from_main_process(run.would_go_on(description)):
+        run = run.longer
     context = Context(
         plan=plan,
         backbone=backbone,

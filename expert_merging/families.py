@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from expert_merging.checkpoints.hub import configuration_of, read_id
 from expert_merging.checkpoints.sources import cached_beside, locate
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError, about
+from expert_merging.flags import current_name
 from expert_merging.options import ROOT, cache_folder, read_options_file
 
+# Flags by which the family is found.
+TELLING = ("family", "config", "base_model_path", "cache_dir")
 # Folders of the repository that hold something else.
 _CORE = "expert_merging"
 
@@ -65,6 +68,20 @@ def find_family(given: Mapping[str, str], environment: Mapping[str, str]) -> Bac
         "which models are merged? Give --base_model_path PATH and --expert NAME=PATH for each expert, or --cache_dir "
         f"DIR with the checkpoints of one family ({', '.join(family_names())})"
     )
+
+
+def values_of(flags: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The last values of some flags, as texts; what is wrong with them is told when all are parsed."""
+    found = {}
+    for place, flag in enumerate(flags):
+        text, equals, value = flag.partition("=")
+        name = current_name(text[2:])
+        if not text.startswith("--") or name not in names:
+            continue
+        following = flags[place + 1] if place + 1 < len(flags) else ""
+        if equals or (following and not following.startswith("--")):
+            found[name] = value if equals else following
+    return found
 
 
 def _configuration(base: str) -> Mapping[str, Any]:

@@ -43,7 +43,8 @@ def perform(job: Job, terminal: Terminal) -> int:
     Returns:
         Exit code.
     """
-    meter, summary = Meter(continued=job.context.run.config.exists()), None
+    run = job.context.run
+    meter, summary = Meter(continued=run.goes_on or run.config.exists()), None
     complete = from_main_process(job.context.run.is_complete)
     if not complete:
         _begin(job, terminal)

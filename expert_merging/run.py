@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime
@@ -18,16 +18,13 @@ from expert_merging import __version__
 from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
+from expert_merging.records import KINDS, differences, is_longer, is_of_run, of_same_length, says_what_was_merged
 from expert_merging.writing import partial_name, sync_folder, take_hold, write_atomically
 
-# Entries of config.json that decide the result; a folder is continued only by a run that agrees in all of them.
-_DECISIVE = ("family", "method", "options", "checkpoints", "inputs")
 # What the kernel tells of locks.
 _LOCKS = Path("/proc/locks")
-# Options that say where checkpoints are; what they are is said by their fingerprints.
-_PLACES = ("base_model_path", "expert")
-# What every record has, and other files of that name have not.
-_KINDS = {"family": str, "method": str, "options": dict}
+
+_ADVICE = "choose another --run_name, or move the folder away"
 
 
 class Run:
@@ -35,39 +32,48 @@ class Run:
 
     ``model.partial/`` becomes ``model/`` when it is complete, so a folder of that name is always a finished model.
 
+    A finished run that learns longer works in a folder inside, `longer`. What is there takes the place of what the
+    finished run has left when all of it is complete; until then, the finished run stays what it was.
+
     Args:
         folder: ``<output_path>/<method>/<run_name>``.
+        work: where the run works until it is complete; the same folder by default.
 
     Attributes:
+        owner: the folder of the run that this is, or is a stage of.
         kept: digests of what the run has written.
         holds_several: the result is a folder of models, ``models/``, instead of one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, work: Path | None = None) -> None:
+        self.folder = self.owner = folder
         self.log = folder / "merge.log"
-        self.config = folder / "config.json"
         self.lock = folder / ".lock"
         self.holds_several = False
         self.board = folder / "board"
-        self.state = folder / "state"
         self.evaluations = folder / "evaluations.json"
         self.responses = folder / "responses.json"
         self.scores = folder / "scores.json"
         self.statistics = folder / "statistics"
-        self.calibrated = folder / "calibrated"
-        self.coefficients = folder / "coefficients.safetensors"
-        self.weight_coeffs = folder / "weight_coeffs.json"
-        self.analysis = folder / "analysis"
         self.directions = folder / "directions"
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
         self.magnitudes = folder / "magnitudes.json"
-        self.outcome = folder / "outcome.json"
         # Shared by all runs of an output folder; None to keep nothing there.
         self.targets: Path | None = folder.parent.parent / "targets"
-        self.kept = Kept(folder / "digests.json")
+        self._work_in(work or folder)
         self._lock: int | None = None
+
+    def _work_in(self, work: Path) -> None:
+        self.work = work
+        self.config = work / "config.json"
+        self.state = work / "state"
+        self.coefficients = work / "coefficients.safetensors"
+        self.weight_coeffs = work / "weight_coeffs.json"
+        self.analysis = work / "analysis"
+        self.calibrated = work / "calibrated"
+        self.outcome = work / "outcome.json"
+        self.kept = Kept(work / "digests.json")
 
     @classmethod
     def named(cls, output_path: Path, method: str, run_name: str) -> Run:
@@ -96,8 +102,7 @@ class Run:
     @property
     def title(self) -> str:
         """What its pictures are called: method, name and, if it is one, stage."""
-        is_stage = self.config.parent != self.folder
-        return " ".join(resolved(self.folder).parts[-3 if is_stage else -2 :])
+        return " ".join(resolved(self.folder).parts[-2 if self.folder == self.owner else -3 :])
 
     @property
     def model(self) -> Path:
@@ -107,12 +112,12 @@ class Run:
     @property
     def partial_model(self) -> Path:
         """Where the result is written until it is complete."""
-        return partial_name(self.model)
+        return self.work / partial_name(self.model).name
 
     @property
     def is_complete(self) -> bool:
         """Whether the merged model is there."""
-        return self.model.is_dir()
+        return self.model.is_dir() and not self.goes_on
 
     @property
     def is_held(self) -> bool:
@@ -133,10 +138,36 @@ class Run:
 
     def stage(self, name: str) -> Run:
         """A folder inside for what is learned on the way; what all stages use stays where it is."""
-        stage = Run(self.folder / name)
+        stage = Run(self.folder / name, self.work / name)
+        stage.owner = self.owner
         stage.responses, stage.directions, stage.board = self.responses, self.directions, self.board
         stage.config, stage.magnitudes, stage.targets = self.config, self.magnitudes, self.targets
         return stage
+
+    @property
+    def longer(self) -> Run:
+        """This run, finished, while it learns longer."""
+        return Run(self.folder, self.folder / "longer")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this is a finished run that learns longer."""
+        return self.work != self.folder
+
+    @property
+    def last_state(self) -> Path | None:
+        """The state of training in which the finished run has ended that this one goes on from."""
+        return self.folder / self.state.name if self.goes_on else None
+
+    def would_go_on(self, description: Mapping[str, Any]) -> bool:
+        """Whether a run is this one, finished, and only learns longer, as far as options and checkpoints say.
+
+        Args:
+            description: as for `check`.
+        """
+        record = self.record
+        is_finished = self.is_complete or self.longer.config.exists()  # or is being replaced
+        return is_finished and record is not None and is_longer(record, description)
 
     def check(self, description: Mapping[str, Any]) -> dict[str, Any] | None:
         """Check that the folder is free or holds an earlier part of the same run.
@@ -150,24 +181,27 @@ class Run:
         Raises:
             InputError: the folder holds something else; what differs is named.
         """
-        existing = next(path for path in (self.folder, *self.folder.parents) if os.path.lexists(path))
+        if self.goes_on:
+            finished = Run(self.folder).record or {"options": {}}
+            _check_same(self.folder, of_same_length(finished, description), description)
+        elif self.longer.config.exists() and not self.is_complete:
+            raise InputError(f"{self.folder} was stopped while a longer run took its place; start that again")
+        folder = self.work
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if existing.is_symlink() and not existing.exists():
             raise InputError(f"{existing} is a link that leads nowhere; remove it")
         if not existing.is_dir():
             raise InputError(f"{existing} is a file where the run needs a folder; move it away")
         # A run that was stopped in its first moments, or that another process is just beginning, is no other run.
-        if existing != self.folder or {path.name for path in self.folder.iterdir()} <= {
+        if existing != folder or {path.name for path in folder.iterdir()} <= {
             partial_name(self.config).name,
             self.lock.name,
         }:
             return None
-        advice = "choose another --run_name, or move the folder away"
         earlier = self.record
         if earlier is None:
-            raise InputError(f"{self.folder} is in use and has no readable config.json of a run; {advice}")
-        differing = _differences(earlier, description)
-        if differing:
-            raise InputError(f"{self.folder} holds a different run ({'; '.join(differing)}); {advice}")
+            raise InputError(f"{folder} is in use and has no readable config.json of a run; {_ADVICE}")
+        _check_same(folder, earlier, description)
         return earlier
 
     def recorded_seed(self, default: int) -> int:
@@ -179,7 +213,7 @@ class Run:
     def record(self) -> dict[str, Any] | None:
         """``config.json`` of an earlier part, None where there is none or something else, such as a model's."""
         record = self._read()
-        return record if record is not None and _is_of_run(record) else None
+        return record if record is not None and is_of_run(record) else None
 
     def merged_from(self) -> dict[str, Any] | None:
         """Like `record`, which other programs than the run's own need in full.
@@ -188,7 +222,7 @@ class Run:
             InputError: there is one, and it does not say what was merged.
         """
         record = self._read()
-        if record is not None and not (_is_of_run(record) and _says_what_was_merged(record)):
+        if record is not None and not (is_of_run(record) and says_what_was_merged(record)):
             raise InputError(f"{self.config} does not say what was merged; was it edited?")
         return record
 
@@ -200,7 +234,7 @@ class Run:
             record = read_object(self.config)
         except InputError:
             return None
-        return record if set(_KINDS) <= set(record) else None
+        return record if set(KINDS) <= set(record) else None
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder, take hold of it and write ``config.json``.
@@ -208,15 +242,38 @@ class Run:
         Raises:
             InputError: another process is writing to the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         self._lock = take_hold(self.lock, "--run_name")
         if not self.config.exists():
             write_atomically(self.config, (json.dumps(description, indent=2) + "\n").encode())
 
     def finish(self) -> None:
         """Give the complete model folder its name."""
+        if self.goes_on:
+            self._replace()
+            return
         os.rename(self.partial_model, self.model)
         sync_folder(self.folder)
+
+    def _replace(self) -> None:
+        """Let what is complete take the place of what the finished run has left.
+
+        The record comes last: until it is there, the same command does again what is missing. Coefficients count as
+        missing without their values, which go before what describes them.
+        """
+        self.scores.unlink(missing_ok=True)  # of the model that is replaced
+        last = (
+            self.coefficients,
+            self.coefficients.with_suffix(".json"),
+            self.partial_model,
+            self.kept.file,
+            self.config,
+        )
+        for entry in (*({*self.work.iterdir()} - {*last}), *last):
+            _put(entry, self.model if entry == self.partial_model else self.folder / entry.name)
+            sync_folder(self.folder)
+        shutil.rmtree(self.work)
+        self._work_in(self.folder)
 
     def release(self) -> None:
         """Let go of the folder."""
@@ -225,66 +282,19 @@ class Run:
             self._lock = None
 
 
-def digest_of_run(description: Mapping[str, Any]) -> str:
-    """Eight digits that the same command always gets, so that it finds its own earlier part and continues it."""
-    # Options in any order; but in an option's own value, and among the experts, the order decides.
-    options = sorted(_decisive_options(description).items())
-    checkpoints = list(description["checkpoints"].items())
-    decisive = json.dumps([description["family"], description["method"], options, checkpoints])
-    return hashlib.sha256(decisive.encode()).hexdigest()[:8]
+def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if differing := differences(earlier, now):
+        raise InputError(f"{folder} holds a different run ({'; '.join(differing)}); {_ADVICE}")
 
 
-def _is_of_run(record: Mapping[str, Any]) -> bool:
-    return all(isinstance(record[name], kind) for name, kind in _KINDS.items())
-
-
-def _says_what_was_merged(record: Mapping[str, Any]) -> bool:
-    options = record["options"]
-    return (
-        isinstance(record.get("checkpoints"), Mapping)
-        and isinstance(options.get("base_model_path"), str)
-        and isinstance(options.get("expert"), Mapping)
-        and all(isinstance(place, str) for place in options["expert"].values())
-        and _is_list_of_texts(options.get("exclude_params"))
-        and _is_list_of_texts(options.get("post") or [])
-    )
-
-
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    differing = []
-    earlier, now = ({**record, "options": _decisive_options(record)} for record in (earlier, now))
-    for key in _DECISIVE:
-        before, after = earlier.get(key), now[key]
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            for name in {**before, **after}:
-                differing += _difference(name, before.get(name), after.get(name))
-            if key == "checkpoints" and before == after:
-                differing += _difference(key, before, after)
-        else:
-            differing += _difference(key, before, after)
-    return differing
-
-
-def _decisive_options(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record["options"].items() if name not in _PLACES}
-
-
-def _difference(name: str, before: Any, after: Any) -> list[str]:
-    """How a value differs, if it does; the order of its entries counts, as that of experts and of patterns does."""
-    if before != after:
-        return [f"{name}: {_short(before)} there, {_short(after)} now"]
-    if isinstance(before, Mapping) and list(before) != list(after):
-        return [f"order of {name}: {', '.join(before)} there, {', '.join(after)} now"]
-    return []
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _put(entry: Path, target: Path) -> None:
+    """Move a file or a folder to where an older one may be."""
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.is_dir():
+        os.rename(target, old)
+    os.replace(entry, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def provenance() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from expert_merging.backbone import Backbone
 from expert_merging.options import Resolved
-from expert_merging.run import digest_of_run
+from expert_merging.records import digest_of_run
 
 # Characters of a value, and of all that differs; the rest is left out, and the digest stands for it.
 _VALUE, _ALL = 24, 90

@@ -58,7 +58,7 @@ class Findings:
 
 
 def verify(folder: Path, console: Console) -> None:
-    """Check a finished run and say what was looked at.
+    """Check a finished run and say what was looked at; problems do not name its folder.
 
     Args:
         folder: folder of the run, or its model.
@@ -72,8 +72,8 @@ def verify(folder: Path, console: Console) -> None:
     if record is None or not written:
         missing = run.config if record is None else run.kept.file
         raise InputError(
-            f"{missing} is missing, damaged, or of an earlier version, and says what the run has written; nothing can "
-            "be verified without it"
+            f"{missing.name} is missing, damaged, or of an earlier version, and says what the run has written; nothing "
+            "can be verified without it"
         )
     limit_threads()
     found = Findings()
@@ -111,8 +111,10 @@ def _complete_run(folder: Path) -> Run:
             if run.is_complete and run.config.is_file() and place in (run.folder, run.model):
                 return run
     if Run(folder).record is not None:
-        raise InputError(f"{folder} is a run that is not complete; its own command continues it")
-    raise InputError(f"{folder} is no finished run: it has no config.json of one, or no folder model")
+        raise InputError("this run is not complete; its own command continues it")
+    if not folder.exists():
+        raise InputError("there is no such folder")
+    raise InputError("this is no finished run: it has no config.json of one, or no folder model")
 
 
 def _open_checkpoints(record: Mapping[str, Any], found: Findings) -> dict[str, Checkpoint]:

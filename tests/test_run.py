@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from expert_merging.errors import InputError
-from expert_merging.run import Run, digest_of_run
+from expert_merging.records import digest_of_run
+from expert_merging.run import Run
 
 DESCRIPTION = {
     "family": "Mistral",

@@ -9,7 +9,8 @@ import pytest
 
 from expert_merging.options import resolve
 from expert_merging.parser import parse
-from expert_merging.run import Run, digest_of_run
+from expert_merging.records import digest_of_run
+from expert_merging.run import Run
 from expert_merging.run_names import default_folder
 from expert_merging.writing import can_name_file
 from Mistral.backbone import BACKBONE

@@ -191,21 +191,20 @@ def test_checkpoints_that_are_gone_are_not_looked_at(run, folders, capsys):
 
 def test_runs_that_nothing_can_be_said_of(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for place in (tmp_path / "empty", tmp_path / "absent", run.parent):
-        assert problems(capsys, place) == [
-            f"{place} is no finished run: it has no config.json of one, or no folder model"
-        ]
+    for place in (tmp_path / "empty", run.parent, run / "config.json"):
+        assert problems(capsys, place) == ["this is no finished run: it has no config.json of one, or no folder model"]
+    assert problems(capsys, tmp_path / "absent") == ["there is no such folder"]
     record = run / "digests.json"
     record.write_text("{")
     assert problems(capsys, run) == [
-        f"{record} is missing, damaged, or of an earlier version, and says what the run has written; nothing can be "
+        "digests.json is missing, damaged, or of an earlier version, and says what the run has written; nothing can be "
         "verified without it"
     ]
     (run / "model").rename(run / "model.partial")
-    assert problems(capsys, run) == [f"{run} is a run that is not complete; its own command continues it"]
-    assert problems(capsys, run / "model.partial")[0].endswith(
-        "is no finished run: it has no config.json of one, or no folder model"
-    )
+    assert problems(capsys, run) == ["this run is not complete; its own command continues it"]
+    assert problems(capsys, run / "model.partial") == [
+        "this is no finished run: it has no config.json of one, or no folder model"
+    ]
 
 
 def test_several_runs_are_verified_at_once(run, tmp_path, capsys):

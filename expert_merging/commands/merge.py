@@ -12,15 +12,12 @@ from expert_merging.catalogue import find_method
 from expert_merging.commands.command import Command
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError
-from expert_merging.families import family_names, find_family, general_family
-from expert_merging.flags import current_name
+from expert_merging.families import TELLING, family_names, find_family, general_family, values_of
 from expert_merging.method import Method
 from expert_merging.parser import build_parser
 from expert_merging.processes import is_main_process
 
 PROG = "expert-merging merge"
-# Flags by which the family is found.
-_TELLING = ("family", "config", "base_model_path", "cache_dir")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         check_arguments(arguments)
         name, flags = _method_first(arguments)
-        given = _values_of(flags, (*_TELLING, "method"))
+        given = values_of(flags, (*TELLING, "method"))
         name = name or given.get("method")
         if {"-h", "--help"} & set(flags):
             help_parser(_family(given), find_method(name) if name else None).print_help()
@@ -80,7 +77,7 @@ def _method_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         return None, list(arguments)
     name, flags = arguments[0], list(arguments[1:])
-    if "method" in _values_of(flags, ("method",)):
+    if "method" in values_of(flags, ("method",)):
         raise InputError(f"the method is given twice: {name}, and with --method; leave one out")
     find_method(name)
     return name, ["--method", name, *flags]
@@ -88,21 +85,7 @@ def _method_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _family(given: Mapping[str, str]) -> Backbone:
     """The family whose defaults are shown: that of the base, as far as one is given."""
-    return find_family(given, {}) if {*given} & {*_TELLING} else general_family()
-
-
-def _values_of(flags: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """The last values of some flags, as texts; what is wrong with them is told when all are parsed."""
-    found = {}
-    for place, flag in enumerate(flags):
-        text, equals, value = flag.partition("=")
-        name = current_name(text[2:])
-        if not text.startswith("--") or name not in names:
-            continue
-        following = flags[place + 1] if place + 1 < len(flags) else ""
-        if equals or (following and not following.startswith("--")):
-            found[name] = value if equals else following
-    return found
+    return find_family(given, {}) if {*given} & {*TELLING} else general_family()
 
 
 def _without_family(flags: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from expert_merging.comparing.scores_file import Scores, SetScore, add_scores, m
 from expert_merging.console import say, table_of_numbers
 from expert_merging.documents import parse_yaml, read_text, resolved
 from expert_merging.errors import InputError, near_name, one_line
-from expert_merging.families import family_names, load_family
+from expert_merging.families import TELLING, find_family, values_of
 from expert_merging.flags import Count, Interval, read_options
 from expert_merging.options import ROOT, read_config
 from expert_merging.parser import add_flag, all_options, parse, single_value
@@ -40,7 +41,7 @@ class SweepOptions:
     """Options of ``python -m expert_merging sweep``, beside those of the family's own command.
 
     Args:
-        family: model family, as its folder is called.
+        family: model family, as its folder is called; by default that of the base, as merge finds it.
         sweep: an option and its values, OPTION=FIRST:LAST:STEP or OPTION=VALUE,VALUE; repeat for each. Every
             combination is a point.
         questions: folder of labelled questions, as evaluate takes it; accuracy on them is measured too.
@@ -56,8 +57,8 @@ class SweepOptions:
             with more points goes on from the scores that are known.
     """
 
-    family: str
     sweep: Any
+    family: str | None = None
     questions: str | None = None
     question_samples: Count | None = None
     select: Literal["divergence", "accuracy"] | None = None
@@ -77,8 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument("--sweep", action="append", metavar="OPTION=VALUES", help=OPTIONS["sweep"].help)
     for option in _TAKEN.values():
-        default = None if option.name == "family" else option.default
-        add_flag(parser, option, default, takes_several=False)
+        add_flag(parser, option, option.default, takes_several=False)
 
 
 def run(given: Mapping[str, Any], console: Console) -> None:
@@ -171,9 +171,8 @@ def read(given: Mapping[str, Any]) -> tuple[SweepOptions, dict[str, Any], Backbo
     if given.get("sweep"):
         flags["sweep"] = _named(given["sweep"])
     own = {name: file.pop(name) for name in OPTIONS if name in file} | flags
-    if "family" not in own:
-        raise InputError(f"which family? Give --family, one of {', '.join(family_names())}")
-    backbone = load_family(str(own["family"]))
+    told = {name: str(value) for name, value in {**file, **own}.items() if name in TELLING}
+    backbone = find_family({**told, **values_of(more, TELLING)}, os.environ)
     known = all_options(backbone)
     config = file.pop("config", None)
     problems = [f"no option {name!r}. {near_name(name, [*known, *OPTIONS])}" for name in file if name not in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -92,11 +93,11 @@ def _range(name: str, given: str, first: float, last: float, step: float) -> lis
 
 
 def _listed(given: str) -> list[Any]:
-    """Values as JSON has them; what is no JSON is text."""
+    """Values as JSON has them; what is no JSON is text, in double quotes where it has commas."""
     try:
         values = parse_json(f"[{given}]")
     except ValueError:
-        return [_value(text.strip()) for text in given.split(",")]
+        return [_value(text.strip()) for text in next(csv.reader([given], skipinitialspace=True), [""])]
     return list(values)
 
 

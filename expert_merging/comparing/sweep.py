@@ -135,8 +135,10 @@ class Sweep:
         return list(planned.values())
 
     def resolved(self, point: Point, **changes: Any) -> Resolved:
-        """The options of a point's run."""
-        return resolve({**self.given, **point, **changes}, os.environ, self.backbone)
+        """The options of a point's run; what the sweep itself asks with is not given in vain."""
+        found = resolve({**self.given, **point, **changes}, os.environ, self.backbone)
+        asked_with = {*SampleOptions.__dataclass_fields__, *self.backbone.options}
+        return replace(found, ignored=tuple(name for name in found.ignored if name not in asked_with))
 
     def _samples(self) -> Samples:
         """The samples that every point is scored by."""

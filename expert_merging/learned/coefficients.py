@@ -174,7 +174,7 @@ def kept_or_made(context: Context, make: Callable[[], Coefficients]) -> Coeffici
         logger.info("coefficients are there already: %s", context.run.coefficients)
         _check_kept(context.run)
         check_rewritten(context)
-        return load_coefficients(context.run.folder)
+        return load_coefficients(context.run.coefficients)
     import_transformers()
     with fitting_threads(context.plan.base_elements):
         return make()

@@ -15,31 +15,47 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
 from expert_merging.learned.directions import TASK_VECTORS, find_directions
+from expert_merging.learned.edits import Edit, edited, read_edits
 from expert_merging.learned.published import load_published
 from expert_merging.method import Preparation
 from expert_merging.plan import Plan
 from expert_merging.run import Run
 
 
-def applied(context: Context, place: Path, factors: Mapping[str, float], *, force: bool) -> Preparation:
+def applied(
+    context: Context, place: Path, factors: Mapping[str, float], edit: str | None, *, force: bool
+) -> Preparation:
     """What merges with the coefficients of an earlier run.
 
     Args:
         context: the run.
         place: that run's folder, or a file of coefficients.
         factors: factor on an expert's task vectors, or the coefficient of an expert that was not learned, by name.
+        edit: edits of the coefficients, as `expert_merging.learned.edits` reads them.
         force: the weights may be others than those that the coefficients were learned with.
 
     Raises:
-        InputError: there are none, or they belong to other experts, parameters, weights or directions.
+        InputError: there are none, or they belong to other experts, parameters, weights or directions; or edits cannot
+            be done.
     """
-    chosen, notes = earlier_coefficients(context, place, factors, force=force)
+    problems, edits = Problems(), tuple[Edit, ...]()
+    with problems.collecting():
+        edits = () if edit is None else read_edits(edit, tuple(context.plan.experts), context.plan.merged)
+    with problems.collecting():
+        chosen, notes = earlier_coefficients(context, place, factors, force=force)
+    problems.check()
+    chosen, notes = edited(chosen, edits), (*notes, *map(_about, edits))
     directions = find_directions(context, **chosen.directions)
 
     def prepare() -> dict[str, Any]:
         return {"coefficients": chosen, "directions": directions.prepare()}
 
     return Preparation(prepare, {"coefficients": chosen.fingerprint()}, notes, directions.unit)
+
+
+def _about(edit: Edit) -> str:
+    """What the plan tells of an edit."""
+    return f"edit {edit.text}: coefficients of {', '.join(edit.experts)} in {len(edit.names)} parameters"
 
 
 def earlier_coefficients(

@@ -147,6 +147,7 @@ def coefficients(
     *,
     coefficients: str | None = None,
     task_vector_coeffs_dict: dict[str, Factor] | None = None,
+    edit: str | None = None,
     force: bool = False,
 ) -> Preparation:
     """Coefficients of an earlier run, applied without learning.
@@ -156,10 +157,12 @@ def coefficients(
         coefficients: run folder, coefficients.safetensors or weight_coeffs.json file to take the coefficients from.
         task_vector_coeffs_dict: factor on an expert's task vectors on top of what was learned, by expert, 1 where none
             is given and 0 to leave it out; of an expert that was not learned, its coefficient.
+        edit: factors on some of the coefficients, such as 'Math: 1.2, layers 20- mlp: 0.8'; words are experts, layers
+            with ranges, early, middle, late, attention, mlp, q, down and the like, or patterns of names.
         force: use coefficients though they were learned with other weights.
 
     Raises:
-        InputError: there are none, or they belong to other experts, parameters or weights.
+        InputError: there are none, or they belong to other experts, parameters or weights; or edits cannot be done.
     """
     from expert_merging.learned.earlier import applied
 
@@ -168,4 +171,4 @@ def coefficients(
             "--method coefficients needs --coefficients RUN_OR_FILE: a finished run, its coefficients.safetensors, or "
             "the published implementation's weight_coeffs.json"
         )
-    return applied(context, Path(coefficients), task_vector_coeffs_dict or {}, force=force)
+    return applied(context, Path(coefficients), task_vector_coeffs_dict or {}, edit, force=force)

@@ -27,7 +27,8 @@ class TrainingOptions(ComparingOptions):
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
             strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
             1.
-        num_epochs: passes over the samples, fewer if patience ends first.
+        num_epochs: passes over the samples, fewer if patience ends first. With more than a finished run of the same
+            run_name has, that one goes on.
         patience: epochs in a row without a better loss after which training stops; the loss is that on the held-out
             samples, and without them the epoch's mean.
         held_out: share of each task's samples that nothing is learned from. The best coefficients on them are kept, the

@@ -21,10 +21,12 @@ from expert_merging.learned.optimizer import training_accelerator
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
 from expert_merging.learned.settings import Regularisation, Settings, check
 from expert_merging.learned.start import choose_start
+from expert_merging.learned.state import check_goes_on
 from expert_merging.learned.trainer import Trainer
 from expert_merging.method import Preparation, coarsest
 from expert_merging.plan import Plan
 from expert_merging.processes import is_main_process
+from expert_merging.run import Run
 from expert_merging.writing import check_free_disk
 
 logger = logging.getLogger(__name__)
@@ -98,16 +100,18 @@ def two_stages(context: Context, options: ChunkingOptions) -> Preparation:
         material = first.gather()
         second = second_stage(first.settings, options, coefficients, material.task_vectors.magnitudes, plan)
         updates = 0 if given else int((coefficients.provenance or {})["updates"])
-        return Trainer(context, second, material, updates).train()
+        # The chunks follow from what the first stage has learned, so with more of that, they are others.
+        return Trainer(context, second, material, updates, goes_on=given is not None).train()
 
-    before = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
+    source = f"taken from {options.coefficients}" if given else f"learned {_amount(settings)}"
     notes = (
-        f"stage 1: {settings.layout.trained} coefficients {before}",
+        f"stage 1: {settings.layout.trained} coefficients {source}",
         *told,
         f"stage 2: {_describe_chunks(options, plan)}",
     )
     inputs = {} if given is None else {"coefficients": given.fingerprint()}
-    return _work(context, settings, learn, notes, inputs)
+    before = [context.run.stage("stage1")] if given is None else []
+    return _work(context, settings, learn, notes, inputs, before)
 
 
 def second_stage(
@@ -212,9 +216,22 @@ def _work(
     train: Callable[[], Coefficients],
     notes: tuple[str, ...],
     inputs: Mapping[str, str] | None = None,
+    before: Sequence[Run] = (),
 ) -> Preparation:
-    """The work of a method whose options are checked."""
-    directions = settings.directions
+    """The work of a method whose options are checked.
+
+    Args:
+        context: the run.
+        settings: checked options.
+        train: makes the coefficients.
+        notes: what the plan tells.
+        inputs: what decides the result beside options and samples.
+        before: stages that are learned before the last.
+    """
+    directions, options = settings.directions, settings.options
+    if context.run.goes_on and not context.run.config.exists():  # which has been checked when it began
+        last = [run.last_state for run in (*before, context.run) if run.last_state is not None]
+        notes = (*notes, check_goes_on(last, options.num_epochs, options.patience))
     every = [start.directions for start in settings.starts] or [directions]
     kept = len({one.name for one in every if not one.in_blocks})
     if kept and is_main_process() and not context.run.coefficients.exists():
@@ -236,7 +253,7 @@ def _work(
         names = ", ".join(dict.fromkeys(one.name for one in every))
         multiplied = f"the start is chosen of {len(settings.starts)}, by divergence from the experts: {names}"
     aligned = f"hidden states aligned: {_places(layers)}; precision: {precision}"
-    asked, options = settings.asked, settings.options
+    asked = settings.asked
     together = asked.tokens_together(options.gradient_accumulation_steps)
     demand = Demand(context.plan, asked.precision, together, asked.longest, options, directions)
     memory = describe(demand, this_machine(context.device))

@@ -1,4 +1,4 @@
-"""How far training is, and the folder that it continues from after an interruption."""
+"""How far training is, and the folder that it continues from: after an interruption, or to learn longer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,6 +27,7 @@ from expert_merging.writing import sync_files
 logger = logging.getLogger(__name__)
 
 _DIGESTS = "digests.json"
+_TRAINING = "training.json"
 
 
 @contextmanager
@@ -125,17 +126,19 @@ class StateFolder:
     Args:
         folder: where the state is; the next one is written beside it, and the last one waits there until the new one
             has its name.
+        before: another folder with a state to begin from where there is none yet; None to begin anew.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before: Path | None = None) -> None:
         self.folder = folder
+        self.before = before
         self.partial = folder.with_name(folder.name + ".partial")
         self.old = folder.with_name(folder.name + ".old")
 
     @property
     def found(self) -> list[Path]:
         """Complete states, the newest first."""
-        return [place for place in (self.folder, self.old) if place.exists()]
+        return [place for place in (self.folder, self.old, self.before) if place is not None and place.exists()]
 
     def replace(self, write: Callable[[Path], None]) -> None:
         """Let ``write`` fill a folder, then swap it with the last one."""
@@ -149,6 +152,13 @@ class StateFolder:
         os.rename(self.partial, self.folder)
         shutil.rmtree(self.old, ignore_errors=True)
 
+    def begin(self) -> None:
+        """Take over the state to begin from, which also a run that has nothing more to learn leaves."""
+        if self.before is not None and self.found == [self.before]:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.copytree(self.before, self.partial)
+            os.rename(self.partial, self.folder)
+
     def save(self, accelerator: Any, trained: torch.nn.Module, state: TrainingState) -> None:
         """Save what a restart needs."""
 
@@ -156,7 +166,7 @@ class StateFolder:
             with full_disk_as_os_error():
                 accelerator.save_state(str(folder))
                 save_file(trained.state_dict(), folder / "coefficients.safetensors")
-            (folder / "training.json").write_text(json.dumps(vars(state)), encoding="utf-8")
+            (folder / _TRAINING).write_text(json.dumps(vars(state)), encoding="utf-8")
 
         self.replace(write)
 
@@ -169,7 +179,7 @@ class StateFolder:
         for place in self.found:
             try:
                 _check_digests(place)
-                training = read_object(place / "training.json")
+                training = read_object(place / _TRAINING)
                 if training.keys() != vars(state).keys():
                     raise ValueError("it is of another version")
                 saved = load_file(place / "coefficients.safetensors")
@@ -188,7 +198,39 @@ class StateFolder:
                 f"be able to read {self.folder}, or move it away"
             )
 
-    def remove(self) -> None:
-        """Remove all states."""
-        for folder in (self.folder, self.partial, self.old):
-            shutil.rmtree(folder, ignore_errors=True)
+
+def check_goes_on(last: Sequence[Path], epochs: int, patience: int) -> str:
+    """Check that a finished run would learn more than it has.
+
+    Args:
+        last: the states of training in which its stages have ended.
+        epochs: how many there are to be.
+        patience: how many may go by without a better loss.
+
+    Returns:
+        How many epochs it has learned, in words, for the plan.
+
+    Raises:
+        InputError: it would end where it has ended.
+    """
+    ends = [end for place in last if (end := _end_of(place)) is not None]
+    if len(ends) < len(last):
+        return "the state in which the finished run has ended is not there, so all is learned again"
+    done, waited = ends[-1]
+    if all(done >= epochs or waited >= patience for done, waited in ends):
+        worse = f", the last {waited} of them without a better loss" if waited else ""
+        raise InputError(
+            f"the finished run would learn nothing more: it has ended after {done} epochs{worse}; give --num_epochs "
+            f"above {done} and --patience above {waited}"
+        )
+    anew = ", and begins its second stage anew" if len(ends) > 1 else ""
+    return f"goes on with the finished run after its epoch {ends[0][0]}{anew}"
+
+
+def _end_of(state: Path) -> tuple[int, int] | None:
+    """Epochs that were learned, and how many of the last ones without a better loss; None where nobody knows."""
+    try:
+        training = read_object(state / _TRAINING)
+        return int(training["epochs"]), int(training["epochs_without_better"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return None

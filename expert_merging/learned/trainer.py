@@ -43,16 +43,25 @@ class Trainer:
         settings: checked options.
         material: what an earlier stage has gathered.
         before: updates of an earlier stage.
+        goes_on: where a finished run learns longer, begin with the state in which it has ended.
     """
 
-    def __init__(self, context: Context, settings: Settings, material: Material | None = None, before: int = 0) -> None:
+    def __init__(
+        self,
+        context: Context,
+        settings: Settings,
+        material: Material | None = None,
+        before: int = 0,
+        *,
+        goes_on: bool = True,
+    ) -> None:
         self.context, self.settings, self.material = context, settings, material
         self.plan = context.plan
         self.accelerator = training_accelerator(context, settings)
         self.report = Report(context, settings, self.accelerator, before)
         self.state = TrainingState()
         self.held_out: Targets = []
-        self.states = StateFolder(context.run.state)
+        self.states = StateFolder(context.run.state, context.run.last_state if goes_on else None)
 
     def train(self) -> Result:
         """Learn the coefficients, save them in the run folder and return them."""
@@ -79,6 +88,8 @@ class Trainer:
         learned, self.held_out = hold_out(targets, self.settings.options.held_out)
         if self.held_out:
             self.vector.register_buffer("best", self.vector.raw.detach().clone())
+        if self.accelerator.is_main_process:
+            self.states.begin()
         self.states.resume(self.accelerator, self.vector, self.state)
         self.report.start(self.state, self.vector.by_expert())
         if self.held_out and not self.state.first_losses:
@@ -240,6 +251,5 @@ class Trainer:
             self.states.save(self.accelerator, self.vector, self.state)
 
     def _save(self, coefficients: Result) -> None:
-        """Write the result; what a restart needs is of no use any more."""
+        """Write the result; the last state stays there for a run that learns longer."""
         self.report.save(coefficients, self.gather().task_vectors.magnitudes, self.state)
-        self.states.remove()

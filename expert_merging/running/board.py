@@ -20,7 +20,7 @@ def hyperparameters(run: Run) -> dict[str, Any]:
     """The options of a run as text, numbers and truth values, by name; what has no value is left out."""
     record = run.record or {}
     named = {"method": record.get("method"), "family": record.get("family"), "seed": record.get("seed")}
-    values = {"run": run.config.parent.name, **named, **record.get("options", {})}
+    values = {"run": run.owner.name, **named, **record.get("options", {})}
     return {
         name: value if isinstance(value, str | int | float) else json.dumps(value)
         for name, value in values.items()

@@ -92,7 +92,7 @@ def gather(
         InputError: an expert answers with nothing or computes NaN.
     """
     folder, experts = folder or context.run.statistics, context.plan.experts
-    place = folder.relative_to(context.run.folder).as_posix()
+    place = folder.relative_to(context.run.kept.file.parent).as_posix()
     files = {expert: file_of(folder, expert) for expert in experts}
     kept = {expert: context.run.kept.within(place, opened(expert)) for expert in experts}
     left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]

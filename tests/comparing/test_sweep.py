@@ -7,6 +7,7 @@ import math
 import os
 
 import pytest
+import torch
 
 from expert_merging.commands.main import main
 from expert_merging.commands.sweep import read
@@ -15,9 +16,12 @@ from expert_merging.comparing.sweep import Scoring
 from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.comparing.sweep_run import Bench
 from expert_merging.errors import InputError
+from expert_merging.learned.coefficients import Coefficients
+from expert_merging.plan import make_plan
 from expert_merging.run import Run
 from expert_merging.writing import take_hold
-from tests.checkpoints import write_tasks
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, EXPERTS, write_tasks
 from tests.command import merge
 from tests.search.test_evo import score_plainly
 
@@ -200,9 +204,27 @@ def test_the_best_is_written_as_an_ordinary_run(command, tiny_zoo, tmp_path):
     assert sweep(*command, "--method", "task_arithmetic", "--sweep", "scaling_coefficient=0.1,5.0") == 0
     (folder,) = (tmp_path / "out" / "task_arithmetic").iterdir()
     assert Run(folder).record["options"]["scaling_coefficient"] == 0.1
+    assert "ignored" not in Run(folder).log.read_text(), "samples are what the sweep has scored by"
     given = ["--cache_dir", tiny_zoo, "--output_path", tmp_path / "out", "--method", "task_arithmetic"]
     assert merge(*given, "--scaling_coefficient", 0.1) == 0  # finds it complete
     assert [path.name for path in (tmp_path / "out" / "task_arithmetic").iterdir()] == [folder.name]
+
+
+def test_edits_of_coefficients_are_swept(command, tiny_zoo, tmp_path):
+    """Values with commas stand in quotation marks; with all coefficients at 0, the merge is the base."""
+    experts = {name: tiny_zoo / folder for name, folder in EXPERTS.items()}
+    plan = make_plan(tiny_zoo / BASE, experts, list(BACKBONE.exclude_params))
+    values = {name: torch.full((3, 1), 0.3) for name in plan.merged}
+    file = tmp_path / "coefficients.safetensors"
+    Coefficients(tuple(experts), values, (1.0, 1.0, 1.0), checkpoints=plan.contents).save(file)
+    given = [*command, "--method", "coefficients", "--coefficients", file]
+    assert sweep(*given, "--sweep", 'edit="Math: 1.2, mlp: 0.8","Math Chat: 0, Code: 0"') == 0
+    _, points = record_of(tmp_path / "out")
+    divergence = {point["point"]["edit"]: sum(point["divergence"].values()) / 3 for point in points}
+    assert divergence["Math Chat: 0, Code: 0"] == pytest.approx(1, rel=1e-5)
+    assert divergence["Math: 1.2, mlp: 0.8"] < 0.95
+    (folder,) = (tmp_path / "out" / "coefficients").iterdir()
+    assert Run(folder).record["options"]["edit"] == "Math: 1.2, mlp: 0.8"
 
 
 def test_hopeless_points_are_left_by_halving(command, tmp_path):
@@ -252,9 +274,20 @@ def test_a_plan_is_shown_and_same_points_are_one(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_family_is_that_of_the_base_by_flags_file_or_record(command, tiny_zoo, tmp_path, capsys):
+    flags, file = [*command[2:], "--dry_run", "--sweep", "scaling_coefficient=0.1,0.2"], tmp_path / "sweep.yaml"
+    assert sweep(*flags, "--method", "ties") == 0
+    file.write_text(f"cache_dir: {tiny_zoo}\ndata_dir: {command[5]}\nmethod: ties\n")
+    assert sweep(file, *flags[4:]) == 0
+    (tmp_path / "config.json").write_text(json.dumps({"family": "Mistral", "method": "ties", "options": {}}))
+    assert sweep(*flags, "--config", tmp_path / "config.json") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("2 points would be scored, in ") == shown.count("/sweeps/Mistral-") == 3
+
+
 def test_what_cannot_be_swept_is_said(command, questions, tmp_path, capsys):
     one = ["--sweep", "scaling_coefficient=0.1", "--method", "task_arithmetic"]
-    assert refusal(capsys, *command[2:], *one) == ["which family? Give --family, one of InternVL, Mistral, Qwen2VL"]
+    assert refusal(capsys, *one, "--cache_dir", tmp_path)[0].startswith(f"{tmp_path} has the base of no family: ")
     assert "--family must be one of" in refusal(capsys, "--family", "Llama", *one)[0]
     assert "what is to be swept?" in refusal(capsys, *command)[0]
     assert refusal(capsys, *command, "--sweep", "scaling=1") == [

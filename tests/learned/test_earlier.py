@@ -154,6 +154,33 @@ def test_coefficients_that_do_not_say_their_weights_are_used_and_that_is_told(fo
     )
 
 
+def test_edits_are_factors_on_what_was_learned_and_stand_in_record_and_card(folders, file, tmp_path):
+    edit = "A: 0.5, layers 1 B: 4"
+    run = merged(tmp_path / "out", *command(folders, file, "--edit", edit))
+    kept = expected(A=0.5, B=1)
+    kept["layers.1.weight"] = TENSORS["layers.1.weight"] + 0.5 * 0.75 + 4 * 2 * 0.0625
+    assert_same_bytes(tensors_of(run.model), kept)
+    assert run.record["options"]["edit"] == edit
+    card = (run.model / "README.md").read_text()
+    assert f'"edit": "{edit}"' in card
+    assert f"--edit '{edit}'" in card
+    log = run.log.read_text()
+    assert "INFO edit A: 0.5: coefficients of A in 2 parameters\n" in log
+    assert "INFO edit layers 1 B: 4: coefficients of B in 1 parameters\n" in log
+    other = merged(tmp_path / "out2", *command(folders, file, "--edit", "A: 0.25"))
+    assert other.name != run.name
+
+
+def test_all_that_is_wrong_with_edits_and_coefficients_is_told_at_once(folders, file, capsys):
+    assert refused(capsys, *command(folders, file, "--edit", "layers 7: 1, Math: 1", experts="ABC")) == [
+        "--edit layers 7: layers are 0-1 here; 5- is all from 5 on",
+        "--edit: 'Math' means nothing here. Known: A, B, C, attention, down, early, gate, gate_up, k, late, layers 0-, "
+        "middle, mlp, o, other, outside, q, qkv, up, v.",
+        f"--coefficients {file} belong to the experts A, B and have none for C; leave such an expert out, or give it a "
+        "coefficient: --task_vector_coeffs_dict '{\"C\": 0.3}'",
+    ]
+
+
 # The published implementation's file
 
 

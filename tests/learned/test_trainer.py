@@ -386,4 +386,7 @@ def test_files_of_a_finished_training(answered_zoo, tmp_path):
     loaded = load_coefficients(tmp_path)
     assert loaded.experts == tuple(EXPERTS)
     assert all(torch.equal(loaded.values[name], coefficients.values[name]) for name in coefficients.values)
-    assert not (tmp_path / "state").exists()
+    assert {file.name for file in (tmp_path / "state").iterdir()} == {
+        *("coefficients.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"),
+        *("training.json", "digests.json"),
+    }
