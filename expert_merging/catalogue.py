@@ -8,6 +8,7 @@ from typing import Any
 
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
+from expert_merging.low_rank import spaces
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
     ace,
@@ -63,6 +64,7 @@ KINDS = {
         lore,
         superposition,
     ),
+    "adapters": (spaces,),
     "several artefacts": (tall, emr),
     "modifiers": (consensus, calibration),
     "statistics": (regmean, mats),
