@@ -63,7 +63,7 @@ class MergedAdapter:
 
     def tensors(self, name: str, factors: Factors) -> Iterator[tuple[str, Tensor]]:
         """Both factors of a tensor as they are stored, by name."""
-        padded = factors.padded(self.ranks[name])
+        padded = factors.cut(self.ranks[name]).padded(self.ranks[name])
         for matrix, slot, tensor in zip(
             self._matrices(name), self._slots(name), (padded.left, padded.right), strict=True
         ):

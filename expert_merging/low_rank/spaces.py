@@ -227,9 +227,11 @@ class InSpace:
         if merged.numel():
             merged = rule(coordinates, Part.whole(name, tuple(merged.shape)), torch.zeros_like(merged))
             merged = _isotropic(merged) if self.isotropize else merged
+        merged = merged.double()
         if space.right is None:
-            return Factors(space.left, merged.double())
-        return Factors(space.left @ merged.double(), space.right)
+            return Factors(space.left, merged)
+        is_flat = len(merged) < merged.shape[1]
+        return Factors(space.left, merged @ space.right) if is_flat else Factors(space.left @ merged, space.right)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

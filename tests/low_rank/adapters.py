@@ -141,4 +141,6 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol
     """Each tensor of the twin, to a share of its largest entry."""
     for name, tensor in expected.items():
         largest = float(tensor.abs().max())
-        torch.testing.assert_close(found[name], tensor.float(), rtol=0, atol=tolerance * largest, msg=name)
+        torch.testing.assert_close(
+            found[name], tensor.float(), rtol=0, atol=tolerance * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
