@@ -8,13 +8,14 @@ from typing import Any
 
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
-from expert_merging.low_rank import spaces
+from expert_merging.low_rank import robust, spaces, weighted
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
     ace,
     arcee,
     breadcrumbs,
     calibration,
+    cart,
     competition,
     consensus,
     dare,
@@ -56,6 +57,7 @@ KINDS = {
         widen,
         spectral,
         truncation,
+        cart,
         wudi,
         ace,
         opcm,
@@ -64,7 +66,7 @@ KINDS = {
         lore,
         superposition,
     ),
-    "adapters": (spaces,),
+    "adapters": (spaces, robust, weighted),
     "several artefacts": (tall, emr),
     "modifiers": (consensus, calibration),
     "statistics": (regmean, mats),

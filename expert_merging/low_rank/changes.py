@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.lora import Change
@@ -84,17 +84,46 @@ class Changes:
             found[expert] = Factors(left.to(device).double() * change.scale, right.to(device).double())
         return found
 
-    def largest_rank(self, name: str) -> int:
+    def ranks(self, name: str) -> list[int]:
+        """Rank of each expert's factors of a tensor."""
+        return [change.left.shape[1] for change in self.products[name].values()]
+
+    @property
+    def most(self) -> int:
+        """Largest rank of any expert's factors."""
+        return max(rank for name in self.products for rank in self.ranks(name))
+
+    def largest_rank(self, name: str, **_options: Any) -> int:
         """Rank that no sum of the experts' changes of a tensor exceeds."""
-        found = self.products[name].values()
-        change = next(iter(found))
+        change = next(iter(self.products[name].values()))
         assert change.right is not None  # noqa: S101  (it is a product)
-        return min(sum(ranks(self.products[name])), change.left.shape[0], change.right.shape[1])
+        return min(sum(self.ranks(name)), change.left.shape[0], change.right.shape[1])
 
+    def common_rank(self, name: str, **_options: Any) -> int:
+        """Rank of the factors of a tensor where experts have the same one."""
+        return self.ranks(name)[0]
 
-def ranks(changes: Mapping[str, Change]) -> list[int]:
-    """Rank of each expert's factors."""
-    return [change.left.shape[1] for change in changes.values()]
+    def check_equal_ranks(self, who: str) -> None:
+        """Check that factors can be added to one another.
+
+        Args:
+            who: who adds them, for messages.
+
+        Raises:
+            InputError: they have several ranks.
+        """
+        for name, found in self.products.items():
+            if len(set(self.ranks(name))) > 1:
+                pairs = zip(found, self.ranks(name), strict=True)
+                raise InputError(
+                    f"{who} merges factors of one rank, and those of {name} have "
+                    f"{', '.join(f'{rank} ({expert})' for expert, rank in pairs)}; choose a method for several ranks, "
+                    "such as core_space"
+                )
+
+    def is_turned(self, name: str) -> bool:
+        """Whether inputs are a tensor's rows, so that its left factor is fed them."""
+        return next(iter(self.products[name].values())).left.transposed
 
 
 def _refusal(method: str, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,13 @@ class Factors:
 
     left: Tensor
     right: Tensor
+
+    @classmethod
+    def sum_of(cls, products: Sequence[Factors]) -> Factors:
+        """The sum of several matrices, whose rank is that of all together."""
+        import torch
+
+        return cls(torch.cat([one.left for one in products], 1), torch.cat([one.right for one in products]))
 
     @property
     def rank(self) -> int:

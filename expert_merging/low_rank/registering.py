@@ -44,7 +44,7 @@ def add_merged(
 def register_on_factors(
     *,
     options: Callable[..., Any],
-    rank: Callable[..., int] = lambda changes, name, **_options: changes.largest_rank(name),
+    rank: Callable[..., int] = Changes.largest_rank,
     **fields: Any,
 ) -> Callable[[Begin], Begin]:
     """Enter a function on factors into the table of methods.
