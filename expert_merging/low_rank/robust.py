@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expert_merging.context import Context
-from expert_merging.flags import BelowOne, Factor
+from expert_merging.flags import BelowOne, Factor, Fraction
 from expert_merging.low_rank.changes import Changes
 from expert_merging.low_rank.factors import Factors
 from expert_merging.low_rank.options import LowRankOptions
@@ -22,27 +22,27 @@ class RobustOptions(LowRankOptions):
     """Options of RobustMerge.
 
     Args:
-        mask_ratio: share of each factor's entries, the smallest, that is left out.
+        density: share of each factor's entries, the largest, that is kept.
         scaled_share: share of an adapter's directions, those that pruning has taken most of, that count for more than
             the others.
         fuse_weight: factor on each of the two merged factors.
     """
 
-    mask_ratio: BelowOne = 0.8
+    density: Fraction = 0.2
     scaled_share: BelowOne = 0.2
     fuse_weight: Factor = 2.0
 
 
-def pruned(factor: Tensor, mask_ratio: float) -> Tensor:
+def pruned(factor: Tensor, density: float) -> Tensor:
     """A factor without its smallest entries; those like the last one that is left out stay.
 
     Args:
         factor: ``(rows, columns)``.
-        mask_ratio: share of the entries that is left out.
+        density: share of the entries that is kept.
     """
     from expert_merging.methods.ranks import count_of
 
-    dropped = count_of(mask_ratio, factor.numel())
+    dropped = count_of(round(1 - density, 9), factor.numel())
     if not dropped:
         return factor
     return factor * (factor.abs() >= factor.abs().flatten().kthvalue(dropped).values)
@@ -70,20 +70,20 @@ def lost_scale(right: Tensor, kept: Tensor, scaled_share: float) -> Tensor:
 
 
 def robust_factors(
-    changes: Mapping[str, Factors], *, mask_ratio: float, scaled_share: float, fuse_weight: float
+    changes: Mapping[str, Factors], *, density: float, scaled_share: float, fuse_weight: float
 ) -> Factors:
     """The merged factors of a matrix.
 
     Args:
         changes: of one rank, each with the factor that is fed the inputs on the right.
-        mask_ratio: as `robustmerge` has it.
+        density: as `robustmerge` has it.
         scaled_share: as `robustmerge` has it.
         fuse_weight: as `robustmerge` has it.
     """
     import torch
 
-    rights = [pruned(change.right, mask_ratio) for change in changes.values()]
-    lefts = torch.stack([pruned(change.left, mask_ratio) for change in changes.values()])
+    rights = [pruned(change.right, density) for change in changes.values()]
+    lefts = torch.stack([pruned(change.left, density) for change in changes.values()])
     pairs = zip(changes.values(), rights, strict=True)
     scales = torch.stack([lost_scale(change.right, kept, scaled_share) for change, kept in pairs])
     left = (lefts * scales[:, None]).sum(0) / scales.sum(0)
@@ -92,7 +92,7 @@ def robust_factors(
 
 @register_on_factors(options=RobustOptions, rank=Changes.common_rank)
 def robustmerge(
-    context: Context, changes: Changes, *, mask_ratio: float, scaled_share: float, fuse_weight: float
+    context: Context, changes: Changes, *, density: float, scaled_share: float, fuse_weight: float
 ) -> Callable[[], MergeFactors]:
     """RobustMerge: factors pruned, rescaled by direction, and merged apart (Zeng et al., 2025, arXiv 2502.17159).
 
@@ -105,7 +105,7 @@ def robustmerge(
     """
     del context
     changes.check_equal_ranks("robustmerge")
-    options = {"mask_ratio": mask_ratio, "scaled_share": scaled_share, "fuse_weight": fuse_weight}
+    options = {"density": density, "scaled_share": scaled_share, "fuse_weight": fuse_weight}
 
     def merge(name: str, found: Mapping[str, Factors]) -> Factors:
         if not changes.is_turned(name):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged
+from tests.methods.elsewhere import numbers
 from tests.methods.test_sparse import plain_ties
 
 SHAPES = {"layers.0.q_proj": (9, 6), "layers.0.k_proj": (5, 8), "layers.1.q_proj": (12, 7)}
@@ -34,6 +35,22 @@ def pairs_of(ranks: Mapping[str, int] = RANKS, modules: Mapping[str, tuple[int, 
         }
         for number, (expert, rank) in enumerate(ranks.items())
     }
+
+
+def scattered_pairs(ranks: Mapping[str, int]) -> Pairs:
+    """Factors of two modules of which other programs have merged the same."""
+    return {
+        expert: {
+            module: (numbers((rows, rank), salt + place, 1.0), numbers((rank, columns), 1000 + salt + place, 1.0))
+            for place, (module, (rows, columns)) in enumerate({"q": (12, 11), "k": (13, 14)}.items())
+        }
+        for salt, (expert, rank) in zip(range(0, 1000, 100), ranks.items(), strict=False)
+    }
+
+
+def together(changes: Mapping[str, Tensor]) -> Tensor:
+    """The changes of these modules in one vector."""
+    return torch.cat([changes[f"{module}.weight"].flatten() for module in ("q", "k")])
 
 
 def write_adapter(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: float = 1.0, **more: Any) -> Path:

@@ -7,7 +7,17 @@ import torch
 
 from expert_merging.low_rank.robust import lost_scale
 from tests.command import merged, refusal
-from tests.low_rank.adapters import Pairs, Zoo, assert_near, pairs_of, write_adapter, write_zoo
+from tests.low_rank.adapters import (
+    Pairs,
+    Zoo,
+    assert_near,
+    pairs_of,
+    scattered_pairs,
+    together,
+    write_adapter,
+    write_zoo,
+)
+from tests.methods.elsewhere import assert_agrees
 
 ROBUST = ("--method", "robustmerge")
 SHAPES = {"layers.0.q_proj": (30, 24), "layers.1.q_proj": (16, 40)}
@@ -20,20 +30,20 @@ def kept(factor: torch.Tensor, dropped: int) -> torch.Tensor:
     return torch.where(factor.abs() >= threshold, factor, 0.0).double()
 
 
-def twin(pairs: Pairs, mask_ratio: float = 0.8, scaled_share: float = 0.2) -> dict[str, torch.Tensor]:
+def twin(pairs: Pairs, density: float = 0.2, scaled_share: float = 0.2) -> dict[str, torch.Tensor]:
     found = {}
     for module in {module for own in pairs.values() for module in own}:
         total = torch.zeros_like(pairs["A"][module][1]).double()
         weighted, divisor = torch.zeros_like(pairs["A"][module][0]).double(), 0.0
         for left, right in (own[module] for own in pairs.values()):
-            pruned = kept(right, int(mask_ratio * right.numel()))
+            pruned = kept(right, int(round((1 - density) * right.numel(), 6)))
             scales = [
                 float(row.abs().sum() / less.abs().sum()) for row, less in zip(right.double(), pruned, strict=True)
             ]
             lowest = sorted(scales)[int((1 - scaled_share) * len(scales))]
             own = torch.tensor([max(scale, lowest) for scale in scales])
             total += 2 * pruned
-            weighted += 2 * own * kept(left, int(mask_ratio * left.numel()))
+            weighted += 2 * own * kept(left, int(round((1 - density) * left.numel(), 6)))
             divisor = divisor + own
         rank = len(total)
         found[f"{module}.weight"] = (weighted / divisor) @ total / rank  # the adapters' scale
@@ -46,12 +56,18 @@ def test_factors_are_merged_as_by_the_authors(tmp_path):
     assert_near(zoo.change(tmp_path / "out", *ROBUST), twin(pairs), 1e-5)
 
 
-@pytest.mark.parametrize(("mask_ratio", "scaled_share"), [(0.5, 0.6), (0, 0.2)])
-def test_shares_can_be_chosen(mask_ratio, scaled_share, tmp_path):
+def test_the_authors_code_gives_the_same(tmp_path):
+    pairs = scattered_pairs({"A": 3, "B": 3, "C": 3})
+    found = write_zoo(tmp_path, pairs, alpha=3).change(tmp_path / "out", *ROBUST)
+    assert_agrees(together(found), "authors", "robustmerge")
+
+
+@pytest.mark.parametrize(("density", "scaled_share"), [(0.5, 0.6), (1, 0.2)])
+def test_shares_can_be_chosen(density, scaled_share, tmp_path):
     pairs = pairs_of({"A": 5, "B": 5}, SHAPES)
-    given = ("--mask_ratio", mask_ratio, "--scaled_share", scaled_share, "--fuse_weight", 2)
+    given = ("--density", density, "--scaled_share", scaled_share, "--fuse_weight", 2)
     found = write_zoo(tmp_path, pairs).change(tmp_path / "out", *ROBUST, *given)
-    assert_near(found, twin(pairs, mask_ratio, scaled_share), 1e-5)
+    assert_near(found, twin(pairs, density, scaled_share), 1e-5)
 
 
 def test_the_adapter_has_the_rank_of_the_experts_and_is_the_dense_result(tmp_path):

@@ -11,17 +11,21 @@ from tests.checkpoints import tensors_of, write_checkpoint
 from tests.command import flags, merged, refusal, refused
 from tests.low_rank.adapters import (
     SHAPES,
+    Zoo,
     assert_near,
     by_tensor,
     core_twin,
     draw,
     knots_twin,
     pairs_of,
+    scattered_pairs,
     ties_everywhere,
+    together,
     total,
     write_adapter,
     write_zoo,
 )
+from tests.methods.elsewhere import assert_agrees
 from tests.methods.reference import iso_reference, svd_reference
 from tests.methods.test_sparse import plain_ties
 
@@ -52,6 +56,28 @@ def test_coordinates_are_merged_as_whole_decompositions_give_them(method, inner,
     expected = {name: 0.5 * tensor for name, tensor in TWINS[method](pairs, rule, alpha=6).items()}
     assert_near(found, expected, 1e-5)
     assert not found["norm.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("core_space ties", "ties density=0.1 ties_scope=tensor"),
+        ("core_space tsv", "svd"),
+        ("core_space tsv isotropized", "svd"),
+        ("core_space cart", "cart cart_rank_ratio=0.04 cart_coefficient=0.1"),
+        ("knots ties", "ties"),
+    ],
+)
+def test_the_authors_code_gives_the_same(name, inner, tmp_path):
+    """Whose adapters have the scale 1, which they leave out; singular values are made equal where none is zero."""
+    pairs = scattered_pairs({"A": 3, "B": 3, "C": 3 if "isotropized" in name else 4})
+    base = write_zoo(tmp_path, pairs).base
+    experts = {
+        expert: write_adapter(tmp_path / f"as {expert}", own, alpha=len(own["q"][1])) for expert, own in pairs.items()
+    }
+    given = ["--method", name.split()[0], "--inner", inner, *(["--isotropize"] if "isotropized" in name else [])]
+    found = Zoo(base, experts).change(tmp_path / "out", *given)
+    assert_agrees(together(found) if "knots" in name else found["q.weight"], "authors", name, 1e-4)
 
 
 @both
