@@ -249,7 +249,7 @@ def _check_rest(job: Job) -> Job:
         description["inputs"] |= preparation.inputs
     if resolved.general["run_tests"]:
         with problems.collecting():
-            _check_questions(job)
+            _check_questions(job, outputs)
     # The main process writes to the folder while the others start, so it alone looks at it.
     if is_main_process() and not problems.found:
         with problems.collecting():
@@ -277,8 +277,14 @@ def _with_word_tables(word_tables: WordTables, outputs: Sequence[Output], method
     return tuple(map(word_tables.applied, outputs))
 
 
-def _check_questions(job: Job) -> None:
-    """Check that the merged model can be loaded and asked, for which it needs what its base needs."""
+def _check_questions(job: Job, outputs: Sequence[Output]) -> None:
+    """Check that the merged model can be loaded and asked, for which it needs what its base needs.
+
+    Raises:
+        InputError: it cannot, or there is none.
+    """
+    if outputs and not any(output.is_model for output in outputs):
+        raise InputError("--run_tests asks a merged model, and this run writes none; leave it out")
     backbone, base = job.context.backbone, job.context.plan.base.folder
     job.context.plan.refuse_contained()
     backbone.parameter_names(base)

@@ -95,9 +95,13 @@ class Changes:
 
     def largest_rank(self, name: str, **_options: Any) -> int:
         """Rank that no sum of the experts' changes of a tensor exceeds."""
+        return min(sum(self.ranks(name)), *self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a tensor as a matrix."""
         change = next(iter(self.products[name].values()))
         assert change.right is not None  # noqa: S101  (it is a product)
-        return min(sum(self.ranks(name)), change.left.shape[0], change.right.shape[1])
+        return change.left.shape[0], change.right.shape[1]
 
     def common_rank(self, name: str, **_options: Any) -> int:
         """Rank of the factors of a tensor where experts have the same one."""

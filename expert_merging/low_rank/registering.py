@@ -12,6 +12,7 @@ from expert_merging.errors import Problems
 from expert_merging.low_rank.adapter_output import MergedAdapter
 from expert_merging.low_rank.changes import Changes
 from expert_merging.low_rank.factors import Factors
+from expert_merging.machine import gib
 from expert_merging.method import Preparation, Prepare, accepted, enter_method
 from expert_merging.outputs import Copied, Merged, Output, Slot, mirror_of
 from expert_merging.parts import Part
@@ -78,7 +79,7 @@ def register_on_factors(
                 made = (entry for name, factors in merged.items() for entry in adapter.tensors(name, factors))
                 return {"low_rank": merged, "made": dict(made)}
 
-            return Preparation(run, notes=_notes(changes))
+            return Preparation(run, notes=_notes(changes, ranks(changes, given)))
 
         def outputs(context: Context, **given: Any) -> tuple[Output, ...]:
             changes = Changes.of(context.plan, begin.__name__)
@@ -94,6 +95,7 @@ def register_on_factors(
             promises=frozenset(),
             prepare=Prepare(prepare, ("low_rank",)),
             outputs=outputs,
+            mirrors_with=lambda given: given["output"] == "dense",
             **fields,
         )
         return begin
@@ -128,6 +130,10 @@ def _dense(context: Context, changes: Changes) -> Output:
     return replace(output, files={file: tuple(map(source_of, slots)) for file, slots in output.files.items()})
 
 
-def _notes(changes: Changes) -> tuple[str, ...]:
+def _notes(changes: Changes, ranks: Mapping[str, int]) -> tuple[str, ...]:
     averaged = f", and {len(changes.others)} are averaged, which are trained otherwise" if changes.others else ""
-    return (f"{len(changes.products)} tensors are merged by their factors{averaged}",)
+    entries = sum(rank * sum(changes.shape(name)) for name, rank in ranks.items())
+    return (
+        f"{len(changes.products)} tensors are merged by their factors{averaged}; the merged factors take "
+        f"{gib(4 * entries)} of memory",
+    )
