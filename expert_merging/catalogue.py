@@ -8,12 +8,14 @@ from typing import Any
 
 from expert_merging.errors import InputError, near_name
 from expert_merging.learned import methods as learned_methods
+from expert_merging.low_rank import robust, spaces, weighted
 from expert_merging.method import TABLE, Method
 from expert_merging.methods import (
     ace,
     arcee,
     breadcrumbs,
     calibration,
+    cart,
     competition,
     consensus,
     dare,
@@ -55,6 +57,7 @@ KINDS = {
         widen,
         spectral,
         truncation,
+        cart,
         wudi,
         ace,
         opcm,
@@ -63,6 +66,7 @@ KINDS = {
         lore,
         superposition,
     ),
+    "adapters": (spaces, robust, weighted),
     "several artefacts": (tall, emr),
     "modifiers": (consensus, calibration, featcal),
     "statistics": (regmean, mats),

@@ -17,11 +17,11 @@ from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.other_files import other_files
 from expert_merging.checkpoints.sources import locate_all
 from expert_merging.checkpoints.vocabulary import check_size
+from expert_merging.closed_form import check_one_per_expert
 from expert_merging.console import Terminal
 from expert_merging.context import Context
 from expert_merging.documents import resolved as resolved_path
 from expert_merging.errors import InputError, Problems
-from expert_merging.flags import is_one_per_expert
 from expert_merging.machine import limit_threads
 from expert_merging.merged_tokenizer import choose_word_tables, is_wanted
 from expert_merging.method import Preparation, Unit, coarsest
@@ -106,7 +106,8 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
     backbone = backbone.beside(plan.base.folder)
     limit_threads()
     processes = join(device, runs_models=resolved.reads_samples)
-    _check_one_per_expert(resolved, tuple(plan.experts))
+    named = {name: option for step in resolved.steps for name, option in step.options.items()}
+    check_one_per_expert(named, resolved.options, tuple(plan.experts))
     description = {**_describe(resolved, backbone, plan, device), "asking": wording.record}
     run = _open_run(resolved, backbone, plan, description)
     seed = description["seed"]
@@ -162,22 +163,6 @@ def _check_sizes(plan: Plan, *, experts_too: bool) -> None:
         with problems.collecting():
             check_size(name if model is plan.base else f"expert {name}", model)
     problems.check()
-
-
-def _check_one_per_expert(resolved: Resolved, experts: tuple[str, ...]) -> None:
-    """Check that options that take a number for each expert have as many.
-
-    Raises:
-        InputError: there are more or fewer.
-    """
-    named = {name: option for step in resolved.steps for name, option in step.options.items()}
-    problems = [
-        f"--{name} has {len(value)} values for {len(experts)} experts ({', '.join(experts)})"
-        for name, value in resolved.options.items()
-        if isinstance(value, list) and is_one_per_expert(named[name].annotation) and len(value) != len(experts)
-    ]
-    if problems:
-        raise InputError(*problems)
 
 
 def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -> dict[str, Any]:
@@ -266,7 +251,7 @@ def _check_rest(job: Job) -> Job:
         description["inputs"] |= preparation.inputs
     if resolved.general["run_tests"]:
         with problems.collecting():
-            _check_questions(job)
+            _check_questions(job, outputs)
     # The main process writes to the folder while the others start, so it alone looks at it.
     if is_main_process() and not problems.found:
         with problems.collecting():
@@ -294,8 +279,14 @@ def _with_word_tables(word_tables: WordTables, outputs: Sequence[Output], method
     return tuple(map(word_tables.applied, outputs))
 
 
-def _check_questions(job: Job) -> None:
-    """Check that the merged model can be loaded and asked, for which it needs what its base needs."""
+def _check_questions(job: Job, outputs: Sequence[Output]) -> None:
+    """Check that the merged model can be loaded and asked, for which it needs what its base needs.
+
+    Raises:
+        InputError: it cannot, or there is none.
+    """
+    if outputs and not any(output.is_model for output in outputs):
+        raise InputError("--run_tests asks a merged model, and this run writes none; leave it out")
     backbone, base = job.context.backbone, job.context.plan.base.folder
     job.context.plan.refuse_contained()
     backbone.parameter_names(base)

@@ -156,7 +156,7 @@ def write_output(
                 advance(sizes[file], file)
                 continue
             summary.squares |= merger.write(slots, output.header(file), target, advance, kept)
-    if processes.rank == 0 and output.is_model:
+    if processes.rank == 0:
         _complete(output, plan.base, folder)
     return summary
 
@@ -173,14 +173,15 @@ def _is_kept(target: Path, kept: Kept | None) -> bool:
 
 
 def _complete(output: Output, base: Checkpoint, folder: Path) -> None:
-    """Write what a model's folder has beside weights."""
-    copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
+    """Write what a folder has beside weights."""
+    if output.is_model:
+        copy_other_files(base, folder, index=output.is_mirror, but=output.beside)
     for name, content in output.beside.items():
         if isinstance(content, Path):
             copy_file(content, folder / name)
         elif content is not None:
             write_atomically(folder / name, content)
-    if output.makes_index or (len(output.files) > 1 and not (folder / INDEX).exists()):
+    if output.makes_index or (output.is_model and len(output.files) > 1 and not (folder / INDEX).exists()):
         write_atomically(folder / INDEX, output.index())
     if output.edit is not None:
         write_atomically(folder / "config.json", (json.dumps(output.edit(base.config), indent=2) + "\n").encode())
@@ -281,6 +282,7 @@ class _Merger:
         self.held = len(plan.experts) * (1 + copies)
         self.merged = frozenset(plan.merged)
         self.reader = Reader(plan, device)
+        self.base_reader = Reader(plan.only(()), device)
         self.block = block_entries(device)
         workers = Workers.for_entries(plan.base_elements, device)
         self.workers = workers if unit in ("entries", "rows") else Workers(whole_workers(plan.base_elements, device))
@@ -415,8 +417,10 @@ class _Merger:
             place.slot.source: place.slot for place in places
         }  # of a head tied to embeddings, both have one source
         buffers = {source: self._buffer(part, slot) for source, slot in slots.items()}
-        with self.memory.taking(need), self.reader.streaming():
-            for piece, base, task_vectors in pieces_of(self.reader, part, self.unit):
+        reads_experts = any(isinstance(source, Merged) and source.reads_experts for source in slots)
+        reader = self.reader if reads_experts else self.base_reader
+        with self.memory.taking(need), reader.streaming():
+            for piece, base, task_vectors in pieces_of(reader, part, self.unit):
                 made = self.rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
                 results = made if isinstance(made, Mapping) else {"merged": made}
                 for source, buffer in buffers.items():

@@ -108,6 +108,7 @@ class Method:
         parts: ``(task_vectors, *needs, **options) -> (experts, *shape)``: what each expert adds to the result, which is
             their sum; for methods that are such a sum.
         outputs: ``(context, **options) -> outputs``, what is written; by default the base's mirror.
+        mirrors_with: whether that is a mirror of the base with these options, where it depends on them.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Method:
     prepare: Prepare | None = None
     parts: Callable[..., Tensor] | None = None
     outputs: Callable[..., tuple[Output, ...]] = mirror
+    mirrors_with: Callable[[Mapping[str, Any]], bool] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a record that no run could use."""
@@ -168,6 +170,10 @@ class Method:
     def reads_samples_with(self, options: Mapping[str, Any]) -> bool:
         """Whether it runs models on calibration samples with these options."""
         return self.reads_samples and (self.reads_with is None or self.reads_with(options))
+
+    def writes_mirror_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether it writes one model of the base's kind with these options."""
+        return self.outputs is mirror or (self.mirrors_with is not None and self.mirrors_with(options))
 
     @property
     def is_closed_form(self) -> bool:

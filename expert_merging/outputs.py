@@ -33,11 +33,13 @@ class Merged:
         name: the tensor.
         result: which of the merge function's results; ``merged`` is added to the base.
         packed: entries of the tensor that one entry of the result stands for.
+        reads_experts: the function is given the experts' task vectors; else it needs none, and gets ``(0, *shape)``.
     """
 
     name: str
     result: str = "merged"
     packed: int = 1
+    reads_experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Output:
         is_model: the folder can be loaded: it gets the base's other files, a card, and an index where it needs one.
         about: what else the card says of the model, in Markdown.
         beside: files beside weights that are not the base's, by name: their content, the file that is copied, or None
-            where there is none.
+            where there is none; also of a folder that is no model.
     """
 
     files: Mapping[str, tuple[Slot, ...]]

@@ -43,8 +43,8 @@ def check_publication(job: Job) -> tuple[str, ...]:
         return ()
     if len(job.models) != 1 or job.context.run.holds_several:
         raise InputError(
-            f"--push_to_hub publishes one model, and {job.resolved.method.name} leaves several; publish each with "
-            "`hf upload`"
+            f"--push_to_hub publishes one model, and {job.resolved.method.name} leaves "
+            f"{'several; publish each' if job.models else 'none here; publish its adapter'} with `hf upload`"
         )
     repository = read_id(name)
     if repository is None or repository.revision:

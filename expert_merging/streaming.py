@@ -155,7 +155,7 @@ class Reader(threading.local):
         for piece, base, task_vectors in pieces:
             # A sum is NaN or infinite if one entry is, and costs one pass; only then is the culprit looked for. To
             # know it, the host waits for the copies to the device, so that its buffers can be used again.
-            if not math.isfinite(task_vectors.sum()):
+            if not math.isfinite((task_vectors if len(task_vectors) else base).sum()):
                 _refuse_non_finite(self.plan, piece, task_vectors)
             yield piece, base, task_vectors
 

@@ -52,7 +52,7 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         *(job.wording.lines if job.resolved.reads_samples else ()),
         *job.wording.gets,
         *(note for preparation in job.preparations for note in preparation.notes),
-        _sources(job),
+        *([_sources(job)] if job.models else []),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
         f"{gib(merging_memory(job))} of memory on {job.context.device}",
     ]
@@ -177,6 +177,8 @@ def log_result(job: Job, summary: Summary | None, seconds: float) -> None:
     for output in job.outputs:
         if output.is_model:
             _log_model(job, output)
+    if not job.models:
+        logger.info("result:       %s", run.model)
 
 
 def _log_model(job: Job, output: Output) -> None:

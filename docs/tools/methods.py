@@ -24,6 +24,7 @@ FLAGS = PAGES / "flags"
 # In the order in which they are shown: the name of a kind, and what its methods have in common.
 KINDS = {
     "closed form": "A formula of the task vectors. Needs the checkpoints and nothing else.",
+    "adapters": "A closed form of LoRA adapters, which merges their factors. Full models are refused.",
     "statistics": "A closed form that also needs statistics of the models on calibration samples.",
     "learned": "Coefficients that gradient descent learns on calibration samples.",
     "search": "Coefficients that a search without gradients finds by a score.",

@@ -119,6 +119,19 @@ class Adapter(Checkpoint):
         """The flattened tensor ``(entries,)``; pages of a file where it is in one."""
         return self.read(name) if self.entries[name].name in self._adapted else super().mapped(name)
 
+    def changes(self, name: str) -> bool:
+        """Whether a tensor of the base is another one here."""
+        return self.entries[name] != self.base.entries[name]
+
+    def product(self, name: str) -> Change | None:
+        """The product of two matrices that is all that is added to a tensor of the base; None where that is not all."""
+        adapted = self._adapted.get(self.entries[name].name)
+        if adapted is None or adapted.change is None or adapted.change.right is None:
+            return None
+        is_all = adapted.change.magnitude is None and adapted.replacing is None
+        start = adapted.start.entry
+        return adapted.change if is_all and self.base.entries.get(start.name) == start else None
+
     def numbers(self, entry: Entry, start: int, stop: int) -> Tensor:
         """Entries ``[start, stop)`` of a tensor in a file, ``(stop - start,)`` float32."""
         import torch

@@ -23,7 +23,6 @@ from expert_merging.console import Terminal
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, about
 from expert_merging.options import Resolved, resolve
-from expert_merging.outputs import mirror
 from expert_merging.progress import Progress
 from expert_merging.questions.labelled import Question, digest_of
 from expert_merging.run import Run
@@ -189,7 +188,7 @@ def _check_kind(resolved: Resolved) -> None:
     Raises:
         InputError: it does not.
     """
-    if resolved.method.outputs is not mirror:
+    if not resolved.method.writes_mirror_with(resolved.options):
         raise InputError(f"{resolved.method.name} writes something else than one model, so it cannot be swept")
     changed = [name for name in ("tokenizer", "embeddings") if resolved.general[name] is not None]
     if changed:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.card import inline
+from expert_merging.closed_form import ClosedForm
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, enter_method
 from expert_merging.mixtures.options import DESCRIBED, OF_SAMPLES, MixtureOptions, reads_samples
 from expert_merging.mixtures.routers import deviation_of, random_routers, zero_routers
-from expert_merging.mixtures.shared import Shared
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.outputs import Output, shards
 from expert_merging.parts import Part
@@ -62,7 +63,8 @@ def moe(context: Context, **options: Any) -> Preparation:
     with problems.collecting():
         _check_counts(chosen, len(chosen.members(context.plan)))
     with problems.collecting():
-        shared = Shared.of(chosen.shared, context, mixture.shared if mixture else ())
+        own = replace(context, plan=replace(context.plan, merged=mixture.shared if mixture else ()))
+        shared = ClosedForm.of(chosen.shared, own, "shared")
     with problems.collecting():
         deviation = deviation_of(context.plan.base) if chosen.kind == "random" else 0.0
     if mixture is not None and chosen.kind in OF_SAMPLES:

@@ -2,7 +2,9 @@
 
 `elsewhere.json` has the merged task vectors that these programs gave in float64: ``mergekit`` (arcee-ai/mergekit at
 a6e4028), and ``authors``: declare-lab/della at 8067515 with the random numbers of `numbers`, duguodong7/pcb-merging at
-5897888, harveyhuang18/EMR_Merging at cc225ec, yule-BUAA/MergeLLM at 9178ef9.
+5897888, harveyhuang18/EMR_Merging at cc225ec, yule-BUAA/MergeLLM at 9178ef9; of adapters,
+apanariello4/core-space-merging at 85176fa, gstoica27/KnOTS at baa35e8, and AuroraZengfh/RobustMerge at 1212802, whose
+factors are multiplied.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""The closed form that merges what the experts of a mixture share."""
+"""A closed form inside another method, given in one text such as ``ties density=0.2``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, about, near_name
-from expert_merging.flags import current_name
+from expert_merging.flags import Option, current_name, is_one_per_expert
 from expert_merging.method import Method, Preparation
 from expert_merging.plan import Rule
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A closed form, prepared for the tensors that are shared and for no others.
+class ClosedForm:
+    """A closed form that merges some tensors of a run.
 
     Args:
         method: the closed form.
@@ -30,24 +30,28 @@ class Shared:
     preparation: Preparation
 
     @classmethod
-    def of(cls, given: str, context: Context, names: tuple[str, ...]) -> Shared:
-        """The closed form of a text such as ``ties density=0.2``.
+    def of(cls, given: str, context: Context, flag: str) -> ClosedForm:
+        """The closed form of a text.
 
         Args:
             given: its name, and options that differ from its defaults.
-            context: the run.
-            names: names of the tensors that are shared.
+            context: the run, with no other tensors to merge.
+            flag: where the user gives it, for messages.
 
         Raises:
             InputError: there is none, or it cannot merge these experts.
         """
-        own = replace(context, plan=replace(context.plan, merged=names))
         name, *settings = given.split() or [""]
-        with about(f"--shared {given}"):
+        with about(f"--{flag} {given}"):
             method: Method = context.find_method(name)
             _check_closed_form(method)
             options = method.defaults(context.backbone.defaults) | _read(settings, method)
-            return cls(method, options, own, method.prepared(own, options))
+            check_one_per_expert(method.options, options, tuple(context.plan.experts))
+            return cls(method, options, context, method.prepared(context, options))
+
+    def on(self, context: Context) -> ClosedForm:
+        """The same for other tensors."""
+        return replace(self, context=context, preparation=self.method.prepared(context, self.options))
 
     @property
     def described(self) -> str:
@@ -69,6 +73,21 @@ def _check_closed_form(method: Method) -> None:
             "that is no closed form; choose a method that merges the base and experts alone into one dense model, such "
             "as weight_average, task_arithmetic, ties or svd"
         )
+
+
+def check_one_per_expert(known: Mapping[str, Option], values: Mapping[str, Any], experts: Sequence[str]) -> None:
+    """Check that options that take a number for each expert have as many.
+
+    Raises:
+        InputError: there are more or fewer.
+    """
+    problems = [
+        f"--{name} has {len(value)} values for {len(experts)} experts ({', '.join(experts)})"
+        for name, value in values.items()
+        if isinstance(value, list) and is_one_per_expert(known[name].annotation) and len(value) != len(experts)
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def _read(settings: list[str], method: Method) -> dict[str, Any]:

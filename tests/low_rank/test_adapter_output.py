@@ -1,0 +1,144 @@
+"""Merged adapters: peft loads them, and they are the dense result."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MistralForCausalLM
+
+from tests.adapters import merged_by_peft, save_adapter
+from tests.checkpoints import BASE, tensors_of
+from tests.command import contents, flags, merged, refusal
+from tests.low_rank.adapters import Zoo, assert_near, draw, pairs_of, write_adapter, write_zoo
+
+ADAPTER = ("--output", "adapter")
+SUM = ("--method", "core_space", "--inner", "task_arithmetic scaling_coefficient=1")
+
+
+def again(zoo: Zoo, folder: Path, output: Path) -> dict[str, torch.Tensor]:
+    """What an adapter adds to the base, as one expert of a merge."""
+    alone = Zoo(zoo.base, {"Merged": folder})
+    return alone.change(output, "--method", "task_arithmetic", "--scaling_coefficient", 1)
+
+
+def without_base_s_embedding(folder: Path) -> None:
+    """Peft saves an embedding beside its factors, in case that it was resized."""
+    file = folder / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "base_layer" not in name}
+    assert len(kept) == len(load_file(file)) - 1
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_peft_loads_a_merged_adapter_as_the_dense_result(tiny_zoo, tmp_path):
+    base = tiny_zoo / BASE
+    load = partial(MistralForCausalLM.from_pretrained, base)
+    settings = {
+        "A": {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "lora_alpha": 3},
+        "B": {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    }
+    experts = {
+        name: save_adapter(load, tmp_path / name, seed=number, task_type="CAUSAL_LM", **own)
+        for number, (name, own) in enumerate(settings.items())
+    }
+    without_base_s_embedding(experts["A"])
+    given = ["--method", "core_space", "--inner", "ties", "--exclude_params", "none", *flags(base, **experts)]
+    dense = merged(tmp_path / "dense", *given)
+    adapter = merged(tmp_path / "adapter", *given, *ADAPTER)
+    assert set(contents(adapter.model)) == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((adapter.model / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (6, 6, "CAUSAL_LM")
+    assert set(config["rank_pattern"].values()) == {2, 4}
+    assert config["base_model_name_or_path"] == str(base)
+    loaded = merged_by_peft(load, adapter.model).state_dict()
+    expected = tensors_of(dense.model)
+    assert not expected["model.embed_tokens.weight"].equal(tensors_of(base)["model.embed_tokens.weight"])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert f"result:       {adapter.model}" in adapter.log.read_text()
+
+
+@pytest.mark.parametrize("method", ["core_space", "knots"])
+def test_a_merged_adapter_is_an_expert_again(method, tmp_path):
+    zoo = write_zoo(tmp_path, pairs_of(), alpha=5)
+    given = ("--method", method, "--scaling_coefficient", 0.7)
+    run = merged(tmp_path / "out", *given, *ADAPTER, *zoo.flags)
+    assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *given))
+
+
+def test_factors_of_transposed_weights_stay_transposed(tmp_path):
+    """As of GPT-2's layers, whose files have inputs as rows."""
+    pairs = pairs_of({"A": 2, "B": 1}, {"c_attn": (6, 6), "c_proj": (4, 7)})
+    turned = {
+        expert: {module: (right.T, left.T) for module, (left, right) in own.items()} for expert, own in pairs.items()
+    }
+    zoo = write_zoo(tmp_path, pairs)
+    experts = {
+        name: write_adapter(tmp_path / f"turned {name}", own, fan_in_fan_out=True) for name, own in turned.items()
+    }
+    given = Zoo(zoo.base, experts)
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *given.flags)
+    assert json.loads((run.model / "adapter_config.json").read_text())["fan_in_fan_out"]
+    assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *SUM))
+
+
+def test_factors_of_convolutions_keep_their_shape(tmp_path):
+    pairs = pairs_of({"A": 2, "B": 3}, {"conv": (5, 12)})
+    zoo = write_zoo(tmp_path, pairs)
+    file = zoo.base / "model.safetensors"
+    save_file({**load_file(file), "conv.weight": torch.zeros(5, 3, 2, 2)}, file, metadata={"format": "pt"})
+    for folder in zoo.experts.values():
+        file = folder / "adapter_model.safetensors"
+        shapes = {"lora_A": (-1, 3, 2, 2), "lora_B": (5, -1, 1, 1)}
+        shaped = {name: tensor.reshape(shapes[name.split(".")[-2]]) for name, tensor in load_file(file).items()}
+        save_file(shaped, file, metadata={"format": "pt"})
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *zoo.flags)
+    stored = load_file(run.model / "adapter_model.safetensors")
+    assert {name.split(".")[-2]: tuple(tensor.shape) for name, tensor in stored.items()} == {
+        "lora_A": (5, 3, 2, 2),
+        "lora_B": (5, 5, 1, 1),
+    }
+    assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *SUM))
+
+
+def test_the_rank_of_an_adapter_can_be_chosen(tmp_path):
+    zoo = write_zoo(tmp_path, pairs_of())
+    cut = (*SUM, "--merged_rank", 2)
+    run = merged(tmp_path / "out", *cut, *ADAPTER, *zoo.flags)
+    config = json.loads((run.model / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (2, {})
+    assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *cut), 1e-5)
+
+
+def test_a_run_is_not_continued_with_another_output(tmp_path, capsys):
+    zoo = write_zoo(tmp_path, pairs_of())
+    named = ("--run_name", "r", "--output_path", tmp_path / "out")
+    merged(tmp_path / "out", *SUM, *zoo.flags, "--run_name", "r")
+    assert "holds a different run" in refusal(capsys, *SUM, *ADAPTER, *zoo.flags, *named)
+
+
+def test_what_is_trained_as_a_whole_has_no_place_in_an_adapter(tmp_path, capsys):
+    zoo = write_zoo(tmp_path, pairs_of())
+    file = zoo.experts["A"] / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.norm.weight": torch.ones(4)}, file, metadata={"format": "pt"})
+    assert refusal(capsys, *SUM, *ADAPTER, *zoo.flags) == (
+        "--output adapter: norm.weight is trained otherwise than by two factors, which a merged adapter has no place "
+        "for; exclude it (--exclude_params), or write a dense model"
+    )
+    merged(tmp_path / "out", *SUM, *ADAPTER, *zoo.flags[:-1], "norm.*")
+
+
+def test_experts_that_name_their_modules_differently_make_no_adapter(tmp_path, capsys):
+    pair = {"layers.0.q_proj": (draw(9, 1, seed=1), draw(1, 6, seed=2))}
+    zoo = write_zoo(tmp_path, {"A": pair})
+    other = write_adapter(tmp_path / "B", {f"model.{name}": own for name, own in pair.items()})
+    given = flags(zoo.base, A=zoo.experts["A"], B=other)
+    merged(tmp_path / "out", *SUM, *given, "--exclude_params", "none")
+    assert refusal(capsys, *SUM, *ADAPTER, *given, "--exclude_params", "none") == (
+        "--output adapter: A and B name the factors of layers.0.q_proj.weight differently, as different versions of "
+        "transformers do; save them again with one version, or write a dense model"
+    )
