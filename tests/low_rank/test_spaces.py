@@ -216,3 +216,14 @@ def test_a_base_that_is_damaged_is_named(tmp_path, capsys):
     zoo = write_zoo(tmp_path, pairs_of(), base=float("nan"))
     line = refusal(capsys, "--method", "core_space", *zoo.flags, "--output_path", tmp_path / "out")
     assert line.startswith("the base has 84 NaN or infinite values in layers.1.q_proj.weight")
+
+
+@pytest.mark.parametrize("inner", ["svd", "iso", "cart cart_rank_ratio=1"])
+def test_methods_that_turn_with_the_space_give_what_they_give_of_whole_matrices(inner, tmp_path):
+    """Where there is room for all directions of every expert, as there is in large matrices."""
+    pairs = pairs_of({"A": 2, "B": 2}, {"layers.0.q_proj": (14, 11), "layers.0.k_proj": (9, 12)})
+    zoo = write_zoo(tmp_path, pairs)
+    name, *options = inner.split()
+    given = [piece for option in options for piece in ("--" + option.split("=")[0], option.split("=")[1])]
+    expected = zoo.change(tmp_path / "dense", "--method", name, *given)
+    assert_near(zoo.change(tmp_path / "out", "--method", "core_space", "--inner", inner), expected, 1e-4)
