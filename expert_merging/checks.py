@@ -115,6 +115,8 @@ def check(resolved: Resolved, backbone: Backbone, terminal: Terminal) -> Job:
         seed = description["seed"] = from_main_process(run.recorded_seed(seed))
     if from_main_process(run.would_go_on(description)):
         run = run.longer
+    if resolved.general["keep_targets"]:
+        run.targets = run.common_targets
     context = Context(
         plan=plan,
         backbone=backbone,
@@ -212,10 +214,7 @@ def _open_run(resolved: Resolved, backbone: Backbone, plan: Plan, description: M
     with problems.collecting():
         _check_output(folder, [plan.base.folder, *(expert.folder for expert in plan.experts.values())])
     problems.check()
-    run = Run(folder)
-    if not resolved.general["keep_targets"]:
-        run.targets = None
-    return run
+    return Run(folder)
 
 
 def _check_output(folder: Path, checkpoints: Sequence[Path]) -> None:

@@ -43,6 +43,7 @@ class Run:
         owner: the folder of the run that this is, or is a stage of.
         kept: digests of what the run has written.
         holds_several: the result is a folder of models, ``models/``, instead of one.
+        targets: where what experts say is kept for other runs; None to keep nothing.
     """
 
     def __init__(self, folder: Path, work: Path | None = None) -> None:
@@ -59,8 +60,7 @@ class Run:
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
         self.magnitudes = folder / "magnitudes.json"
-        # Shared by all runs of an output folder; None to keep nothing there.
-        self.targets: Path | None = folder.parent.parent / "targets"
+        self.targets: Path | None = None
         self._work_in(work or folder)
         self._lock: int | None = None
 
@@ -88,6 +88,11 @@ class Run:
             if run.is_complete and folder in (run.folder, run.model):
                 return run
         return None
+
+    @property
+    def common_targets(self) -> Path:
+        """Where all runs of its output folder keep what experts say."""
+        return self.folder.parent.parent / "targets"
 
     @property
     def method(self) -> str:

@@ -397,7 +397,7 @@ def test_unknown_flags_are_answered_with_the_near_name():
         "no flag --sede. Did you mean '--seed'?",
     ]
     (unknown,) = problems("--zzzqqq", "1")
-    assert unknown.startswith("no flag --zzzqqq. Known: --ace_ridge, --base_model_path, --batch_tokens, ")
+    assert unknown.startswith("no flag --zzzqqq. Known: --ace_ridge, --adapter_weights, --base_model_path, ")
     assert problems("--listmethods") == ["no flag --listmethods. Did you mean '--list_methods'?"]
 
 
@@ -518,7 +518,7 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
 
 def test_help_says_which_methods_have_an_option_and_what_it_is_without_a_value():
     text = " ".join(build_parser(FAMILY).format_help().split())
-    assert "expert keeps, over all merged parameters. Takes a number in (0, 1]. Default: 0.2 (ties, dare_ties," in text
+    assert "Takes a number in (0, 1]. Default: 0.2 (ties, dare_ties," in text
     assert "Default: 1/experts." in text
     assert "Default: adam (wudi, doge_ta), by variant (wudi2)." in text
     assert "Default: 1e-05 (wudi), by solver (wudi2)" in text

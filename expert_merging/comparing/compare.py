@@ -255,7 +255,7 @@ def _measure(
 def _targets(compared: Sequence[Compared]) -> Path | None:
     """Where the runs keep what their experts say; None where none is in its output folder."""
     places = (
-        model.run.targets
+        model.run.common_targets
         for model in compared
         if model.run is not None
         and model.record is not None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 
 from expert_merging.questions.calibration import Sample
-from expert_merging.run import Run
 from expert_merging.running import kept_targets, targets
 from tests.checkpoints import BASE, EXPERTS, perturb
+from tests.command import merged
 from tests.learned.training import make_trainer
 
 CPU = torch.device("cpu")
@@ -33,6 +32,7 @@ def makers(tiny_zoo, tmp_path, monkeypatch):
         run = tmp_path / "out" / "method" / name
         run.mkdir(parents=True, exist_ok=True)
         trainer = make_trainer(zoo, run, **options)
+        trainer.context.run.targets = trainer.context.run.common_targets
         maker = trainer.settings.asked.target_maker(trainer.context, layers, CPU)
         return maker, list(trainer.settings.asked.samples)
 
@@ -162,8 +162,9 @@ def test_a_folder_that_cannot_be_written_to_stops_nothing(makers, caplog):
     assert "what experts say cannot be kept in" in caplog.text
 
 
-def test_nothing_is_kept_where_that_is_not_wanted(makers, tiny_zoo):
-    maker, samples = makers("first")
-    replace(maker, kept=None).make(samples)
-    assert not makers.folder.exists()
-    assert Run(makers.folder).targets == makers.folder.parent.parent / "targets"
+def test_a_run_keeps_them_beside_all_runs_unless_that_is_not_wanted(tiny_zoo, tmp_path):
+    given = ["--method", "regmean", "--cache_dir", tiny_zoo, "--data_dir", tiny_zoo / "dataset", "--max_new_tokens", 4]
+    merged(tmp_path / "kept", *given)
+    assert {folder.name.split("-")[0] for folder in (tmp_path / "kept" / "targets").iterdir()} == {*EXPERTS}
+    merged(tmp_path / "not", *given, "--keep_targets", "false")
+    assert {folder.name for folder in (tmp_path / "not").iterdir()} == {"regmean"}
