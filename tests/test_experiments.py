@@ -60,6 +60,6 @@ def test_an_experiment_ends_in_its_page(tiny_zoo, tmp_path, monkeypatch):
     command = ["sweep", str(FOLDER / "importance.yaml"), "--family", "Mistral", "--config", "zoo.yaml", *given]
     assert main(command) == 0
     page = (tmp_path / "results" / "importance.html").read_text()
-    for words in ("Importance and chunks", "Coefficients", "method expert_merging++</"):
+    for words in ("Importance and chunks", "Coefficients", "expert_merging++</"):
         assert words in page, words
     assert len([*tmp_path.glob("out/*/*/model")]) == 2

@@ -109,7 +109,12 @@ def _value(text: str) -> Any:
 
 
 def label_of(point: Mapping[str, Any]) -> str:
-    """A point in words."""
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in point.items()
-    )
+    """A point in words: a method is its name alone, and factors of 0 by expert are left out."""
+    return ", ".join(_words(name, value) for name, value in point.items())
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, dict) and all(isinstance(factor, int | float) for factor in value.values()):
+        value = ", ".join(f"{key}: {factor}" for key, factor in value.items() if factor) or "0"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if name == "method" else f"{name} {text}"

@@ -40,7 +40,13 @@ def test_every_combination_is_a_point_once():
         {"method": method, "scaling_coefficient": number} for method in ("ties", "svd") for number in (0.1, 0.2)
     ]
     assert points_of([grid, {"method": "weight_average"}, grid]) == [*points, {"method": "weight_average"}]
-    assert label_of(points[0]) == "method ties, scaling_coefficient 0.1"
+    assert label_of(points[0]) == "ties, scaling_coefficient 0.1"
+    alone = {"method": "task_arithmetic", "scaling_coefficient": {"Chat": 0, "Math": 1}}
+    assert label_of(alone) == "task_arithmetic, scaling_coefficient Math: 1"
+    assert (
+        label_of({"scaling_coefficient": {"Chat": 0, "Math": 0}, "post": ["svc"]})
+        == 'scaling_coefficient 0, post ["svc"]'
+    )
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo,
     shown = capsys.readouterr().out
     assert str(page) in shown
     for words in (
-        "method ties</th>",
-        "method task_arithmetic, scaling_coefficient 0.3</th>",
+        ">ties</th>",
+        ">task_arithmetic, scaling_coefficient 0.3</th>",
         "Scores: mine",
         "Learning",
     ):
@@ -270,7 +270,7 @@ def test_a_plan_is_shown_and_same_points_are_one(command, tmp_path, capsys):
     assert sweep(*command, *given) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"3 points would be scored, in {tmp_path / 'out' / 'sweeps' / 'Mistral-'}")
-    assert lines[1:] == ["method weight_average, density 0.1", "method ties, density 0.1", "method ties, density 0.2"]
+    assert lines[1:] == ["weight_average, density 0.1", "ties, density 0.1", "ties, density 0.2"]
     assert not (tmp_path / "out").exists()
 
 
@@ -310,9 +310,9 @@ def test_what_cannot_be_swept_is_said(command, questions, tmp_path, capsys):
         capsys, *command, *one, "--scalin_coefficient", "1"
     )
     assert refusal(capsys, *command, "--sweep", "method=tall,ties", "--sweep", "density=0.5,7") == [
-        "point method tall, density 0.5: tall writes something else than one model, so it cannot be swept",
-        "point method tall, density 7: tall writes something else than one model, so it cannot be swept",
-        "point method ties, density 7: --density must be a number in (0, 1], got 7; for 7 % write 0.07",
+        "point tall, density 0.5: tall writes something else than one model, so it cannot be swept",
+        "point tall, density 7: tall writes something else than one model, so it cannot be swept",
+        "point ties, density 7: --density must be a number in (0, 1], got 7; for 7 % write 0.07",
     ]
     assert refusal(capsys, *command, *one, "--tokenizer", "union") == [
         "point scaling_coefficient 0.1: --tokenizer makes a model with other words than the base's, so it cannot be "
