@@ -14,6 +14,7 @@ from expert_merging.comparing.columns import BENCHMARKS, VLMEVALKIT, joined
 from expert_merging.comparing.evaluated import show
 from expert_merging.comparing.finished import read_answers, read_runs
 from expert_merging.comparing.imported import read_folder
+from expert_merging.comparing.report import _others
 from expert_merging.comparing.report_tables import (
     answer_tables,
     divergence_tables,
@@ -23,14 +24,24 @@ from expert_merging.comparing.report_tables import (
 )
 from expert_merging.comparing.run_tables import csv_table, json_table, markdown_table
 from expert_merging.comparing.runs import find_runs, ordered
-from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, read_scores
+from expert_merging.comparing.scores_file import (
+    Scores,
+    SetScore,
+    TaskScore,
+    add_scores,
+    as_json,
+    read_scores,
+)
 from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.errors import InputError
 from expert_merging.outcome import Meter
 from expert_merging.questions.labelled import digest_of, load_questions
 from expert_merging.run import Run
 
-MEASURED = tuple(f"ties/a/{name}" for name in ("config.json", "outcome.json", "scores.json", "responses.json"))
+MEASURED = (
+    *(f"ties/a/{name}" for name in ("config.json", "outcome.json", "scores.json", "responses.json")),
+    "models.json",
+)
 
 
 def measure(folder: Path) -> None:
@@ -47,6 +58,8 @@ def measure(folder: Path) -> None:
         run.responses.write_text(json.dumps({"Chat/0/why": {"response": "so"}, "digest": "x"}))
     answers = [{"task": "Chat", "question": "why", "right": ["so"], "answers": {"ties/a": {"text": "so", "points": 1}}}]
     (folder / "answers.json").write_text(json.dumps(answers))
+    models = {"base": {"folder": "base"} | as_json(Scores({"quiz": SetScore({"Chat": task})}))}
+    (folder / "models.json").write_text(json.dumps({"models": models}))
 
 
 def read_measured(folder: Path) -> None:
@@ -61,7 +74,8 @@ def read_measured(folder: Path) -> None:
     answer_tables(read_answers(folder / "answers.json"))
     for tables in (divergence_tables, option_tables, response_tables):
         tables(runs)
-    score_table("quiz", {run.label: one for run in runs for one in run.scores.sets.values()})
+    scores = {**_others([str(folder / "models.json")], runs), **{run.label: run.scores for run in runs}}
+    score_table("quiz", {label: one for label, own in scores.items() for one in own.sets.values()})
 
 
 def sweep(folder: Path) -> None:
