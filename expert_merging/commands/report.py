@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="questions with the answers of several models, as evaluate --answers writes them",
     )
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="scores of models that no run has made, such as base and experts, as evaluate --json writes them; may be "
+        "repeated",
+    )
 
 
 def run(given: Mapping[str, Any], console: Console) -> None:

@@ -98,13 +98,19 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console,
         name, sets = _ask_questions(compared, options)
         for label, score in sets.items():
             found[label][name] = score
-    if tasks is not None:
-        for label, measured in _ask_tasks(tasks, options):
-            public[label].add(measured)
-    for label, measured in public.items():
-        if measured.tasks:
-            found[label][BENCHMARKS] = joined(earlier[label].sets.get(BENCHMARKS), measured.tasks)
+    for model, measured in () if tasks is None else _ask_tasks(tasks, options):
+        public[model.label].add(measured)
+        if model.run is not None:  # hours may follow
+            add_scores(model.run.scores, Scores(_benchmarks(earlier, model.label, public)))
+    for model in compared:
+        found[model.label] |= _benchmarks(earlier, model.label, public)
     _tell(compared, found, public, options, console)
+
+
+def _benchmarks(earlier: Mapping[str, Scores], label: str, public: Mapping[str, Measured]) -> dict[str, SetScore]:
+    """A model's set of public benchmarks, if any was measured."""
+    new = public[label].tasks
+    return {BENCHMARKS: joined(earlier[label].sets.get(BENCHMARKS), new)} if new else {}
 
 
 def _tell(
@@ -178,7 +184,9 @@ def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tu
     questions = load_questions(folder, experts=experts, count=options.samples, numbers=options.match == "numbers")
     if isinstance(options.prompt_template, dict):
         check_tasks(
-            options.prompt_template, {question.task for question in questions} | {*names_of(options)}, "prompt_template"
+            options.prompt_template,
+            {question.task for question in questions} | {*_names_of(options)},
+            "prompt_template",
         )
     asked = ready(compared, backbones, options.prompt_template, questions)
     digests = digests_of(questions)
@@ -214,7 +222,7 @@ def _answers(asked: Asked, questions: list[Question], options: EvaluateOptions, 
     return found
 
 
-def names_of(options: EvaluateOptions) -> list[str]:
+def _names_of(options: EvaluateOptions) -> list[str]:
     """The names of the harness's tasks."""
     return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
 
@@ -228,7 +236,7 @@ def _load_tasks(compared: Sequence[Compared], options: EvaluateOptions) -> tuple
 
     limit_threads()
     backbones = [family_of(model, options.family) for model in compared]
-    names = names_of(options)
+    names = _names_of(options)
     if isinstance(options.prompt_template, dict) and options.questions is None:
         check_tasks(options.prompt_template, names, "prompt_template")
     for backbone in backbones:
@@ -240,30 +248,22 @@ def _load_tasks(compared: Sequence[Compared], options: EvaluateOptions) -> tuple
     folder = None if options.tasks_dir is None else resolved(options.tasks_dir)
     tasks = load_tasks(names, folder, shots=options.num_fewshot, runs_code=options.confirm_run_unsafe_code)
     tasks.check_metric(options.metric)
-    asked = ready(compared, backbones, options.prompt_template)
+    asked, problems = ready(compared, backbones, options.prompt_template), Problems()
     for one in asked:
-        with about(one.model.label):
+        with problems.collecting(), about(one.model.label):
             tasks.check_context(one.longest)
+    problems.check()
     return tasks, asked
 
 
-def _ask_tasks(ready: tuple[Tasks, list[Asked]], options: EvaluateOptions) -> Iterator[tuple[str, Measured]]:
-    """What each model reaches on the harness's tasks."""
+def _ask_tasks(ready: tuple[Tasks, list[Asked]], options: EvaluateOptions) -> Iterator[tuple[Compared, Measured]]:
+    """What each model reaches on each of the harness's tasks."""
     from expert_merging.comparing.asked import loaded
     from expert_merging.running.prompts import tokenizer_of
 
     tasks, asked = ready
+    how: dict[str, Any] = {"count": options.samples, "batch": options.batch_size, "metric": options.metric}
     for one in asked:
         with loaded(one, options.device) as model:
-            tokenizer = tokenizer_of(one.processor)
-            yield (
-                one.model.label,
-                tasks.measure(
-                    model,
-                    tokenizer,
-                    one.formats,
-                    count=options.samples,
-                    batch=options.batch_size,
-                    metric=options.metric,
-                ),
-            )
+            for measured in tasks.measure(model, tokenizer_of(one.processor), one.formats, **how):
+                yield one.model, measured

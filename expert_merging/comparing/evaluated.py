@@ -27,22 +27,26 @@ Found = dict[str, dict[str, SetScore]]
 
 
 def paired(found: Found, name: str) -> dict[tuple[str, str], Paired]:
-    """Every two models on the questions of a set, where both have answered the same ones."""
+    """Every two models on the tasks of a set in which both have answered the same questions."""
     having = {label: sets[name] for label, sets in found.items() if name in sets}
     result = {}
     for (first, one), (second, other) in itertools.combinations(having.items(), 2):
-        points = [_points_of(score) for score in (one, other)]
-        if points[0] and _questions_of(one) == _questions_of(other):
-            result[first, second] = compare_paired(*points)
+        shared = [
+            task for task in sorted(one.tasks) if _questions_of(one, task) == _questions_of(other, task) is not None
+        ]
+        if shared:
+            result[first, second] = compare_paired(_points_of(one, shared), _points_of(other, shared))
     return result
 
 
-def _points_of(score: SetScore) -> list[float]:
-    return [point for task in sorted(score.tasks) for point in score.tasks[task].correct]
+def _points_of(score: SetScore, tasks: Sequence[str]) -> list[float]:
+    return [point for task in tasks for point in score.tasks[task].correct]
 
 
-def _questions_of(score: SetScore) -> list[tuple[str, str, int]]:
-    return sorted((name, task.questions, len(task.correct)) for name, task in score.tasks.items())
+def _questions_of(score: SetScore, task: str) -> tuple[str, int] | None:
+    """What tells the questions of a task from others; None where single ones are not known."""
+    own = score.tasks.get(task)
+    return (own.questions, len(own.correct)) if own and own.correct else None
 
 
 def show(found: Found, console: Console) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,8 @@ class Tasks:
 
     def measure(
         self, model: Any, tokenizer: Any, formats: Formats, *, count: int | None, batch: int, metric: str | None
-    ) -> Measured:
-        """Ask a model all tasks.
+    ) -> Iterator[Measured]:
+        """Ask a model one task or group after the other.
 
         Args:
             model: a causal language model.
@@ -85,7 +85,6 @@ class Tasks:
         import torch
         from lm_eval.evaluator import evaluate
 
-        found = Measured()
         for name, loaded in self.loaded.items():
             words = formats.tasks.get(name, formats.default)
             for task in loaded["tasks"].values():
@@ -100,8 +99,7 @@ class Tasks:
                 apply_chat_template=not _is_bare(words),
                 confirm_run_unsafe_code=self.runs_code,
             )
-            found.add(scores_of(results, partial(_asked_in, results), metric))
-        return found
+            yield scores_of(results, partial(_asked_in, results), metric)
 
     def _all(self) -> list[Any]:
         return [task for loaded in self.loaded.values() for task in loaded["tasks"].values()]

@@ -53,7 +53,7 @@ def scores_of(results: Mapping[str, Any], samples: Callable[[str], Samples], met
     for name, key in chosen.items():
         if key is not None and name not in hidden:
             parts = [_points(samples(task), key) for task in sorted(_leaves(name, inside))]
-            found.tasks[_column(name)] = _score(finite(numbers[name][key]), parts)
+            found.tasks[_column(name)] = _score(finite(numbers[name][key]), key, parts)
         elif key is None and any("," in metric for metric in numbers[name]) and name not in hidden:
             found.left_out.append(name)
     return found
@@ -108,13 +108,13 @@ def _question(sample: Mapping[str, Any]) -> Any:
     return sample["doc_hash"] if "target_hash" in sample else [sample["doc_id"], sample["target"], sample.get("input")]
 
 
-def _score(share: float, parts: Sequence[tuple[list[float], list[Any]]]) -> TaskScore:
+def _score(share: float, key: str, parts: Sequence[tuple[list[float], list[Any]]]) -> TaskScore:
     """The score of a task or group in percent, with points and interval where its parts' points lead to it."""
     points = [own for own, _ in parts]
     whole = [point for own in points for point in own]
     if not all(points):
         return TaskScore(100 * share)
-    digest = of_text(json.dumps([questions for _, questions in parts], default=str))
+    digest = of_text(json.dumps([key, [questions for _, questions in parts]], default=str))
     if math.isclose(_mean(whole), share, abs_tol=_NEAR):
         return task_score(whole, digest)
     if math.isclose(_mean(map(_mean, points)), share, abs_tol=_NEAR):

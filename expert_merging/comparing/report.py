@@ -6,7 +6,7 @@ jinja escapes every text that it puts into the page, and `expert_merging.compari
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from expert_merging.comparing.report_tables import (
     response_tables,
     score_table,
 )
+from expert_merging.comparing.scores_file import Scores, read_models
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError
 from expert_merging.writing import check_file, write_atomically
 
@@ -48,11 +50,14 @@ class ReportOptions:
         output: file of the page; an earlier report of that name is replaced.
         title: what stands above it.
         answers: questions with several models' answers, as evaluate --answers writes them.
+        scores: files with scores of models that no run has made, such as base and experts, as evaluate --json writes
+            them.
     """
 
     output: str = "report.html"
     title: str = "Merged models side by side"
     answers: str | None = None
+    scores: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,13 @@ def write_page(runs: Sequence[Finished], options: ReportOptions) -> Path:
     """Write a page about runs that were read, after `check_report`.
 
     Raises:
-        InputError: the file of answers cannot be read.
+        InputError: a file of answers or scores cannot be read.
     """
     from plotly.offline import get_plotlyjs
 
     answers = [] if options.answers is None else read_answers(Path(options.answers))
-    sections = [section for section in _sections(runs, answers) if section.scores or section.charts or section.tables]
+    others = _others(options.scores, runs)
+    sections = [one for one in _sections(runs, others, answers) if one.scores or one.charts or one.tables]
     charts = any(section.charts for section in sections)
     page = _render(
         title=options.title,
@@ -132,6 +138,19 @@ def write_page(runs: Sequence[Finished], options: ReportOptions) -> Path:
     return output
 
 
+def _others(files: Sequence[str], runs: Sequence[Finished]) -> dict[str, Scores]:
+    """What has been measured of models other than the runs', by label."""
+    own, found = {resolved(run.run.model) for run in runs}, dict[str, Scores]()
+    for file in files:
+        for label, (folder, scores) in read_models(Path(file)).items():
+            if resolved(folder) in own:
+                continue
+            if label in found:
+                raise InputError(f"--scores {file}: another file has scores of a model called {label}, too; rename one")
+            found[label] = scores
+    return found
+
+
 def _render(**content: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -141,10 +160,10 @@ def _render(**content: Any) -> str:
     return environment.get_template(TEMPLATE).render(content) + "\n"
 
 
-def _sections(runs: Sequence[Finished], answers: Sequence[Answers]) -> list[Section]:
+def _sections(runs: Sequence[Finished], others: Mapping[str, Scores], answers: Sequence[Answers]) -> list[Section]:
     over_time = over_time_charts(runs)
     return [
-        *_score_sections(runs),
+        *_score_sections({**others, **{run.label: run.scores for run in runs}}),
         Section("divergence", "Divergence", scores=divergence_tables(runs)),
         Section("learning", "Learning", charts=learning_charts(runs)),
         Section("coefficients", "Coefficients", charts=[*coefficient_charts(runs), *over_time], beside=True),
@@ -154,12 +173,12 @@ def _sections(runs: Sequence[Finished], answers: Sequence[Answers]) -> list[Sect
     ]
 
 
-def _score_sections(runs: Sequence[Finished]) -> list[Section]:
-    """A section for each set of scores, in the order of the runs."""
-    names = dict.fromkeys(name for run in runs for name in run.scores.sets)
+def _score_sections(scores: Mapping[str, Scores]) -> list[Section]:
+    """A section for each set of scores, in the order of the models, with what was measured of each."""
+    names = dict.fromkeys(name for one in scores.values() for name in one.sets)
     sections = []
     for number, name in enumerate(names):
-        own = {run.label: run.scores.sets[name] for run in runs if name in run.scores.sets}
+        own = {label: one.sets[name] for label, one in scores.items() if name in one.sets}
         metric, better = next((one.metric, one.higher_is_better) for one in own.values())
         caption = f"{name}: {metric}, {'higher' if better else 'lower'} is better; 95 % intervals in small print"
         table = score_table(caption, own)

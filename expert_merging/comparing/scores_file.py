@@ -94,7 +94,23 @@ def read_scores(file: Path) -> Scores:
     """
     if not file.exists():
         return Scores()
-    content = read_object(file, advice=_ADVICE)
+    return _scores(read_object(file, advice=_ADVICE), file)
+
+
+def read_models(file: Path) -> dict[str, tuple[str, Scores]]:
+    """Folder of several models and what has been measured of them, by label, as ``evaluate --json`` writes it.
+
+    Raises:
+        InputError: the file cannot be read, or is something else.
+    """
+    models = read_object(file, advice=_ADVICE).get("models")
+    if not isinstance(models, dict) or not all(isinstance(one, dict) for one in models.values()):
+        raise InputError(f"{file} does not hold scores of models as evaluate --json writes them; {_ADVICE}")
+    return {label: (str(one.get("folder", "")), _scores(one, file)) for label, one in models.items()}
+
+
+def _scores(content: Mapping[str, Any], file: Path) -> Scores:
+    """What a file says of a model."""
     if content.get("format") != FORMAT:
         raise InputError(f"{file} has format {content.get('format')!r}, and this version reads {FORMAT}; {_ADVICE}")
     try:

@@ -225,6 +225,9 @@ def test_only_the_same_questions_are_compared():
     unknown = SetScore({"x": TaskScore(50)})
     assert paired({"a": {"s": one}, "b": {"s": other}, "c": {"s": unknown}, "d": {}}, "s") == {}
     assert list(paired({"a": {"s": one}, "b": {"s": one}}, "s")) == [("a", "b")]
+    more = SetScore({**one.tasks, "w": unknown.tasks["x"], "y": TaskScore(0, count=1, correct=(0,), questions="z")})
+    (found,) = paired({"a": {"s": one}, "b": {"s": more}}, "s").values()
+    assert found.count == 2
 
 
 def test_the_interval_of_a_mean_needs_all_points_and_the_plain_rule():

@@ -226,3 +226,15 @@ def test_families_with_pictures_are_measured_elsewhere(tmp_path, capsys):
     assert refusal(capsys, folder, "--tasks", "gsm8k") == [
         "--tasks are for language models; measure Qwen2VL with VLMEvalKit or lmms-eval and give --import"
     ]
+
+
+def test_what_was_measured_before_something_broke_is_kept(runs, tasks, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFLM, "generate_until", fail)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*runs, "--tasks", "tiny_odd,tiny_say", "--tasks_dir", tasks, "--samples", 2)
+    assert list(read_scores(Run(runs[0]).scores).sets[BENCHMARKS].tasks) == ["tiny_odd"]

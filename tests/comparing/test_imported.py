@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from expert_merging.commands.main import main
 from expert_merging.comparing.columns import BENCHMARKS
 from expert_merging.comparing.imported import read_folder
+from expert_merging.comparing.report_tables import score_table
 from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, read_scores
 from expert_merging.errors import InputError
 from expert_merging.run import Run
@@ -126,6 +128,11 @@ def test_the_published_columns_come_from_two_toolkits(run, tmp_path, capsys):
     assert text.low < text.mean < text.high
     assert box.correct == (0, 1, 1, 0)
     assert kept.tasks["VizWiz"] == TaskScore(31.25)
+    assert main(["runs", str(tmp_path / "out"), "--csv"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert float(dict(zip(head.split(","), row.split(","), strict=True))[BENCHMARKS]) == pytest.approx(kept.mean)
+    table = score_table(BENCHMARKS, {"r": kept})
+    assert list(table.columns) == [*kept.tasks, "mean"]
 
 
 def test_a_model_that_no_run_has_made_is_shown_alone(tiny_zoo, tmp_path, capsys):
@@ -260,6 +267,7 @@ def test_the_same_questions_are_known_again(tmp_path):
     one = digest("d", answers([1, 0], "acc"), "t", "t", numbers)
     assert digest("e", answers([0, 1], "acc"), "t", "t", numbers) == one
     assert digest("f", answers([0, 1], "acc", doc_hash="x"), "t", "t", numbers) != one
+    assert digest("g", answers([0, 1], "acc_norm"), "t", "t", {"acc_norm,none": 0.5}) != one
 
 
 def problems(folder, metric=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import pytest
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.report_tables import ranks
-from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores
+from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, as_json
 from expert_merging.learned.history import add_update, save_history
 from expert_merging.learned.importance import save_layers
 from expert_merging.summary import COMPLETE
@@ -154,6 +155,24 @@ def test_answers_of_models_stand_side_by_side(tmp_path):
 def refuse(capsys, *arguments):
     assert main(["report", *map(str, arguments)]) == 1
     return capsys.readouterr().err
+
+
+def test_models_that_no_run_has_made_have_rows_too(tmp_path, capsys):
+    run = make_run(tmp_path / "ties" / "r", scores={"Math": (60.0,), "Code": (10.0,)})
+    measured = as_json(Scores({"test": SetScore({"Math": TaskScore(70.0)})}))
+    content = {"Mistral-7B": {"folder": "/x", **measured}, "ties/r": {"folder": str(run / "model"), **measured}}
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"models": content, "paired": {}}))
+    page = write_report([run], tmp_path / "r.html", "--scores", file)
+    table = page[page.index("<table") : page.index("</table>")]
+    assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["Mistral-7B", "ties r"]
+    assert re.findall(r'data-value="(.*?)"', table) == ["70.0", "", "70.0", "60.0", "10.0", "35.0"]
+    again = refuse(capsys, run, "-o", tmp_path / "r.html", "--scores", file, "--scores", file)
+    assert f"--scores {file}: another file has scores of a model called Mistral-7B, too; rename one" in again
+    for broken in ({"models": [1]}, {"models": {"a": 3}}, {}):
+        file.write_text(json.dumps(broken))
+        shown = refuse(capsys, run, "-o", tmp_path / "r.html", "--scores", file)
+        assert f"{file} does not hold scores of models as evaluate --json writes them; move it away" in shown
 
 
 def test_what_cannot_be_shown_is_refused_at_once(tmp_path, capsys):

@@ -546,6 +546,7 @@ READERS = (
     Reader("records", _records, ("config.json", "evaluations.json", "start.json", "digests.json"), _read_records, 30),
     Reader("measured", measured.measure, measured.MEASURED, measured.read_measured, 8),
     Reader("sweep", measured.sweep, ("sweep.json",), measured.read_sweep, 20),
+    Reader("toolkits", measured.toolkits, measured.TOOLKITS, measured.read_toolkits, 15),
     Reader("labelled", measured.label, ("Chat.json", "Math.jsonl"), measured.read_labelled, 20),
     Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
     Reader("pickle files", _pickles, ("new/pytorch_model.bin", "old/pytorch_model.bin"), _converted, 15),
