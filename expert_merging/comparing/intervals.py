@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 LEVEL = 0.95
 _RESAMPLES = 10_000
@@ -15,7 +16,9 @@ def interval(*tasks: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of the mean over tasks by the percentile bootstrap (Efron, 1979), of 10,000 resamples.
 
     Questions are drawn within each task. Those with the same points are alike, so a resample is a draw of how many have
-    which, however many there are.
+    which, however many there are. Of a task that is all right, or all wrong, all resamples are alike, though further
+    questions might not be. Such a task has the interval of Wilson (1927), and the margins of it and of the others are
+    put together as Zou and Donner (2008) do it for sums.
 
     Args:
         tasks: points of each question, by task; at least one of each.
@@ -29,8 +32,19 @@ def interval(*tasks: Sequence[float], seed: int = 0) -> tuple[float, float]:
         values, counts = np.array(list(counted), dtype=np.float64), np.array(list(counted.values()))
         drawn = random.multinomial(len(points), counts / len(points), _RESAMPLES)
         means += drawn @ values / len(points) / len(tasks)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    low, high = map(float, np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    below = [_unseen(len(points)) / len(tasks) for points in tasks if set(points) == {1}]
+    above = [_unseen(len(points)) / len(tasks) for points in tasks if set(points) == {0}]
+    mean = math.fsum(math.fsum(points) / len(points) for points in tasks) / len(tasks)
+    low = mean - math.hypot(mean - low, *below) if below else low
+    high = mean + math.hypot(high - mean, *above) if above else high
+    return low, high
+
+
+def _unseen(count: int) -> float:
+    """The share of questions that may be the other way where so many are all right, or all wrong."""
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    return squared / (count + squared)
 
 
 @dataclass(frozen=True)

@@ -218,9 +218,9 @@ def check_goes_on(last: Sequence[Path], epochs: int, patience: int) -> str:
         return "the state in which the finished run has ended is not there, so all is learned again"
     done, waited = ends[-1]
     if all(done >= epochs or waited >= patience for done, waited in ends):
-        worse = f", the last {waited} of them without a better loss" if waited else ""
+        worse = f", and the last {waited} had no better loss" if waited else ""
         raise InputError(
-            f"the finished run would learn nothing more: it has ended after {done} epochs{worse}; give --num_epochs "
+            f"the finished run would learn nothing more: it has ended after epoch {done}{worse}; give --num_epochs "
             f"above {done} and --patience above {waited}"
         )
     anew = ", and begins its second stage anew" if len(ends) > 1 else ""

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from expert_merging.backbone import Backbone
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.configurations import language_setting
+from expert_merging.checkpoints.tying import SETTING, is_tied
 from expert_merging.errors import InputError
 from expert_merging.running.adapted import changed_weights
 
@@ -28,7 +30,8 @@ def load_on(
 ) -> Any:
     """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
 
-    An adapter's is the base's, whose changed weights are made one after the other on their way.
+    An adapter's is the base's, whose changed weights are made one after the other on their way. A head that is the
+    embedding in the files is so in memory, and changes with it.
 
     Where that makes no difference to the model, it is loaded in the files' own type, so that its weights are the files'
     pages, which all processes of a machine share and which need not stay in memory; each is converted on its way to
@@ -46,6 +49,8 @@ def load_on(
     """
     adapter = checkpoint if isinstance(checkpoint, Adapter) else None
     model, own = _loaded(backbone, adapter.base if adapter else checkpoint, dtype)
+    if adapter is None:
+        _tie(model, checkpoint)
     changed = changed_weights(model, adapter, backbone.file_name) if adapter else {}
 
     def bring(module: torch.nn.Module) -> None:
@@ -81,6 +86,14 @@ def decoder_layers(model: Any) -> tuple[torch.nn.Module, Sequence[torch.nn.Modul
     decoder = model.get_decoder().get_decoder()  # the first may be a language model with its head
     lists = [list(part) for part in decoder.modules() if isinstance(part, torch.nn.ModuleList)]
     return decoder, max(lists, key=len, default=[])
+
+
+def _tie(model: Any, checkpoint: Checkpoint) -> None:
+    """Make head and embedding one where they are in the files, and ``config.json`` does not tell transformers so."""
+    if language_setting(checkpoint.config, SETTING) is None and is_tied(checkpoint):
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None:
+            head.weight = embedding.weight
 
 
 def _shard(model: Any, device: torch.device, bring: Callable[[torch.nn.Module], None]) -> None:

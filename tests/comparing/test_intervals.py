@@ -29,8 +29,26 @@ def test_a_mean_over_tasks_is_surer_than_one_task_and_counts_each_once():
     one_low, one_high = interval(unsure)
     assert (low + high) / 2 == pytest.approx(0.75, abs=0.01)
     assert high - low == pytest.approx((one_high - one_low) / 2, rel=0.05)
-    assert interval(sure) == (1.0, 1.0)
     assert interval(unsure) == interval(unsure)
+
+
+@pytest.mark.parametrize("count", [1, 4, 30, 1000])
+def test_all_right_or_all_wrong_is_as_sure_as_wilson_has_it(count):
+    """His interval is where the score test does not reject: of `count` questions, none are seen to be otherwise."""
+    low, high = interval([1.0] * count)
+    assert high == 1
+    assert (1 - low) / math.sqrt(low * (1 - low) / count) == pytest.approx(1.959964, rel=1e-6)
+    assert interval([0.0] * count) == pytest.approx((0, 1 - low))
+    assert interval([0.5] * count) == (0.5, 0.5), "no count of right answers"
+
+
+def test_tasks_that_are_all_right_or_all_wrong_add_what_is_uncertain_about_them():
+    right, wrong, unsure = [1.0] * 10, [0.0] * 20, [1.0, 0.0] * 50
+    own_low, own_high = interval(unsure)
+    low, high = interval(right, wrong, unsure)
+    assert low == pytest.approx(0.5 - math.hypot(0.5 - own_low, 1 - interval(right)[0]) / 3, abs=0.002)
+    assert high == pytest.approx(0.5 + math.hypot(own_high - 0.5, interval(wrong)[1]) / 3, abs=0.002)
+    assert interval(right, wrong) == pytest.approx((0.5 - (1 - interval(right)[0]) / 2, 0.5 + interval(wrong)[1] / 2))
 
 
 def test_the_paired_test_looks_at_the_questions_on_which_two_differ():

@@ -214,11 +214,9 @@ def never_better(end):
 def test_a_run_that_would_learn_nothing_more_is_refused(learn, capsys, monkeypatch):
     monkeypatch.setattr(TrainingState, "end_epoch", never_better(TrainingState.end_epoch))
     run = learn("--num_epochs", 5, "--patience", 2)
-    told = (
-        "the finished run would learn nothing more: it has ended after {}; give --num_epochs above {} and --patience "
-    )
     assert refusal(capsys, *learn.command, "--num_epochs", 9, "--patience", 2) == (
-        told.format("2 epochs, the last 2 of them without a better loss", 2) + "above 2"
+        "the finished run would learn nothing more: it has ended after epoch 2, and the last 2 had no better loss; "
+        "give --num_epochs above 2 and --patience above 2"
     )
     assert learn("--num_epochs", 5, "--patience", 3).coefficients.exists()
     training = json.loads((run.state / "training.json").read_text())

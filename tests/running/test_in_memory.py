@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from expert_merging.catalogue import find_method
 from expert_merging.errors import InputError
 from expert_merging.plan import make_plan
 from expert_merging.running.in_memory import InMemory
+from expert_merging.running.sharding import load_on
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import BASE, EXPERTS, make_zoo, tensors_of
+from tests.checkpoints import BASE, EXPERTS, make_zoo, tensors_of, write_checkpoint
 from tests.command import merged
 
 
@@ -22,7 +25,7 @@ def zoo(request, tmp_path_factory):
 def live(zoo, excluded=BACKBONE.exclude_params):
     experts = {name: zoo / folder for name, folder in EXPERTS.items()}
     plan = make_plan(zoo / BASE, experts, list(excluded), BACKBONE.file_name, BACKBONE.landmark)
-    model = BACKBONE.load_model(zoo / BASE, torch.float32)
+    model = load_on(torch.device("cpu"), BACKBONE, plan.base, torch.float32, sharded=False)
     return InMemory(model, plan, BACKBONE.file_name, torch.device("cpu"))
 
 
@@ -44,6 +47,25 @@ def test_weights_are_those_of_the_files(zoo, tmp_path, name):
     assert own.keys() == written.keys()
     for name, weight in own.items():
         torch.testing.assert_close(weight.detach(), written[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_head_that_the_files_have_as_the_embedding_goes_with_it(tmp_path):
+    """Also where config.json does not say so, for which transformers has two parameters."""
+    zoo = make_zoo(tmp_path / "zoo", tie_word_embeddings=True)
+    for folder in (BASE, *EXPERTS.values()):
+        stored = tensors_of(zoo / folder)
+        config = json.loads((zoo / folder / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        table = stored["model.embed_tokens.weight"]
+        write_checkpoint(zoo / folder, {**stored, "lm_head.weight": table.clone()}, config=config)
+    method = find_method("task_arithmetic")
+    given = ["--method", method.name, "--scaling_coefficient", 0.4, "--exclude_params", "none"]
+    written = tensors_of(merged(tmp_path / "out", "--cache_dir", zoo, *given).model)
+    assert not written["lm_head.weight"].equal(tensors_of(zoo / BASE)["lm_head.weight"])
+    memory = live(zoo, [])
+    model = memory.merge(method.rule({"seed": 0, "experts": tuple(EXPERTS)}, {"scaling_coefficient": 0.4}), method.unit)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert model.get_parameter(name).equal(written[name])
 
 
 def test_a_tensor_that_is_no_parameter_is_refused(zoo):
