@@ -164,15 +164,17 @@ class TargetMaker:
         self._ask(samples, look, prompts, {expert: self._kept_of(expert, prompts) for expert in self.plan.experts})
 
     def answered(self, samples: Sequence[Sample]) -> Iterator[Asked]:
-        """The samples as their experts were asked in this run, with what they have answered; no expert is loaded.
-
-        Args:
-            samples: samples that `make` or `ask` were given before.
-        """
-        prompts = self._checked(samples)
-        answers = self._known_answers(prompts, None, samples)
-        complete = [_with_answer(sample, answers) for sample in samples]
-        return self._asked(prompts, dict(enumerate(samples)), complete)
+        """The samples with their experts' answers; an expert is loaded only for answers that it has not given yet."""
+        prompts, known, silent = self._checked(samples), dict[str, Any](), dict[str, KeptTargets | None]()
+        for expert in self.plan.experts:
+            own, kept = [*_of(expert, samples).values()], self._kept_of(expert, prompts)
+            known = self._known_answers(prompts, kept, own)
+            if any(sample.response is None and _key(sample) not in known for sample in own):
+                silent[expert] = kept
+        if silent:
+            self._ask(samples, lambda *_: None, prompts, silent)
+            known = self._known_answers(prompts, None, samples)
+        return self._asked(prompts, dict(enumerate(samples)), [_with_answer(sample, known) for sample in samples])
 
     def _ask(
         self, samples: Sequence[Sample], look: Look, prompts: Prompts, experts: Mapping[str, KeptTargets | None]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -114,9 +114,56 @@ class _Vectors(GramSum):
         self._kept.append(vectors.cpu())
 
 
+# New weights of the layer of a number, all found before the first is written; by name, in the base's type.
+Change: TypeAlias = Callable[[InputWatch, torch.nn.Module, int, "Sequence[Stream]"], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def change_layers(
+    context: Context,
+    samples: Samples,
+    memory: InMemory,
+    change: Change,
+    new_sum: Callable[[], GramSum] = GramSum,
+) -> None:
+    """Go through a merged model's layers, change each, and keep its weights; layers that the run has are read.
+
+    Args:
+        context: the run.
+        samples: what the experts were asked.
+        memory: the merged model.
+        change: finds a layer's weights.
+        new_sum: as for `InputWatch`.
+
+    Raises:
+        InputError: the model is no stack of layers.
+    """
+    folder, file_name, device = context.run.calibrated, context.backbone.file_name, torch.device(context.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, layers = context.run.kept.within(folder.name, context.plan.opened), decoder_layers(memory.model)[1]
+    asked = list(samples.target_maker(context, (), device).answered(samples.samples))
+    streams = streams_of(memory.model, layers, asked)
+    wanted = {file_name(name): name for name in layer_matrices(context)}
+    watch = InputWatch(memory.model, wanted, file_name, new_sum)
+    try:
+        with context.progress("calibrating layers", len(layers), "layer") as advance:
+            for number, layer in enumerate(layers):
+                file = folder / f"layer-{number:04}.safetensors"
+                if not kept.has(file):
+                    write_tensors(file, change(watch, layer, number, streams), kept)
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                        memory.write(context.plan.part(name), opened.get_tensor(name).view(-1))
+                for stream in streams:
+                    stream.hidden = stream.through(layer, number)
+                advance(1)
+    finally:
+        watch.close()
+
+
 @torch.no_grad()
 def calibrate(context: Context, samples: Samples, pull: Pull, rule: Rule, unit: str) -> None:
-    """Find new weights for a merged model's layers, and keep them in the run; layers that it has already are read.
+    """Draw a merged model's layers to the experts' outputs; what an earlier part of the run has done is taken.
 
     Args:
         context: the run.
@@ -129,38 +176,32 @@ def calibrate(context: Context, samples: Samples, pull: Pull, rule: Rule, unit: 
         InputError: an expert answers with nothing or computes NaN, or the model is no stack of layers.
     """
     names, file_name = layer_matrices(context), context.backbone.file_name
-    folder, opened = context.run.calibrated, context.plan.opened
 
     def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
         return grams_of(model, names, file_name, own, _Vectors)
 
-    own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder / "inputs")
+    folder = context.run.calibrated / "inputs"
+    own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
+    memory = live_merge(context, samples, rule, unit)
+    drawing = _Drawing(context.plan, memory, own, pull)
+    change_layers(context, samples, memory, drawing.change, _Vectors)
+    drawing.tell_of_others()
+
+
+def live_merge(context: Context, samples: Samples, rule: Rule, unit: str) -> InMemory:
+    """The model that a rule makes, in memory.
+
+    Args:
+        context: the run.
+        samples: say in which type models run.
+        rule: merges task vectors.
+        unit: what the rule is fed.
+    """
     device = torch.device(context.device)
     model = load_on(device, context.backbone, context.plan.base, samples.dtype, sharded=False)
-    memory = InMemory(model, context.plan, file_name, device)
+    memory = InMemory(model, context.plan, context.backbone.file_name, device)
     memory.merge(rule, unit)
-    walk = _Walk(context.plan, memory, own, pull)
-    asked = list(samples.target_maker(context, (), device).answered(samples.samples))
-    kept, layers = context.run.kept.within(folder.name, opened), decoder_layers(model)[1]
-    streams = streams_of(model, layers, asked)
-    watch = InputWatch(model, {file_name(name): name for name in names}, file_name, _Vectors)
-    try:
-        with context.progress("calibrating layers", len(layers), "layer") as advance:
-            for number, layer in enumerate(layers):
-                file = folder / f"layer-{number:04}.safetensors"
-                if kept.has(file):
-                    with safe_open(file, framework="pt") as opened_file:
-                        for name in opened_file.keys():  # noqa: SIM118  (it is no mapping)
-                            memory.write(context.plan.part(name), opened_file.get_tensor(name).view(-1))
-                else:
-                    changed = walk.change(watch, layer, number, streams)
-                    write_tensors(file, changed, kept)
-                for stream in streams:
-                    stream.hidden = stream.through(layer, number)
-                advance(1)
-    finally:
-        watch.close()
-    walk.tell_of_others()
+    return memory
 
 
 @dataclass
@@ -188,8 +229,7 @@ def _hidden(output: Any) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def streams_of(model: Any, layers: Sequence[torch.nn.Module], asked: Sequence[Asked]) -> list[Stream]:
+def streams_of(model: Any, layers: Sequence[torch.nn.Module], asked: Iterable[Asked]) -> list[Stream]:
     """What goes into a model's layers on each sample, found by running it.
 
     Raises:
@@ -226,8 +266,8 @@ def _stream(model: Any, layers: Sequence[torch.nn.Module], asked: Asked) -> Stre
 
 
 @dataclass
-class _Walk:
-    """What changes a layer of the merged model.
+class _Drawing:
+    """What draws a layer of the merged model to the experts'.
 
     Args:
         plan: the checkpoints.
@@ -246,7 +286,7 @@ class _Walk:
     def change(
         self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
     ) -> dict[str, Tensor]:
-        """New weights of a layer by name, in the base's type; all of them are found before the first is written."""
+        """See `Change`."""
         seen: list[dict[str, Gram]] = []
         for expert in self.plan.experts:
             for stream in streams:
@@ -261,8 +301,6 @@ class _Walk:
                 changed[name] = self._weights(reader, name, pairs).to(self.plan.base.entries[name].torch_dtype).cpu()
             else:
                 self.others.append(name)
-        for name, weights in changed.items():
-            self.memory.write(self.plan.part(name), weights.view(-1))
         return changed
 
     def _pairs(self, name: str, merged: Sequence[Gram | None]) -> list[Pair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
@@ -43,8 +43,16 @@ def register_on_grams(method: str, options: type[SampleOptions]) -> Callable[[Ca
     )
 
 
+class HasGrams(Protocol):
+    """Gram matrices by tensor."""
+
+    def of(self, name: str) -> tuple[Gram | None, ...]:
+        """Each expert's of a tensor's inputs, None where there is none."""
+        ...
+
+
 def merge_around_mean(
-    task_vectors: Tensor, part: Part, grams: Grams, solve: Callable[[Iterable[tuple[Tensor, Gram]]], Tensor]
+    task_vectors: Tensor, part: Part, grams: HasGrams, solve: Callable[[Iterable[tuple[Tensor, Gram]]], Tensor]
 ) -> Tensor:
     """The experts' mean, and what a method adds to it where inputs are known.
 

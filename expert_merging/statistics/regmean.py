@@ -56,10 +56,10 @@ def regmean(task_vectors: Tensor, part: Part, grams: Grams, *, reduce_non_diagon
     Returns:
         Merged task vector ``(outputs, inputs)``.
     """
-    return merge_around_mean(task_vectors, part, grams, lambda given: _least_squares(given, reduce_non_diagonal_ratio))
+    return merge_around_mean(task_vectors, part, grams, lambda given: least_squares(given, reduce_non_diagonal_ratio))
 
 
-def _least_squares(deviations: Iterable[tuple[Tensor, Gram]], ratio: float) -> Tensor:
+def least_squares(deviations: Iterable[tuple[Tensor, Gram]], ratio: float) -> Tensor:
     """``(sum_k D_k G_k) (sum_k G_k + ridge)^-1`` with reduced Gram matrices, in float64.
 
     Args:

@@ -1,0 +1,88 @@
+"""RegMean++: RegMean from below, each layer on what the merged layers below it make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from expert_merging.arithmetic import scaled_mean
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.machine import show_size
+from expert_merging.method import SAMPLES, Preparation, Prepare, register
+from expert_merging.parts import Part
+from expert_merging.processes import while_others_wait
+from expert_merging.statistics.regmean import RegMeanOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expert_merging.statistics.calibrating import Calibrated
+
+
+def _prepare(context: Context, **given: Any) -> Preparation:
+    """Check the samples; the work is to go through the layers.
+
+    Raises:
+        InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
+    """
+    from expert_merging.outputs import mirror_of
+    from expert_merging.running.samples import check_samples
+    from expert_merging.statistics.calibrating import Calibrated, layer_matrices
+    from expert_merging.writing import check_free_disk
+
+    options = RegMeanOptions(**given)
+    samples = check_samples(context, options, compares_logits=False)
+    wanted = layer_matrices(context)
+    if not wanted:
+        raise InputError("regmean++ merges matrices of the language model's layers, and --exclude_params leaves none")
+    size = sum(context.plan.base.entries[name].size for name in wanted)
+    if not context.run.is_complete:
+        check_free_disk(context.run.folder, size + mirror_of(context.plan).size)
+
+    def work() -> dict[str, Calibrated]:
+        from expert_merging.statistics.regression import solve_layers
+
+        while_others_wait(lambda: solve_layers(context, samples, options.reduce_non_diagonal_ratio))
+        return {"calibrated": Calibrated(context.run.calibrated)}
+
+    notes = (
+        f"{len(wanted)} matrices are solved for from {len(samples.samples)} samples, a layer at a time",
+        f"they are kept in {context.run.calibrated}, {show_size(size)}, which can be removed once the merged model is "
+        "there",
+    )
+    return Preparation(work, samples.inputs, notes)
+
+
+@register(
+    name="regmean++",
+    options=RegMeanOptions,
+    aliases=("regmean_pp",),
+    unit="matrix",
+    reads=frozenset({SAMPLES}),
+    prepare=Prepare(_prepare, ("calibrated",)),
+    family_defaults=("samples_per_task",),
+)
+def regmean_pp(task_vectors: Tensor, part: Part, base: Tensor, calibrated: Calibrated) -> Tensor:
+    """RegMean, each layer on what the merged layers below it make (2025, arXiv 2508.03121).
+
+    The language model's layers are merged from below, as `regmean` merges them. But what goes into an expert's layer is
+    what the layers merged so far make of that expert's samples, so that the regression is on the inputs that the merged
+    model's layers will have. Within the layer, inputs are those of the expert's own layer. It starts from embeddings as
+    they are merged, the base's by default.
+
+    Matrices outside the layers, and everything that is no matrix, get the experts' mean.
+
+    Args:
+        task_vectors: ``(experts, outputs, inputs)`` float32.
+        part: the tensor.
+        base: the base's entries.
+        calibrated: the layers' merged weights.
+
+    Returns:
+        Merged task vector ``(outputs, inputs)``.
+    """
+    found = calibrated.weights(part.name)
+    if found is None:
+        return scaled_mean(task_vectors, 1.0)
+    shape = task_vectors.shape[1:]
+    return found.to(task_vectors.device).float().view(shape).sub_(base.view(shape))
