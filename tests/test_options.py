@@ -397,7 +397,7 @@ def test_unknown_flags_are_answered_with_the_near_name():
         "no flag --sede. Did you mean '--seed'?",
     ]
     (unknown,) = problems("--zzzqqq", "1")
-    assert unknown.startswith("no flag --zzzqqq. Known: --ace_ridge, --adapter_weights, --base_model_path, ")
+    assert unknown.startswith("no flag --zzzqqq. Known: --ace_ridge, --adapter_weights, --aim_omega, ")
     assert problems("--listmethods") == ["no flag --listmethods. Did you mean '--list_methods'?"]
 
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "evo": ["--evaluations", 5, "--population", 4],
     "consensus": ["--method", "task_arithmetic"],
     "svc": ["--method", "task_arithmetic"],
+    "aim": ["--method", "task_arithmetic"],
     "featcal": ["--method", "task_arithmetic"],
 }
 # How far weights may be apart that were learned in one process and in several, or with tensors in another order. Sums
