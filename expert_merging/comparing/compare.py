@@ -121,17 +121,21 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
         write_atomically(Path(options.json), (json.dumps(result, indent=2) + "\n").encode())
 
 
-def find_models(models: Sequence[Path]) -> list[Compared]:
+def find_models(models: Sequence[Path], *, weights: bool = True) -> list[Compared]:
     """The models of runs and folders, each with a label of its own.
+
+    Args:
+        models: runs or folders.
+        weights: a run's must still be there.
 
     Raises:
         InputError: there is no model in a folder, or scores of a run that cannot be read.
     """
     found = []
     for path in models:
-        run = Run.found_at(path)
+        run = Run.found_at(path) or (None if weights else _recorded(path))
         folder = locate(path) if run is None else run.model
-        if not any(folder.glob("*.safetensors")):
+        if (weights or run is None) and not any(folder.glob("*.safetensors")):
             raise InputError(f"{path} holds no model: no .safetensors file is there or in its folder model")
         record = None if run is None else run.merged_from()
         if record is not None and _has_read_samples(record) and not _says_what_it_read(record["options"]):
@@ -143,6 +147,12 @@ def find_models(models: Sequence[Path]) -> list[Compared]:
         replace(model, label=str(path)) if repeated[model.label] > 1 or model.label == "base" else model
         for path, model in zip(models, found, strict=True)
     ]
+
+
+def _recorded(folder: Path) -> Run | None:
+    """The run of a folder, complete or not."""
+    run = Run(resolved(folder))
+    return run if run.record is not None else None
 
 
 def _has_read_samples(record: Mapping[str, Any]) -> bool:

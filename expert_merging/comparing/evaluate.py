@@ -87,7 +87,7 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console,
         InputError: nothing is to be measured, or something that is needed cannot be used.
     """
     _check(models, options, imported)
-    compared = find_models(models)
+    compared = find_models(models, weights=options.questions is not None or options.tasks is not None)
     earlier = _earlier(compared)
     public = {model.label: Measured() for model in compared}
     for folder in imported:

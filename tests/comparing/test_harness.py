@@ -6,15 +6,18 @@ import json
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from expert_merging.comparing.columns import BENCHMARKS
+from expert_merging.comparing.harness import NEEDED
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.run import Run
 from tests.comparing.test_evaluate import evaluate, refusal, runs
 
 __all__ = ["runs"]
+ROOT = Path(__file__).resolve().parents[2]
 
 CHOICE = """
 task: {name}
@@ -210,12 +213,19 @@ def test_the_harness_s_own_command_finds_the_same_and_is_imported(runs, tasks, t
     assert read_scores(Run(runs[0]).scores) == own
 
 
+def test_what_is_needed_is_said_alike_everywhere():
+    for name in ("pyproject.toml", "requirements-benchmarks.txt"):
+        text = (ROOT / name).read_text()
+        assert NEEDED in text
+        assert "openpyxl>=3.1,<4" in text
+
+
 def test_without_the_harness_it_is_said_what_to_install(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     (line,) = refusal(capsys, runs[0], "--tasks", "gsm8k")
     assert line.startswith("--tasks needs lm-evaluation-harness (")
-    assert line.endswith("; pip install 'lm-eval>=0.4.13,<0.5'")
+    assert line.endswith(f"; pip install '{NEEDED}'")
 
 
 def test_families_with_pictures_are_measured_elsewhere(tmp_path, capsys):

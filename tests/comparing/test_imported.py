@@ -107,6 +107,7 @@ def test_the_published_columns_come_from_two_toolkits(run, tmp_path, capsys):
         lmms=True,
     )
     assert evaluate(run, "--import", second) == 0
+    shutil.rmtree(Run(run).model)  # which nobody needs any more
     assert evaluate(run, "--import", first) == 0
     shown = capsys.readouterr().out
     assert "benchmarks: score in %, with 95 % intervals" in shown
