@@ -1,10 +1,9 @@
 """Merging adapters by their factors, against the same methods on whole matrices.
 
 ``python -m benchmarks.adapters`` makes a random base of some layers of a shape and LoRA adapters of all its matrices
-under ``benchmarks/work``, and merges them in processes of their own: dense, by `core_space` with that method inside, and
+under ``benchmarks/work``. It merges them in processes of their own: dense, by `core_space` with that method inside, and
 as an adapter. Processor seconds count, start-up left out. The difference is the distance of the two dense results, as a
-share of what was added; both are rounded to bfloat16. TIES has another idea of what an entry is in the one and in the
-other.
+share of what was added; both are rounded to bfloat16. For TIES it is large: what is trimmed there are coordinates.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from expert_merging.catalogue import find_method
 
 METHODS = ["weight_average", "task_arithmetic", "dare_ta", "ties", "dare_ties"]
 # Peer's name of each method that both have, and the settings that make the results comparable.
-PEERMETHOD_PROGRAMS = {
+PEER_METHODS = {
     "task_arithmetic": ("task_arithmetic", {"weight": 0.3}),
     "ties": ("ties", {"weight": 1.0, "density": 0.2}),
     "dare_ties": ("dare_ties", {"weight": 1.0, "density": 0.8}),
@@ -197,7 +197,7 @@ def run_peer(bench: Bench, method: str) -> dict[str, float]:
     """The same merge by mergekit, in float32 with bfloat16 output and its flags for little memory."""
     import yaml
 
-    name, parameters = PEERMETHOD_PROGRAMS[method]
+    name, parameters = PEER_METHODS[method]
     recipe = {
         "merge_method": name,
         "base_model": str(bench.folders[0]),
@@ -316,7 +316,7 @@ def main() -> None:
         bench = Bench(options.work, folders, options.device, options.repeats)
         figures |= show_methods(bench, options.methods)
         if options.peer:
-            figures["mergekit"] = show_peer(bench, [name for name in options.methods if name in PEERMETHOD_PROGRAMS])
+            figures["mergekit"] = show_peer(bench, [name for name in options.methods if name in PEER_METHODS])
     if options.matrices:
         figures["matrices"] = show_matrices(options.shape, options.experts, options.device, options.matrices)
     if options.json:
