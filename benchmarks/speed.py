@@ -54,7 +54,7 @@ os.fsync(target)
 print(time.perf_counter() - start, sum(os.times()[:2]), 0)
 """
 
-_METHOD = """
+METHOD_PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import torch
@@ -116,7 +116,7 @@ class Bench:
         for _ in range(self.repeats):
             output = self.fresh_folder("runs")
             arguments = self.arguments(method, output)
-            results.append(measure(_METHOD.format(root=str(ROOT), arguments=arguments, device=self.device)))
+            results.append(measure(METHOD_PROGRAM.format(root=str(ROOT), arguments=arguments, device=self.device)))
         shutil.rmtree(output)
         return best(results)
 

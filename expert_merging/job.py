@@ -131,7 +131,8 @@ def write(job: Job, rule: Rule, made: Mapping[str, Any], meter: Meter) -> Summar
     if is_main_process():
         check_unchanged(context.plan, job.description)
         kept.note_others(run.partial_model)
-        meter.save(run.outcome, None if summary.kept_shards else summary.relative_change, context.device)
+        is_known = summary.squares and not summary.kept_shards
+        meter.save(run.outcome, summary.relative_change if is_known else None, context.device)
         run.finish()
     return summary
 

@@ -68,9 +68,9 @@ class Space(NamedTuple):
         """Height and width."""
         return self.left.shape[1], next(iter(self.coordinates.values())).right.shape[1]
 
-    def of(self, expert: str) -> Factors | None:
-        """An expert's coordinates; None where it leaves the tensor as it is."""
-        return self.coordinates.get(expert)
+    def without_coordinates(self) -> Space:
+        """The directions alone, in float32."""
+        return Space(self.left.float(), None if self.right is None else self.right.float(), {})
 
 
 def common_directions(stacked: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -194,22 +194,21 @@ class InSpace:
         return merge
 
     def _after_passes(self) -> MergeFactors:
-        spaces = {name: self.make(self.changes.factors(name, self._device)) for name in self.changes.products}
-        shapes = {name: space.shape for name, space in spaces.items()}
-        experts = {
-            expert: Coordinates(
-                shapes, {name: own.single().on_cpu() for name, space in spaces.items() if (own := space.of(expert))}
-            )
-            for expert in self.context.plan.experts
-        }
-        bases = {name: space._replace(coordinates={}) for name, space in spaces.items()}
+        shapes, bases = dict[str, tuple[int, int]](), dict[str, Space]()
+        own: dict[str, dict[str, Factors]] = {expert: {} for expert in self.context.plan.experts}
+        for name in self.changes.products:
+            space = self.make(self.changes.factors(name, self._device))
+            shapes[name], bases[name] = space.shape, space.without_coordinates()
+            for expert, factors in space.coordinates.items():
+                own[expert][name] = factors.single().on_cpu()
+        experts = {expert: Coordinates(shapes, factors) for expert, factors in own.items()}
         plan = Plan(Coordinates(shapes, {}), experts, tuple(name for name, shape in shapes.items() if min(shape)))
         rule = self.inner.on(replace(self.context, plan=plan)).rule()
 
         def merge(name: str, changes: Mapping[str, Factors]) -> Factors:
             del changes  # their coordinates are known
-            own = _stack([expert.read(name).view(shapes[name]) for expert in experts.values()])
-            return self._merged(rule, name, bases[name], own.to(self._device))
+            found = _stack([expert.read(name).view(shapes[name]) for expert in experts.values()])
+            return self._merged(rule, name, bases[name], found.to(self._device))
 
         return merge
 
@@ -227,11 +226,12 @@ class InSpace:
         if merged.numel():
             merged = rule(coordinates, Part.whole(name, tuple(merged.shape)), torch.zeros_like(merged))
             merged = _isotropic(merged) if self.isotropize else merged
-        merged = merged.double()
+        left, merged = space.left.double(), merged.double()
         if space.right is None:
-            return Factors(space.left, merged)
+            return Factors(left, merged)
+        right = space.right.double()
         is_flat = len(merged) < merged.shape[1]
-        return Factors(space.left, merged @ space.right) if is_flat else Factors(space.left @ merged, space.right)
+        return Factors(left, merged @ right) if is_flat else Factors(left @ merged, right)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ def test_an_adapter_is_no_point_of_a_sweep(tmp_path, capsys):
     given = [*zoo.flags[:-2], "--family", "Mistral", *ADAPTER[2:], "--output_path", tmp_path, "--data_dir", tmp_path]
     assert main(["sweep", *map(str, given), "--sweep", "method=knots", "--device", "cpu"]) == 1
     assert capsys.readouterr().err == (
-        "error: point method knots: knots writes something else than one model, so it cannot be swept\n"
+        "error: point knots: knots writes something else than one model, so it cannot be swept\n"
     )
 
 
