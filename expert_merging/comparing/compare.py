@@ -263,15 +263,13 @@ def _measure(
 
 
 def _targets(compared: Sequence[Compared]) -> Path | None:
-    """Where the runs keep what their experts say; None where none is in its output folder."""
-    places = (
-        model.run.common_targets
-        for model in compared
-        if model.run is not None
-        and model.record is not None
-        and str(model.run.folder.parent.parent) == model.record.get("run", {}).get("output_path")
-    )
-    return next(places, None)
+    """Where the runs keep what their experts say; None where none is in the output folder that it was made in."""
+    for model in compared:
+        if model.run is not None and model.record is not None:
+            made_in = (model.record.get("run") or {}).get("output_path")
+            if resolved(model.run.folder).parent.parent == Path(made_in or ""):
+                return model.run.common_targets
+    return None
 
 
 def _choose_samples(

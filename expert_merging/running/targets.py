@@ -179,6 +179,8 @@ class TargetMaker:
     def _ask(
         self, samples: Sequence[Sample], look: Look, prompts: Prompts, experts: Mapping[str, KeptTargets | None]
     ) -> None:
+        if not experts:
+            return
         asked = [sample for sample in samples if sample.expert in experts]
         missing = sum(sample.response is None for sample in asked)
         with self.progress("asking the experts", len(asked) + missing, "sample") as advance:

@@ -63,6 +63,21 @@ def test_the_base_has_one_and_an_expert_zero_on_its_own_task(runs, answered_zoo,
     assert "on 4 questions of Chat, 3 questions of Code, 4 questions of Math" in shown
 
 
+def test_experts_are_asked_once(runs, answered_zoo, tmp_path, monkeypatch):
+    """Where a run is in its output folder; a copy elsewhere has no place to keep what they say."""
+    monkeypatch.chdir(runs[0].parent)
+    first = {name: model["absolute"] for name, model in numbers(tmp_path, "r", runs[1])["models"].items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("expert_merging.running.targets.load_on", None)
+        again = numbers(tmp_path, *runs)["models"]
+    assert {name: model["absolute"] for name, model in again.items()} == first
+    kept = {path.name for path in (tmp_path / "out" / "targets").iterdir()}
+    copy = shutil.copytree(runs[1], tmp_path / "elsewhere" / "method" / "r")
+    assert align(copy, "--data_dir", answered_zoo / "dataset") == 0
+    assert {path.name for path in (tmp_path / "out" / "targets").iterdir()} == kept
+    assert not (tmp_path / "elsewhere" / "targets").exists()
+
+
 def test_distances_are_those_of_the_definition(runs, answered_zoo, tmp_path):
     """Against whole logits of the merged checkpoint and of the experts, on the questions that were not learned from and
     with the template that was."""
