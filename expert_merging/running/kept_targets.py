@@ -72,7 +72,8 @@ class KeptTargets:
                 return None
             os.utime(file)
             with safe_open(file, framework="pt") as opened:
-                return [opened.get_tensor(str(number)) for number in range(len(opened.keys()))]
+                # Copies: sums over what is mapped from a file differ in the last digits, since it is aligned otherwise.
+                return [opened.get_tensor(str(number)).clone() for number in range(len(opened.keys()))]
         except (OSError, SafetensorError):  # it went while it was read
             return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -146,27 +145,25 @@ class Moves:
 
 @pytest.mark.slow
 def test_stopped_while_it_takes_the_place_of_the_finished_run_it_is_completed(learn, monkeypatch, tmp_path, capsys):
-    short = learn("--num_epochs", 1)
-    whole = results(learn("--num_epochs", 2, output="whole"))
+    short, moves = learn("--num_epochs", 1), Moves(100)
     shutil.copytree(short.folder, tmp_path / "short")
-    without_model = 0
-    for steps in itertools.count():
-        monkeypatch.setattr(run_module, "os", Moves(steps))
-        try:
-            learn("--num_epochs", 2)
-        except StoppedError:
-            monkeypatch.undo()
-        else:
-            break
-        if not short.model.is_dir():
-            without_model += 1
-            assert "was stopped while a longer run took its place; start that again" in refusal(
-                capsys, *learn.command, "--num_epochs", 1
-            )
-        assert results(learn("--num_epochs", 2)) == whole
+    monkeypatch.setattr(run_module, "os", moves)
+    learn("--num_epochs", 2)
+    whole, count = results(short), 100 - moves.left
+    # After the first move, between the two files of coefficients, between the two models, and before the record.
+    for steps in (1, count - 5, count - 3, count - 1):
         shutil.rmtree(short.folder)
         shutil.copytree(tmp_path / "short", short.folder)
-    assert (steps > 8, without_model) == (True, 1)
+        monkeypatch.setattr(run_module, "os", Moves(steps))
+        with pytest.raises(StoppedError):
+            learn("--num_epochs", 2)
+        monkeypatch.undo()
+        assert short.longer.coefficients.exists() == (steps == 1)
+        assert short.model.is_dir() == (steps != count - 3)
+        if not short.model.is_dir():
+            told = f"error: {short.folder} was stopped while a longer run took its place; start that again"
+            assert f"error: {refusal(capsys, *learn.command, '--num_epochs', 1)}" == told
+        assert results(learn("--num_epochs", 2)) == whole
 
 
 def test_the_state_to_begin_from_is_taken_over_where_there_is_none(tmp_path):
