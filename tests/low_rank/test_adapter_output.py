@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import MistralForCausalLM
+from transformers import AutoModelForImageTextToText, MistralForCausalLM
 
 from expert_merging.card import inline
+from Qwen2VL.backbone import BACKBONE as QWEN
+from tests import qwen2vl
 from tests.adapters import merged_by_peft, save_adapter
 from tests.checkpoints import BASE, tensors_of
 from tests.command import contents, flags, merged, refusal
@@ -163,3 +165,25 @@ def test_experts_that_name_their_modules_differently_make_no_adapter(tmp_path, c
         "--output adapter: A and B name the factors of layers.0.q_proj.weight differently, as different versions of "
         "transformers do; save them again with one version, or write a dense model"
     )
+
+
+@pytest.mark.slow
+def test_modules_keep_their_names_in_memory_where_files_have_others(tmp_path):
+    """Qwen2-VL's files have `model.layers` for what is `model.language_model.layers` in memory, where peft looks."""
+    base = tmp_path / "base"
+    qwen2vl.save_model(base, 0)
+    load = partial(AutoModelForImageTextToText.from_pretrained, base)
+    experts = {
+        name: save_adapter(load, tmp_path / name, seed=rank, r=rank, target_modules=["q_proj", "qkv"])
+        for name, rank in {"OCR": 2, "VQA": 3}.items()
+    }
+    given = [*SUM, *flags(base, **experts)]
+    dense = merged(tmp_path / "dense", *given, family=QWEN)
+    adapter = merged(tmp_path / "adapter", *given, *ADAPTER, family=QWEN)
+    expected = AutoModelForImageTextToText.from_pretrained(dense.model).state_dict()
+    loaded = merged_by_peft(load, adapter.model).state_dict()
+    changed = [name for name, tensor in load().state_dict().items() if not tensor.equal(loaded[name])]
+    assert changed
+    assert all("q_proj" in name for name in changed)  # the vision tower keeps the base's values
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
