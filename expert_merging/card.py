@@ -55,6 +55,42 @@ tags:
 ```
 {asking}"""
 
+_ADAPTER_CARD = """---
+{licence}library_name: peft
+base_model: {base_name}
+tags:
+- merge
+- lora
+- expert-merging
+---
+
+# {title}
+
+A LoRA adapter of {base}, merged of {count} adapters by `{method}`.
+
+| role | checkpoint |
+|---|---|
+{table}
+
+## Options
+
+```json
+{options}
+```
+
+## Use
+
+It belongs on its base alone:
+
+```python
+from peft import PeftModel
+from transformers import {classes}
+
+base = {model}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
 _MADE = "{merged} of {tensors} tensors were merged; the others are the base's or the experts', or were made for it."
 _KEPT = (
     "{merged} of {tensors} tensors were merged; the others, and every other file of this folder, are the base's{but}."
@@ -131,6 +167,36 @@ def model_card(
         layout=_LAYOUTS[is_mirror],
         asking=f"\n{asking}\n" if asking else "",
         example=_example(loading),
+    )
+
+
+def adapter_card(
+    base: Path, adapters: Mapping[str, Path], *, title: str, method: str, options: Mapping[str, Any], loading: str
+) -> str:
+    """Text of the ``README.md`` of a merged adapter.
+
+    Args:
+        base: the base's folder.
+        adapters: folders of the adapters by name.
+        title: the run's name.
+        method: the method's.
+        options: its options.
+        loading: expression that loads the base, with ``{model}`` for it.
+    """
+    names = {"base": str(base), **{name: str(folder) for name, folder in adapters.items()}}
+    base_name = checkpoint_name(str(base))
+    shown = {name: value for name, value in options.items() if is_shown(value)}
+    return _ADAPTER_CARD.format(
+        licence=_licence_line(names.values()),
+        base_name=json.dumps(one_line(base_name), ensure_ascii=False),
+        title=inline(title),
+        base=code(base_name),
+        count=len(adapters),
+        method=method,
+        table=_table(names, [*adapters]),
+        options=json.dumps(shown, indent=2),
+        classes=loading.split(".")[0],
+        model=loading.format(model="path/to/the/base"),
     )
 
 

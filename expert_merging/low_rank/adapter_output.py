@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expert_merging.card import CARD
 from expert_merging.checkpoints.adapter_files import CONFIG
 from expert_merging.checkpoints.folders import ADAPTER, required_object
 from expert_merging.checkpoints.lora import Change, Matrix
@@ -55,11 +56,15 @@ class MergedAdapter:
                 break
         problems.check()
 
-    def output(self) -> Output:
-        """The adapter's folder."""
+    def output(self, card: str) -> Output:
+        """The adapter's folder.
+
+        Args:
+            card: text of its ``README.md``.
+        """
         slots = [slot for name in self.ranks for slot in self._slots(name)]
         text = json.dumps(self._config(), indent=2) + "\n"
-        return Output({ADAPTER: tuple(slots)}, is_model=False, beside={CONFIG: text.encode()})
+        return Output({ADAPTER: tuple(slots)}, is_model=False, beside={CONFIG: text.encode(), CARD: card.encode()})
 
     def tensors(self, name: str, factors: Factors) -> Iterator[tuple[str, Tensor]]:
         """Both factors of a tensor as they are stored, by name."""

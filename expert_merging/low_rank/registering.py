@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from expert_merging.arithmetic import scaled_mean
+from expert_merging.card import adapter_card
 from expert_merging.context import Context
 from expert_merging.errors import Problems
 from expert_merging.low_rank.adapter_output import MergedAdapter
@@ -84,7 +85,8 @@ def register_on_factors(
         def outputs(context: Context, **given: Any) -> tuple[Output, ...]:
             changes = Changes.of(context.plan, begin.__name__)
             if given["output"] == "adapter":
-                return (MergedAdapter(changes, ranks(changes, given)).output(),)
+                card = _card(context, changes, begin.__name__, given)
+                return (MergedAdapter(changes, ranks(changes, given)).output(card),)
             return (_dense(context, changes),)
 
         enter_method(
@@ -128,6 +130,18 @@ def _dense(context: Context, changes: Changes) -> Output:
         return replace(slot, source=merged if name in changes.products else Copied(slot.name))
 
     return replace(output, files={file: tuple(map(source_of, slots)) for file, slots in output.files.items()})
+
+
+def _card(context: Context, changes: Changes, method: str, given: Mapping[str, Any]) -> str:
+    """The ``README.md`` of a merged adapter."""
+    return adapter_card(
+        context.plan.base.folder,
+        {name: adapter.folder for name, adapter in changes.adapters.items()},
+        title=context.run.name,
+        method=method,
+        options={**given, "seed": context.seed},
+        loading=context.backbone.loading[0],
+    )
 
 
 def _notes(changes: Changes, ranks: Mapping[str, int]) -> tuple[str, ...]:

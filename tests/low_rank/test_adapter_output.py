@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
-from transformers import MistralForCausalLM
+from transformers import AutoModelForImageTextToText, MistralForCausalLM
 
+from expert_merging.card import inline
+from Qwen2VL.backbone import BACKBONE as QWEN
+from tests import qwen2vl
 from tests.adapters import merged_by_peft, save_adapter
 from tests.checkpoints import BASE, tensors_of
 from tests.command import contents, flags, merged, refusal
@@ -49,7 +53,7 @@ def test_peft_loads_a_merged_adapter_as_the_dense_result(tiny_zoo, tmp_path):
     given = ["--method", "core_space", "--inner", "ties", "--exclude_params", "none", *flags(base, **experts)]
     dense = merged(tmp_path / "dense", *given)
     adapter = merged(tmp_path / "adapter", *given, *ADAPTER)
-    assert set(contents(adapter.model)) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(contents(adapter.model)) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     config = json.loads((adapter.model / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (6, 6, "CAUSAL_LM")
     assert set(config["rank_pattern"].values()) == {2, 4}
@@ -60,6 +64,25 @@ def test_peft_loads_a_merged_adapter_as_the_dense_result(tiny_zoo, tmp_path):
     for name, tensor in expected.items():
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
     assert f"result:       {adapter.model}" in adapter.log.read_text()
+
+
+def test_the_card_says_what_an_adapter_is_made_of(tmp_path):
+    zoo = write_zoo(tmp_path / "a|b", pairs_of())
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *zoo.flags, "--seed", 4)
+    card = (run.model / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "peft", "base_model": "base", "tags": ["merge", "lora", "expert-merging"]}
+    for line in (
+        f"# {inline(run.name)}",
+        "A LoRA adapter of `base`, merged of 3 adapters by `core_space`.",
+        "| base | `base` |",
+        "| B | `B` (LoRA adapter) |",
+        '  "inner": "task_arithmetic scaling_coefficient=1",',
+        '  "seed": 4',
+        'base = AutoModelForCausalLM.from_pretrained("path/to/the/base", dtype="auto")',
+    ):
+        assert line in card.splitlines(), card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("method", ["core_space", "knots"])
@@ -142,3 +165,25 @@ def test_experts_that_name_their_modules_differently_make_no_adapter(tmp_path, c
         "--output adapter: A and B name the factors of layers.0.q_proj.weight differently, as different versions of "
         "transformers do; save them again with one version, or write a dense model"
     )
+
+
+@pytest.mark.slow
+def test_modules_keep_their_names_in_memory_where_files_have_others(tmp_path):
+    """Qwen2-VL's files have `model.layers` for what is `model.language_model.layers` in memory, where peft looks."""
+    base = tmp_path / "base"
+    qwen2vl.save_model(base, 0)
+    load = partial(AutoModelForImageTextToText.from_pretrained, base)
+    experts = {
+        name: save_adapter(load, tmp_path / name, seed=rank, r=rank, target_modules=["q_proj", "qkv"])
+        for name, rank in {"OCR": 2, "VQA": 3}.items()
+    }
+    given = [*SUM, *flags(base, **experts)]
+    dense = merged(tmp_path / "dense", *given, family=QWEN)
+    adapter = merged(tmp_path / "adapter", *given, *ADAPTER, family=QWEN)
+    expected = AutoModelForImageTextToText.from_pretrained(dense.model).state_dict()
+    loaded = merged_by_peft(load, adapter.model).state_dict()
+    changed = [name for name, tensor in load().state_dict().items() if not tensor.equal(loaded[name])]
+    assert changed
+    assert all("q_proj" in name for name in changed)  # the vision tower keeps the base's values
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
