@@ -47,14 +47,12 @@ def register_on_factors(
     *,
     options: Callable[..., Any],
     rank: Callable[..., int] = Changes.largest_rank,
-    **fields: Any,
 ) -> Callable[[Begin], Begin]:
     """Enter a function on factors into the table of methods.
 
     Args:
         options: its options, `LowRankOptions` among them.
         rank: ``(changes, tensor, **options) -> rank that the merged change of a tensor has at most``.
-        fields: further fields of `expert_merging.method.Method`.
     """
 
     def enter(begin: Begin) -> Begin:
@@ -98,7 +96,6 @@ def register_on_factors(
             prepare=Prepare(prepare, ("low_rank",)),
             outputs=outputs,
             mirrors_with=lambda given: given["output"] == "dense",
-            **fields,
         )
         return begin
 

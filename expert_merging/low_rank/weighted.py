@@ -117,7 +117,7 @@ def _rank(changes: Changes, name: str, *, combination_type: str, **_options: Any
     return min(bound, changes.most) if combination_type == "svd" else max(changes.ranks(name))
 
 
-@register_on_factors(options=WeightedOptions, rank=_rank, aliases=("add_weighted_adapter",))
+@register_on_factors(options=WeightedOptions, rank=_rank)
 def weighted_adapter(
     context: Context,
     changes: Changes,
