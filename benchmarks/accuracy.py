@@ -25,7 +25,7 @@ from rich.console import Console
 from expert_merging.catalogue import all_methods
 from expert_merging.errors import InputError, tell
 from expert_merging.options import ROOT
-from expert_merging.run import provenance
+from expert_merging.provenance import provenance
 from expert_merging.writing import write_atomically
 from zoo.demo import Merging
 from zoo.evaluate import exact_match

@@ -32,7 +32,8 @@ from benchmarks.ranking import choose, report, rounded
 from benchmarks.recipes import ABLATION, CHOICE, COEFFICIENTS, FIRST_STAGE, METHOD, Variant, variants
 from expert_merging.catalogue import find_method
 from expert_merging.progress import no_progress
-from expert_merging.run import Run, provenance
+from expert_merging.provenance import provenance
+from expert_merging.run import Run
 from expert_merging.signals import environment_of_child
 from expert_merging.writing import write_atomically
 from zoo.family import default_folder

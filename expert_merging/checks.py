@@ -29,8 +29,9 @@ from expert_merging.options import Resolved, checkpoint_folders, command_line
 from expert_merging.outputs import Output
 from expert_merging.plan import Plan, make_plan
 from expert_merging.processes import choose_device, from_main_process, is_main_process, join
+from expert_merging.provenance import provenance
 from expert_merging.roles import ROW_PER_WORD
-from expert_merging.run import Run, provenance
+from expert_merging.run import Run
 from expert_merging.run_names import default_folder
 from expert_merging.word_tables import BASE, WordTables
 from expert_merging.writing import NAME_BYTES, can_name_file, check_free_disk, check_lengths

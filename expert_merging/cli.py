@@ -126,8 +126,9 @@ def _list_methods(backbone: Backbone) -> None:
     of_learning = [line for line in _in_all(lines, learning) if line not in of_samples]
     console = Screen(markup=False)
     table = Table(header_style="bold", show_lines=True)
-    table.add_column("method")
-    table.add_column("what it does", max_width=max(20, console.width - 58))  # what the other columns leave
+    table.add_column("method", no_wrap=True)
+    width = max(19, console.width - 61)  # what the other columns leave
+    table.add_column("what it does", max_width=width, overflow="fold")
     table.add_column("options and defaults", overflow="fold")
     for method in methods:
         shown = lines[method.name]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from expert_merging import __version__
 from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
@@ -300,36 +294,3 @@ def _put(entry: Path, target: Path) -> None:
         os.rename(target, old)
     os.replace(entry, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, the repository's revision and the time, for the record."""
-    return {
-        "versions": {"expert_merging": __version__, "python": platform.python_version(), **library_versions()},
-        "git_revision": _git_revision(),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that compute."""
-    versions = {}
-    for name in ("torch", "transformers", "accelerate", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

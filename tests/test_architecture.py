@@ -16,7 +16,7 @@ PACKAGES = ("expert_merging", *FAMILIES, "zoo", "benchmarks", "dataset")
 LAYERS = (
     ("errors", "documents", "parts", "progress", "arithmetic", "libraries", "digests", "__init__"),
     ("flags", "roles", "processes", "shortage", "writing"),
-    ("machine", "signals", "forks", "workers", "kept", "records", "run", "outcome", "console"),
+    ("machine", "signals", "forks", "workers", "kept", "provenance", "records", "run", "outcome", "console"),
     ("checkpoints",),
     ("questions",),
     ("backbone",),

@@ -28,9 +28,9 @@ from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.plan import Plan
 from expert_merging.progress import Advance, Progress, no_advance
+from expert_merging.provenance import library_versions
 from expert_merging.questions.calibration import Sample
 from expert_merging.roles import word_tables
-from expert_merging.run import library_versions
 from expert_merging.running.batches import pack, together
 from expert_merging.running.generating import generate
 from expert_merging.running.kept_targets import KeptTargets, identity, name_of

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from expert_merging import run as record_of_runs
+from expert_merging import provenance as record_of_runs
 from expert_merging import streaming, workers
 from expert_merging.cli import main
 from expert_merging.run import Run
