@@ -24,10 +24,12 @@ from expert_merging.writing import ShardWriter
 from tests.checkpoints import BASE, EXPERTS, make_zoo, tensors_of, write_checkpoint, write_tasks
 from tests.command import assert_same_bytes, flags, forget_accelerate, merge
 from tests.launching import run_together
+from tests.low_rank.adapters import pairs_of, write_adapter
 
 METHODS = all_methods()
 LEARNED = [name for name, method in METHODS.items() if method.reads_samples]
 CLOSED = [name for name in METHODS if name not in LEARNED]
+ON_FACTORS = [name for name, method in METHODS.items() if method.prepare and "low_rank" in method.prepare.gives]
 # What a run of a method needs beside the usual.
 OPTIONS = {
     "evo": ["--evaluations", 5, "--population", 4],
@@ -49,7 +51,11 @@ def places(tmp_path_factory) -> Path:
     write_tasks(folder / "dataset", responses=dict.fromkeys(EXPERTS, "42"))
     for number, name in enumerate([BASE, *EXPERTS.values()]):
         cut_up(folder / "one" / name, folder / "many" / name, 5 - number)
-    names = [name for name in tensors_of(folder / "one" / BASE) if ".mlp." in name or ".self_attn." in name]
+    base = tensors_of(folder / "one" / BASE)
+    names = [name for name in base if ".mlp." in name or ".self_attn." in name]
+    modules = {name.removesuffix(".weight"): (base[name].shape[0], base[name].shape[1]) for name in names}
+    for expert, pairs in pairs_of(dict.fromkeys(EXPERTS, 2), modules).items():
+        write_adapter(folder / "adapters" / expert, pairs)
     values = {name: torch.linspace(0.1, 0.6, 6).view(3, 2) for name in names}
     Coefficients(tuple(EXPERTS), values, (1.0, 0.5, 1.0)).save(folder / "learned.safetensors")
     return folder
@@ -68,6 +74,8 @@ def command(name: str, places: Path, layout: str, output: Path) -> list[object]:
     """The command of a method, or of a modifier, whose run is called as it is."""
     method = METHODS[name]
     folders = {expert: places / layout / folder for expert, folder in EXPERTS.items()}
+    if name in ON_FACTORS:
+        folders = {expert: places / "adapters" / expert for expert in EXPERTS}
     if AT_MOST_TWO in method.promises:
         del folders["Code"]
     given = ["--post" if method.is_modifier else "--method", name, *OPTIONS.get(name, [])]
