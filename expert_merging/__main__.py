@@ -16,7 +16,7 @@ def run() -> int:
 
 def main() -> None:
     """Run the program, and end with its exit code."""
-    run_program(run, CONTINUES if sys.argv[1:2] == ["merge"] else "the same command begins again")
+    run_program(run, CONTINUES if sys.argv[1:2] in (["merge"], ["sweep"]) else "the same command begins again")
 
 
 if __name__ == "__main__":

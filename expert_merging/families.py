@@ -109,6 +109,8 @@ def _of_cache(cache: Path) -> Backbone:
     Raises:
         InputError: that of none does, or those of several.
     """
+    if not cache.is_dir():
+        raise InputError(f"--cache_dir {cache}: there is no such folder")
     families = [load_family(name) for name in family_names()]
     bases = {family.name: cache / family.base_folder for family in families}
     there = [name for name, place in bases.items() if place.exists() or cached_beside(place)]

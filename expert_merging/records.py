@@ -14,7 +14,7 @@ _PLACES = ("base_model_path", "expert")
 # What every record has, and other files of that name have not.
 KINDS = {"family": str, "method": str, "options": dict}
 # Options that say how long a run learns: more of it begins as less of it does.
-_LENGTHS = ("num_epochs", "patience")
+LENGTHS = ("num_epochs", "patience")
 
 
 def digest_of_run(description: Mapping[str, Any]) -> str:
@@ -89,7 +89,7 @@ def is_longer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         earlier: the other run's.
         now: the record; what is yet to be found out of its ``inputs`` is not compared.
     """
-    lengths = [(earlier["options"].get(name), now["options"].get(name)) for name in _LENGTHS]
+    lengths = [(earlier["options"].get(name), now["options"].get(name)) for name in LENGTHS]
     return (
         all(type(number) is int for pair in lengths for number in pair)
         and all(before <= after for before, after in lengths)
@@ -100,5 +100,5 @@ def is_longer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def of_same_length(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """A record with the other one's options of how long to learn."""
-    lengths = {name: now["options"][name] for name in _LENGTHS if name in now["options"]}
+    lengths = {name: now["options"][name] for name in LENGTHS if name in now["options"]}
     return {**earlier, "options": {**earlier["options"], **lengths}}

@@ -12,7 +12,15 @@ from typing import Any
 from expert_merging.documents import read_object, resolved
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
-from expert_merging.records import KINDS, differences, is_longer, is_of_run, of_same_length, says_what_was_merged
+from expert_merging.records import (
+    KINDS,
+    LENGTHS,
+    differences,
+    is_longer,
+    is_of_run,
+    of_same_length,
+    says_what_was_merged,
+)
 from expert_merging.writing import partial_name, sync_folder, take_hold, write_atomically
 
 # What the kernel tells of locks.
@@ -283,7 +291,9 @@ class Run:
 
 def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if differing := differences(earlier, now):
-        raise InputError(f"{folder} holds a different run ({'; '.join(differing)}); {_ADVICE}")
+        shorter = all(text.split(":")[0] in LENGTHS for text in differing)
+        only = "a run can learn longer once it is finished, and never shorter; " if shorter else ""
+        raise InputError(f"{folder} holds a different run ({'; '.join(differing)}); {only}{_ADVICE}")
 
 
 def _put(entry: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from expert_merging.backbone import Backbone
 from expert_merging.options import Resolved
 from expert_merging.records import digest_of_run
+from expert_merging.running.options import SampleOptions
 
 # Characters of a value, and of all that differs; the rest is left out, and the digest stands for it.
 _VALUE, _ALL = 24, 90
@@ -56,7 +57,8 @@ def _differing(description: Mapping[str, Any], resolved: Resolved, backbone: Bac
     experts = list(description["options"]["expert"])
     if experts != list(backbone.expert_folders):
         yield _safe("_".join(experts))
-    for name, value in changed_options(description, resolved).items():
+    changed = changed_options(description, resolved)
+    for name, value in sorted(changed.items(), key=lambda item: item[0] in SampleOptions.__dataclass_fields__):
         yield name if value is True else f"{name}_{_safe(_text(value))}"
 
 

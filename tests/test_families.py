@@ -76,6 +76,7 @@ def test_the_cache_folder_tells_by_the_base_in_it(tmp_path, no_dotenv):
     assert refusal(cache_dir=tmp_path) == (
         f"{tmp_path} has the bases of Mistral and Qwen2VL; give the --family that is meant"
     )
+    assert refusal(cache_dir=tmp_path / "none") == f"--cache_dir {tmp_path}/none: there is no such folder"
     (tmp_path / "empty").mkdir()
     assert refusal(cache_dir=tmp_path / "empty") == (
         f"{tmp_path}/empty has the base of no family: InternVL2_5-1B (InternVL), Mistral-7B-v0.1 (Mistral), "

@@ -57,6 +57,23 @@ def test_where_calibration_files_are_is_named_without_its_folders(tiny_zoo, tmp_
     assert f"{tmp_path}/adamerging/Mistral-data_dir_dataset-max_new_tokens_40-" in capsys.readouterr().out
 
 
+def test_what_the_method_does_comes_before_what_it_reads(tiny_zoo, tmp_path, capsys):
+    arguments = (
+        "--cache_dir",
+        tiny_zoo,
+        "--data_dir",
+        tiny_zoo / "dataset",
+        "--max_new_tokens",
+        40,
+        "--post",
+        "featcal",
+    )
+    given = ("--method", "task_arithmetic", "--scaling_coefficient", 0.4, *arguments, "--samples_per_task", 2)
+    assert merge(*given, "--output_path", tmp_path, "--dry_run") == 0
+    name = "Mistral-post_featcal-scaling_coefficient_0.4-data_dir_dataset-samples_per_task_2-"
+    assert f"{tmp_path}/task_arithmetic/{name}" in capsys.readouterr().out
+
+
 def test_names_are_short_and_can_be_used_anywhere(tmp_path):
     base = write_checkpoint(tmp_path / "base", TENSORS)
     experts = {f"expert, number {number}: {'x' * 30}": write_checkpoint(tmp_path / str(number), TENSORS)

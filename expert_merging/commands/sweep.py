@@ -76,6 +76,7 @@ _TAKEN = {name: option for name, option in OPTIONS.items() if name != "sweep"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the arguments."""
     parser.argument_default = argparse.SUPPRESS
+    parser.usage = "%(prog)s [FILE.yaml] [--sweep OPTION=VALUES ...] [options below] [flags as of merge METHOD --help]"
     parser.add_argument("--sweep", action="append", metavar="OPTION=VALUES", help=OPTIONS["sweep"].help)
     for option in _TAKEN.values():
         add_flag(parser, option, option.default, takes_several=False)
@@ -109,6 +110,8 @@ def run(given: Mapping[str, Any], console: Console) -> None:
     sweep = Sweep(merging, points, backbone, Scoring(select, questions, own.halving), parent, own.sweep_name)
     if own.jobs > 1 and not sweep.first.resolved.general["keep_targets"]:
         raise InputError("--jobs needs what experts say to be kept, which all processes read; leave --keep_targets out")
+    for one, other in sweep.same:
+        say(console, f"{label_of(one)}: the same as {label_of(other)}")
     if merging.get("dry_run"):
         say(console, f"{len(sweep.planned)} points would be scored, in {sweep.folder}:")
         for planned in sweep.planned:
@@ -180,7 +183,7 @@ def read(given: Mapping[str, Any]) -> tuple[SweepOptions, dict[str, Any], Backbo
         raise InputError(*problems)
     parsed = parse(more, backbone)
     config = parsed.pop("config", config)
-    merging = {**file, **({} if config is None else read_config(Path(config), backbone)), **parsed}
+    merging = {**({} if config is None else read_config(Path(config), backbone)), **file, **parsed}
     values = {name: _TAKEN[name].convert(value) for name, value in own.items() if name in _TAKEN}
     return SweepOptions(**values, sweep=own.get("sweep", {})), merging, backbone
 
@@ -222,7 +225,8 @@ def _write(sweep: Sweep, scored: Scored, own: SweepOptions, terminal: Any) -> Pa
     from expert_merging.checks import check
     from expert_merging.job import perform
 
-    job = check(sweep.resolved(scored.point), sweep.backbone, terminal)
+    # Of options that all points share, some are other methods'.
+    job = check(replace(sweep.resolved(scored.point), ignored=()), sweep.backbone, terminal)
     try:
         perform(job, terminal)
         add_scores(job.context.run.scores, scores_of(sweep, scored, own))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from expert_merging.asking import Formats
+from expert_merging.asking import Formats, check_given
 from expert_merging.backbone import Backbone
 from expert_merging.checkpoints.adapter_files import is_adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint
@@ -89,6 +89,7 @@ def ready(
         InputError: every model that cannot be asked, and why.
     """
     problems, found = Problems(), list[Asked]()
+    problems.found += check_given(words, dict.fromkeys(words if isinstance(words, Mapping) else ()), set())
     checked: set[str] = set()
     for model, backbone in zip(compared, backbones, strict=True):
         with problems.collecting(), about(model.label):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from expert_merging.asking import check_given
 from expert_merging.backbone import Backbone
 from expert_merging.catalogue import find_method
 from expert_merging.checkpoints.sources import locate, locate_all
@@ -235,6 +236,9 @@ def _measure(
     plan = make_plan(base, experts, list(backbone.exclude_params), backbone.file_name, backbone.landmark)
     plan.refuse_contained(*plan.experts)
     samples = _choose_samples(learned, plan, backbone, options)
+    problems = check_given(options.prompt_template, plan.experts, {sample.task for sample in samples})
+    if problems:
+        raise InputError(*problems)
     first = learned[0] if learned else {}
     backbone = backbone.configured({name: first[name] for name in backbone.options if name in first})
     backbone = backbone.beside(base)

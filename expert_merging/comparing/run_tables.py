@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.card import cell, inline
-from expert_merging.comparing.runs import COLUMNS, Row, show_setting
+from expert_merging.comparing.runs import COLUMNS, HEADINGS, Row, show_setting
 from expert_merging.comparing.scores_file import as_json
 from expert_merging.errors import one_line
 from expert_merging.machine import gib
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 # What a person reads, and how it is shown; the other columns are in CSV and JSON.
 _SHOWN: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "seconds": ("time", lambda value: duration(value)),
-    "peak_memory": ("peak memory", lambda value: gib(value)),
-    "peak_gpu_memory": ("peak GPU memory", lambda value: gib(value)),
-    "relative_change": ("change", lambda value: f"{value:.3g}"),
+    "seconds": (HEADINGS["seconds"], lambda value: duration(value)),
+    "peak_memory": (HEADINGS["peak_memory"], lambda value: gib(value)),
+    "peak_gpu_memory": (HEADINGS["peak_gpu_memory"], lambda value: gib(value)),
+    "relative_change": (HEADINGS["relative_change"], lambda value: f"{value:.3g}"),
     "divergence": ("divergence", lambda value: f"{value:.3g}"),
 }
 

@@ -25,6 +25,13 @@ COLUMNS = (
     *("run", "family", "method", "seed", "seconds", "peak_memory", "peak_gpu_memory"),
     *("divergence", "relative_change", "state", "started", "folder"),
 )
+# Of columns that tables call otherwise.
+HEADINGS = {
+    "seconds": "time",
+    "peak_memory": "peak memory",
+    "peak_gpu_memory": "peak GPU memory",
+    "relative_change": "change",
+}
 # Digits of a digest that tell two inputs apart for a reader.
 _DIGITS = 6
 # Options that say where checkpoints are, and the name of a digest of what these are.
@@ -150,7 +157,7 @@ def chosen(rows: Sequence[Row], conditions: Sequence[str]) -> list[Row]:
     problems, known = Problems(), _names(rows)
     for condition in conditions:
         name, equals, text = condition.partition("=")
-        name = current_name(name)
+        name = _meant(name)
         if not equals:
             problems.add(f"--where takes NAME=VALUE, such as method=ties, got {condition!r}")
         elif name not in known:
@@ -170,7 +177,7 @@ def ordered(rows: Sequence[Row], name: str, *, descending: bool) -> list[Row]:
     Raises:
         InputError: there is no such column.
     """
-    name, known = current_name(name), _names(rows)
+    name, known = _meant(name), _names(rows)
     if name not in known:
         raise InputError(f"--sort {name}: there is no such column or option. {near_name(name, known)}")
     having = [row for row in rows if row.value(name) is not None]
@@ -202,6 +209,11 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for one in settings for name in one if name != "seed")
     found = [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
     return [name for name in found if name != _CHECKPOINTS or not {*_PLACES} & {*found}]
+
+
+def _meant(name: str) -> str:
+    """A column by its heading in the table, or an option by a name that it once had."""
+    return next((column for column, heading in HEADINGS.items() if heading == name), current_name(name))
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -104,7 +104,7 @@ def read_models(file: Path) -> dict[str, tuple[str, Scores]]:
         InputError: the file cannot be read, or is something else.
     """
     models = read_object(file, advice=_ADVICE).get("models")
-    if not isinstance(models, dict) or not all(isinstance(one, dict) for one in models.values()):
+    if not isinstance(models, dict) or not all(isinstance(one, dict) and "format" in one for one in models.values()):
         raise InputError(f"{file} does not hold scores of models as evaluate --json writes them; {_ADVICE}")
     return {label: (str(one.get("folder", "")), _scores(one, file)) for label, one in models.items()}
 

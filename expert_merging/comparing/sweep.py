@@ -21,7 +21,7 @@ from expert_merging.comparing.grid import Point, label_of
 from expert_merging.comparing.sweep_record import Record, Select
 from expert_merging.console import Terminal
 from expert_merging.context import Context
-from expert_merging.errors import InputError, Problems, about
+from expert_merging.errors import InputError, Problems
 from expert_merging.options import Resolved, resolve
 from expert_merging.progress import Progress
 from expert_merging.questions.labelled import Question, digest_of
@@ -88,6 +88,10 @@ class Sweep:
         name: the sweep's name; by default the same for all that can be compared.
         work: folder for what preparations write, which is removed; by default this process's own.
 
+    Attributes:
+        planned: the points to be scored.
+        same: points whose settings are those of another one, with that.
+
     Raises:
         InputError: every problem of every point.
     """
@@ -105,6 +109,7 @@ class Sweep:
         self.given, self.backbone, self.scoring = given, backbone, scoring
         # The folder's name depends on what is checked, so what checks write goes beside it.
         self.work = work or parent / f"work-{os.getpid()}"
+        self.same: list[tuple[Point, Point]] = []
         self.planned = self._plan(points)
         self.first = self.planned[0].job
         self.asked = self._samples()
@@ -117,19 +122,29 @@ class Sweep:
     def _plan(self, points: Sequence[Point]) -> list[Planned]:
         """Points with different settings, checked."""
         problems, planned = Problems(), dict[str, Planned]()
+        faulty: dict[str, list[Point]] = {}
         terminal = Terminal(quiet=True)  # whose bars would stand inside the sweep's own
         try:
             for point in points:
-                with problems.collecting(), about(f"point {label_of(point)}"):
+                try:
                     # One job keeps the prompts of its samples, which may have pictures.
                     changes = {"output_path": str(self.work), "log_with": "none", "dry_run": bool(planned)}
                     resolved = self.resolved(point, **changes)
                     _check_kind(resolved)
+                    own = {name: value for name, value in point.items() if name not in resolved.ignored}
                     key = _key_of(resolved)
-                    if key not in planned:
-                        planned[key] = Planned(point, key, check(resolved, self.backbone, terminal))
+                    if key in planned:
+                        self.same.append((point, planned[key].point))
+                    else:
+                        planned[key] = Planned(own, key, check(resolved, self.backbone, terminal))
+                except InputError as error:
+                    for problem in error.problems:
+                        faulty.setdefault(problem, []).append(point)
         finally:
             terminal.close()
+        for problem, own_points in faulty.items():
+            more = f" and {len(own_points) - 1} more" if len(own_points) > 1 else ""
+            problems.add(f"point {label_of(own_points[0])}{more}: {problem}")
         problems.check()
         return list(planned.values())
 

@@ -55,6 +55,11 @@ class Scored:
         found = mean_of(self.divergence) if select == "divergence" else -mean_of(self.accuracy)
         return found if math.isfinite(found) else math.inf
 
+    def rank(self, select: Select) -> tuple[float, float]:
+        """What is smallest for the best point: its badness, and where that of two is the same, the other score."""
+        first, other = self.badness(select), self.badness("accuracy" if select == "divergence" else "divergence")
+        return round(first, 9), other
+
 
 class Record:
     """What a sweep has scored, in a file that it is continued from.

@@ -19,7 +19,7 @@ from expert_merging.comparing.grid import label_of
 from expert_merging.comparing.scoring import points_by_task
 from expert_merging.comparing.sweep import Planned, Sweep
 from expert_merging.comparing.sweep_record import Scored
-from expert_merging.console import Terminal
+from expert_merging.console import Terminal, say
 from expert_merging.errors import InputError
 from expert_merging.families import load_family
 from expert_merging.forks import crew
@@ -61,6 +61,9 @@ def _run(sweep: Sweep, terminal: Terminal, jobs: int) -> list[Scored]:
     fewest = min(sum(sample.task == task for sample in sweep.asked.samples) for task in sweep.asked.tasks)
     shares = sweep.scoring.shares(len(sweep.planned), fewest)
     left, done = sweep.planned, list[Scored]()
+    known = len(left) - len(_missing(sweep, left, shares[0]))
+    if known:
+        say(terminal.console, f"{known} of {len(left)} points are known already")
     counts = [max(1, len(left) // (sweep.scoring.halving or 1) ** number) for number in range(len(shares))]
     with (
         _scorers(sweep, shares, jobs, terminal.progress) as score,
@@ -71,13 +74,15 @@ def _run(sweep: Sweep, terminal: Terminal, jobs: int) -> list[Scored]:
         def note(found: Scored) -> None:
             sweep.record.add(found)
             advance(1, label_of(found.point))
+            if not terminal.console.is_terminal:
+                say(terminal.console, f"scored {label_of(found.point)}")
 
         for number, following in enumerate([*counts[1:], 0]):
             missing = _missing(sweep, left, shares[number])
             advance(len(left) - len(missing))
             score(missing, number, note)
             scored = [sweep.record.scored[planned.key, shares[number]] for planned in left]
-            scored.sort(key=lambda one: one.badness(sweep.scoring.select))
+            scored.sort(key=lambda one: one.rank(sweep.scoring.select))
             kept = {one.key for one in scored[:following]}
             done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
             left = [planned for planned in left if planned.key in kept]

@@ -141,6 +141,7 @@ def test_runs_of_different_experts_are_not_compared(runs, answered_zoo, tmp_path
     nowhere = tmp_path / "no" / "numbers.json"
     told_first = f"--json {nowhere}: there is no folder {nowhere.parent}; make it first"
     assert refusal(capsys, runs[0], "--json", nowhere) == told_first
+    assert refusal(capsys, runs[0], "--prompt_template", "Q") == "--prompt_template must contain {question}, got 'Q'"
     shown = refusal(capsys, runs[0], tmp_path / "out" / "weight_average" / "r")
     assert "made of different things" in shown
     assert "give --expert" in shown

@@ -96,7 +96,7 @@ def test_scores_are_shown_compared_and_kept_with_the_runs(runs, answered_zoo, qu
     assert first["answers"][BASE] == {"text": "yes", "points": 0.0}
 
 
-def test_a_model_is_really_asked(runs, questions):
+def test_a_model_is_really_asked(runs, questions, capsys):
     """Random weights answer nothing rightly, and choose one of two choices."""
     choices = [{"question": f"{number}?", "choices": ["yes", "no"], "answer": "yes"} for number in range(4)]
     (questions / "Chat.json").write_text(json.dumps(choices))
@@ -105,6 +105,11 @@ def test_a_model_is_really_asked(runs, questions):
     assert found.metric == "accuracy"
     assert found.tasks["Math"].correct == (0, 0, 0)
     assert found.tasks["Chat"].count == 3
+    assert evaluate(runs[0], "--questions", questions, "--samples", 2) == 0
+    assert "keeps its scores on more questions of mine" in capsys.readouterr().out
+    assert read_scores(Run(runs[0]).scores).sets["mine"] == found
+    assert evaluate(runs[0], "--questions", questions) == 0
+    assert read_scores(Run(runs[0]).scores).sets["mine"].tasks["Chat"].count == 4
 
 
 def test_models_are_asked_in_the_words_of_their_run(answered_zoo, tmp_path):
@@ -161,6 +166,9 @@ def test_what_cannot_be_measured_is_said(runs, answered_zoo, questions, tmp_path
     ]
     assert refusal(capsys, runs[0], "--questions", questions, "--prompt_template", '{"Maths": "{question}"}') == [
         "--prompt_template names the task 'Maths'. Did you mean 'Math'?"
+    ]
+    assert refusal(capsys, runs[0], "--questions", questions, "--prompt_template", "Q") == [
+        "--prompt_template must contain {question}, got 'Q'"
     ]
     assert refusal(capsys, runs[0], "--questions", questions, "--match", "number") == [
         "--match must be 'auto' or 'numbers', got number"

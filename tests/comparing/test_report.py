@@ -169,7 +169,8 @@ def test_models_that_no_run_has_made_have_rows_too(tmp_path, capsys):
     assert re.findall(r'data-value="(.*?)"', table) == ["70.0", "", "70.0", "60.0", "10.0", "35.0"]
     again = refuse(capsys, run, "-o", tmp_path / "r.html", "--scores", file, "--scores", file)
     assert f"--scores {file}: another file has scores of a model called Mistral-7B, too; rename one" in again
-    for broken in ({"models": [1]}, {"models": {"a": 3}}, {}):
+    aligned = {"models": {"a": {"folder": "/x", "relative": {}}}}  # as align writes it
+    for broken in ({"models": [1]}, {"models": {"a": 3}}, aligned, {}):
         file.write_text(json.dumps(broken))
         shown = refuse(capsys, run, "-o", tmp_path / "r.html", "--scores", file)
         assert f"{file} does not hold scores of models as evaluate --json writes them; move it away" in shown

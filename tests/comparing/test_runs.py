@@ -115,6 +115,7 @@ def test_scores_and_divergence_have_columns(scored, capsys):
         (("--sort", "quiz", "--descending"), ["high", "low", "middle", "cut"]),
         (("--sort", "scaling-coefficient", "--descending"), ["high", "cut", "middle", "low"]),  # that of TIES is 1
         (("--descending",), ["cut", "high", "middle", "low"]),
+        (("--sort", "change"), ["low", "middle", "cut", "high"]),
         (("--sort", "state"), ["low", "middle", "high", "cut"]),
         (("--where", "method=ties"), ["cut"]),
         (("--where", "scaling_coefficient=0.40"), ["middle"]),

@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_models_that_would_be_written(command, tiny_zoo,
     assert {path.name for path in recorded.parent.iterdir()} == {"sweep.json", "responses.json", ".lock"}
 
 
-def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path, monkeypatch):
+def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path, monkeypatch, capsys):
     given = [*command, "--sweep", "method=task_arithmetic", "--write", "none"]
     scored, score = [], Bench.score
 
@@ -124,7 +124,11 @@ def test_a_sweep_goes_on_from_its_record_and_takes_more_points(command, tmp_path
     assert [point["point"]["scaling_coefficient"] for point in points] == [0.1]
     scored.clear()
     monkeypatch.setattr(Bench, "score", lambda *arguments: scored.append(arguments[1].point) or score(*arguments))
+    capsys.readouterr()
     assert sweep(*given, "--sweep", "scaling_coefficient=0.1:0.3:0.1") == 0
+    shown = capsys.readouterr().out
+    assert "1 of 3 points are known already" in shown
+    assert "scored task_arithmetic, scaling_coefficient 0.3" in shown, "no terminal shows bars here"
     assert [point["scaling_coefficient"] for point in scored] == [0.2, 0.3]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweeps", "targets"}
     scored.clear()
@@ -158,6 +162,23 @@ def test_how_many_samples_are_learned_from_may_be_swept(command, tmp_path):
     assert sweep(*given, "--sweep", "num_epochs=1") == 0
     _, again = record_of(tmp_path / "out")
     assert len(again) == 2, "the same as with samples_per_task 2"
+
+
+def test_one_problem_of_many_points_is_told_once(command, capsys):
+    told = refusal(capsys, *command, "--sweep", "method=tie", "--sweep", "seed=0,1,2", "--sweep", "density=0.1")
+    assert told == ["point tie, seed 0, density 0.1 and 2 more: no method named 'tie'. Did you mean 'ties'?"]
+
+
+def test_of_two_points_with_one_score_the_other_score_decides():
+    near, far = (
+        Scored({"seed": 1}, "a", 1.0, {"x": 0.2}, {"x": [1, 0]}),
+        Scored({}, "b", 1.0, {"x": 0.4}, {"x": [0, 1]}),
+    )
+    right = Scored({}, "c", 1.0, {"x": 0.4}, {"x": [1, 1]})
+    assert sorted([far, right, near], key=lambda one: one.rank("accuracy")) == [right, near, far]
+    assert sorted([far, right, near], key=lambda one: one.rank("divergence")) == [near, right, far]
+    nothing = Scored({}, "d", problem="no")
+    assert sorted([nothing, far], key=lambda one: one.rank("divergence")) == [far, nothing]
 
 
 @pytest.mark.slow
@@ -258,7 +279,7 @@ def test_a_point_that_cannot_be_merged_is_told_and_the_others_go_on(command, tmp
     given = [*command, "--method", "task_arithmetic", "--write", "none"]
     assert sweep(*given, "--sweep", "scaling_coefficient=0.2,0.1") == 0
     shown = capsys.readouterr().out
-    assert shown.index("scaling_coefficient 0.1") < shown.index("scaling_coefficient 0.2")
+    assert shown.rindex("scaling_coefficient 0.1") < shown.rindex("scaling_coefficient 0.2")
     assert "no solution" in shown
     assert refusal(capsys, *given, "--sweep", "scaling_coefficient=0.2") == [
         "no point has a score; the first one: no solution"
@@ -268,9 +289,10 @@ def test_a_point_that_cannot_be_merged_is_told_and_the_others_go_on(command, tmp
 def test_a_plan_is_shown_and_same_points_are_one(command, tmp_path, capsys):
     given = ["--sweep", "method=weight_average,ties", "--sweep", "density=0.1,0.2", "--dry_run"]
     assert sweep(*command, *given) == 0
-    lines = capsys.readouterr().out.splitlines()
+    same, *lines = capsys.readouterr().out.splitlines()
+    assert same == "weight_average, density 0.2: the same as weight_average"
     assert lines[0].startswith(f"3 points would be scored, in {tmp_path / 'out' / 'sweeps' / 'Mistral-'}")
-    assert lines[1:] == ["weight_average, density 0.1", "ties, density 0.1", "ties, density 0.2"]
+    assert lines[1:] == ["weight_average", "ties, density 0.1", "ties, density 0.2"]
     assert not (tmp_path / "out").exists()
 
 
@@ -310,8 +332,7 @@ def test_what_cannot_be_swept_is_said(command, questions, tmp_path, capsys):
         capsys, *command, *one, "--scalin_coefficient", "1"
     )
     assert refusal(capsys, *command, "--sweep", "method=tall,ties", "--sweep", "density=0.5,7") == [
-        "point tall, density 0.5: tall writes something else than one model, so it cannot be swept",
-        "point tall, density 7: tall writes something else than one model, so it cannot be swept",
+        "point tall, density 0.5 and 1 more: tall writes something else than one model, so it cannot be swept",
         "point ties, density 7: --density must be a number in (0, 1], got 7; for 7 % write 0.07",
     ]
     assert refusal(capsys, *command, *one, "--tokenizer", "union") == [
@@ -345,6 +366,9 @@ def test_a_file_may_name_a_file_of_further_options(command, tmp_path, capsys):
     file.write_text(f"family: Mistral\nconfig: {options}\nsweep: {{density: [0.1, 0.2]}}")
     _, merging, _ = read({"more": [str(file)]})
     assert (merging["method"], merging["scaling_coefficient"]) == ("ties", 0.7)
+    file.write_text(f"scaling_coefficient: 0.4\n{file.read_text()}")
+    assert read({"more": [str(file)]})[1]["scaling_coefficient"] == 0.4, "the sweep's own file counts more"
+    assert read({"more": [str(file), "--config", str(options)]})[1]["scaling_coefficient"] == 0.4
     _, merging, _ = read({"more": [str(file), "--scaling_coefficient", "0.2"]})
     assert merging["scaling_coefficient"] == "0.2"
     options.unlink()

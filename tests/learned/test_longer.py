@@ -179,11 +179,12 @@ def test_the_state_to_begin_from_is_taken_over_where_there_is_none(tmp_path):
 
 def test_what_would_be_another_run_is_refused(learn, capsys):
     run = learn("--num_epochs", 2, "--patience", 2)
-    different = f"{run.folder} holds a different run ({{}}); choose another --run_name, or move the folder away"
+    different = f"{run.folder} holds a different run ({{}}choose another --run_name, or move the folder away"
+    longer = "; a run can learn longer once it is finished, and never shorter; "
     for arguments, told in {
-        ("--num_epochs", 1, "--patience", 2): "num_epochs: 2 there, 1 now",
-        ("--num_epochs", 3, "--patience", 1): "num_epochs: 2 there, 3 now; patience: 2 there, 1 now",
-        ("--num_epochs", 3, "--patience", 2, "--sam", 0.5): "num_epochs: 2 there, 3 now; sam: 0.0 there, 0.5 now",
+        ("--num_epochs", 1, "--patience", 2): f"num_epochs: 2 there, 1 now){longer}",
+        ("--num_epochs", 3, "--patience", 1): f"num_epochs: 2 there, 3 now; patience: 2 there, 1 now){longer}",
+        ("--num_epochs", 3, "--patience", 2, "--sam", 0.5): "num_epochs: 2 there, 3 now; sam: 0.0 there, 0.5 now); ",
     }.items():
         assert refusal(capsys, *learn.command, *arguments) == different.format(told)
 
@@ -233,8 +234,8 @@ def test_another_length_waits_for_the_first(learn, capsys, monkeypatch):
     with pytest.raises(StoppedError):
         learn("--num_epochs", 2)
     assert refusal(capsys, *learn.command, "--num_epochs", 3) == (
-        f"{run.longer.work} holds a different run (num_epochs: 2 there, 3 now); choose another --run_name, or move the "
-        "folder away"
+        f"{run.longer.work} holds a different run (num_epochs: 2 there, 3 now); a run can learn longer once it is "
+        "finished, and never shorter; choose another --run_name, or move the folder away"
     )
 
 
