@@ -33,7 +33,14 @@ QUICK = {
     "wudi_steps": 2,
     "density": 0.4,
 }
-METHODS = [method for method in all_methods().values() if not method.is_modifier and method.name != "coefficients"]
+# Of a run's coefficients, and of adapters, there are tests elsewhere.
+METHODS = [
+    method
+    for method in all_methods().values()
+    if not (
+        method.is_modifier or method.name == "coefficients" or (method.prepare and "low_rank" in method.prepare.gives)
+    )
+]
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

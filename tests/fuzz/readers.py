@@ -298,7 +298,7 @@ def _coefficients(folder: Path) -> None:
     plan = make_plan(folder / "base", {name: folder / name for name in "AB"}, list(BACKBONE.exclude_params))
     context = Context(plan, BACKBONE, Run(folder / "new"), 0, "cpu", "none", no_progress, find_method)
     for place in ("run", "weight_coeffs.json"):
-        applied(context, folder / place, {"A": 0.5}, force=False).run()
+        applied(context, folder / place, {"A": 0.5}, None, force=False).run()
 
 
 def _options(folder: Path) -> None:

@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_in_its_stage(stage, answered_zoo, tmp_path, 
     trained = count_training(monkeypatch)
     assert same(learn(two_stages, ChunkingOptions, answered_zoo, tmp_path / "run", **options), whole)
     assert [folder.name for folder in trained] == (["stage1", "run"] if stage == "stage1" else ["run"])
-    assert not (tmp_path / "run" / "state").exists()
+    assert not (tmp_path / "run" / "stage1" / "model").exists()
 
 
 def test_experts_are_asked_once_for_both_stages(answered_zoo, tmp_path, monkeypatch):
