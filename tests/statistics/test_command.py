@@ -27,17 +27,9 @@ from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_tasks
 from tests.command import contents, merge, merged, refusal, refused
 from tests.launching import run_together
-from tests.statistics.twin import answered, inputs_of_layers, least_squares
+from tests.statistics.twin import RESPONSES, answered, inputs_of_layers, least_squares
 
-RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tasks(folder, responses=RESPONSES)
-    return folder
 
 
 @pytest.fixture

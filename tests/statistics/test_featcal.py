@@ -14,19 +14,11 @@ from expert_merging.statistics import calibrating
 from expert_merging.statistics.calibrating import Pair, Pull, new_weights, streams_of
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from tests import internvl as internvl_checkpoints
-from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
+from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal
-from tests.statistics.twin import answered, inputs_of_layers
+from tests.statistics.twin import RESPONSES, answered, inputs_of_layers
 
-RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
 DEFAULT, OTHER = Pull(0.3, 0.05, 1.0), Pull(0.4, 0.1, 1.5)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tasks(folder, responses=RESPONSES)
-    return folder
 
 
 @pytest.fixture

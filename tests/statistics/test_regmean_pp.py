@@ -9,18 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.statistics import calibrating
-from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
+from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal
-from tests.statistics.twin import answered, inputs_of_layers, least_squares
-
-RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tasks(folder, responses=RESPONSES)
-    return folder
+from tests.statistics.twin import RESPONSES, answered, inputs_of_layers, least_squares
 
 
 @pytest.fixture

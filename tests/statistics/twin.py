@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+# What every question of an expert is answered with.
+RESPONSES = {"Chat": "Certainly", "Math": "42", "Code": "def f():"}
 # Of an input's mean square, what the pull towards the mean weighs.
 RIDGE = 1e-4
 
