@@ -272,9 +272,7 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
         except InputError:
             problems.add(f"--post {name}: no such modifier. {near_name(name, known)}")
             continue
-        if found in modifiers:
-            problems.add(f"--post names {found.name} twice; once is enough")
-        elif found.is_modifier:
+        if found.is_modifier:
             modifiers.append(found)
         else:
             problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")

@@ -218,7 +218,8 @@ def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, c
     told = "featcal changes matrices of the language model's layers, and --exclude_params leaves none"
     assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
     assert "does not exist; give --data_dir" in refusal(capsys, *given, "--data_dir", tmp_path / "none")
-    assert refusal(capsys, *given, "--post", "featcal", "featcal") == "--post names featcal twice; once is enough"
+    told = "--post names featcal twice, which keeps one result in a run; name it once"
+    assert refusal(capsys, *given, "--post", "featcal", "featcal") == told
     size = (tiny_zoo / BASE / "model.safetensors").stat().st_size
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size + 1000))
     assert "the result needs 0.0 GB and the disk of" in refusal(capsys, *given)
