@@ -93,6 +93,7 @@ class Backbone:
         evaluation: how merged models are evaluated, by ``model_type`` of the family's bases in ``config.json``; under
             an empty name for all others.
         loading: expressions with transformers that load model and processor, with ``{model}`` for the folder.
+        values: values of the family's flags, once they are filled in.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Backbone:
         'AutoModelForCausalLM.from_pretrained("{model}", dtype="auto")',
         'AutoTokenizer.from_pretrained("{model}")',
     )
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def landmark(self) -> str:
@@ -155,7 +157,7 @@ class Backbone:
             return functools.partial(function, **wanted) if wanted else function
 
         functions: dict[str, Any] = {name: fill(getattr(self, name)) for name in _CONFIGURABLE}
-        return replace(self, **functions)
+        return replace(self, **functions, values={**values})
 
 
 def empty_model(kind: str, config: Any) -> Any:

@@ -244,9 +244,12 @@ def _check_rest(job: Job) -> Job:
             outputs = _with_word_tables(job.word_tables, outputs, resolved.method.name)
             description["inputs"]["vocabulary"] = job.word_tables.digest
         run.holds_several = all(output.folder for output in outputs)  # by which preparations see what is complete
-    for step in resolved.steps:
+    for number, step in enumerate(resolved.steps):
         with problems.collecting():
-            preparations.append(step.prepared(context, resolved.options_of(step)))
+            found = step.prepared(context, resolved.options_of(step))
+            if found.follows and step in resolved.steps[:number]:
+                raise InputError(f"--post names {step.name} twice, which keeps one result in a run; name it once")
+            preparations.append(found)
     for preparation in preparations:
         description["inputs"] |= preparation.inputs
     if resolved.general["run_tests"]:

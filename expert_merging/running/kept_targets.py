@@ -7,6 +7,7 @@ nothing but time is lost when the folder is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ from expert_merging.kept import Kept
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.picture_sources import content_of
 from expert_merging.running.tensor_files import write_tensors
+from expert_merging.writing import take_hold
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 50 * 10**9
 _SHARE = 0.25
 _ANSWERS, _DIGESTS = "responses.json", "digests.json"
+_LOCK = ".lock"
+# States of all experts, those that a killed process has left unfinished too, and nothing of the user's.
+_HEX = "[0-9a-f]" * 16
+_STATES = f"*-{_HEX}/{_HEX}.safetensors*"
 
 
 class KeptTargets:
@@ -59,10 +65,8 @@ class KeptTargets:
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Keep more answers, by `identity`."""
-        known = self.answers()
-        if not answers.items() <= known.items():
-            text = json.dumps({**known, **answers}, indent=1, ensure_ascii=False) + "\n"
-            self._attempt(lambda: self.kept.write(self.folder / _ANSWERS, text.encode()))
+        if not answers.items() <= self.answers().items():
+            self._attempt(lambda: self._write_answers(answers))
 
     def states(self, name: str) -> list[Tensor] | None:
         """What `add_states` has kept under a name; None where there is nothing."""
@@ -86,6 +90,10 @@ class KeptTargets:
         """
         self._attempt(lambda: self._write_states(self.folder / f"{name}.safetensors", states))
 
+    def _write_answers(self, answers: Mapping[str, Any]) -> None:
+        text = json.dumps({**self.answers(), **answers}, indent=1, ensure_ascii=False) + "\n"
+        self.kept.write(self.folder / _ANSWERS, text.encode())
+
     def _write_states(self, file: Path, states: Sequence[Tensor]) -> None:
         size, free = sum(state.nbytes for state in states), shutil.disk_usage(self.folder).free
         if size > min(MOST_BYTES, _SHARE * free):
@@ -95,17 +103,25 @@ class KeptTargets:
         write_tensors(file, {str(number): state for number, state in enumerate(states)}, self.kept)
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """Write something; where that fails it is not kept, since the run needs none of it."""
+        """Write something; where that fails it is not kept, since the run needs none of it.
+
+        Nor is it where another process is writing there now.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write()
+            with contextlib.suppress(InputError):
+                lock = take_hold(self.folder / _LOCK, "--output_path")
+                try:
+                    write()
+                finally:
+                    os.close(lock)
         except (OSError, SafetensorError) as error:
             logger.warning("what experts say cannot be kept in %s: %s", self.parent, error)
 
 
 def _make_room(parent: Path, size: int) -> None:
     """Remove the files that have not been used for the longest time, until all and ``size`` bytes are few enough."""
-    files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in parent.glob("*/*.safetensors"))
+    files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in parent.glob(_STATES))
     total = sum(own for _, own, _ in files) + size
     for _, own, file in files:
         if total <= MOST_BYTES:
@@ -115,9 +131,9 @@ def _make_room(parent: Path, size: int) -> None:
 
 
 def identity(sample: Sample) -> str:
-    """A digest of all that decides what an expert says about a sample, asked in one way."""
+    """A digest of all that decides what an expert says about a sample, and of what it has said, asked in one way."""
     pictures = [hashlib.sha256(content_of(picture)).hexdigest() for picture in sample.images]
-    return of_text(json.dumps([sample.task, sample.question, sample.response, pictures]))
+    return of_text(json.dumps([sample.task, sample.question, sample.response, sample.tokens, pictures]))
 
 
 def name_of(identities: Iterable[str], layers: Sequence[int], *, response_only: bool) -> str:

@@ -210,6 +210,7 @@ class TargetMaker:
         way = {
             "base": self.plan.base.fingerprint(whole=True),
             "expert": self.plan.experts[expert].fingerprint(whole=True),
+            "family": [self.backbone.name, self.backbone.values],
             "formats": prompts.formats.digest,
             "settings": [str(self.dtype), self.device.type, self.max_new_tokens, self.batch_tokens],
             "versions": library_versions(),
@@ -218,13 +219,15 @@ class TargetMaker:
 
     def _known(self, expert: str, kept: KeptTargets, prompts: Prompts, own: Mapping[int, Sample]) -> dict[int, Target]:
         """Targets of an expert's samples, by number, from what was kept; none where something of it is missing."""
-        states = kept.states(self._name_of(own.values()))
         answers = self._known_answers(prompts, kept, list(own.values()))
-        if states is None or any(sample.response is None and _key(sample) not in answers for sample in own.values()):
+        if any(sample.response is None and _key(sample) not in answers for sample in own.values()):
+            return {}
+        complete = [_with_answer(sample, answers) for sample in own.values()]
+        states = kept.states(self._name_of(complete))
+        if states is None:
             return {}
         logger.info("expert %s is not asked: what it says is known from another run", expert)
         head, given = self._stored_head(expert), iter(states)
-        complete = [_with_answer(sample, answers) for sample in own.values()]
         return {
             asked.number: Target(
                 sample=asked.sample,
@@ -240,10 +243,10 @@ class TargetMaker:
     def _keep_states(self, kept: KeptTargets, own: Mapping[int, Sample], made: Mapping[int, Target]) -> None:
         """Keep the states of an expert's targets for other runs."""
         states = [state for number in own for state in (made[number].last_hidden, *made[number].layers)]
-        kept.add_states(self._name_of(own.values()), [state.cpu() for state in states])
+        kept.add_states(self._name_of(made[number].sample for number in own), [state.cpu() for state in states])
 
     def _name_of(self, samples: Iterable[Sample]) -> str:
-        """What states of these samples are called."""
+        """What states of these samples, responses and all, are called."""
         return name_of(map(identity, samples), self.layers, response_only=self.response_only)
 
     def _asked(

@@ -22,8 +22,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], kept: Kept) -> None
         kept: notes what is written.
     """
     temporary = partial_name(file)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    sync_file(temporary)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        sync_file(temporary)
+    except BaseException:  # as where the disk is full
+        temporary.unlink(missing_ok=True)
+        raise
     kept.note({file.name: Written.of_file(temporary)})
     os.rename(temporary, file)
     sync_folder(file.parent)

@@ -18,7 +18,8 @@ from expert_merging.running.sharding import load_on
 from expert_merging.running.tensor_files import write_tensors
 from expert_merging.stored import stored_tensors
 
-_FILE = "activations.safetensors"
+# Beside experts' statistics, none of which can have the name.
+_FILE = "base.safetensors"
 
 
 def read_activations(context: Context) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ class _Watch:
 
     def __init__(self, model: Any, context: Context) -> None:
         self.sums: dict[str, Tensor] = {}
-        layers = dict(model.named_modules())
+        layers = {name: layer for name, layer in model.named_modules() if _has_columns(layer)}
         stored = stored_tensors(model, context.backbone.file_name)
         self.tensors: dict[str, list[str]] = {}
         for name in context.plan.merged:
@@ -100,6 +101,12 @@ class _Watch:
             self.sums[layer] = self.sums[layer] + sizes if layer in self.sums else sizes
 
         return see
+
+
+def _has_columns(layer: torch.nn.Module) -> bool:
+    """Whether each column of a layer's weight is for one of its inputs: linear layers, and norms."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(layer, torch.nn.Linear) or (isinstance(weight, torch.Tensor) and weight.dim() == 1)
 
 
 def _checked(layer: str, sizes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError, first_of
+from expert_merging.outputs import mirror_of
 from expert_merging.plan import Plan, Rule
 from expert_merging.roles import is_in_decoder
 from expert_merging.running.in_memory import InMemory
-from expert_merging.running.samples import Samples
+from expert_merging.running.options import SampleOptions
+from expert_merging.running.samples import Samples, check_samples
 from expert_merging.running.sharding import decoder_layers, load_on
 from expert_merging.running.targets import Asked
 from expert_merging.running.tensor_files import write_tensors
 from expert_merging.statistics.gram import Gram, Grams, GramSum
-from expert_merging.statistics.inputs import InputWatch, gather, grams_of, matrices
+from expert_merging.statistics.inputs import InputWatch, gather, grams_of, matrices, place_of
 from expert_merging.streaming import Reader
+from expert_merging.writing import check_free_disk
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,46 @@ def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
     columns = sum(context.plan.base.entries[name].shape[1] for name in layer_matrices(context))
     asked = {name: sum(sample.expert == name for sample in samples.samples) for name in context.plan.experts}
     return {expert: samples.dtype.itemsize * columns * samples.longest * count for expert, count in asked.items()}
+
+
+class Checked(NamedTuple):
+    """What a method that goes through the layers needs.
+
+    Args:
+        samples: what the experts are asked.
+        matrices: names of the matrices that may be changed.
+        folder: where their new weights are kept.
+        size: the most bytes that are kept.
+    """
+
+    samples: Samples
+    matrices: list[str]
+    folder: Path
+    size: int
+
+
+def check_layers(context: Context, options: SampleOptions, method: str, *, keeps_inputs: bool) -> Checked:
+    """Check the samples, that some layer is merged, and the disk.
+
+    Args:
+        context: the run.
+        options: which samples are asked, and how.
+        method: name of the method, after which its folder is called: several may be in one run.
+        keeps_inputs: what goes into the experts' layers is kept too.
+
+    Raises:
+        InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
+    """
+    samples, names = check_samples(context, options, compares_logits=False), layer_matrices(context)
+    if not names:
+        raise InputError(f"{method} changes matrices of the language model's layers, and --exclude_params leaves none")
+    size = sum(context.plan.base.entries[name].size for name in names)
+    size += sum(most_bytes(context, samples).values()) if keeps_inputs else 0
+    folder = context.run.calibrated / method
+    if not context.run.is_complete:
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        check_free_disk(context.run.folder, max(0, size - there) + mirror_of(context.plan).size)
+    return Checked(samples, names, folder, size)
 
 
 def new_weights(
@@ -121,7 +164,7 @@ Change: TypeAlias = Callable[[InputWatch, torch.nn.Module, int, "Sequence[Stream
 @torch.no_grad()
 def change_layers(
     context: Context,
-    samples: Samples,
+    checked: Checked,
     memory: InMemory,
     change: Change,
     new_sum: Callable[[], GramSum] = GramSum,
@@ -130,7 +173,7 @@ def change_layers(
 
     Args:
         context: the run.
-        samples: what the experts were asked.
+        checked: samples, matrices and folder.
         memory: the merged model.
         change: finds a layer's weights.
         new_sum: as for `InputWatch`.
@@ -138,12 +181,13 @@ def change_layers(
     Raises:
         InputError: the model is no stack of layers.
     """
-    folder, file_name, device = context.run.calibrated, context.backbone.file_name, torch.device(context.device)
+    samples, folder, device = checked.samples, checked.folder, torch.device(context.device)
+    file_name, layers = context.backbone.file_name, decoder_layers(memory.model)[1]
     folder.mkdir(parents=True, exist_ok=True)
-    kept, layers = context.run.kept.within(folder.name, context.plan.opened), decoder_layers(memory.model)[1]
+    kept = context.run.kept.within(place_of(context, folder), context.plan.opened)
     asked = list(samples.target_maker(context, (), device).answered(samples.samples))
     streams = streams_of(memory.model, layers, asked)
-    wanted = {file_name(name): name for name in layer_matrices(context)}
+    wanted = {file_name(name): name for name in checked.matrices}
     watch = InputWatch(memory.model, wanted, file_name, new_sum)
     try:
         with context.progress("calibrating layers", len(layers), "layer") as advance:
@@ -159,15 +203,19 @@ def change_layers(
                 advance(1)
     finally:
         watch.close()
+    changed = Calibrated(folder).files
+    others = [name for name in checked.matrices if name not in changed]
+    if others:
+        logger.info("no linear layer with %s ran on the same tokens in all models: not changed", first_of(others, 1))
 
 
 @torch.no_grad()
-def calibrate(context: Context, samples: Samples, pull: Pull, rule: Rule, unit: str) -> None:
+def calibrate(context: Context, checked: Checked, pull: Pull, rule: Rule, unit: str) -> None:
     """Draw a merged model's layers to the experts' outputs; what an earlier part of the run has done is taken.
 
     Args:
         context: the run.
-        samples: what the experts are asked.
+        checked: samples, matrices and folder.
         pull: where weights are drawn to.
         rule: merges task vectors.
         unit: what the rule is fed.
@@ -175,17 +223,16 @@ def calibrate(context: Context, samples: Samples, pull: Pull, rule: Rule, unit: 
     Raises:
         InputError: an expert answers with nothing or computes NaN, or the model is no stack of layers.
     """
-    names, file_name = layer_matrices(context), context.backbone.file_name
+    names, file_name, samples = checked.matrices, context.backbone.file_name, checked.samples
 
     def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
         return grams_of(model, names, file_name, own, _Vectors)
 
-    folder = context.run.calibrated / "inputs"
+    folder = checked.folder / "inputs"
     own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
     memory = live_merge(context, samples, rule, unit)
     drawing = _Drawing(context.plan, memory, own, pull)
-    change_layers(context, samples, memory, drawing.change, _Vectors)
-    drawing.tell_of_others()
+    change_layers(context, checked, memory, drawing.change, _Vectors)
 
 
 def live_merge(context: Context, samples: Samples, rule: Rule, unit: str) -> InMemory:
@@ -233,8 +280,10 @@ def streams_of(model: Any, layers: Sequence[torch.nn.Module], asked: Iterable[As
     """What goes into a model's layers on each sample, found by running it.
 
     Raises:
-        InputError: what comes out of a layer is not what goes into the next.
+        InputError: there are none, or what comes out of a layer is not what goes into the next.
     """
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no list of layers; use a method that does not go through layers")
     return [_stream(model, layers, one) for one in asked]
 
 
@@ -246,8 +295,8 @@ def _stream(model: Any, layers: Sequence[torch.nn.Module], asked: Asked) -> Stre
     def before(_layer: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not positional or (last and not torch.equal(positional[0], last[-1])):
             raise InputError(
-                f"{type(model).__name__} changes hidden states between its layers, so that they cannot be calibrated "
-                "one by one; leave out --post featcal"
+                f"{type(model).__name__} changes hidden states between its layers, so that they cannot be changed one "
+                "by one; use a method that does not go through layers"
             )
         first.extend(positional[:1] if not given else ())
         given.append((positional[1:], named))
@@ -274,14 +323,12 @@ class _Drawing:
         memory: the merged model.
         own: what goes into the experts' layers.
         pull: where weights are drawn to.
-        others: names of matrices that were not changed.
     """
 
     plan: Plan
     memory: InMemory
     own: Grams
     pull: Pull
-    others: list[str] = field(default_factory=list)
 
     def change(
         self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
@@ -299,8 +346,6 @@ class _Drawing:
             pairs = self._pairs(name, [own.get(name) for own in seen])
             if pairs:
                 changed[name] = self._weights(reader, name, pairs).to(self.plan.base.entries[name].torch_dtype).cpu()
-            else:
-                self.others.append(name)
         return changed
 
     def _pairs(self, name: str, merged: Sequence[Gram | None]) -> list[Pair]:
@@ -325,13 +370,6 @@ class _Drawing:
             return task_vectors.new_zeros(len(task_vectors), self.plan.base.entries[name].shape[0])
         base, own = reader.read(self.plan.part(bias))
         return base + own - self.memory.read(bias)
-
-    def tell_of_others(self) -> None:
-        """Say which matrices stay as they were merged."""
-        if self.others:
-            logger.info(
-                "what goes into %s is not the same tokens in all models: not calibrated", first_of(self.others, 1)
-            )
 
 
 class Calibrated:

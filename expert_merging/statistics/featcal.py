@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from expert_merging.context import Context
-from expert_merging.errors import InputError
 from expert_merging.flags import Interval, Positive
 from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
@@ -44,31 +43,23 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, nothing can be calibrated, or the disk has no room.
     """
-    from expert_merging.outputs import mirror_of
-    from expert_merging.running.samples import check_samples
-    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, layer_matrices, most_bytes
-    from expert_merging.writing import check_free_disk
+    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, check_layers
 
     options = FeatCalOptions(**given)
-    samples = check_samples(context, options, compares_logits=False)
-    wanted = layer_matrices(context)
-    if not wanted:
-        raise InputError("featcal changes matrices of the language model's layers, and none of them is merged")
-    most = sum(most_bytes(context, samples).values()) + sum(context.plan.base.entries[name].size for name in wanted)
-    if not context.run.is_complete:
-        check_free_disk(context.run.folder, most + mirror_of(context.plan).size)
+    checked = check_layers(context, options, "featcal", keeps_inputs=True)
 
     def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
         pull = Pull(options.featcal_mix, options.featcal_ridge, options.featcal_reach)
-        while_others_wait(lambda: calibrate(context, samples, pull, rule, unit))
-        return {"calibrated": Calibrated(context.run.calibrated)}
+        while_others_wait(lambda: calibrate(context, checked, pull, rule, unit))
+        return {"calibrated": Calibrated(checked.folder)}
 
     notes = (
-        f"features of {len(wanted)} matrices are calibrated on {len(samples.samples)} samples, a layer at a time",
-        f"what goes into the experts' layers, and what comes of it, is kept in {context.run.folder}, at most "
-        f"{show_size(most)}; it can be removed once the merged model is there",
+        f"features of {len(checked.matrices)} matrices are calibrated on {len(checked.samples.samples)} samples, a "
+        "layer at a time",
+        f"what goes into the experts' layers, and what comes of it, is kept in {checked.folder}, at most "
+        f"{show_size(checked.size)}; it can be removed once the merged model is there",
     )
-    return Preparation(work, samples.inputs, notes, follows=True)
+    return Preparation(work, checked.samples.inputs, notes, follows=True)
 
 
 @register(

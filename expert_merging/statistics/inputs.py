@@ -40,6 +40,11 @@ def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
     return {expert: sum(size(name, samples.longest * count) for name in columns) for expert, count in asked.items()}
 
 
+def place_of(context: Context, folder: Path) -> str:
+    """Where a folder is in the run's, as its files are noted."""
+    return folder.relative_to(context.run.kept.file.parent).as_posix()
+
+
 def file_of(folder: Path, expert: str) -> Path:
     """Where an expert's Gram matrices are."""
     return folder / f"{expert}.safetensors"
@@ -92,7 +97,7 @@ def gather(
         InputError: an expert answers with nothing or computes NaN.
     """
     folder, experts = folder or context.run.statistics, context.plan.experts
-    place = folder.relative_to(context.run.kept.file.parent).as_posix()
+    place = place_of(context, folder)
     files = {expert: file_of(folder, expert) for expert in experts}
     kept = {expert: context.run.kept.within(place, opened(expert)) for expert in experts}
     left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]

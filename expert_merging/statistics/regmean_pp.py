@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
-from expert_merging.errors import InputError
 from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
@@ -25,32 +24,24 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    from expert_merging.outputs import mirror_of
-    from expert_merging.running.samples import check_samples
-    from expert_merging.statistics.calibrating import Calibrated, layer_matrices
-    from expert_merging.writing import check_free_disk
+    from expert_merging.statistics.calibrating import Calibrated, check_layers
 
     options = RegMeanOptions(**given)
-    samples = check_samples(context, options, compares_logits=False)
-    wanted = layer_matrices(context)
-    if not wanted:
-        raise InputError("regmean++ merges matrices of the language model's layers, and --exclude_params leaves none")
-    size = sum(context.plan.base.entries[name].size for name in wanted)
-    if not context.run.is_complete:
-        check_free_disk(context.run.folder, size + mirror_of(context.plan).size)
+    checked = check_layers(context, options, "regmean++", keeps_inputs=False)
 
     def work() -> dict[str, Calibrated]:
         from expert_merging.statistics.regression import solve_layers
 
-        while_others_wait(lambda: solve_layers(context, samples, options.reduce_non_diagonal_ratio))
-        return {"calibrated": Calibrated(context.run.calibrated)}
+        while_others_wait(lambda: solve_layers(context, checked, options.reduce_non_diagonal_ratio))
+        return {"calibrated": Calibrated(checked.folder)}
 
     notes = (
-        f"{len(wanted)} matrices are solved for from {len(samples.samples)} samples, a layer at a time",
-        f"they are kept in {context.run.calibrated}, {show_size(size)}, which can be removed once the merged model is "
-        "there",
+        f"{len(checked.matrices)} matrices are solved for from {len(checked.samples.samples)} samples, a layer at a "
+        "time",
+        f"they are kept in {checked.folder}, {show_size(checked.size)}, which can be removed once the merged "
+        "model is there",
     )
-    return Preparation(work, samples.inputs, notes)
+    return Preparation(work, checked.samples.inputs, notes)
 
 
 @register(

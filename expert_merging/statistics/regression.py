@@ -14,8 +14,7 @@ from expert_merging.arithmetic import scaled_mean
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.running.in_memory import InMemory
-from expert_merging.running.samples import Samples
-from expert_merging.statistics.calibrating import Stream, change_layers, live_merge
+from expert_merging.statistics.calibrating import Checked, Stream, change_layers, live_merge
 from expert_merging.statistics.gathering import merge_around_mean
 from expert_merging.statistics.gram import Gram
 from expert_merging.statistics.inputs import InputWatch
@@ -24,23 +23,23 @@ from expert_merging.stored import Run, stored_tensors
 from expert_merging.streaming import Reader
 
 
-def solve_layers(context: Context, samples: Samples, ratio: float) -> None:
+def solve_layers(context: Context, checked: Checked, ratio: float) -> None:
     """Merge a model's layers from below, and keep their weights.
 
     Args:
         context: the run.
-        samples: what goes through the layers.
+        checked: samples, matrices and folder.
         ratio: factor on entries of Gram matrices beside the diagonal.
 
     Raises:
         InputError: an expert answers with nothing, or the model is no stack of layers.
     """
-    memory = live_merge(context, samples, lambda task_vectors, *_: scaled_mean(task_vectors, 1.0), "entries")
+    memory = live_merge(context, checked.samples, lambda task_vectors, *_: scaled_mean(task_vectors, 1.0), "entries")
     stored = stored_tensors(memory.model, context.backbone.file_name)
     places = {
         name: runs for name in context.plan.base.entries if (runs := stored.get(context.backbone.file_name(name)))
     }
-    change_layers(context, samples, memory, _Regression(context, memory, places, ratio).change)
+    change_layers(context, checked, memory, _Regression(context, memory, places, ratio).change)
 
 
 @dataclass(frozen=True)

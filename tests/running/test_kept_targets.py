@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from expert_merging.questions.calibration import Sample
 from expert_merging.running import kept_targets, targets
+from expert_merging.writing import take_hold
+from InternVL.backbone import BACKBONE as internvl  # noqa: N811
+from tests import internvl as internvl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, perturb
-from tests.command import merged
+from tests.command import contents, merge, merged
 from tests.learned.training import make_trainer
 
 CPU = torch.device("cpu")
@@ -110,6 +116,90 @@ def test_what_decides_a_target_decides_whether_it_is_read(makers, tiny_zoo, tmp_
         assert makers.loaded == asked, name
 
 
+def test_the_family_s_flags_decide_too(makers):
+    """They say how pictures are cut, and whose code runs."""
+    for tiles, loads in ((1, 3), (2, 3), (1, 0)):
+        makers.loaded.clear()
+        maker, samples = makers(f"run-{tiles}-{loads}")
+        replace(maker, backbone=maker.backbone.configured({"max_tiles": tiles})).make(samples)
+        assert len(makers.loaded) == loads
+
+
+@pytest.mark.slow
+def test_pictures_that_are_cut_otherwise_are_others(tmp_path):
+    zoo = internvl_checkpoints.make_zoo(tmp_path / "zoo")
+    for picture in (zoo / "dataset" / "images").iterdir():
+        internvl_checkpoints.make_picture(picture, (900, 448))
+    given = ["--cache_dir", zoo, "--data_dir", zoo / "dataset", "--method", "expert_merging", "--num_epochs", 1]
+    runs = {}
+    for output, tiles in (("both", 1), ("both", 2), ("alone", 2)):
+        run = [*given, "--max_tiles", tiles, "--run_name", f"{tiles}", "--output_path", tmp_path / output]
+        assert merge(*run, family=internvl) == 0
+        runs[output] = contents(tmp_path / output / "expert_merging" / f"{tiles}" / "model")
+    assert tensors_only(runs["both"]) == tensors_only(runs["alone"])
+
+
+def tensors_only(files):
+    return {name: content for name, content in files.items() if name.endswith(".safetensors")}
+
+
+def test_states_are_of_the_answers_that_a_run_has(makers):
+    """A run that was interrupted keeps its own answers, whatever experts have said to others meanwhile."""
+    maker, samples = makers("first")
+    first = maker.make(samples)
+    own = makers.folder.parent / "method" / "second" / "responses.json"
+    maker, samples = makers("second")
+    answers = json.loads((makers.folder.parent / "method" / "first" / "responses.json").read_text())
+    for name in answers:
+        if name.startswith("Math/"):
+            answers[name] = {"response": "other", "tokens": [5, 6, 7]}
+    own.write_text(json.dumps(answers))
+    makers.loaded.clear()
+    second = maker.make(samples)
+    assert makers.loaded == [EXPERTS["Math"]]
+    for one, other in zip(first, second, strict=True):
+        assert other.last_hidden.shape[0] == other.length
+        assert same(one, other) if one.sample.expert != "Math" else other.sample.response == "other"
+
+
+def test_nothing_of_the_user_s_is_removed_and_what_a_killed_process_left_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_targets, "MOST_BYTES", 900)
+    kept = kept_targets.KeptTargets(tmp_path, "Math", {"some": "way"})
+    theirs, left = tmp_path / "model" / "model.safetensors", kept.folder / f"{'0' * 16}.safetensors.partial"
+    for file in (theirs, left):
+        file.parent.mkdir()
+        file.write_bytes(b"x" * 800)
+        os.utime(file, (1, 1))
+    kept.add_states("a" * 16, [torch.zeros(100)])
+    assert theirs.exists()
+    assert not left.exists()
+
+
+def test_two_processes_do_not_write_at_once(tmp_path):
+    kept = kept_targets.KeptTargets(tmp_path, "Math", {})
+    kept.add_answers({"a": 1})
+    lock = take_hold(kept.folder / ".lock", "--output_path")
+    kept.add_answers({"b": 2})
+    kept.add_states("s", [torch.zeros(3)])
+    assert kept.answers() == {"a": 1}
+    assert kept.states("s") is None
+    os.close(lock)
+    kept.add_answers({"b": 2})
+    assert kept.answers() == {"a": 1, "b": 2}
+
+
+def test_a_full_disk_leaves_nothing_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    def fill(_tensors, file):
+        file.write_bytes(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("expert_merging.running.tensor_files.save_file", fill)
+    kept = kept_targets.KeptTargets(tmp_path, "Math", {})
+    kept.add_states("s", [torch.zeros(3)])
+    assert "No space left on device" in caplog.text
+    assert not [*kept.folder.glob("s*")]
+
+
 def test_what_is_damaged_is_made_again(makers):
     maker, samples = makers("first")
     first = maker.make(samples)
@@ -143,14 +233,15 @@ def test_the_oldest_files_go_and_too_large_ones_are_not_kept(tmp_path, monkeypat
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(kept_targets, "MOST_BYTES", 900)
     kept = kept_targets.KeptTargets(tmp_path, "Math", {"some": "way"})
-    for number, name in enumerate("abc"):
+    names = [letter * 16 for letter in "abcd"]
+    for number, name in enumerate(names[:3]):
         kept.add_states(name, [torch.full((70,), float(number))])
         for file in tmp_path.glob(f"*/{name}.safetensors"):
             os.utime(file, (number, number))
-    assert kept.states("a") is None
-    assert kept.states("c")[0].tolist() == [2.0] * 70
-    kept.add_states("d", [torch.zeros(300)])
-    assert kept.states("d") is None
+    assert kept.states(names[0]) is None
+    assert kept.states(names[2])[0].tolist() == [2.0] * 70
+    kept.add_states(names[3], [torch.zeros(300)])
+    assert kept.states(names[3]) is None
     assert "are not kept: they take 0.0 GB" in caplog.text
 
 

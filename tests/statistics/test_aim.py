@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expert_merging import preparing
 from expert_merging.statistics.aim import aim
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
+from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
+from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
 from tests.command import contents, merge, merged
 from tests.statistics.twin import answered
@@ -105,6 +107,35 @@ def test_tensors_that_no_sample_comes_by_stay():
     merged_ = torch.randn(2, 3)
     part = type("P", (), {"name": "w"})()
     assert torch.equal(aim(torch.zeros(1, 2, 3), part, merged_, {}, aim_omega=0.0), merged_)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [internvl, qwen2vl], ids=lambda family: family.name)
+def test_what_is_no_linear_layer_and_no_norm_stays(family, tmp_path):
+    """Such as the kernels that pictures' patches go through, which have no inputs of their own."""
+    made = internvl_checkpoints if family is internvl else qwen2vl_checkpoints
+    zoo = made.make_zoo(tmp_path / "zoo")
+    given = ["--cache_dir", zoo, "--data_dir", zoo / "dataset", "--method", "task_arithmetic"]
+    given += ["--exclude_params", ".*lm_head.*"]
+    run = merged(tmp_path / "out", *given, "--post", "aim", family=family)
+    before = tensors_of(merged(tmp_path / "plain", *given, family=family).model)
+    changed = {name for name, tensor in tensors_of(run.model).items() if not torch.equal(tensor, before[name])}
+    (kernel,) = [name for name in before if "patch_embed" in name and name.endswith("weight")]
+    assert kernel not in changed
+    assert any(name.startswith(family.vision_tower.partition(".")[0]) for name in changed)
+
+
+def test_an_expert_may_be_called_as_its_file(arguments, tiny_zoo, dataset, tmp_path):
+    given, post = arguments
+    experts = [
+        "--expert",
+        f"activations={tiny_zoo / EXPERTS['Chat']}",
+        "--expert",
+        f"Math={tiny_zoo / EXPERTS['Math']}",
+    ]
+    more = ["--task_expert", "Chat=activations", "Code=Math", "--method", "regmean", "--max_new_tokens", 4]
+    run = merged(tmp_path / "out", *given, *post, *experts, *more)
+    assert len([*run.statistics.rglob("*.safetensors")]) == 3
 
 
 @pytest.mark.slow

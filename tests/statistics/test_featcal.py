@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.errors import InputError
 from expert_merging.running.targets import Asked
@@ -14,7 +15,7 @@ from expert_merging.statistics import calibrating
 from expert_merging.statistics.calibrating import Pair, Pull, new_weights, streams_of
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from tests import internvl as internvl_checkpoints
-from tests.checkpoints import BASE, EXPERTS, tensors_of
+from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
 from tests.statistics.twin import RESPONSES, answered, inputs_of_layers
 
@@ -114,7 +115,7 @@ def test_it_goes_on_with_the_layer_that_is_missing(arguments, tmp_path, monkeypa
 
     monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
     merge(*arguments, "--output_path", tmp_path / "parts")
-    folder = tmp_path / "parts" / "task_arithmetic" / "r" / "calibrated"
+    folder = tmp_path / "parts" / "task_arithmetic" / "r" / "calibrated" / "featcal"
     assert layers == ["layer-0000", "layer-0001", "layer-0002"]
     damaged = folder / "layer-0001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
@@ -132,9 +133,42 @@ def test_it_follows_a_method_that_gathers_statistics_of_its_own(arguments, tmp_p
     alone = merged(tmp_path / "alone", *arguments, "--method", "regmean")
     assert json.loads(run.config.read_text())["options"]["post"] == ["featcal", "consensus"]
     assert contents(run.model).keys() == contents(alone.model).keys()
-    assert len([*run.statistics.iterdir()]) == len([*(run.calibrated / "inputs").iterdir()]) == 3
+    assert len([*run.statistics.iterdir()]) == len([*(run.calibrated / "featcal" / "inputs").iterdir()]) == 3
     for name, tensor in tensors_of(run.model).items():
         assert torch.equal(tensor, tensors_of(alone.model)[name]), "consensus_k 0 keeps everything"
+
+
+def test_it_follows_regmean_pp_that_keeps_layers_of_its_own(arguments, tmp_path):
+    """What it does to them is what it does to the same merge that is read from files."""
+    first = merged(tmp_path / "first", *arguments[:1], "regmean++", *arguments[4:])
+    both = merged(tmp_path / "both", *arguments, "--method", "regmean++")
+    assert {folder.name for folder in both.calibrated.iterdir()} == {"regmean++", "featcal"}
+    before, found = tensors_of(first.model), tensors_of(both.model)
+    changed = [name for name in found if (found[name] - before[name]).abs().max() > 2e-4]
+    assert len(changed) == 3 * 7
+
+
+@pytest.mark.parametrize("method", [["--method", "regmean++"], ["--method", "task_arithmetic", "--post", "featcal"]])
+def test_experts_of_a_mixture_stay_as_they_are_and_that_is_said(method, dataset, tmp_path):
+    zoo = make_mixtral(tmp_path / "zoo")
+    given = ["--cache_dir", zoo, "--data_dir", dataset, "--samples_per_task", 2]
+    run = merged(tmp_path / "out", *method, *given)
+    plain = merged(tmp_path / "plain", *given, "--method", "weight_average" if len(method) == 2 else method[1])
+    before, found = tensors_of(plain.model), tensors_of(run.model)
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert len([name for name in changed if "self_attn" in name]) == 2 * 4
+    assert not [name for name in changed if ".experts." in name]
+    assert "ran on the same tokens in all models: not changed" in run.log.read_text()
+
+
+def make_mixtral(zoo):
+    config = MixtralConfig(**{**SIZES, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2})
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(zoo / BASE)
+    save_tokenizer(zoo / BASE)
+    for number, folder in enumerate(EXPERTS.values()):
+        perturb(zoo / BASE, zoo / folder, number)
+    return zoo
 
 
 @pytest.mark.slow
@@ -170,18 +204,25 @@ def test_a_model_that_is_no_plain_stack_is_refused():
             return self.layers[1](self.layers[0](hidden) + 1)
 
     model = Odd()
+    with pytest.raises(InputError, match="Odd has no list of layers; use a method that does not"):
+        streams_of(model, [], [])
     asked = Asked(0, None, {"hidden": torch.ones(1, 2)}, torch.tensor([0]))
     with pytest.raises(InputError, match="Odd changes hidden states between its layers"):
         streams_of(model, model.layers, [asked])
 
 
-def test_problems_are_told_before_anything_runs(arguments, tmp_path, capsys):
+def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, capsys, monkeypatch):
     given = [*arguments, "--output_path", tmp_path / "out"]
     assert refusal(capsys, *given, "--featcal_mix", 1.5) == "--featcal_mix must be a number in [0, 1], got 1.5"
     assert "--featcal_ridge must be" in refusal(capsys, *given, "--featcal_ridge", 0)
-    told = "featcal changes matrices of the language model's layers, and none of them is merged"
+    told = "featcal changes matrices of the language model's layers, and --exclude_params leaves none"
     assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
     assert "does not exist; give --data_dir" in refusal(capsys, *given, "--data_dir", tmp_path / "none")
+    told = "--post names featcal twice, which keeps one result in a run; name it once"
+    assert refusal(capsys, *given, "--post", "featcal", "featcal") == told
+    size = (tiny_zoo / BASE / "model.safetensors").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size + 1000))
+    assert "the result needs 0.0 GB and the disk of" in refusal(capsys, *given)
     assert not (tmp_path / "out").exists()
 
 

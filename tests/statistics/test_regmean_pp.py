@@ -77,7 +77,7 @@ def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path
 
 def test_problems_and_the_plan_are_told(arguments, tmp_path, capsys):
     given = [*arguments, "--output_path", tmp_path / "out"]
-    told = "regmean++ merges matrices of the language model's layers, and --exclude_params leaves none"
+    told = "regmean++ changes matrices of the language model's layers, and --exclude_params leaves none"
     assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
     assert merge(*given, "--dry_run") == 0
     assert "21 matrices are solved for from 6 samples, a layer at a time" in " ".join(capsys.readouterr().out.split())
