@@ -15,6 +15,7 @@ from expert_merging.commands.completion import complete
 from expert_merging.console import Screen
 from expert_merging.documents import check_arguments, escape_output
 from expert_merging.errors import InputError, file_problem, tell
+from expert_merging.processes import count
 from expert_merging.relief import out_of_memory
 from expert_merging.shortage import shortage_of
 
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = COMMANDS[name].run
         if run is None:
             raise InputError(f"{name} must stand first: {PROGRAM} {name} ..., got {shlex.join(arguments)}")
+        if count() > 1:
+            jobs = " and give --jobs N" if name == sweep.COMMAND.name else ""
+            raise InputError(f"{name} is not for several processes of torchrun or accelerate launch; start one{jobs}")
         run(given, console)
     except InputError as error:
         tell(error)

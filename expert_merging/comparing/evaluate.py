@@ -104,7 +104,7 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console,
             add_scores(model.run.scores, Scores(_benchmarks(earlier, model.label, public)))
     for model in compared:
         found[model.label] |= _benchmarks(earlier, model.label, public)
-    _tell(compared, found, earlier, public, options, console)
+    _tell(compared, found, public, options, console)
 
 
 def _benchmarks(earlier: Mapping[str, Scores], label: str, public: Mapping[str, Measured]) -> dict[str, SetScore]:
@@ -113,18 +113,9 @@ def _benchmarks(earlier: Mapping[str, Scores], label: str, public: Mapping[str, 
     return {BENCHMARKS: joined(earlier[label].sets.get(BENCHMARKS), new)} if new else {}
 
 
-def _has_more(earlier: SetScore | None, new: SetScore) -> bool:
-    """Whether scores that are known are of more questions of the same tasks."""
-    if earlier is None or earlier.metric != new.metric or earlier.tasks.keys() != new.tasks.keys():
-        return False
-    before, now = ([task.count or 0 for task in one.tasks.values()] for one in (earlier, new))
-    return sum(before) > sum(now)
-
-
 def _tell(
     compared: Sequence[Compared],
     found: Found,
-    earlier: Mapping[str, Scores],
     public: Mapping[str, Measured],
     options: EvaluateOptions,
     console: Console,
@@ -132,12 +123,11 @@ def _tell(
     """Keep scores and show them."""
     for model in compared:
         if model.run is not None:
-            known = earlier[model.label].sets
-            new = {name: one for name, one in found[model.label].items() if not _has_more(known.get(name), one)}
-            add_scores(model.run.scores, Scores(new))
-            note_scores(model.run, {name: score.mean for name, score in new.items()})
-            for name in found[model.label].keys() - new.keys():
-                say(console, f"{model.label} keeps its scores on more questions of {name}")
+            kept = add_scores(model.run.scores, Scores(found[model.label]))
+            sets = read_scores(model.run.scores).sets
+            note_scores(model.run, {name: sets[name].mean for name in found[model.label]})
+            for name, tasks in kept.items():
+                say(console, f"{model.label} keeps its scores on more questions of {name}: {', '.join(tasks)}")
     show(found, console)
     for label, measured in public.items():
         if measured.left_out:

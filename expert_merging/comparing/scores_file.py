@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,36 @@ def _scores(content: Mapping[str, Any], file: Path) -> Scores:
         raise InputError(f"{file} does not hold scores; {_ADVICE}") from None
 
 
-def add_scores(file: Path, new: Scores) -> None:
+def add_scores(file: Path, new: Scores) -> dict[str, list[str]]:
     """Add what has been measured; sets of the same name, and divergences if there are new ones, are replaced.
+
+    But a task keeps an earlier score by the same metric that is known to be of more questions.
+
+    Returns:
+        The tasks that keep one, by set.
 
     Raises:
         InputError: the file that is there cannot be read.
     """
     earlier = read_scores(file)
-    scores = Scores({**earlier.sets, **new.sets}, new.divergence or earlier.divergence)
+    kept = {name: _of_more_questions(earlier.sets[name], one) for name, one in new.sets.items() if name in earlier.sets}
+    sets = {name: _with_tasks(one, kept.get(name) or {}) for name, one in new.sets.items()}
+    scores = Scores({**earlier.sets, **sets}, new.divergence or earlier.divergence)
     write_atomically(file, (json.dumps(as_json(scores), indent=2, ensure_ascii=False) + "\n").encode())
+    return {name: list(tasks) for name, tasks in kept.items() if tasks}
+
+
+def _of_more_questions(earlier: SetScore, new: SetScore) -> dict[str, TaskScore]:
+    """Earlier scores that are of more questions than new ones of the same tasks, as far as that is known."""
+    if earlier.metric != new.metric:
+        return {}
+    both = {task: (earlier.tasks[task], one) for task, one in new.tasks.items() if task in earlier.tasks}
+    return {task: old for task, (old, one) in both.items() if one.count is not None and (old.count or 0) > one.count}
+
+
+def _with_tasks(new: SetScore, kept: Mapping[str, TaskScore]) -> SetScore:
+    """A set with other scores of some tasks, in the order of its tasks; a mean of its own is one of its own tasks."""
+    return replace(new, tasks={**new.tasks, **kept}, own_mean=None) if kept else new
 
 
 def as_json(scores: Scores) -> dict[str, Any]:

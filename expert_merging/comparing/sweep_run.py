@@ -66,7 +66,7 @@ def _run(sweep: Sweep, terminal: Terminal, jobs: int) -> list[Scored]:
         say(terminal.console, f"{known} of {len(left)} points are known already")
     counts = [max(1, len(left) // (sweep.scoring.halving or 1) ** number) for number in range(len(shares))]
     with (
-        _scorers(sweep, shares, jobs, terminal.progress) as score,
+        _scorers(sweep, shares, min(jobs, _most_at_a_time(sweep, shares, counts)), terminal.progress) as score,
         terminal.progress("sweeping", sum(counts), "point") as advance,
         _silence(),
     ):
@@ -81,12 +81,33 @@ def _run(sweep: Sweep, terminal: Terminal, jobs: int) -> list[Scored]:
             missing = _missing(sweep, left, shares[number])
             advance(len(left) - len(missing))
             score(missing, number, note)
-            scored = [sweep.record.scored[planned.key, shares[number]] for planned in left]
-            scored.sort(key=lambda one: one.rank(sweep.scoring.select))
-            kept = {one.key for one in scored[:following]}
+            scored = _ranked(sweep, left, shares[number])
             done = [*scored, *(one for one in done if one.key not in {other.key for other in scored})]
-            left = [planned for planned in left if planned.key in kept]
+            left = _kept(left, scored[:following])
     return done
+
+
+def _ranked(sweep: Sweep, points: Sequence[Planned], share: float) -> list[Scored]:
+    """The scores of points in a round that is over, best first."""
+    scored = [sweep.record.scored[planned.key, share] for planned in points]
+    return sorted(scored, key=lambda one: one.rank(sweep.scoring.select))
+
+
+def _kept(points: Sequence[Planned], best: Sequence[Scored]) -> list[Planned]:
+    """The points that are the best ones."""
+    keys = {one.key for one in best}
+    return [planned for planned in points if planned.key in keys]
+
+
+def _most_at_a_time(sweep: Sweep, shares: Sequence[float], counts: Sequence[int]) -> int:
+    """How many points the largest of the rounds has that have no score yet, at most."""
+    left = sweep.planned
+    for number, share in enumerate(shares):
+        missing, following = _missing(sweep, left, share), counts[number + 1 :]
+        if missing:
+            return max([len(missing), *following])
+        left = _kept(left, _ranked(sweep, left, share)[: max(following, default=0)])
+    return 0
 
 
 def _missing(sweep: Sweep, points: Sequence[Planned], share: float) -> list[Planned]:
@@ -95,9 +116,15 @@ def _missing(sweep: Sweep, points: Sequence[Planned], share: float) -> list[Plan
 
 
 @contextmanager
-def _scorers(sweep: Sweep, shares: Sequence[float], jobs: int, progress: Progress) -> Iterator[Score]:
-    """What scores points, after the experts were asked: this process, or several others."""
-    size = min(jobs, len(_missing(sweep, sweep.planned, shares[0])))
+def _scorers(sweep: Sweep, shares: Sequence[float], size: int, progress: Progress) -> Iterator[Score]:
+    """What scores points, after the experts were asked.
+
+    Args:
+        sweep: the sweep.
+        shares: shares of the samples by which points are scored.
+        size: points at a time: this process, or several others; 0 where none is left.
+        progress: shows how far the experts are.
+    """
     if size > 1:
         with _shared(sweep, shares, size, progress) as score:
             yield score

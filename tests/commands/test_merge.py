@@ -104,6 +104,16 @@ def test_it_must_stand_first(capsys):
     )
 
 
+def test_other_commands_are_not_for_several_processes_of_a_launcher(monkeypatch, capsys):
+    """Each of them would do all of it, and write to the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments, more in ((["verify", "x"], ""), (["sweep", "--sweep", "seed=1"], " and give --jobs N")):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err == (
+            f"error: {arguments[0]} is not for several processes of torchrun or accelerate launch; start one{more}\n"
+        )
+
+
 def test_a_method_that_is_none_is_answered_with_each_name_once(capsys):
     names = refused(capsys, "x").split("Known: ")[1].rstrip(".").split(", ")
     assert "ties" in names

@@ -9,10 +9,12 @@ import pytest
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.commands.main import main
+from expert_merging.comparing import evaluate as module
 from expert_merging.comparing.asked import family_of
+from expert_merging.comparing.columns import BENCHMARKS, Measured
 from expert_merging.comparing.compare import Compared, find_models
 from expert_merging.comparing.evaluated import paired
-from expert_merging.comparing.scores_file import SetScore, TaskScore, read_scores
+from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, read_scores
 from expert_merging.comparing.scoring import mean_score
 from expert_merging.comparing.words import words_of
 from expert_merging.questions.formats import Format
@@ -106,10 +108,35 @@ def test_a_model_is_really_asked(runs, questions, capsys):
     assert found.tasks["Math"].correct == (0, 0, 0)
     assert found.tasks["Chat"].count == 3
     assert evaluate(runs[0], "--questions", questions, "--samples", 2) == 0
-    assert "keeps its scores on more questions of mine" in capsys.readouterr().out
+    assert "keeps its scores on more questions of mine: Chat, Math\n" in capsys.readouterr().out
     assert read_scores(Run(runs[0]).scores).sets["mine"] == found
     assert evaluate(runs[0], "--questions", questions) == 0
     assert read_scores(Run(runs[0]).scores).sets["mine"].tasks["Chat"].count == 4
+
+
+def test_benchmarks_keep_scores_on_more_questions_while_others_are_measured(runs, monkeypatch, capsys):
+    """Scores are kept after each benchmark, since hours may follow."""
+    run = Run(runs[0])
+    before = SetScore({"gsm8k": TaskScore(61.5, count=1319), "arc_easy": TaskScore(70.0, count=10)}, "score")
+    add_scores(run.scores, Scores({BENCHMARKS: before}))
+    seen = []
+
+    def measured(_tasks, _options):
+        for name, mean in {"gsm8k": 50.0, "arc_easy": 75.0, "mmlu": 30.0}.items():
+            yield model, Measured({name: TaskScore(mean, count=20)})
+            seen.append({task: one.mean for task, one in read_scores(run.scores).sets[BENCHMARKS].tasks.items()})
+
+    [model] = find_models([runs[0]])
+    monkeypatch.setattr(module, "_load_tasks", lambda *_: ())
+    monkeypatch.setattr(module, "_ask_tasks", measured)
+    assert evaluate(runs[0], "--tasks", "gsm8k,arc_easy,mmlu", "--samples", 20) == 0
+    assert seen[0] == {"gsm8k": 61.5, "arc_easy": 70}
+    assert seen[2] == {"gsm8k": 61.5, "arc_easy": 75, "mmlu": 30}
+    kept = read_scores(run.scores).sets[BENCHMARKS]
+    assert kept.mean == pytest.approx((61.5 + 75 + 30) / 3)
+    shown = capsys.readouterr().out
+    assert "50.0" in shown, "what was measured is shown all the same"
+    assert "task_arithmetic/r1 keeps its scores on more questions of benchmarks: gsm8k\n" in shown
 
 
 def test_models_are_asked_in_the_words_of_their_run(answered_zoo, tmp_path):

@@ -39,6 +39,23 @@ def test_other_sets_stay_and_those_of_the_same_name_are_replaced(tmp_path):
     assert found.divergence == {"Math": 0.5}
 
 
+def test_a_task_keeps_its_score_on_more_questions(tmp_path):
+    file = tmp_path / "scores.json"
+    before = {"x": TaskScore(1.0, count=5), "y": TaskScore(2.0, count=5), "u": TaskScore(3.0), "gone": TaskScore(9.0)}
+    assert add_scores(file, Scores({"a": SetScore(before)})) == {}
+    new = {"y": TaskScore(6.0, count=4), "x": TaskScore(5.0, count=6), "u": TaskScore(7.0, count=1)}
+    assert add_scores(file, Scores({"a": SetScore(new), "b": SetScore(new)})) == {"a": ["y"]}
+    found = read_scores(file).sets
+    assert list(found["a"].tasks.items()) == [("y", before["y"]), ("x", new["x"]), ("u", new["u"])]
+    assert found["a"].mean == pytest.approx((2 + 5 + 7) / 3)
+    unknown = {"x": TaskScore(8.0), "y": TaskScore(8.0, count=5)}
+    assert add_scores(file, Scores({"a": SetScore(unknown)})) == {}, "how many questions that is nobody knows"
+    assert read_scores(file).sets["a"].tasks == unknown
+    other = {"y": TaskScore(6.0, count=4)}
+    assert add_scores(file, Scores({"a": SetScore(other, "numbers")})) == {}, "something else is measured"
+    assert read_scores(file).sets["a"].tasks == other
+
+
 def test_a_mean_is_over_tasks_unless_the_set_has_its_own():
     tasks = {"x": TaskScore(1.0), "y": TaskScore(2.0)}
     assert SetScore(tasks).mean == 1.5

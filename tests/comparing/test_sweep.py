@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -256,6 +257,35 @@ def test_hopeless_points_are_left_by_halving(command, tmp_path):
     for point in points:
         by_share.setdefault(point["share"], set()).add(point["point"]["scaling_coefficient"])
     assert by_share == {0.5: {0.05, 0.1, 3.0, 4.0}, 1.0: {0.05, 0.1}}
+
+
+@pytest.mark.slow
+def test_also_the_last_rounds_of_halving_are_shared_out_when_it_goes_on(command, monkeypatch):
+    given = [*command, "--method", "task_arithmetic", "--sweep", "scaling_coefficient=0.1:0.8:0.1", "--halving", 2]
+    given += ["--write", "none", "--samples_per_task", 2]
+    score, begun = Bench.score, []
+
+    def interrupted(self, planned, share):
+        if planned.point["scaling_coefficient"] == 0.8:
+            raise KeyboardInterrupt
+        return score(self, planned, share)
+
+    @contextmanager
+    def shared(sweep, shares, size, progress):
+        begun.append(size)
+        bench = Bench(sweep, shares)
+        yield lambda points, number, note: [note(bench.score(planned, shares[number])) for planned in points]
+
+    monkeypatch.setattr(Bench, "score", interrupted)
+    monkeypatch.setattr("expert_merging.comparing.sweep_run._shared", shared)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(*given, "--jobs", 9)
+    begun.append("again")
+    monkeypatch.setattr(Bench, "score", score)
+    assert sweep(*given, "--jobs", 9) == 0
+    assert begun == [8, "again", 4], "one point of the first round was left, and then there are four"
+    assert sweep(*given, "--jobs", 9) == 0
+    assert begun == [8, "again", 4], "all is known"
 
 
 def test_rounds_follow_from_points_and_samples():
