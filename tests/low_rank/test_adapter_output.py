@@ -128,6 +128,17 @@ def test_factors_of_convolutions_keep_their_shape(tmp_path):
     assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *SUM))
 
 
+@pytest.mark.parametrize(("said", "expected"), [(["", "there/base"], "there/base"), ([None, None], None)])
+def test_the_base_is_the_one_that_an_adapter_names(said, expected, tmp_path):
+    zoo = write_zoo(tmp_path, pairs_of({"A": 2}))
+    named = {
+        str(number): write_adapter(tmp_path / str(number), pairs_of({"A": 2})["A"], base_model_name_or_path=base)
+        for number, base in enumerate(said)
+    }
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *Zoo(zoo.base, named).flags)
+    assert json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+
+
 def test_the_rank_of_an_adapter_can_be_chosen(tmp_path):
     zoo = write_zoo(tmp_path, pairs_of())
     cut = (*SUM, "--merged_rank", 2)
@@ -165,6 +176,21 @@ def test_experts_that_name_their_modules_differently_make_no_adapter(tmp_path, c
         "--output adapter: A and B name the factors of layers.0.q_proj.weight differently, as different versions of "
         "transformers do; save them again with one version, or write a dense model"
     )
+
+
+def test_nor_do_those_that_share_no_module(tmp_path, capsys):
+    """Half of it would not be found in any model."""
+    left, right = draw(9, 1, seed=1), draw(1, 6, seed=2)
+    zoo = write_zoo(tmp_path, {"A": {"q_proj": (left, right)}, "B": {"k_proj": (left, right)}})
+    other = write_adapter(tmp_path / "C", {"model.k_proj": (left, right)})
+    given = flags(zoo.base, A=zoo.experts["A"], C=other)
+    merged(tmp_path / "dense", *SUM, *given)
+    assert refusal(capsys, *SUM, *ADAPTER, *given) == (
+        "--output adapter: A and C name their modules differently, as different versions of transformers do; save them "
+        "again with one version, or write a dense model"
+    )
+    merged(tmp_path / "out", *SUM, *ADAPTER, *zoo.flags)
+    merged(tmp_path / "excluded", *SUM, *ADAPTER, *given, "--exclude_params", "k_proj.*")
 
 
 @pytest.mark.slow
