@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, MistralForCausalLM
 
 from expert_merging.card import inline
+from expert_merging.commands.main import main
 from Qwen2VL.backbone import BACKBONE as QWEN
 from tests import qwen2vl
 from tests.adapters import merged_by_peft, save_adapter
 from tests.checkpoints import BASE, tensors_of
-from tests.command import contents, flags, merged, refusal
+from tests.command import contents, flags, merge, merged, refusal
 from tests.low_rank.adapters import Zoo, assert_near, draw, pairs_of, write_adapter, write_zoo
 
 ADAPTER = ("--output", "adapter")
@@ -153,6 +154,39 @@ def test_a_run_is_not_continued_with_another_output(tmp_path, capsys):
     named = ("--run_name", "r", "--output_path", tmp_path / "out")
     merged(tmp_path / "out", *SUM, *zoo.flags, "--run_name", "r")
     assert "holds a different run" in refusal(capsys, *SUM, *ADAPTER, *zoo.flags, *named)
+
+
+@pytest.mark.parametrize("where", ["ShardWriter.finish", "write_atomically"])
+def test_an_interrupted_run_ends_with_the_same_bytes(where, tmp_path, monkeypatch):
+    """Before its weights are complete, and after that, before its other files are."""
+    zoo = write_zoo(tmp_path, pairs_of())
+    given = (*SUM, *ADAPTER, *zoo.flags, "--run_name", "r")
+    expected = merged(tmp_path / "whole", *given)
+
+    def stop(*_given: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"expert_merging.merge.{where}", stop)
+        patch.setattr("expert_merging.merge._COPY_BYTES", 100)
+        assert merge(*given, "--output_path", tmp_path / "out") == 130
+    assert not list((tmp_path / "out").glob("*/r/model"))
+    run = merged(tmp_path / "out", *given)
+    assert contents(run.model) == contents(expected.model)
+    assert ("kept 1 finished shards" in run.log.read_text()) == (where == "write_atomically")
+
+
+def test_a_merged_adapter_can_be_verified(tmp_path, capsys):
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *write_zoo(tmp_path, pairs_of()).flags)
+    assert main(["verify", str(run.folder)]) == 0
+    assert "3 files of model (0.0 MB) are as they were written, 6 tensors; " in capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = run.model / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + b"7\n")
+        assert main(["verify", str(run.folder)]) == 1
+        assert name in capsys.readouterr().err
+        file.write_bytes(content)
 
 
 def test_what_is_trained_as_a_whole_has_no_place_in_an_adapter(tmp_path, capsys):
