@@ -189,6 +189,15 @@ def test_a_merged_adapter_can_be_verified(tmp_path, capsys):
         file.write_bytes(content)
 
 
+def test_factors_that_fit_into_no_file_are_refused(tmp_path, capsys):
+    pairs = pairs_of({"A": 1})
+    pairs["A"]["layers.0.q_proj"][0].mul_(1e36)
+    given = (*SUM, *ADAPTER, "--scaling_coefficient", 1000, *write_zoo(tmp_path, pairs).flags)
+    line = refusal(capsys, *given, "--output_path", tmp_path / "out")
+    assert line == "the merged factors of layers.0.q_proj.weight do not fit into F32; use a smaller coefficient"
+    assert not list((tmp_path / "out").glob("*/*/model"))
+
+
 def test_what_is_trained_as_a_whole_has_no_place_in_an_adapter(tmp_path, capsys):
     zoo = write_zoo(tmp_path, pairs_of())
     file = zoo.experts["A"] / "adapter_model.safetensors"
