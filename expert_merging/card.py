@@ -19,20 +19,11 @@ CARD = "README.md"
 # What Markdown may take for something else than text.
 _MARKS = re.compile(r"[\\`*\[\]<>|#&~$!]|(?<![^\W_])_|_(?![^\W_])")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---", re.DOTALL)
-_CARD = """---
-{licence}library_name: transformers
-pipeline_tag: {task}
-base_model:
-{sources}
-base_model_relation: merge
-tags:
-- merge
-- expert-merging
----
-
+# What every card has after its front matter.
+_CONTENTS = """
 # {title}
 
-{base} merged with {count} experts by `{method}`.{about}
+{made} by `{method}`.{about}
 
 | role | checkpoint |
 |---|---|
@@ -43,7 +34,19 @@ tags:
 ```json
 {options}
 ```
-{command}
+"""
+
+_CARD = """---
+{licence}library_name: transformers
+pipeline_tag: {task}
+base_model:
+{sources}
+base_model_relation: merge
+tags:
+- merge
+- expert-merging
+---
+{contents}{command}
 {origin}
 
 ## Use
@@ -63,24 +66,11 @@ tags:
 - lora
 - expert-merging
 ---
-
-# {title}
-
-A LoRA adapter of {base}, merged of {count} adapters by `{method}`.
-
-| role | checkpoint |
-|---|---|
-{table}
-
-## Options
-
-```json
-{options}
-```
-
+{contents}
 ## Use
 
-It belongs on its base alone:
+It belongs on its base alone, whose modules must have the names that they have for the adapters above. Where the base is
+loaded otherwise than here, load it as for them:
 
 ```python
 from peft import PeftModel
@@ -147,20 +137,23 @@ def model_card(
     experts = options.pop("expert")
     base = options.pop("base_model_path")
     names = {"base": base, **experts}
-    shown = {name: value for name, value in {**options, "seed": description["seed"]}.items() if is_shown(value)}
+    made = f"{code(checkpoint_name(base))} merged with {len(experts)} experts"
+    own = {**options, "seed": description["seed"]}
     origin_form = _KEPT if is_mirror else _MADE
     return _CARD.format(
         licence=_licence_line(names.values()),
         task=task,
         command=_COMMAND.format(command=one_line(command)) if command else "",
         sources="\n".join(map(_front_matter_entry, names.values())),
-        title=inline(title),
-        base=code(checkpoint_name(base)),
-        count=len(experts),
-        method=description["method"],
-        about=f"\n\n{about}" if about else "",
-        table=_table(names, description.get("adapters", ())),
-        options=json.dumps(shown, indent=2),
+        contents=_contents(
+            made,
+            names,
+            description.get("adapters", ()),
+            title=title,
+            method=description["method"],
+            options=own,
+            about=about,
+        ),
         origin=origin_form.format(
             merged=merged, tensors=tensors, but="" if keeps_others else ", but for embeddings, head and tokenizer"
         ),
@@ -185,18 +178,35 @@ def adapter_card(
     """
     names = {"base": str(base), **{name: str(folder) for name, folder in adapters.items()}}
     base_name = checkpoint_name(str(base))
-    shown = {name: value for name, value in options.items() if is_shown(value)}
+    made = f"A LoRA adapter of {code(base_name)}, merged of {len(adapters)} adapters"
     return _ADAPTER_CARD.format(
         licence=_licence_line(names.values()),
         base_name=json.dumps(one_line(base_name), ensure_ascii=False),
-        title=inline(title),
-        base=code(base_name),
-        count=len(adapters),
-        method=method,
-        table=_table(names, [*adapters]),
-        options=json.dumps(shown, indent=2),
+        contents=_contents(made, names, [*adapters], title=title, method=method, options=options),
         classes=loading.split(".")[0],
         model=loading.format(model="path/to/the/base"),
+    )
+
+
+def _contents(
+    made: str,
+    names: Mapping[str, str],
+    adapters: Container[str],
+    *,
+    title: str,
+    method: str,
+    options: Mapping[str, Any],
+    about: str = "",
+) -> str:
+    """What it is, what it was made of, and with which options."""
+    shown = {name: value for name, value in options.items() if is_shown(value)}
+    return _CONTENTS.format(
+        title=inline(title),
+        made=made,
+        method=method,
+        about=f"\n\n{about}" if about else "",
+        table=_table(names, adapters),
+        options=json.dumps(shown, indent=2),
     )
 
 

@@ -278,7 +278,9 @@ def _find_steps(values: Mapping[str, Any], problems: Problems) -> tuple[Method, 
             problems.add(f"--post {name}: that is a method of its own. {near_name(name, known)}")
     if modifiers and method.outputs is not mirror:
         names = " ".join(step.name for step in modifiers)
-        problems.add(f"--post {names} improves one merged model, and {method.name} writes something else")
+        problems.add(
+            f"--post {names} improves one model merged of task vectors, and {method.name} makes something else"
+        )
     return method, tuple(modifiers)
 
 

@@ -57,7 +57,7 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         f"{gib(merging_memory(job))} of memory on {job.context.device}",
     ]
     unread = weights_in_other_formats(plan.base.folder, plan.base.headers)
-    if unread:
+    if unread and job.models:
         lines.append(f"not copied, since they hold the base's weights: {', '.join(unread)}")
     return lines
 
@@ -105,7 +105,8 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
     """
     plan = job.context.plan
     found = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
-    found += [*not_copied(plan.base.folder), *names_of_this_machine(plan.base.folder)]
+    if job.models:
+        found += [*not_copied(plan.base.folder), *names_of_this_machine(plan.base.folder)]
     found += warnings_before(
         job.resolved,
         job.context.backbone,

@@ -91,7 +91,7 @@ def test_a_modifier_is_no_method():
 @pytest.mark.parametrize("method", ["tall", "svd_intermediate"])
 def test_what_is_no_merged_model_cannot_be_improved(method):
     assert problems("--method", method, "--post", "consensus") == [
-        f"--post consensus improves one merged model, and {method} writes something else"
+        f"--post consensus improves one model merged of task vectors, and {method} makes something else"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
 from Qwen2VL.backbone import BACKBONE as QWEN2VL
 from tests import checkpoints, internvl, published, qwen2vl
+from tests.adapters import merged_by_peft, save_adapter
 from tests.command import flags, merge, merged
 
 FAMILIES = {
@@ -33,14 +35,12 @@ QUICK = {
     "wudi_steps": 2,
     "density": 0.4,
 }
-# Of a run's coefficients, and of adapters, there are tests elsewhere.
-METHODS = [
-    method
-    for method in all_methods().values()
-    if not (
-        method.is_modifier or method.name == "coefficients" or (method.prepare and "low_rank" in method.prepare.gives)
-    )
-]
+# Of a run's coefficients there are tests elsewhere.
+OWN = [method for method in all_methods().values() if not method.is_modifier and method.name != "coefficients"]
+ON_FACTORS = [method.name for method in OWN if method.prepare and "low_rank" in method.prepare.gives]
+METHODS = [method for method in OWN if method.name not in ON_FACTORS]
+# What adapters of published models train, in language models alone.
+TARGETS = r".*layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -49,6 +49,17 @@ def look_alikes(request, tmp_path_factory) -> tuple[Backbone, Path, Path]:
     backbone, make, base = FAMILIES[request.param]
     cache = make(tmp_path_factory.mktemp(request.param))
     return backbone, cache, cache / base
+
+
+@pytest.fixture(scope="session")
+def adapters(look_alikes, tmp_path_factory) -> dict[str, Path]:
+    """Adapters of one rank in the place of the experts."""
+    backbone, _, base = look_alikes
+    folder, load = tmp_path_factory.mktemp("adapters"), partial(backbone.load_model, base, torch.float32)
+    return {
+        name: save_adapter(load, folder / name, seed=number, change=0.02, r=3, target_modules=TARGETS)
+        for number, name in enumerate(backbone.expert_folders)
+    }
 
 
 def headers(folder: Path) -> dict[str, dict[str, tuple[str, list[int]]]]:
@@ -85,6 +96,31 @@ def test_every_method_ends_with_the_base_s_files(method, look_alikes, tmp_path, 
     for model in [run.model, *run.model.glob("*/")] if (run.model / "config.json").exists() else run.model.glob("*/"):
         check_result(model, base, is_mirror=method.name not in ("moe", "tall", "emr"))
     assert "warning: " not in run.log.read_text(encoding="utf-8"), "the published checkpoints are as they should be"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ON_FACTORS)
+def test_every_method_on_factors_writes_a_model_and_the_same_as_an_adapter(
+    method, look_alikes, adapters, tmp_path, capsys
+):
+    backbone, _, base = look_alikes
+    runs = {}
+    for output in ("dense", "adapter"):
+        arguments = ["--method", method, "--output", output, *flags(base, **adapters)]
+        capsys.readouterr()
+        assert merge(*arguments, "--dry_run", "--output_path", tmp_path / "dry", family=backbone) == 0
+        assert not (tmp_path / "dry").exists()
+        told = capsys.readouterr().out
+        assert "6 tensors are merged by their factors; " in told
+        assert ("hold the base's weights" in told) == (output == "dense" and backbone is MISTRAL)
+        runs[output] = merged(tmp_path / output, *arguments, family=backbone).model
+    check_result(runs["dense"], base, is_mirror=True)
+    load = partial(backbone.load_model, dtype=torch.float32)
+    found = merged_by_peft(partial(load, base), runs["adapter"]).state_dict()
+    for name, tensor in load(runs["dense"]).state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=2**-8, atol=0, msg=name)
+    start = load(base).state_dict()
+    assert sum(not tensor.equal(found[name]) for name, tensor in start.items()) == 6
 
 
 def test_every_expert_is_asked_in_its_own_words(look_alikes):

@@ -47,14 +47,26 @@ class MergedAdapter:
                 f"--output adapter: {first_of(self.changes.others, 2)} is trained otherwise than by two factors, which "
                 "a merged adapter has no place for; exclude it (--exclude_params), or write a dense model"
             )
+        if differing := self._named_differently():
+            problems.add(
+                f"--output adapter: {differing} differently, as different versions of transformers do; save them again "
+                "with one version, or write a dense model"
+            )
+        problems.check()
+
+    def _named_differently(self) -> str:
+        """Whose names do not go together, and of what; empty where there is one model that has them all."""
         for name, found in self.changes.products.items():
             if len({tuple(matrix.entry.name for matrix in _pair(change)) for change in found.values()}) > 1:
-                problems.add(
-                    f"--output adapter: {' and '.join(found)} name the factors of {name} differently, as different "
-                    "versions of transformers do; save them again with one version, or write a dense model"
-                )
-                break
-        problems.check()
+                return f"{' and '.join(found)} name the factors of {name}"
+        # Of adapters that share no tensor, one has the names of the base's files, and another those in memory.
+        renaming: dict[str, bool] = {}
+        for name, found in self.changes.products.items():
+            for expert, change in found.items():
+                is_renamed = f"{_module(_pair(change)[0])}.weight" != name
+                renaming[expert] = renaming.get(expert, False) or is_renamed
+        named = [expert for expert in self.changes.adapters if expert in renaming]
+        return "" if len({*renaming.values()}) == 1 else f"{' and '.join(named)} name their modules"
 
     def output(self, card: str) -> Output:
         """The adapter's folder.
@@ -89,10 +101,11 @@ class MergedAdapter:
         largest = max(self.ranks.values())
         pattern = {modules[name]: rank for name, rank in self.ranks.items() if rank != largest}
         first = next(iter(self.changes.adapters.values()))
+        bases = [adapter.settings.base for adapter in self.changes.adapters.values()]
         return {
             "peft_type": "LORA",
             "task_type": required_object(first.folder / CONFIG).get("task_type"),
-            "base_model_name_or_path": first.settings.base,
+            "base_model_name_or_path": next((base for base in bases if base), None),
             "r": largest,
             "lora_alpha": largest,
             "rank_pattern": pattern,

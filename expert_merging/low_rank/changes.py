@@ -72,16 +72,19 @@ class Changes:
         Raises:
             InputError: an expert has NaN or infinite values.
         """
+        import torch
+
         found = {}
         for expert, change in self.products[name].items():
             read = self.adapters[expert].numbers
             assert change.right is not None  # noqa: S101  (it is a product)
-            left, right = change.left.whole(read), change.right.whole(read)
-            if not (left.isfinite().all() and right.isfinite().all()):
+            left = change.left.whole(read).to(device).double() * change.scale
+            right = change.right.whole(read).to(device).double()
+            if not left.norm() * right.norm() <= torch.finfo(torch.float32).max:  # no number in it is larger
                 raise InputError(
                     f"expert {expert} has NaN or infinite values in its change of {name}; download it again"
                 )
-            found[expert] = Factors(left.to(device).double() * change.scale, right.to(device).double())
+            found[expert] = Factors(left, right)
         return found
 
     def ranks(self, name: str) -> list[int]:

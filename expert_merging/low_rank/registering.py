@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.card import adapter_card
 from expert_merging.context import Context
-from expert_merging.errors import Problems
+from expert_merging.errors import InputError, Problems
 from expert_merging.low_rank.adapter_output import MergedAdapter
 from expert_merging.low_rank.changes import Changes
 from expert_merging.low_rank.factors import Factors
@@ -110,6 +110,8 @@ def _merge_all(context: Context, changes: Changes, merge: MergeFactors, given: M
         for name in changes.products:
             found = merge(name, changes.factors(name, device)).scaled(given["scaling_coefficient"])
             merged[name] = (found.cut(given["merged_rank"]) if given["merged_rank"] else found).single()
+            if not (merged[name].left.isfinite().all() and merged[name].right.isfinite().all()):
+                raise InputError(f"the merged factors of {name} do not fit into F32; use a smaller coefficient")
             advance(1, name)
     return merged
 

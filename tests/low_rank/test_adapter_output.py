@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, MistralForCausalLM
 
 from expert_merging.card import inline
+from expert_merging.commands.main import main
 from Qwen2VL.backbone import BACKBONE as QWEN
 from tests import qwen2vl
 from tests.adapters import merged_by_peft, save_adapter
 from tests.checkpoints import BASE, tensors_of
-from tests.command import contents, flags, merged, refusal
+from tests.command import contents, flags, merge, merged, refusal
 from tests.low_rank.adapters import Zoo, assert_near, draw, pairs_of, write_adapter, write_zoo
 
 ADAPTER = ("--output", "adapter")
@@ -128,6 +129,17 @@ def test_factors_of_convolutions_keep_their_shape(tmp_path):
     assert_near(again(zoo, run.model, tmp_path / "again"), zoo.change(tmp_path / "dense", *SUM))
 
 
+@pytest.mark.parametrize(("said", "expected"), [(["", "there/base"], "there/base"), ([None, None], None)])
+def test_the_base_is_the_one_that_an_adapter_names(said, expected, tmp_path):
+    zoo = write_zoo(tmp_path, pairs_of({"A": 2}))
+    named = {
+        str(number): write_adapter(tmp_path / str(number), pairs_of({"A": 2})["A"], base_model_name_or_path=base)
+        for number, base in enumerate(said)
+    }
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *Zoo(zoo.base, named).flags)
+    assert json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+
+
 def test_the_rank_of_an_adapter_can_be_chosen(tmp_path):
     zoo = write_zoo(tmp_path, pairs_of())
     cut = (*SUM, "--merged_rank", 2)
@@ -142,6 +154,48 @@ def test_a_run_is_not_continued_with_another_output(tmp_path, capsys):
     named = ("--run_name", "r", "--output_path", tmp_path / "out")
     merged(tmp_path / "out", *SUM, *zoo.flags, "--run_name", "r")
     assert "holds a different run" in refusal(capsys, *SUM, *ADAPTER, *zoo.flags, *named)
+
+
+@pytest.mark.parametrize("where", ["ShardWriter.finish", "write_atomically"])
+def test_an_interrupted_run_ends_with_the_same_bytes(where, tmp_path, monkeypatch):
+    """Before its weights are complete, and after that, before its other files are."""
+    zoo = write_zoo(tmp_path, pairs_of())
+    given = (*SUM, *ADAPTER, *zoo.flags, "--run_name", "r")
+    expected = merged(tmp_path / "whole", *given)
+
+    def stop(*_given: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"expert_merging.merge.{where}", stop)
+        patch.setattr("expert_merging.merge._COPY_BYTES", 100)
+        assert merge(*given, "--output_path", tmp_path / "out") == 130
+    assert not list((tmp_path / "out").glob("*/r/model"))
+    run = merged(tmp_path / "out", *given)
+    assert contents(run.model) == contents(expected.model)
+    assert ("kept 1 finished shards" in run.log.read_text()) == (where == "write_atomically")
+
+
+def test_a_merged_adapter_can_be_verified(tmp_path, capsys):
+    run = merged(tmp_path / "out", *SUM, *ADAPTER, *write_zoo(tmp_path, pairs_of()).flags)
+    assert main(["verify", str(run.folder)]) == 0
+    assert "3 files of model (0.0 MB) are as they were written, 6 tensors; " in capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = run.model / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + b"7\n")
+        assert main(["verify", str(run.folder)]) == 1
+        assert name in capsys.readouterr().err
+        file.write_bytes(content)
+
+
+def test_factors_that_fit_into_no_file_are_refused(tmp_path, capsys):
+    pairs = pairs_of({"A": 1})
+    pairs["A"]["layers.0.q_proj"][0].mul_(1e36)
+    given = (*SUM, *ADAPTER, "--scaling_coefficient", 1000, *write_zoo(tmp_path, pairs).flags)
+    line = refusal(capsys, *given, "--output_path", tmp_path / "out")
+    assert line == "the merged factors of layers.0.q_proj.weight do not fit into F32; use a smaller coefficient"
+    assert not list((tmp_path / "out").glob("*/*/model"))
 
 
 def test_what_is_trained_as_a_whole_has_no_place_in_an_adapter(tmp_path, capsys):
@@ -165,6 +219,21 @@ def test_experts_that_name_their_modules_differently_make_no_adapter(tmp_path, c
         "--output adapter: A and B name the factors of layers.0.q_proj.weight differently, as different versions of "
         "transformers do; save them again with one version, or write a dense model"
     )
+
+
+def test_nor_do_those_that_share_no_module(tmp_path, capsys):
+    """Half of it would not be found in any model."""
+    left, right = draw(9, 1, seed=1), draw(1, 6, seed=2)
+    zoo = write_zoo(tmp_path, {"A": {"q_proj": (left, right)}, "B": {"k_proj": (left, right)}})
+    other = write_adapter(tmp_path / "C", {"model.k_proj": (left, right)})
+    given = flags(zoo.base, A=zoo.experts["A"], C=other)
+    merged(tmp_path / "dense", *SUM, *given)
+    assert refusal(capsys, *SUM, *ADAPTER, *given) == (
+        "--output adapter: A and C name their modules differently, as different versions of transformers do; save them "
+        "again with one version, or write a dense model"
+    )
+    merged(tmp_path / "out", *SUM, *ADAPTER, *zoo.flags)
+    merged(tmp_path / "excluded", *SUM, *ADAPTER, *given, "--exclude_params", "k_proj.*")
 
 
 @pytest.mark.slow

@@ -185,9 +185,12 @@ def test_adapters_that_change_nothing_that_is_merged_are_refused(tmp_path, capsy
     )
 
 
-def test_numbers_that_are_none_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(("side", "number"), [(0, float("nan")), (1, float("inf")), (0, 1e38)])
+def test_numbers_that_are_none_are_refused(side, number, tmp_path, capsys):
+    """Or that are none in the product, in float32."""
     pairs = pairs_of({"A": 1})
-    pairs["A"]["layers.0.k_proj"][0][2] = float("nan")
+    pairs["A"]["layers.0.k_proj"][side][0, 0] = number
+    pairs["A"]["layers.0.k_proj"][1 - side][0, 0] = 5.0
     zoo = write_zoo(tmp_path, pairs)
     line = refusal(capsys, "--method", "core_space", *zoo.flags, "--output_path", tmp_path / "out")
     assert line == "expert A has NaN or infinite values in its change of layers.0.k_proj.weight; download it again"

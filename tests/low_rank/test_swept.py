@@ -59,7 +59,7 @@ def test_an_adapter_is_no_point_of_a_sweep(tmp_path, capsys):
         ),
         (
             ("--post", "consensus"),
-            "--post consensus improves one merged model, and knots writes something else",
+            "--post consensus improves one model merged of task vectors, and knots makes something else",
         ),
     ],
 )
