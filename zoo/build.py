@@ -6,13 +6,14 @@ missing. A worker ends with its build.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import resource_tracker
@@ -26,12 +27,14 @@ from expert_merging.machine import cores
 from expert_merging.progress import Advance, Progress, no_progress
 from expert_merging.signals import leave_signals_to, signals_held_back
 from expert_merging.writing import partial_name, write_atomically
-from zoo.family import Family, Schedule
+from zoo.family import Batch, Family, Schedule
 
 DESCRIPTION = "zoo.json"
 WORKERS = 2
 # Adapters lie in a folder of their own, where the merge command does not look for experts unasked.
 ADAPTERS = "adapters"
+# The base trained on the tasks of all experts at once: what a merge could at best be.
+MIXTURE = "mixture"
 RANK = 16
 # An adapter has fewer weights, and they start at zero.
 ADAPTER_RATE = 10
@@ -39,12 +42,21 @@ ADAPTER_RATE = 10
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train: the base (``task`` is ``None``), or the expert for a task, whole or as an adapter."""
+    """One model to train.
+
+    Args:
+        family: What it belongs to.
+        zoo: Folder of the zoo.
+        seed: Decides initial weights and order of training.
+        tasks: What is learned: nothing by the base, which learns easy versions of everything; one task by an expert;
+            all of them by the mixture, in turn.
+        adapter: The expert is an adapter of the base.
+    """
 
     family: Family
     zoo: Path
     seed: int
-    task: str | None
+    tasks: tuple[str, ...] = ()
     adapter: bool = False
 
     @property
@@ -55,22 +67,32 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the model is when it is complete."""
-        if self.task is None:
+        if not self.tasks:
             return self.base_folder
-        return (self.zoo / ADAPTERS if self.adapter else self.zoo) / self.family.backbone.expert_folders[self.task]
+        if len(self.tasks) > 1:
+            return self.zoo / MIXTURE
+        return (self.zoo / ADAPTERS if self.adapter else self.zoo) / self.family.backbone.expert_folders[self.tasks[0]]
 
     @property
     def schedule(self) -> Schedule:
         """How it is trained."""
-        if self.task is None:
+        if not self.tasks:
             return self.family.base_schedule
-        schedule = self.family.expert_schedules[self.task]
+        schedule = together(self.family.expert_schedules[task] for task in self.tasks)
         return adapter_schedule(schedule) if self.adapter else schedule
 
     @property
     def label(self) -> str:
         """What the user is told."""
-        return "base" if self.task is None else f"{self.task} {'adapter' if self.adapter else 'expert'}"
+        if len(self.tasks) != 1:
+            return "mixture" if self.tasks else "base"
+        return f"{self.tasks[0]} {'adapter' if self.adapter else 'expert'}"
+
+    def batches(self) -> Iterator[Batch]:
+        """What it is trained on, without end; each batch is of one task."""
+        size = self.schedule.batch_size
+        own = [self.family.batches(task, self.seed, size) for task in self.tasks or (None,)]
+        return itertools.chain.from_iterable(zip(*own, strict=False))
 
     def shown_by(self, progress: Progress) -> AbstractContextManager[Advance]:
         """Show how far its training is."""
@@ -84,6 +106,7 @@ def build(
     *,
     seed: int = 0,
     adapters: bool = False,
+    mixture: bool = False,
     workers: int = WORKERS,
     progress: Progress = no_progress,
 ) -> None:
@@ -94,6 +117,7 @@ def build(
         zoo: Folder of the zoo, made if needed.
         seed: Decides the questions, the initial weights and the order of training.
         adapters: Train an adapter for every task as well.
+        mixture: Train the base on all tasks together as well, for as many steps as all experts have.
         workers: Processes that train at once, one thread each unless models are large; 0 trains in this process.
         progress: Shows how far every model is.
 
@@ -103,8 +127,10 @@ def build(
     zoo.mkdir(parents=True, exist_ok=True)
     describe(family, zoo, seed)
     family.write_data(zoo, seed)
-    experts = [Job(family, zoo, seed, task) for task in family.backbone.expert_folders]
-    for jobs in ([Job(family, zoo, seed, None)], experts, [replace(job, adapter=True) for job in experts if adapters]):
+    base, tasks = Job(family, zoo, seed), tuple(family.backbone.expert_folders)
+    experts = [replace(base, tasks=(task,)) for task in tasks]
+    more = [replace(job, adapter=True) for job in experts if adapters]
+    for jobs in ([base], experts, [*more, *([replace(base, tasks=tasks)] if mixture else [])]):
         train_all([job for job in jobs if not job.folder.is_dir()], workers, progress)
 
 
@@ -223,7 +249,7 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
 
     torch.manual_seed(job.seed)
     family = job.family
-    model = family.new_model() if job.task is None else family.backbone.load_model(job.base_folder, torch.float32)
+    model = family.backbone.load_model(job.base_folder, torch.float32) if job.tasks else family.new_model()
     if job.adapter:
         model = with_adapter(model, job)
     if family.large and torch.cuda.is_available():
@@ -232,7 +258,7 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
     job.folder.parent.mkdir(exist_ok=True)
     train(
         model,
-        family.batches(job.task, job.seed, job.schedule.batch_size),
+        job.batches(),
         job.schedule,
         report,
         file_name=str if job.adapter else family.backbone.file_name,
@@ -252,6 +278,13 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
     state.unlink(missing_ok=True)
 
 
+def together(schedules: Iterable[Schedule]) -> Schedule:
+    """How all tasks are learned at once that have these schedules: as fast as the first, as long as all of them."""
+    first, *others = schedules
+    steps = sum(schedule.steps for schedule in (first, *others))
+    return replace(first, steps=steps, decay_steps=sum(schedule.decay_steps for schedule in (first, *others)))
+
+
 def adapter_schedule(schedule: Schedule) -> Schedule:
     """How an adapter is trained for which the whole expert has ``schedule``: faster, and nothing but the adapter."""
     return replace(schedule, learning_rate=ADAPTER_RATE * schedule.learning_rate, frozen=("(?!.*lora_)",))
@@ -262,7 +295,7 @@ def with_adapter(model: Any, job: Job) -> Any:
     import peft
     import torch
 
-    frozen = job.family.expert_schedules[str(job.task)].frozen
+    frozen = job.family.expert_schedules[job.tasks[0]].frozen
     layers = [
         name
         for name, module in model.named_modules()

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.command == "build":
-            build_command(options.family, options.output, options.seed, adapters=options.adapters)
+            build_command(options.family, options.output, options.seed, options.adapters, options.mixture)
         elif options.command == "demo":
             demo_command(options.family, options.seed, options.methods, options.json)
         else:
@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--adapters", action="store_true", help="train a LoRA adapter for every task as well, in DIR/adapters"
     )
+    build.add_argument(
+        "--mixture",
+        action="store_true",
+        help="train the base on all tasks together as well, in DIR/mixture: what a merge could at best be",
+    )
     demo = commands.add_parser("demo", help="build a zoo, merge its experts and compare the methods")
     demo.add_argument("family", metavar="FAMILY", help=f"model family: {', '.join(FAMILY_MODULES)}")
     demo.add_argument("--seed", type=int, default=0, help="decides the zoo and the merging (default: 0)")
@@ -71,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def build_command(family_name: str, output: Path | None, seed: int, *, adapters: bool) -> None:
+def build_command(family_name: str, output: Path | None, seed: int, adapters: bool, mixture: bool) -> None:
     """Build a zoo and say where it is."""
     from zoo.build import build
     from zoo.progress import progress
@@ -80,7 +85,7 @@ def build_command(family_name: str, output: Path | None, seed: int, *, adapters:
     zoo = output or default_folder(family_name, seed)
     console = Screen(soft_wrap=True)
     with progress(console) as shown:
-        build(family, zoo, seed=seed, adapters=adapters, progress=shown)
+        build(family, zoo, seed=seed, adapters=adapters, mixture=mixture, progress=shown)
     console.print(f"The zoo is in {zoo}", highlight=False)
 
 

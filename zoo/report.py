@@ -12,7 +12,7 @@ from expert_merging.documents import resolved
 from expert_merging.errors import InputError
 from expert_merging.run import Run
 from zoo.belonging import refuse_others
-from zoo.build import DESCRIPTION
+from zoo.build import DESCRIPTION, MIXTURE
 from zoo.evaluate import Scores, cached_exact_match, exact_match, require_model
 from zoo.family import load_family
 
@@ -84,9 +84,9 @@ def evaluate(zoo: Path, runs: Sequence[Path], *, questions: int | None = None) -
     backbone = load_family(description["family"]).backbone
     refuse_others(runs, zoo, backbone.name)
     folders = [model_folder(run) for run in runs]
+    built = _model_names(description) | ({"mixture training": MIXTURE} if (zoo / MIXTURE).is_dir() else {})
     scores = {
-        label: cached_exact_match(backbone, zoo / name, zoo, questions=questions)
-        for label, name in _model_names(description).items()
+        label: cached_exact_match(backbone, zoo / name, zoo, questions=questions) for label, name in built.items()
     }
     for label, folder in zip(run_labels(runs), folders, strict=True):
         scores[label] = exact_match(backbone, folder, zoo / "test", questions=questions)

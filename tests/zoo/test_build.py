@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from zoo import build as build_module
 from zoo.build import Job, build, train_model, work
 from zoo.family import Family, Schedule
 from zoo.progress import progress
-from zoo.train import learning_rate_factor
+from zoo.train import learning_rate_factor, train
 
 MODELS = (BACKBONE.base_folder, *BACKBONE.expert_folders.values())
 
@@ -76,7 +77,7 @@ def test_interrupted_build_continues_with_what_is_missing(
     zoo, expert = tmp_path / "zoo", BACKBONE.expert_folders["Math"]
 
     def interrupted(job: Job, report: object) -> None:
-        if job.task == "Math":
+        if job.tasks == ("Math",):
             half = zoo / f"{expert}.partial"
             half.mkdir()
             (half / "half").write_text("half")
@@ -153,6 +154,21 @@ def test_adapters_are_trained_for_what_whole_experts_change(own_zoo: Path) -> No
     assert {name: kept for name, kept in contents(own_zoo).items() if "adapters" not in str(name)} == before
 
 
+def test_mixture_is_the_base_trained_on_all_tasks_in_turn(own_zoo: Path) -> None:
+    before, family = contents(own_zoo), brief_family()
+    build(family, own_zoo, mixture=True, workers=0)
+    mixture = load_file(own_zoo / "mixture" / "model.safetensors")
+    schedules = family.expert_schedules
+    steps = sum(schedule.steps for schedule in schedules.values())
+    schedule = replace(BRIEF, steps=steps, decay_steps=sum(schedule.decay_steps for schedule in schedules.values()))
+    model = AutoModelForCausalLM.from_pretrained(own_zoo / BACKBONE.base_folder, dtype=torch.float32)
+    own = [family.batches(task, 0, schedule.batch_size) for task in schedules]
+    torch.manual_seed(0)
+    train(model, (next(own[step % len(own)]) for step in range(steps)), schedule, lambda _: None, file_name=str)
+    assert all(mixture[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert {name: kept for name, kept in contents(own_zoo).items() if "mixture" not in str(name)} == before
+
+
 def test_folder_of_another_zoo_is_refused(own_zoo: Path) -> None:
     for family, seed in ((brief_family(), 1), (replace(brief_family(), base_schedule=replace(BRIEF, steps=4)), 0)):
         with pytest.raises(InputError, match=r"holds a zoo of another family, seed or recipe .*; remove it, or choose"):
@@ -187,7 +203,7 @@ def test_worker_that_fails_ends_the_build(tmp_path: Path) -> None:
 def test_worker_stops_when_its_build_is_gone(tmp_path: Path) -> None:
     reports, sender = multiprocessing.Pipe(duplex=False)
     reports.close()
-    work(Job(brief_family(), tmp_path, 0, None), sender)
+    work(Job(brief_family(), tmp_path, 0), sender)
     assert list(tmp_path.iterdir()) == []
 
 

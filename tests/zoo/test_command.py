@@ -45,16 +45,24 @@ def test_typing_mistake_is_answered_with_the_name(capsys: pytest.CaptureFixture[
 def test_build_puts_the_zoo_where_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[str, Path, int, bool]] = []
+    asked: list[tuple[str, Path, int, bool, bool]] = []
     monkeypatch.setattr(
         build_module,
         "build",
-        lambda family, zoo, seed, adapters, progress: asked.append((family.name, zoo, seed, adapters)),
+        lambda family, zoo, seed, adapters, mixture, progress: asked.append(
+            (family.name, zoo, seed, adapters, mixture)
+        ),
     )
     assert main(["build", "mistral", "--seed", "3"]) == 0
     assert main(["build", "mistral", "--output", str(tmp_path), "--adapters"]) == 0
-    assert asked == [("mistral", default_folder("mistral", 3), 3, False), ("mistral", tmp_path, 0, True)]
-    assert capsys.readouterr().out == f"The zoo is in {default_folder('mistral', 3)}\nThe zoo is in {tmp_path}\n"
+    assert main(["build", "mistral", "--output", str(tmp_path), "--mixture"]) == 0
+    usual = default_folder("mistral", 3)
+    assert asked == [
+        ("mistral", usual, 3, False, False),
+        ("mistral", tmp_path, 0, True, False),
+        ("mistral", tmp_path, 0, False, True),
+    ]
+    assert capsys.readouterr().out == "".join(f"The zoo is in {place}\n" for place in (usual, tmp_path, tmp_path))
 
 
 def test_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,10 +76,13 @@ def test_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_table_and_numbers(own_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(own_zoo, tmp_path / "logs" / "weight_average" / "first")
+    shutil.copytree(own_zoo / "MAmmoTH2-7B", own_zoo / "mixture")
     numbers = tmp_path / "numbers.json"
     assert main(["evaluate", str(run), "--zoo", str(own_zoo), "--json", str(numbers)]) == 0
     scores = json.loads(numbers.read_text())
-    assert list(scores) == ["base", "Chat expert", "Math expert", "Code expert", "weight_average"]
+    experts = ["Chat expert", "Math expert", "Code expert"]
+    assert list(scores) == ["base", *experts, "mixture training", "weight_average"]
+    assert scores["mixture training"] == scores["Math expert"]
     assert all(list(found) == ["Chat", "Math", "Code", "mean"] for found in scores.values())
     assert scores["weight_average"] == scores["base"]
     shown = capsys.readouterr().out
