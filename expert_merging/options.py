@@ -210,7 +210,10 @@ def _default_values(steps: Iterable[Method], backbone: Backbone) -> dict[str, An
 
 
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
-    """What flags, configuration file, launcher, environment, ``.env`` and a preset say, the former over the latter."""
+    """What flags, configuration file, launcher, environment, ``.env`` and a preset say, the former over the latter.
+
+    A preset's own modifiers stay, before those that are given.
+    """
     cache = cache_folder(environment)
     values: dict[str, Any] = {} if cache is None else {"cache_dir": cache}
     if launched_with("FSDP", environment):
@@ -218,7 +221,10 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     if "config" in given:
         values |= read_config(Path(given["config"]), backbone)
     values |= {name: value for name, value in given.items() if name not in COMMANDS}
-    return {**preset_of(str(values.get("method", ""))), **values}
+    preset = preset_of(str(values.get("method", "")))
+    if "post" in preset and values.get("post"):
+        values["post"] = [*preset["post"], *GENERAL["post"].convert(values["post"])]
+    return {**preset, **values}
 
 
 def cache_folder(environment: Mapping[str, str]) -> str | None:

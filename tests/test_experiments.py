@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from expert_merging.catalogue import all_methods, find_method
 from expert_merging.commands.main import main
 from expert_merging.commands.sweep import read
 from expert_merging.comparing.grid import label_of, points_of
@@ -28,6 +29,17 @@ def test_every_point_is_a_run_of_every_family(name, tmp_path):
         for point in points:
             resolved = resolve({**merging, **point, "data_dir": str(tmp_path)}, {}, backbone)
             assert not set(resolved.ignored) & set(point), f"{label_of(point)}: an option that the method lacks"
+
+
+def test_one_has_every_method_that_merges_any_experts_into_one_model():
+    points = points_of(read({"family": "Mistral", "more": [str(FOLDER / "methods.yaml")]})[0].sweep)
+    plain = {point["method"] for point in points if len(point) == 1}
+    assert plain - {"prodistill"} == {name for name, method in all_methods().items() if method.merges_any_experts}
+    chosen = {point["method"] for point in points if point.get("scaling_coefficient") == "auto"}
+    known = {name: find_method(name) for name in plain - {"prodistill"}}
+    assert chosen == {
+        name for name, method in known.items() if method.is_closed_form and "scaling_coefficient" in method.options
+    }
 
 
 @pytest.mark.parametrize(

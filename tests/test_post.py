@@ -57,6 +57,13 @@ def test_without_a_modifier_its_options_are_ignored():
     assert found.ignored == ("consensus_k",)
 
 
+def test_modifiers_of_a_preset_come_first():
+    found = resolved("--method", "prodistill", "--post", "consensus")
+    assert [step.name for step in found.steps] == ["weight_average", "distil", "consensus"]
+    assert (found.options["distil_epochs"], found.options["synthesize"]) == (100, 0)
+    assert [step.name for step in resolved("--method", "prodistill").steps] == ["weight_average", "distil"]
+
+
 def test_modifiers_can_come_from_a_file_and_be_repeated(root):
     (root / "one.yaml").write_text("post: consensus")
     (root / "two.yaml").write_text("post: [consensus, Consensus]")
@@ -69,7 +76,7 @@ def test_modifiers_can_come_from_a_file_and_be_repeated(root):
 def test_unknown_names_are_told_with_the_nearest():
     assert problems("--post", "consenus") == ["--post consenus: no such modifier. Did you mean 'consensus'?"]
     (problem,) = problems("--post", "nothing")
-    assert problem == "--post nothing: no such modifier. Known: aim, consensus, featcal, svc."
+    assert problem == "--post nothing: no such modifier. Known: aim, consensus, distil, featcal, svc."
 
 
 def test_a_method_of_its_own_is_no_modifier():

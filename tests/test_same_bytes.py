@@ -37,6 +37,7 @@ OPTIONS = {
     "svc": ["--method", "task_arithmetic"],
     "aim": ["--method", "task_arithmetic"],
     "featcal": ["--method", "task_arithmetic"],
+    "distil": ["--method", "task_arithmetic", "--distil_epochs", 2],
 }
 # How far weights may be apart that were learned in one process and in several, or with tensors in another order. Sums
 # over samples and tensors are in float32 and in another order then.

@@ -23,12 +23,18 @@ def scaled_share(task_vectors: Tensor, *, scaling_coefficient: float) -> Tensor:
     return task_vectors * (scaling_coefficient / len(task_vectors))
 
 
-@register(unit="entries", parts=scaled_share)
+# The authors' settings of ProDistill, which starts at the mean.
+PRODISTILL = {"post": ["distil"], "distil_epochs": 100, "synthesize": 0}
+
+
+@register(unit="entries", parts=scaled_share, presets={"prodistill": PRODISTILL})
 def weight_average(task_vectors: Tensor, *, scaling_coefficient: Factor = 1.0) -> Tensor:
     """Average of the experts' weights (Wortsman et al., 2022, arXiv 2203.05482).
 
     With a coefficient s other than 1 the result is base + s * (average - base), which the published Expert Merging
     script does by default (s = 0.1); here an average is an average unless the user asks otherwise.
+
+    `--method prodistill` is the average with the layers trained to put out what the experts' do, see `distil`.
 
     Args:
         task_vectors: ``(experts, *shape)`` float32.

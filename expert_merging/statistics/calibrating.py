@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from expert_merging.checkpoints.configurations import layer_count, size_setting
 from expert_merging.context import Context
 from expert_merging.errors import InputError, first_of
 from expert_merging.outputs import mirror_of
+from expert_merging.parts import Part
 from expert_merging.plan import Plan, Rule
 from expert_merging.roles import is_in_decoder
 from expert_merging.running.in_memory import InMemory
@@ -24,7 +26,7 @@ from expert_merging.running.samples import Samples, check_samples
 from expert_merging.running.sharding import decoder_layers, load_on
 from expert_merging.running.targets import Asked
 from expert_merging.running.tensor_files import write_tensors
-from expert_merging.statistics.gram import Gram, Grams, GramSum
+from expert_merging.statistics.gram import Gram, Grams, GramSum, KeptVectors
 from expert_merging.statistics.inputs import InputWatch, gather, grams_of, matrices, place_of
 from expert_merging.streaming import Reader
 from expert_merging.writing import check_free_disk
@@ -65,11 +67,10 @@ def layer_matrices(context: Context) -> list[str]:
     return [name for name in matrices(context) if is_in_decoder(name)]
 
 
-def most_bytes(context: Context, samples: Samples) -> dict[str, int]:
-    """The most bytes that what goes into each expert's layers takes; layers that share it share its place."""
+def input_bytes(context: Context, samples: Samples) -> int:
+    """The most bytes that what goes into all experts' layers takes; layers that share it share its place."""
     columns = sum(context.plan.base.entries[name].shape[1] for name in layer_matrices(context))
-    asked = {name: sum(sample.expert == name for sample in samples.samples) for name in context.plan.experts}
-    return {expert: samples.dtype.itemsize * columns * samples.longest * count for expert, count in asked.items()}
+    return samples.dtype.itemsize * columns * samples.longest * len(samples.samples)
 
 
 class Checked(NamedTuple):
@@ -88,23 +89,38 @@ class Checked(NamedTuple):
     size: int
 
 
-def check_layers(context: Context, options: SampleOptions, method: str, *, keeps_inputs: bool) -> Checked:
+def output_bytes(context: Context, samples: Samples) -> int:
+    """The most bytes that what comes out of all experts' layers takes."""
+    config = context.plan.base.config
+    width = (size_setting(config, "hidden_size") or 0) * (layer_count(config) or 0)
+    return samples.dtype.itemsize * width * samples.longest * len(samples.samples)
+
+
+def check_layers(
+    context: Context,
+    options: SampleOptions,
+    method: str,
+    *,
+    more: Callable[[Samples], int] = lambda _: 0,
+    synthesize: int = 0,
+) -> Checked:
     """Check the samples, that some layer is merged, and the disk.
 
     Args:
         context: the run.
         options: which samples are asked, and how.
         method: name of the method, after which its folder is called: several may be in one run.
-        keeps_inputs: what goes into the experts' layers is kept too.
+        more: the bytes of what is kept beside the new weights.
+        synthesize: further questions that are made of those of each task.
 
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    samples, names = check_samples(context, options, compares_logits=False), layer_matrices(context)
+    samples = check_samples(context, options, compares_logits=False, synthesize=synthesize)
+    names = layer_matrices(context)
     if not names:
         raise InputError(f"{method} changes matrices of the language model's layers, and --exclude_params leaves none")
-    size = sum(context.plan.base.entries[name].size for name in names)
-    size += sum(most_bytes(context, samples).values()) if keeps_inputs else 0
+    size = sum(context.plan.base.entries[name].size for name in names) + more(samples)
     folder = context.run.calibrated / method
     if not context.run.is_complete:
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -147,14 +163,6 @@ def new_weights(
 def _solve(products: Tensor, right: Tensor, ridge: float) -> Tensor:
     products.diagonal().add_(ridge)
     return torch.cholesky_solve(right, torch.linalg.cholesky(products))
-
-
-class _Vectors(GramSum):
-    """Keeps all vectors, in their order, however many they are."""
-
-    def add(self, vectors: Tensor) -> None:
-        self.vectors += len(vectors)
-        self._kept.append(vectors.cpu())
 
 
 # New weights of the layer of a number, all found before the first is written; by name, in the base's type.
@@ -226,13 +234,13 @@ def calibrate(context: Context, checked: Checked, pull: Pull, rule: Rule, unit: 
     names, file_name, samples = checked.matrices, context.backbone.file_name, checked.samples
 
     def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
-        return grams_of(model, names, file_name, own, _Vectors)
+        return grams_of(model, names, file_name, own, KeptVectors)
 
     folder = checked.folder / "inputs"
     own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
     memory = live_merge(context, samples, rule, unit)
     drawing = _Drawing(context.plan, memory, own, pull)
-    change_layers(context, checked, memory, drawing.change, _Vectors)
+    change_layers(context, checked, memory, drawing.change, KeptVectors)
 
 
 def live_merge(context: Context, samples: Samples, rule: Rule, unit: str) -> InMemory:
@@ -268,10 +276,11 @@ class Stream:
     def through(self, layer: torch.nn.Module, number: int) -> Tensor:
         """What comes out of the layer of that number."""
         positional, named = self.given[number]
-        return _hidden(layer(self.hidden, *positional, **named))
+        return hidden_of(layer(self.hidden, *positional, **named))
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states ``(batch, tokens, hidden)`` in what a layer returns."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
@@ -302,7 +311,7 @@ def _stream(model: Any, layers: Sequence[torch.nn.Module], asked: Asked) -> Stre
         given.append((positional[1:], named))
 
     def after(_layer: Any, _given: Any, output: Any) -> None:
-        last[:] = [_hidden(output)]
+        last[:] = [hidden_of(output)]
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
@@ -384,14 +393,19 @@ class Calibrated:
             name: file for file in sorted(folder.glob("layer-*.safetensors")) for name in _names(file)
         }
 
-    def weights(self, name: str) -> Tensor | None:
-        """The weights of a tensor in the base's type; None where it stays as it was merged."""
-        file = self.files.get(name)
+    def task_vector(self, part: Part, base: Tensor) -> Tensor | None:
+        """The new weights less the base's; None where a tensor stays as it was merged.
+
+        Args:
+            part: the tensor.
+            base: the base's entries.
+        """
+        file = self.files.get(part.name)
         if file is None:
             return None
         with safe_open(file, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(name)
-        return found
+            found: Tensor = opened.get_tensor(part.name)
+        return found.to(base.device).float().view(part.shape) - base.view(part.shape)
 
 
 def _names(file: Path) -> list[str]:

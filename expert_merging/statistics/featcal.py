@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from expert_merging.context import Context
@@ -43,10 +44,10 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, nothing can be calibrated, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, check_layers
+    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, check_layers, input_bytes
 
     options = FeatCalOptions(**given)
-    checked = check_layers(context, options, "featcal", keeps_inputs=True)
+    checked = check_layers(context, options, "featcal", more=partial(input_bytes, context))
 
     def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
         pull = Pull(options.featcal_mix, options.featcal_ridge, options.featcal_reach)
@@ -93,5 +94,5 @@ def featcal(task_vectors: Tensor, part: Part, base: Tensor, merged: Tensor, cali
         Merged task vector ``(outputs, inputs)``.
     """
     del task_vectors  # they have had their say in the new weights
-    found = calibrated.weights(part.name)
-    return merged if found is None else found.to(merged.device).float().view(merged.shape).sub_(base.view(merged.shape))
+    found = calibrated.task_vector(part, base)
+    return merged if found is None else found

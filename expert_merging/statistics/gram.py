@@ -111,6 +111,15 @@ class GramSum:
         return Gram(values, self.vectors, is_summed=False)
 
 
+class KeptVectors(GramSum):
+    """Keeps all vectors, in their order, however many they are."""
+
+    def add(self, vectors: Tensor) -> None:
+        """See `GramSum.add`."""
+        self.vectors += len(vectors)
+        self._kept.append(vectors.cpu())
+
+
 def write_grams(target: Path, grams: Mapping[tuple[str, ...], Gram], kept: Kept | None = None) -> None:
     """Write Gram matrices to a safetensors file, which has its name only once it is complete.
 

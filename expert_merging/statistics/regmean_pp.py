@@ -27,7 +27,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     from expert_merging.statistics.calibrating import Calibrated, check_layers
 
     options = RegMeanOptions(**given)
-    checked = check_layers(context, options, "regmean++", keeps_inputs=False)
+    checked = check_layers(context, options, "regmean++")
 
     def work() -> dict[str, Calibrated]:
         from expert_merging.statistics.regression import solve_layers
@@ -72,8 +72,5 @@ def regmean_pp(task_vectors: Tensor, part: Part, base: Tensor, calibrated: Calib
     Returns:
         Merged task vector ``(outputs, inputs)``.
     """
-    found = calibrated.weights(part.name)
-    if found is None:
-        return scaled_mean(task_vectors, 1.0)
-    shape = task_vectors.shape[1:]
-    return found.to(task_vectors.device).float().view(shape).sub_(base.view(shape))
+    found = calibrated.task_vector(part, base)
+    return scaled_mean(task_vectors, 1.0) if found is None else found

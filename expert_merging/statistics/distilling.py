@@ -1,0 +1,238 @@
+"""A merged model's layers, each trained to put out what the experts' do, one after the other from below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.plan import Rule
+from expert_merging.running.in_memory import InMemory
+from expert_merging.running.sharding import decoder_layers
+from expert_merging.running.targets import Asked
+from expert_merging.statistics.calibrating import Checked, Stream, change_layers, hidden_of, live_merge
+from expert_merging.statistics.gram import Gram, Grams, KeptVectors
+from expert_merging.statistics.inputs import InputWatch, gather
+from expert_merging.streaming import Reader
+
+
+class Training(NamedTuple):
+    """How the coefficients of a layer are trained.
+
+    Args:
+        fineness: how many an expert has for a matrix: one for each ``entry``, for each ``row``, or one (``layer``).
+        epochs: passes over all samples.
+        rate: Adam's learning rate.
+        group: samples in an update.
+        seed: decides the order of the samples.
+    """
+
+    fineness: str
+    epochs: int
+    rate: float
+    group: int
+    seed: int
+
+    def shape(self, matrix: Sequence[int]) -> tuple[int, ...]:
+        """Shape of an expert's coefficients, which broadcasts to that of the matrix."""
+        rows, columns = matrix
+        return {"entry": (rows, columns), "row": (rows, 1), "layer": (1, 1)}[self.fineness]
+
+
+def distil_layers(context: Context, checked: Checked, training: Training, rule: Rule, unit: str) -> None:
+    """Train a merged model's layers from below, and keep their weights; what an earlier part of the run has is taken.
+
+    Args:
+        context: the run.
+        checked: samples, matrices and folder.
+        training: how.
+        rule: merges task vectors.
+        unit: what the rule is fed.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN, the model is no stack of layers, or the losses
+            become NaN.
+    """
+
+    def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
+        return _outputs(model, own)
+
+    folder = checked.folder / "outputs"
+    wanted = gather(context, checked.samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
+    memory = live_merge(context, checked.samples, rule, unit)
+    change_layers(context, checked, memory, _Distilling(context, checked.matrices, memory, wanted, training).change)
+
+
+def _outputs(model: Any, asked: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
+    """What comes out of each of a model's layers at the samples' tokens."""
+    layers = decoder_layers(model)[1]
+    sums = [KeptVectors() for _ in layers]
+    made: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda *given: made.append(hidden_of(given[-1]))) for layer in layers]
+    try:
+        for one in asked:
+            model.base_model(**one.inputs, use_cache=False)
+            for total, hidden in zip(sums, made, strict=True):
+                total.add(hidden[0, one.tokens].clone())
+            made.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {(_name(number),): total.finish() for number, total in enumerate(sums)}
+
+
+def _name(layer: int) -> str:
+    """By which a layer's outputs are kept."""
+    return f"layer {layer}"
+
+
+@dataclass(frozen=True)
+class _Distilling:
+    """What trains a layer.
+
+    Args:
+        context: the run.
+        names: the matrices that are trained.
+        memory: the model that is merged.
+        wanted: what comes out of the experts' layers.
+        training: how.
+    """
+
+    context: Context
+    names: Sequence[str]
+    memory: InMemory
+    wanted: Grams
+    training: Training
+
+    def change(
+        self, _watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
+    ) -> dict[str, Tensor]:
+        """See `expert_merging.statistics.calibrating.Change`."""
+        own, named = set(layer.parameters()), dict(self.memory.model.named_parameters())
+        names = [name for name in self.names if all(named[run.parameter] in own for run in self.memory.runs[name])]
+        if not names:
+            return {}
+        matrices = {name: _Matrix(self.context, self.memory, name, self.training) for name in names}
+        with torch.enable_grad():
+            self._train(matrices, layer, number, self._lessons(streams, number))
+        return {name: matrix.merged().cpu() for name, matrix in matrices.items()}
+
+    def _lessons(self, streams: Sequence[Stream], number: int) -> list[_Lesson]:
+        """Every sample with what is to come out at its tokens; all experts together count the same."""
+        left = {
+            expert: gram.values.to(self.memory.device).float()
+            for expert, gram in zip(self.context.plan.experts, self.wanted.of(_name(number)), strict=True)
+            if gram is not None
+        }
+        sizes = {expert: wanted.numel() for expert, wanted in left.items()}
+        lessons = []
+        for stream in streams:
+            expert, count = stream.asked.sample.expert, len(stream.asked.tokens)
+            lessons.append(_Lesson(stream, left[expert][:count], 1 / sizes[expert]))
+            left[expert] = left[expert][count:]
+        return lessons
+
+    def _train(
+        self, matrices: Mapping[str, _Matrix], layer: torch.nn.Module, number: int, lessons: Sequence[_Lesson]
+    ) -> None:
+        training = self.training
+        weights = [weight for weight in layer.parameters() if any(matrix.is_in(weight) for matrix in matrices.values())]
+        optimizer = torch.optim.Adam([matrix.coefficients for matrix in matrices.values()], lr=training.rate)
+        order = torch.Generator().manual_seed(training.seed)
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            for _ in range(training.epochs):
+                for group in torch.split(torch.randperm(len(lessons), generator=order), training.group):
+                    for matrix in matrices.values():
+                        matrix.write()
+                    loss = math.fsum(lessons[sample].backward(layer, number) for sample in group.tolist())
+                    if not math.isfinite(loss):
+                        raise InputError(f"layer {number}: the loss is {loss}; give a smaller --distil_rate")
+                    for matrix in matrices.values():
+                        matrix.pull_back()
+                    for weight in weights:
+                        weight.grad = None
+                    optimizer.step()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+
+class _Lesson(NamedTuple):
+    """A sample, and what is to come out of the layer.
+
+    Args:
+        stream: what goes in.
+        wanted: ``(selected, hidden)``.
+        weight: of a squared difference.
+    """
+
+    stream: Stream
+    wanted: Tensor
+    weight: float
+
+    def backward(self, layer: torch.nn.Module, number: int) -> float:
+        """Add the gradient to the weights'; the weighted squared distance of what comes out from what should."""
+        made = self.stream.through(layer, number)[0, self.stream.asked.tokens].float()
+        loss = self.weight * functional.mse_loss(made, self.wanted, reduction="sum")
+        torch.autograd.backward([loss])
+        return loss.item()
+
+
+class _Matrix:
+    """A matrix of the layer that is trained, and its coefficients.
+
+    Args:
+        context: the run.
+        memory: the model that has it.
+        name: its name.
+        training: which coefficients there are.
+    """
+
+    def __init__(self, context: Context, memory: InMemory, name: str, training: Training) -> None:
+        shape = context.plan.base.entries[name].shape
+        _, task_vectors = Reader(context.plan, memory.device).read(context.plan.part(name))
+        self.memory, self.part, self.dtype = (
+            memory,
+            context.plan.part(name),
+            context.plan.base.entries[name].torch_dtype,
+        )
+        self.before, self.task_vectors = memory.read(name).view(shape), task_vectors.view(-1, *shape)
+        size = (len(self.task_vectors), *training.shape(shape))
+        self.coefficients = torch.zeros(size, device=memory.device)
+        named = dict(memory.model.named_parameters())
+        self.pieces = [(named[run.parameter], run) for run in memory.runs[name]]
+
+    def is_in(self, weight: Tensor) -> bool:
+        """Whether a parameter holds the matrix or a part of it."""
+        return any(parameter is weight for parameter, _ in self.pieces)
+
+    def merged(self) -> Tensor:
+        """The merged weights in the base's type, ``(rows, columns)``."""
+        total = self.before.clone()
+        for coefficients, task_vector in zip(self.coefficients, self.task_vectors, strict=True):
+            total.addcmul_(coefficients, task_vector)
+        return total.to(self.dtype)
+
+    def write(self) -> None:
+        """Put the merged weights into the model."""
+        self.memory.write(self.part, self.merged().view(-1))
+
+    def pull_back(self) -> None:
+        """Turn the weights' gradient into the coefficients'; a mixture's matrix that no token came by has none."""
+        pieces = [
+            torch.zeros(run.stop - run.start, device=self.before.device)
+            if parameter.grad is None
+            else parameter.grad.view(-1)[run.start : run.stop].float()
+            for parameter, run in self.pieces
+        ]
+        gradient = torch.cat(pieces).view(self.before.shape)
+        self.coefficients.grad = (self.task_vectors * gradient).sum_to_size(self.coefficients.shape)

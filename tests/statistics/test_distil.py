@@ -1,0 +1,156 @@
+"""Distil against whole models whose layers are trained one after the other, by autograd from the coefficients."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expert_merging.statistics import calibrating
+from tests.checkpoints import BASE, EXPERTS, tensors_of
+from tests.command import contents, merge, merged, refusal
+from tests.statistics.twin import RESPONSES, answered
+
+# Of Adam, in which these tiny models change visibly in a few steps.
+RATE, EPOCHS, GROUP = 0.05, 3, 4
+
+
+@pytest.fixture
+def arguments(tiny_zoo, dataset):
+    given = ["--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 2, "--run_name", "r"]
+    settings = ["--distil_rate", RATE, "--distil_epochs", EPOCHS, "--distil_group", GROUP]
+    return ["--method", "prodistill", *given, *settings]
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def outputs(model, inputs, weights=None):
+    """What comes out of each layer, ``(tokens, hidden)``, with the model's weights or with others."""
+    seen = []
+    hooks = [layer.register_forward_hook(lambda *given: seen.append(given[2][0])) for layer in model.model.layers]
+    functional_call(model, weights or {}, (), inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def trained_plainly(zoo, fineness, initial, *, response_only):
+    """Every layer's coefficients are leaves, and each pass goes through the whole model that they make."""
+    base, tokenizer = load(zoo / BASE), AutoTokenizer.from_pretrained(zoo / BASE)
+    experts = {name: load(zoo / folder) for name, folder in EXPERTS.items()}
+    samples = [
+        (name, inputs, slice(prompt - 1, -1) if response_only else slice(None))
+        for name in sorted(EXPERTS)  # as files are read
+        for inputs, prompt in answered(tokenizer, name, RESPONSES[name], range(2))
+    ]
+    weights = {name: weight.detach() for name, weight in base.named_parameters()}
+    task_vectors = {
+        name: torch.stack([expert.get_parameter(name).detach() - weight for expert in experts.values()])
+        for name, weight in weights.items()
+        if "proj" in name
+    }
+    for name, own in task_vectors.items():
+        weights[name] = weights[name] + initial * own.sum(0)
+    with torch.no_grad():
+        wanted = [outputs(experts[name], inputs) for name, inputs, _ in samples]
+    for layer in range(len(base.model.layers)):
+        own = {name: task_vector for name, task_vector in task_vectors.items() if f"layers.{layer}." in name}
+        shapes = {"entry": slice(None), "row": (..., slice(0, 1)), "layer": (..., slice(0, 1), slice(0, 1))}
+        leaves = {name: torch.zeros_like(own[name][shapes[fineness]]).requires_grad_() for name in own}
+        optimizer, order = torch.optim.Adam(leaves.values(), lr=RATE), torch.Generator().manual_seed(0)
+        for _ in range(EPOCHS):
+            for group in torch.randperm(len(samples), generator=order).split(GROUP):
+                made = weights | {name: weights[name] + (leaves[name] * own[name]).sum(0) for name in own}
+                loss = torch.zeros(())
+                for sample in group.tolist():
+                    name, inputs, chosen = samples[sample]
+                    of_expert = [number for number, (other, *_) in enumerate(samples) if other == name]
+                    size = sum(wanted[number][layer][samples[number][2]].numel() for number in of_expert)
+                    missing = outputs(base, inputs, made)[layer][chosen] - wanted[sample][layer][chosen]
+                    loss = loss + missing.square().sum() / size
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        for name in own:
+            weights[name] = weights[name] + (leaves[name].detach() * own[name]).sum(0)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("options", "fineness", "initial"),
+    [
+        ([], "entry", 1 / 3),
+        (["--distil_fineness", "row", "--scaling_coefficient", 1.5, "--loss_tokens", "response"], "row", 0.5),
+        (["--distil_fineness", "layer"], "layer", 1 / 3),
+    ],
+)
+def test_it_trains_as_the_plain_twin(options, fineness, initial, arguments, tiny_zoo, tmp_path):
+    run = merged(tmp_path / "out", *arguments, *options)
+    expected = trained_plainly(tiny_zoo, fineness, initial, response_only="response" in options)
+    base, experts = tensors_of(tiny_zoo / BASE), [tensors_of(tiny_zoo / folder) for folder in EXPERTS.values()]
+    for name, tensor in tensors_of(run.model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
+        if "proj" in name:
+            before = base[name] + initial * sum(own[name] - base[name] for own in experts)
+            assert (tensor - before).abs().max() > 1e-3
+        else:
+            assert tensor.equal(base[name])
+
+
+def test_training_brings_outputs_nearer(arguments, tiny_zoo, tmp_path):
+    """With many steps, the last layer's outputs on the samples are nearly the experts'."""
+    runs = [
+        merged(tmp_path / f"{epochs}", *arguments, "--distil_epochs", epochs, "--distil_rate", 0.1)
+        for epochs in (1, 60)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_zoo / BASE)
+    distances = []
+    for model in (load(run.model) for run in runs):
+        total = 0.0
+        with torch.no_grad():
+            for name, folder in EXPERTS.items():
+                expert = load(tiny_zoo / folder)
+                for inputs, _ in answered(tokenizer, name, RESPONSES[name], range(2)):
+                    total += (outputs(model, inputs)[-1] - outputs(expert, inputs)[-1]).square().mean().item()
+        distances.append(total)
+    assert distances[1] < distances[0] / 4
+
+
+def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
+    expected = contents(merged(tmp_path / "whole", *arguments).model)
+    write = calibrating.write_tensors
+
+    def stop_at_the_last(file, tensors, kept):
+        if file.stem == "layer-0002":
+            raise KeyboardInterrupt
+        write(file, tensors, kept)
+
+    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
+    merge(*arguments, "--output_path", tmp_path / "parts")
+    layers = []
+    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    assert contents(merged(tmp_path / "parts", *arguments).model) == expected
+    assert layers == ["layer-0002"]
+
+
+def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
+    for task in EXPERTS:
+        questions = [f"{task}: one and two", f"{task}: three and four"]
+        (tmp_path / f"{task}.json").write_text(json.dumps([{"question": question} for question in questions]))
+    given = [*arguments, "--data_dir", tmp_path, "--synthesize", 1, "--output_path", tmp_path / "out"]
+    assert merge(*given, "--dry_run") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "21 matrices are drawn to the experts on 9 samples, a layer at a time, each in 3 epochs" in told
+
+
+def test_problems_are_told(arguments, tmp_path, capsys):
+    given = [*arguments, "--output_path", tmp_path / "out"]
+    told = "distil changes matrices of the language model's layers, and --exclude_params leaves none"
+    assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
+    assert merge(*given, "--distil_rate", 1e30) == 1
+    assert "layer 0: the loss is" in capsys.readouterr().err
