@@ -37,6 +37,7 @@ class EvaluateOptions:
     Args:
         questions: folder with a file of labelled questions for each task, TASK.json, in the form of calibration files
             with an answer for each entry.
+        texts: folder with texts (.txt, .md) that models predict, in bits per byte: what was not to be unlearned.
         tasks: public benchmarks, tasks of lm-evaluation-harness, with commas between them.
         tasks_dir: folder with files of further tasks for the harness, in its form.
         num_fewshot: examples before each question of the harness's tasks; by default what each task says.
@@ -57,6 +58,7 @@ class EvaluateOptions:
     """
 
     questions: str | None = None
+    texts: str | None = None
     tasks: str | None = None
     tasks_dir: str | None = None
     num_fewshot: CountOrNone | None = None
@@ -87,17 +89,19 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console,
         InputError: nothing is to be measured, or something that is needed cannot be used.
     """
     _check(models, options, imported)
-    compared = find_models(models, weights=options.questions is not None or options.tasks is not None)
+    asks = any(given is not None for given in (options.questions, options.texts, options.tasks))
+    compared = find_models(models, weights=asks)
     earlier = _earlier(compared)
     public = {model.label: Measured() for model in compared}
     for folder in imported:
         public[compared[0].label].add(read_folder(folder, options.metric))
     tasks = None if options.tasks is None else _load_tasks(compared, options)
     found: Found = {model.label: {} for model in compared}
-    if options.questions is not None:
-        name, sets = _ask_questions(compared, options)
-        for label, score in sets.items():
-            found[label][name] = score
+    for given, ask in ((options.questions, _ask_questions), (options.texts, _predict_texts)):
+        if given is not None:
+            name, sets = ask(compared, options)
+            for label, score in sets.items():
+                found[label][name] = score
     for model, measured in () if tasks is None else _ask_tasks(tasks, options):
         public[model.label].add(measured)
         if model.run is not None:  # hours may follow
@@ -143,18 +147,27 @@ def _check(models: Sequence[Path], options: EvaluateOptions, imported: Sequence[
         InputError: all that is wrong.
     """
     problems = Problems()
-    if options.questions is None and options.tasks is None and not imported:
-        problems.add("what is to be measured? Give --questions FOLDER, --tasks NAMES or --import FOLDER")
+    if options.questions is None and options.texts is None and options.tasks is None and not imported:
+        problems.add(
+            "what is to be measured? Give --questions FOLDER, --texts FOLDER, --tasks NAMES or --import FOLDER"
+        )
     if imported and len(models) > 1:
         problems.add(f"--import has the results of one model; give it one run, got {len(models)}")
     if options.answers is not None and options.questions is None:
         problems.add("--answers is for the answers to --questions; give such a folder")
+    if options.texts is not None and resolved(options.texts).name in (_set_name(options.questions), BENCHMARKS):
+        problems.add(f"--texts {options.texts}: scores are kept by the folder's name, which is taken; rename it")
     for name in ("json", "answers"):
         file = getattr(options, name)
         if file is not None:
             with problems.collecting():
                 check_file(Path(file), f"--{name}")
     problems.check()
+
+
+def _set_name(folder: str | None) -> str | None:
+    """The name by which the scores on a folder's questions are kept."""
+    return None if folder is None else resolved(folder).name
 
 
 def _earlier(compared: Sequence[Compared]) -> dict[str, Scores]:
@@ -202,6 +215,28 @@ def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tu
         terminal.close()
     if options.answers is not None:
         write_answers(Path(options.answers), questions, answers)
+    return folder.name, found
+
+
+def _predict_texts(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[str, dict[str, SetScore]]:
+    """Name of the set of texts, and how well every model predicts them."""
+    from expert_merging.comparing.asked import family_of, loaded, ready
+    from expert_merging.comparing.texts import load_texts, predict
+    from expert_merging.console import Terminal
+    from expert_merging.machine import limit_threads
+
+    limit_threads()
+    folder = resolved(str(options.texts))
+    texts = load_texts(folder)
+    asked = ready(compared, [family_of(model, options.family) for model in compared], None)
+    terminal, found = Terminal(), dict[str, SetScore]()
+    try:
+        for one in asked:
+            label = one.model.label
+            with loaded(one, options.device) as model, terminal.progress(label, len(texts), "text") as advance:
+                found[label] = predict(one, model, texts, advance)
+    finally:
+        terminal.close()
     return folder.name, found
 
 

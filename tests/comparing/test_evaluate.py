@@ -186,7 +186,7 @@ def test_a_family_is_found_by_the_kind_of_model(tmp_path, kind, family):
 
 def test_what_cannot_be_measured_is_said(runs, answered_zoo, questions, tmp_path, capsys):
     assert refusal(capsys, runs[0]) == [
-        "what is to be measured? Give --questions FOLDER, --tasks NAMES or --import FOLDER"
+        "what is to be measured? Give --questions FOLDER, --texts FOLDER, --tasks NAMES or --import FOLDER"
     ]
     assert refusal(capsys, runs[0], "--tasks", "x", "--answers", tmp_path / "a.json") == [
         "--answers is for the answers to --questions; give such a folder"
