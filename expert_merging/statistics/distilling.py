@@ -71,7 +71,7 @@ def distil_layers(context: Context, checked: Checked, training: Training, rule: 
 
 
 def _outputs(model: Any, asked: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
-    """What comes out of each of a model's layers at the samples' tokens."""
+    """What comes out of each of a model's layers at all tokens of the samples."""
     layers = decoder_layers(model)[1]
     sums = [KeptVectors() for _ in layers]
     made: list[Tensor] = []
@@ -80,7 +80,7 @@ def _outputs(model: Any, asked: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
         for one in asked:
             model.base_model(**one.inputs, use_cache=False)
             for total, hidden in zip(sums, made, strict=True):
-                total.add(hidden[0, one.tokens].clone())
+                total.add(hidden[0].clone())
             made.clear()
     finally:
         for hook in hooks:
@@ -125,7 +125,7 @@ class _Distilling:
         return {name: matrix.merged().cpu() for name, matrix in matrices.items()}
 
     def _lessons(self, streams: Sequence[Stream], number: int) -> list[_Lesson]:
-        """Every sample with what is to come out at its tokens; all experts together count the same."""
+        """Every sample with what is to come out; all experts together count the same."""
         left = {
             expert: gram.values.to(self.memory.device).float()
             for expert, gram in zip(self.context.plan.experts, self.wanted.of(_name(number)), strict=True)
@@ -134,7 +134,7 @@ class _Distilling:
         sizes = {expert: wanted.numel() for expert, wanted in left.items()}
         lessons = []
         for stream in streams:
-            expert, count = stream.asked.sample.expert, len(stream.asked.tokens)
+            expert, count = stream.asked.sample.expert, stream.hidden.shape[1]
             lessons.append(_Lesson(stream, left[expert][:count], 1 / sizes[expert]))
             left[expert] = left[expert][count:]
         return lessons
@@ -171,7 +171,7 @@ class _Lesson(NamedTuple):
 
     Args:
         stream: what goes in.
-        wanted: ``(selected, hidden)``.
+        wanted: ``(tokens, hidden)``.
         weight: of a squared difference.
     """
 
@@ -181,7 +181,7 @@ class _Lesson(NamedTuple):
 
     def backward(self, layer: torch.nn.Module, number: int) -> float:
         """Add the gradient to the weights'; the weighted squared distance of what comes out from what should."""
-        made = self.stream.through(layer, number)[0, self.stream.asked.tokens].float()
+        made = self.stream.through(layer, number)[0].float()
         loss = self.weight * functional.mse_loss(made, self.wanted, reduction="sum")
         torch.autograd.backward([loss])
         return loss.item()

@@ -43,14 +43,14 @@ def outputs(model, inputs, weights=None):
     return seen
 
 
-def trained_plainly(zoo, fineness, initial, *, response_only):
+def trained_plainly(zoo, fineness, initial):
     """Every layer's coefficients are leaves, and each pass goes through the whole model that they make."""
     base, tokenizer = load(zoo / BASE), AutoTokenizer.from_pretrained(zoo / BASE)
     experts = {name: load(zoo / folder) for name, folder in EXPERTS.items()}
     samples = [
-        (name, inputs, slice(prompt - 1, -1) if response_only else slice(None))
+        (name, inputs)
         for name in sorted(EXPERTS)  # as files are read
-        for inputs, prompt in answered(tokenizer, name, RESPONSES[name], range(2))
+        for inputs, _ in answered(tokenizer, name, RESPONSES[name], range(2))
     ]
     weights = {name: weight.detach() for name, weight in base.named_parameters()}
     task_vectors = {
@@ -61,7 +61,7 @@ def trained_plainly(zoo, fineness, initial, *, response_only):
     for name, own in task_vectors.items():
         weights[name] = weights[name] + initial * own.sum(0)
     with torch.no_grad():
-        wanted = [outputs(experts[name], inputs) for name, inputs, _ in samples]
+        wanted = [outputs(experts[name], inputs) for name, inputs in samples]
     for layer in range(len(base.model.layers)):
         own = {name: task_vector for name, task_vector in task_vectors.items() if f"layers.{layer}." in name}
         shapes = {"entry": slice(None), "row": (..., slice(0, 1)), "layer": (..., slice(0, 1), slice(0, 1))}
@@ -72,10 +72,10 @@ def trained_plainly(zoo, fineness, initial, *, response_only):
                 made = weights | {name: weights[name] + (leaves[name] * own[name]).sum(0) for name in own}
                 loss = torch.zeros(())
                 for sample in group.tolist():
-                    name, inputs, chosen = samples[sample]
-                    of_expert = [number for number, (other, *_) in enumerate(samples) if other == name]
-                    size = sum(wanted[number][layer][samples[number][2]].numel() for number in of_expert)
-                    missing = outputs(base, inputs, made)[layer][chosen] - wanted[sample][layer][chosen]
+                    name, inputs = samples[sample]
+                    of_expert = [number for number, (other, _) in enumerate(samples) if other == name]
+                    size = sum(wanted[number][layer].numel() for number in of_expert)
+                    missing = outputs(base, inputs, made)[layer] - wanted[sample][layer]
                     loss = loss + missing.square().sum() / size
                 optimizer.zero_grad()
                 loss.backward()
@@ -95,7 +95,7 @@ def trained_plainly(zoo, fineness, initial, *, response_only):
 )
 def test_it_trains_as_the_plain_twin(options, fineness, initial, arguments, tiny_zoo, tmp_path):
     run = merged(tmp_path / "out", *arguments, *options)
-    expected = trained_plainly(tiny_zoo, fineness, initial, response_only="response" in options)
+    expected = trained_plainly(tiny_zoo, fineness, initial)
     base, experts = tensors_of(tiny_zoo / BASE), [tensors_of(tiny_zoo / folder) for folder in EXPERTS.values()]
     for name, tensor in tensors_of(run.model).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
