@@ -92,7 +92,7 @@ def distil(task_vectors: Tensor, part: Part, base: Tensor, merged: Tensor, calib
     every entry times a coefficient of its own that begins at 0, and these are trained by Adam until what comes out of
     the layer is, on each expert's samples, what comes out of that expert's layer: the mean squared distance, summed
     over experts. Into it goes what the layers below make as they have been trained, into the expert's what its own
-    make. All tokens are compared, whatever `loss_tokens` says: what answers are made of is what layers make of questions.
+    make. All tokens are compared, whatever `loss_tokens` says: answers are made of what layers make of questions.
 
     `--method prodistill` is this after the average, with the authors' settings: 100 epochs in each layer, no further
     questions. Biases, norms, embeddings, head and whatever is outside the layers stay as they were merged; the authors
