@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from expert_merging.alignment.aligning import align
 from expert_merging.checks import Job
 from expert_merging.method import modified
 from expert_merging.plan import Rule
@@ -17,8 +16,8 @@ def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
     Returns:
         The rule that merges, and tensors that are to be written as they are.
     """
-    if how := job.resolved.general["align_experts"]:
-        align(job.context, how)
+    if job.alignment is not None:
+        job.alignment.run()
     always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
     rules, made = list[Rule](), {}
     for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):

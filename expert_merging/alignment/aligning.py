@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -31,13 +31,24 @@ from expert_merging.context import Context
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError, Problems
 from expert_merging.machine import gib
+from expert_merging.method import Preparation, accepted
 from expert_merging.plan import Plan
 from expert_merging.processes import while_others_wait
+from expert_merging.progress import Advance
 from expert_merging.run import Run
+from expert_merging.running.options import SampleOptions
 from expert_merging.running.tensor_files import write_tensors
 from expert_merging.writing import write_atomically
 
+if TYPE_CHECKING:
+    from expert_merging.alignment.weights import Pair
+    from expert_merging.running.samples import Samples
+
 logger = logging.getLogger(__name__)
+
+ACTIVATIONS = "activation_matching"
+# ``(expert's name, base and expert, progress) -> order of each block's units, and of the stream``.
+_Match: TypeAlias = "Callable[[str, Pair, Advance], tuple[list[BlockOrder], Tensor | None]]"
 
 RECORD = "alignment.json"
 # An expert stays as it is where alignment adds less to the cosine of its weights with the base's.
@@ -45,11 +56,13 @@ _LEAST_GAIN = 1e-3
 _KINDS = {"heads": "query heads", "values": "value units", "feed": "feed-forward units", "stream": "residual stream"}
 
 
-def check_alignment(context: Context, how: str) -> tuple[str, ...]:
-    """Check that the experts' units can be put in the base's order.
+def check_alignment(context: Context, how: str, options: Mapping[str, Any]) -> Preparation:
+    """Check that the experts' units can be put in the base's order, which is the work.
 
-    Returns:
-        Lines for the plan.
+    Args:
+        context: the run.
+        how: value of ``--align_experts``.
+        options: all options, of which those of samples count where units are matched by what they say.
 
     Raises:
         InputError: every problem found.
@@ -57,14 +70,20 @@ def check_alignment(context: Context, how: str) -> tuple[str, ...]:
     problems, plan = Problems(), context.plan
     if find_spec("scipy") is None:
         problems.add("--align_experts needs scipy, which matches units; pip install scipy")
-    layout = _layout(context)
+    layout, samples = _layout(context), None
     for name, expert in _own_models(plan).items():
         try:
-            check_expert(layout, plan.base, expert)
+            check_expert(layout, plan.base, expert, same_words=how == ACTIVATIONS)
         except InputError as error:
             problems.found += [f"expert {name} cannot be aligned ({expert.folder}): {text}" for text in error.problems]
+    if how == ACTIVATIONS:
+        from expert_merging.running.samples import check_samples
+
+        with problems.collecting():
+            samples = check_samples(context, SampleOptions(**accepted(SampleOptions, options)), compares_logits=False)
     problems.check()
-    return tuple(_notes(layout, plan, how))
+    inputs = samples.inputs if samples else {}
+    return Preparation(lambda: _align(context, how, layout, samples), inputs, tuple(_notes(layout, plan, how)))
 
 
 def _layout(context: Context) -> Layout:
@@ -78,8 +97,12 @@ def _own_models(plan: Plan) -> dict[str, Checkpoint]:
 
 
 def _notes(layout: Layout, plan: Plan, how: str) -> Iterator[str]:
+    from expert_merging.alignment.activations import TOKENS
+
     widest = max(*layout.feed, layout.heads * layout.width, layout.hidden)
     need = 4 * 2 * widest * layout.hidden + 24 * widest**2
+    if how == ACTIVATIONS:  # of two models
+        need += 8 * TOKENS * (sum(layout.feed) + len(layout.blocks) * (layout.heads * layout.width + layout.hidden))
     names = ", ".join(_own_models(plan)) or "no expert (adapters have the base's)"
     yield (
         f"units in the base's order by {how}: {names}; {len(layout.blocks)} blocks of {max(layout.feed)} feed-forward "
@@ -89,14 +112,14 @@ def _notes(layout: Layout, plan: Plan, how: str) -> Iterator[str]:
         yield f"the residual stream keeps its order: it is not known how it goes through {layout.unknown[0]}"
 
 
-def align(context: Context, how: str) -> None:
+def _align(context: Context, how: str, layout: Layout, samples: Samples | None) -> dict[str, Any]:
     """Let all experts be read in the base's order; what an earlier part of the run has found is taken.
 
     Raises:
-        InputError: NaN or infinite weights.
+        InputError: NaN or infinite weights or activations.
     """
-    layout, experts = _layout(context), _own_models(context.plan)
-    while_others_wait(lambda: _find_all(context, layout, experts))
+    experts = _own_models(context.plan)
+    while_others_wait(lambda: _find_all(context, layout, experts, samples))
     found = {}
     for name, expert in experts.items():
         tensors = load_file(_file(context.run, name))
@@ -117,32 +140,50 @@ def align(context: Context, how: str) -> None:
     while_others_wait(
         lambda: write_atomically(context.run.alignment / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     )
+    return {}
 
 
 def _file(run: Run, expert: str) -> Path:
     return run.alignment / f"{expert}.safetensors"
 
 
-def _find_all(context: Context, layout: Layout, experts: Mapping[str, Checkpoint]) -> None:
+def _find_all(context: Context, layout: Layout, experts: Mapping[str, Checkpoint], samples: Samples | None) -> None:
     """Find and keep the order of each expert's units."""
-    from expert_merging.alignment.weights import Pair, cosine, match_by_weights
+    from expert_merging.alignment.weights import Pair, cosine
 
     folder, device = context.run.alignment, torch.device(context.device)
     folder.mkdir(parents=True, exist_ok=True)
     kept = context.run.kept.within(folder.name, context.plan.opened)
     missing = {name: expert for name, expert in experts.items() if not kept.has(_file(context.run, name))}
+    if not missing:
+        return
+    match = _matching(context, layout, samples)
     with context.progress("aligning experts", len(missing) * len(layout.blocks), "block") as advance:
         for name, expert in missing.items():
             advance(0, name)
             pair = Pair(context.plan.base, expert, device)
             expert.orders = {}
             before = cosine(pair, layout)
-            blocks, stream = match_by_weights(pair, layout, advance)
+            blocks, stream = match(name, pair, advance)
             expert.orders = tensor_orders(layout, blocks, stream, expert)
             after = cosine(pair, layout)
             if after < before + _LEAST_GAIN:
                 blocks, stream = [BlockOrder.as_stored(layout, number) for number in range(len(blocks))], None
             write_tensors(_file(context.run, name), _as_tensors(blocks, stream, (before, after)), kept)
+
+
+def _matching(context: Context, layout: Layout, samples: Samples | None) -> _Match:
+    """What finds the order of an expert's units: by weights, or by what they say about samples."""
+    from expert_merging.alignment.activations import activations_of, asked_samples, match_by_activations
+    from expert_merging.alignment.weights import match_by_weights
+
+    if samples is None:
+        return lambda _, pair, advance: match_by_weights(pair, layout, advance)
+    asked = asked_samples(context, samples)
+    base = activations_of(context, layout, "base", samples, asked)
+    return lambda name, _, advance: match_by_activations(
+        layout, base, activations_of(context, layout, name, samples, asked), advance
+    )
 
 
 def _as_tensors(blocks: Sequence[BlockOrder], stream: Tensor | None, cosines: tuple[float, float]) -> dict[str, Tensor]:
@@ -167,8 +208,8 @@ def _tell(expert: str, found: Mapping[str, Any]) -> None:
     """Say what share of an expert's units has moved."""
     if not any(found["moved"].values()):
         logger.warning(
-            "expert %s has the base's order of units, as a fine-tune of this base has (cosine of weights %.3f, and at "
-            "most %.3f in another order): --align_experts changes nothing of it",
+            "expert %s has the base's order of units, as a fine-tune of this base has (cosine of weights %.3f, and "
+            "%.3f in the order that was found): --align_experts changes nothing of it",
             *(expert, found["cosine_before"], found["cosine_after"]),
         )
         return

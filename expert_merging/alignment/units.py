@@ -229,13 +229,14 @@ def _stream_size(shape: tuple[int, ...], along_rows: bool) -> int:
     return shape[0 if along_rows else -1] if shape else 0
 
 
-def check_expert(layout: Layout, base: Checkpoint, expert: Checkpoint) -> None:
+def check_expert(layout: Layout, base: Checkpoint, expert: Checkpoint, *, same_words: bool = False) -> None:
     """Check that an expert has the base's units.
 
     Args:
         layout: the base's.
         base: the base.
         expert: the expert, whose entries go by the base's names.
+        same_words: both will run on the same tokens.
 
     Raises:
         InputError: every kind of problem found.
@@ -255,6 +256,9 @@ def check_expert(layout: Layout, base: Checkpoint, expert: Checkpoint) -> None:
     ]
     if others:
         problems.add(f"{first_of(others, 1)} has another shape, or is no floating-point tensor")
+    tables = [name for name in layout.outside if is_word_table(name) and name in expert.entries]
+    if same_words and any(expert.entries[name].shape[:1] < base.entries[name].shape[:1] for name in tables):
+        problems.add("it knows fewer words than the base, and activation_matching runs both on the same tokens")
     problems.check()
 
 
