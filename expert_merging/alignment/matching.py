@@ -30,6 +30,9 @@ def match(similarity: Tensor, current: Tensor | None = None) -> Tensor:
     places = torch.arange(len(similarity))
     wanted = similarity.detach().to("cpu", torch.float64, copy=True)
     wanted[places, places if current is None else current] += _INERTIA * float(wanted.abs().max())
+    nearest = wanted.argmax(1)
+    if nearest.bincount(minlength=len(nearest)).max() == 1:  # as for fine-tunes: no place wants what another one does
+        return nearest
     return torch.from_numpy(linear_sum_assignment(wanted.numpy(), maximize=True)[1])
 
 

@@ -23,6 +23,12 @@ def test_the_order_with_the_largest_sum_is_found():
     assert total(similarity, torch.tensor(best)) == pytest.approx(sum(float(similarity[i, best[i]]) for i in range(6)))
 
 
+def test_where_no_two_places_want_the_same_unit_each_gets_its_own(monkeypatch):
+    monkeypatch.setattr("expert_merging.alignment.matching.linear_sum_assignment", None)
+    order = torch.tensor([3, 0, 2, 1])
+    assert match(torch.eye(4)[order] + 0.1).equal(order)
+
+
 def test_units_that_are_as_good_where_they_are_stay():
     similarity = torch.zeros(5, 5)
     assert match(similarity).tolist() == [0, 1, 2, 3, 4]
