@@ -15,11 +15,14 @@ from transformers import MistralForCausalLM
 from expert_merging.alignment import aligning
 from expert_merging.alignment.units import find_layout
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.cli import main
 from expert_merging.commands.main import main as tools
+from Mistral.backbone import BACKBONE
 from tests.adapters import save_adapter
 from tests.alignment.shuffling import save_shuffled
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_checkpoint, write_tasks
 from tests.command import flags, merge, merged, refusal, refused
+from tests.launching import run_together
 
 ALIGNED = ("--align_experts", "weight_matching")
 
@@ -188,6 +191,33 @@ def test_mixtures_have_the_aligned_layers(zoo, tmp_path, capsys):
     expected = merged(tmp_path / "b", *command, *flags(zoo.base, **zoo.plain))
     assert_same(found.model, expected.model, atol=0)
     assert tools(["verify", str(found.folder)]) == 0
+
+
+@pytest.mark.slow
+def test_aligned_merges_are_compared_by_predictions_alone(zoo, tmp_path, capsys):
+    """Hidden states of the experts themselves are in another order."""
+    runs = [
+        merged(tmp_path / name, "--method", "weight_average", *given, *flags(zoo.base, **zoo.shuffled)).folder
+        for name, given in (("aligned", ALIGNED), ("as they are", ()))
+    ]
+    found = []
+    for run in runs:
+        numbers, given = tmp_path / "numbers.json", ["--data_dir", zoo.data, "--samples", 2]
+        assert tools(["align", *map(str, [run, *given, "--device", "cpu", "--json", numbers])]) == 0
+        found.append(next(own for own in json.loads(numbers.read_text())["models"].values())["relative"]["mean"])
+    assert found[0]["hidden"] == 0 < found[1]["hidden"]
+    assert 0 < found[0]["divergence"] < found[1]["divergence"]
+
+
+@pytest.mark.slow
+def test_several_processes_align_as_one_does(zoo, tmp_path):
+    given = ["--device", "cpu", "--method", "regmean", "--data_dir", zoo.data, *ALIGNED, "--run_name", "r"]
+    command = [*map(str, [*given, *flags(zoo.base, **zoo.shuffled)]), "--output_path"]
+    assert main(BACKBONE, [*command, str(tmp_path / "one")]) == 0
+    done = run_together(2, main, BACKBONE, [*command, str(tmp_path / "two")], folder=tmp_path)
+    assert done.codes == (0, 0), done.stdout + done.stderr
+    assert done.stdout.count("aligning experts took") == 1
+    assert_same(*(tmp_path / name / "regmean" / "r" / "model" for name in ("one", "two")), atol=1e-5)
 
 
 def test_a_dry_run_tells_and_writes_nothing(zoo, tmp_path, capsys):
