@@ -87,6 +87,20 @@ def test_heads_are_matched_as_by_trying_all_orders(planted, seed):
     assert gain == pytest.approx(best) if planted else gain >= 0.75 * best
 
 
+@pytest.mark.parametrize("kind", ["keys", "queries", "values", "outputs"])
+def test_each_part_of_the_heads_counts(kind):
+    """Each alone says where the second group's heads and units belong: in the first place."""
+    place = layout(4, 2, 3)
+    found = BlockOrder(torch.tensor([3, 2, 1, 0]), torch.tensor([5, 4, 3, 0, 2, 1]), torch.arange(5))
+    order = {"keys": found.keys(place), "queries": found.heads, "values": found.values}
+    order["outputs"] = found.rows(place)["outputs"]
+    parts = {name: torch.eye(len(own))[:, own].T * (name == kind) for name, own in order.items()}
+    heads, values = match_heads(HeadSimilarity(**parts), place, BlockOrder.as_stored(place, 0))
+    assert (heads // 2).tolist() == [1, 1, 0, 0]
+    assert heads.equal(found.heads) or kind in ("keys", "values")
+    assert values.equal(found.values) or kind in ("keys", "queries")
+
+
 def test_heads_stay_where_no_order_is_better():
     heads, groups, width = 4, 2, 3
     place = layout(heads, groups, width)

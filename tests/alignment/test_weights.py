@@ -9,12 +9,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expert_merging.alignment import weights
-from expert_merging.alignment.units import BlockOrder, Layout, find_layout, tensor_orders
+from expert_merging.alignment.matching import total
+from expert_merging.alignment.units import (
+    FEED,
+    HEADS,
+    KEYS,
+    OUTPUTS,
+    STREAM,
+    VALUES,
+    BlockOrder,
+    Layout,
+    find_layout,
+    tensor_orders,
+)
 from expert_merging.alignment.weights import Pair, cosine, match_by_weights
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.errors import InputError
 from expert_merging.progress import no_advance
-from tests.alignment.shuffling import random_orders, save_shuffled
+from tests.alignment.shuffling import random_orders, save_shuffled, shuffle_tensors
 from tests.checkpoints import perturb, save_model, tensors_of
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
@@ -49,6 +61,34 @@ def test_a_shuffled_fine_tune_is_put_back(seed, base, tmp_path):
         assert pair.expert.read(name).view(tensor.shape).equal(tensor), name
     assert before < 0.1
     assert cosine(pair, layout) > 0.7
+
+
+def test_similarities_sum_up_to_products_of_all_weights(base, tmp_path):
+    """Each kind of units in each order: the sum of similarities is what the shuffled tensors' products add up to."""
+    save_model(tmp_path / "other", 5, **SIZES)
+    pair, layout = pair_of(base, tmp_path / "other")
+    blocks, stream = random_orders(layout, 3)
+    ours, theirs = tensors_of(base), shuffle_tensors(tensors_of(tmp_path / "other"), layout, blocks, stream, "model.")
+    products = {name: float((ours[name].double() * theirs[name].double()).sum()) for name in ours}
+    similarity = weights._outside_similarity(pair, layout)
+    for number, names in enumerate(layout.blocks):
+        rows = blocks[number].rows(layout)
+        similarity = similarity + weights.block_similarity(pair, names, STREAM, rows)
+        for units, own in {**OF_UNITS, STREAM: [*names]}.items():
+            found = total(
+                weights.block_similarity(pair, names, units, {**rows, STREAM: stream}), rows.get(units, stream)
+            )
+            assert found == pytest.approx(sum(products[names[kind]] for kind in own), rel=1e-4), units
+    assert total(similarity, stream) == pytest.approx(sum(products.values()), rel=1e-4)
+
+
+OF_UNITS = {
+    HEADS: ["q.weight"],
+    KEYS: ["k.weight"],
+    VALUES: ["v.weight"],
+    OUTPUTS: ["o.weight"],
+    FEED: ["gate.weight", "up.weight", "down.weight"],
+}
 
 
 def test_blocks_are_matched_where_the_stream_keeps_its_order(base, tmp_path, monkeypatch):
