@@ -65,6 +65,7 @@ class Job:
         description: the run's ``config.json``.
         word_tables: embeddings, head and tokenizer where they are not the base's and not merged.
         wording: in whose words models are asked.
+        alignment: what puts the experts' units in the base's order before all of these; None to leave them.
     """
 
     resolved: Resolved
@@ -74,6 +75,7 @@ class Job:
     description: Mapping[str, Any]
     word_tables: WordTables | None
     wording: Wording
+    alignment: Preparation | None = None
 
     @property
     def unit(self) -> Unit:
@@ -176,7 +178,7 @@ def _describe(resolved: Resolved, backbone: Backbone, plan: Plan, device: str) -
         "base_model_path": str(plan.base.folder.resolve()),
         "expert": {name: str(expert.folder.resolve()) for name, expert in plan.experts.items()},
     }
-    for name in ("post", "tokenizer", "embeddings", "chat_template_from"):
+    for name in ("post", "align_experts", "tokenizer", "embeddings", "chat_template_from"):
         if decisive[name] is None:
             del decisive[name]
     adapters = [name for name, expert in plan.experts.items() if isinstance(expert, Adapter)]
@@ -244,6 +246,13 @@ def _check_rest(job: Job) -> Job:
             outputs = _with_word_tables(job.word_tables, outputs, resolved.method.name)
             description["inputs"]["vocabulary"] = job.word_tables.digest
         run.holds_several = all(output.folder for output in outputs)  # by which preparations see what is complete
+    alignment: Preparation | None = None
+    if how := resolved.general["align_experts"]:
+        with problems.collecting():
+            from expert_merging.alignment.aligning import check_alignment  # loads torch
+
+            alignment = check_alignment(context, how, resolved.options)
+            description["inputs"] |= alignment.inputs
     for number, step in enumerate(resolved.steps):
         with problems.collecting():
             found = step.prepared(context, resolved.options_of(step))
@@ -265,7 +274,7 @@ def _check_rest(job: Job) -> Job:
         with problems.collecting():
             check_free_disk(run.folder, _missing_bytes(run, outputs))
     problems.check()
-    return replace(job, preparations=tuple(preparations), outputs=outputs, description=description)
+    return replace(job, preparations=tuple(preparations), outputs=outputs, description=description, alignment=alignment)
 
 
 def _with_word_tables(word_tables: WordTables, outputs: Sequence[Output], method: str) -> tuple[Output, ...]:

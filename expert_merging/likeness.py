@@ -113,8 +113,14 @@ def changes_line(found: Mapping[str, Likeness]) -> list[str]:
     return [f"relative change by experts, from samples: {', '.join(known)}"] if known else []
 
 
-def likeness_warnings(plan: Plan, found: Mapping[str, Likeness]) -> list[str]:
-    """A line for every expert that adds nothing, for every pair that is one, and for every model of another base."""
+def likeness_warnings(plan: Plan, found: Mapping[str, Likeness], *, aligned: bool = False) -> list[str]:
+    """A line for every expert that adds nothing, for every pair that is one, and for every model of another base.
+
+    Args:
+        plan: what is merged.
+        found: what samples say about each expert.
+        aligned: units will be put in the base's order, for which models of other origin are expected.
+    """
     equal = [name for name, like in found.items() if like.equals_base]
     others = {name: like for name, like in found.items() if name not in equal}
     pairs = [pair for pair in combinations(others, 2) if others[pair[0]].digest == others[pair[1]].digest]
@@ -131,9 +137,9 @@ def likeness_warnings(plan: Plan, found: Mapping[str, Likeness]) -> list[str]:
         ),
         *(
             f"expert {name} is hardly related to the base (the cosine of their weights is {like.cosine:.2f}, and near "
-            "1 for a fine-tune): is it an expert of this base?"
+            "1 for a fine-tune): is it an expert of this base? For models of different origin, there is --align_experts"
             for name, like in others.items()
-            if like.cosine is not None and like.cosine < _UNRELATED
+            if like.cosine is not None and like.cosine < _UNRELATED and not aligned
         ),
     ]
 

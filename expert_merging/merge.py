@@ -352,6 +352,7 @@ class _Merger:
             return ()
         checkpoint, entry = self._source(slot)
         is_there = entry.dtype == slot.dtype and entry.offset > 0 and entry.file.parent == checkpoint.folder
+        is_there &= slot.source.name not in checkpoint.orders
         return (slot.source.expert or "base", entry.name) if is_there else ()
 
     def _open(self, header: bytes, size: int, target: Path) -> ShardWriter:

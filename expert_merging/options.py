@@ -16,12 +16,13 @@ from expert_merging.checkpoints.hub import read_id
 from expert_merging.checkpoints.sources import below
 from expert_merging.documents import parse_json, parse_yaml, read_text, resolved
 from expert_merging.errors import InputError, Problems, about, near_name
-from expert_merging.flags import by_name, current_name, is_one_per_expert
+from expert_merging.flags import Option, by_name, current_name, is_one_per_expert, read_options
 from expert_merging.method import Method
 from expert_merging.outputs import mirror
 from expert_merging.parser import COMMANDS, GENERAL, all_options
 from expert_merging.processes import launched_with
 from expert_merging.questions.calibration import find_tasks, unknown_task
+from expert_merging.running.options import SampleOptions
 from expert_merging.search.automatic import AUTO, COEFFICIENT, automatic
 from expert_merging.writing import can_name_file
 
@@ -63,7 +64,7 @@ class Resolved:
     @property
     def reads_samples(self) -> bool:
         """Whether models are run on calibration samples, for which the family's own options are."""
-        return any(step.reads_samples_with(self.options) for step in self.steps)
+        return _aligns_on_samples(self.general) or any(step.reads_samples_with(self.options) for step in self.steps)
 
     def options_of(self, step: Method) -> dict[str, Any]:
         """The options of the method or of one of its modifiers."""
@@ -138,11 +139,12 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems = Problems()
     method, modifiers = _find_steps(values, problems)
     steps = (*modifiers, method)  # where two have an option, the method's default counts
-    of_steps = {name: option for step in steps for name, option in step.options.items()}
+    aligns = _aligns_on_samples(values)
+    of_steps = _options_of(steps, aligns=aligns)
     general = {name: option.default for name, option in GENERAL.items()}
-    options = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
+    options = _defaults_of(steps, backbone, aligns=aligns)
     family = {name: option.default for name, option in backbone.options.items()}
-    runs_models = any(step.reads_samples for step in steps) or values.get("run_tests")
+    runs_models = aligns or any(step.reads_samples for step in steps) or values.get("run_tests")
     used_by_family = backbone.options if runs_models else {}
     known = {**used_by_family, **of_steps, **GENERAL}
     by_expert = {
@@ -155,7 +157,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
             target = next(target for target in (general, options, family) if name in target)
             with problems.collecting():
                 target[name] = _absolute(name, known[name].convert(value))
-    reads_samples = not problems.found and any(step.reads_samples_with(options) for step in steps)
+    reads_samples = not problems.found and (aligns or any(step.reads_samples_with(options) for step in steps))
     if reads_samples and launched_with("DEEPSPEED", environment):
         problems.add(
             "accelerate launch was told to use DeepSpeed, with which coefficients cannot be learned; take one of the "
@@ -177,7 +179,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
     problems.check()
     # A configuration file may serve several methods; what it has in vain is no mistake.
     ignored = tuple(name for name in given if name not in known and name not in COMMANDS)
-    defaults = _default_values(steps, backbone)
+    defaults = _default_values(_defaults_of(steps, backbone, aligns=aligns), backbone)
     return Resolved(general, method, options, family, ignored, modifiers, tuple(given), defaults)
 
 
@@ -201,10 +203,28 @@ def _read_dotenv(file: Path) -> Mapping[str, str | None]:
     return dotenv_values(stream=StringIO(text))
 
 
-def _default_values(steps: Iterable[Method], backbone: Backbone) -> dict[str, Any]:
+def _aligns_on_samples(general: Mapping[str, Any]) -> bool:
+    """Whether experts are aligned by what they say about samples, whatever the method reads."""
+    return general.get("align_experts") == "activation_matching"
+
+
+def _options_of(steps: Iterable[Method], *, aligns: bool) -> dict[str, Option]:
+    """Options of the method and its modifiers, and those of samples where experts are aligned on them."""
+    of_samples = read_options(SampleOptions) if aligns else {}
+    return {**of_samples, **{name: option for step in steps for name, option in step.options.items()}}
+
+
+def _defaults_of(steps: Iterable[Method], backbone: Backbone, *, aligns: bool) -> dict[str, Any]:
+    """Their defaults, with the family's values."""
+    family = backbone.defaults
+    of_samples = {name: family.get(name, option.default) for name, option in _options_of((), aligns=aligns).items()}
+    return {**of_samples, **{name: value for step in steps for name, value in step.defaults(family).items()}}
+
+
+def _default_values(of_steps: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
     """What every option of a run is where the user gives nothing, as its record has it."""
-    of_steps = {name: value for step in steps for name, value in step.defaults(backbone.defaults).items()}
-    values = {option.name: option.default for option in (*GENERAL.values(), *backbone.options.values())} | of_steps
+    others = {option.name: option.default for option in (*GENERAL.values(), *backbone.options.values())}
+    values = {**others, **of_steps}
     data_dir = {"data_dir": str(ROOT / "dataset")} if "data_dir" in values else {}
     return {**values, **data_dir, "exclude_params": _patterns(None, backbone)}
 

@@ -31,6 +31,10 @@ class GeneralOptions:
             replace the family's experts.
         exclude_params: regular expressions of parameters that keep the base's value, matched from the start of the
             name; none merges everything.
+        align_experts: put each expert's units (feed-forward units, heads, residual stream) in the base's order before
+            anything is merged, for models of different origin. weight_matching finds it by weights, as Git Re-Basin
+            does; activation_matching by what units say about calibration samples, as ZipIt does, for which the flags of
+            methods that read samples count. A fine-tune of the base has its order already.
         tokenizer: whose tokenizer the merged model gets: base, an expert's name, or union for the base's with the
             experts' added tokens. Embeddings and head are then matched by token.
         embeddings: whose rows embeddings and head have, matched by token: base, an expert's name, or mean for the mean
@@ -57,6 +61,7 @@ class GeneralOptions:
     base_model_path: str | None = None
     expert: dict[str, str] | None = None
     exclude_params: Literal["none"] | list[str] | None = None
+    align_experts: Literal["weight_matching", "activation_matching"] | None = None
     tokenizer: str | None = None
     embeddings: str | None = None
     output_path: str | None = None
@@ -96,7 +101,7 @@ LISTS = ("exclude_params", "post")
 _GROUPS = {
     "what is merged": (
         *("method", "post", "cache_dir", "base_model_path", "expert", "exclude_params"),
-        *("tokenizer", "embeddings", "chat_template_from"),
+        *("align_experts", "tokenizer", "embeddings", "chat_template_from"),
     ),
     "the run": (
         "output_path",

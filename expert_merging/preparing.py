@@ -16,6 +16,8 @@ def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
     Returns:
         The rule that merges, and tensors that are to be written as they are.
     """
+    if job.alignment is not None:
+        job.alignment.run()
     always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
     rules, made = list[Rule](), {}
     for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):

@@ -74,6 +74,7 @@ class Run:
         self.weight_coeffs = work / "weight_coeffs.json"
         self.analysis = work / "analysis"
         self.calibrated = work / "calibrated"
+        self.alignment = work / "alignment"
         self.outcome = work / "outcome.json"
         self.kept = Kept(work / "digests.json")
 

@@ -40,7 +40,7 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         likeness: how near the experts are to the base.
     """
     plan = job.context.plan
-    options = method_options(job.resolved) | {"post": job.resolved.general["post"]}
+    options = method_options(job.resolved) | {name: job.resolved.general[name] for name in ("post", "align_experts")}
     lines = [
         f"base {plan.base.folder}",
         *(f"expert {name} {expert.folder}{expert.kind}" for name, expert in plan.experts.items()),
@@ -51,7 +51,7 @@ def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         *([job.word_tables.about] if job.word_tables else []),
         *(job.wording.lines if job.resolved.reads_samples else ()),
         *job.wording.gets,
-        *(note for preparation in job.preparations for note in preparation.notes),
+        *(note for preparation in (job.alignment, *job.preparations) if preparation for note in preparation.notes),
         *([_sources(job)] if job.models else []),
         f"writes {show_size(sum(output.size for output in job.outputs))}; merging needs about "
         f"{gib(merging_memory(job))} of memory on {job.context.device}",
@@ -104,7 +104,7 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         likeness: how near the experts are to the base.
     """
     plan = job.context.plan
-    found = [*likeness_warnings(plan, likeness), *_token_warnings(job)]
+    found = [*likeness_warnings(plan, likeness, aligned=job.alignment is not None), *_token_warnings(job)]
     if job.models:
         found += [*not_copied(plan.base.folder), *names_of_this_machine(plan.base.folder)]
     found += warnings_before(

@@ -30,7 +30,7 @@ LAYERS = (
     ("closed_form",),
     ("methods",),
     ("running",),
-    ("statistics", "learned", "mixtures", "low_rank"),
+    ("statistics", "learned", "mixtures", "low_rank", "alignment"),
     ("search",),
     ("catalogue",),
     ("parser",),

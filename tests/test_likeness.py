@@ -112,9 +112,13 @@ def test_an_expert_that_is_the_base_twice_is_told_as_the_base_alone(base):
 @pytest.mark.parametrize("factor", [1.0, 0.1, 5.0])
 def test_a_model_of_another_base_is_told(base, tmp_path, factor):
     other = {name: factor * tensor for name, tensor in weights(5).items()}
-    _, (warning,) = told(base, A=write_checkpoint(tmp_path / "a", other))
+    expert = write_checkpoint(tmp_path / "a", other)
+    _, (warning,) = told(base, A=expert)
     assert warning.startswith("expert A is hardly related to the base (the cosine of their weights is ")
-    assert warning.endswith(", and near 1 for a fine-tune): is it an expert of this base?")
+    assert ", and near 1 for a fine-tune): is it an expert of this base?" in warning
+    assert warning.endswith("For models of different origin, there is --align_experts")
+    plan = make_plan(base, {"A": expert}, [".*norm.*"])
+    assert likeness_warnings(plan, find_likeness(plan), aligned=True) == []
 
 
 def test_few_numbers_tell_no_relation(tmp_path):

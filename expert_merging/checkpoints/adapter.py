@@ -69,7 +69,6 @@ class Adapter(Checkpoint):
     Attributes:
         settings: what ``adapter_config.json`` says.
         whole: names of the tensors that the adapter has itself.
-        changed: names of all tensors that are not the base's.
         has_own_head: head and embedding, which in the base are one, are so no longer, as one of them was trained whole.
 
     Args:
@@ -100,7 +99,6 @@ class Adapter(Checkpoint):
         parts = _Parts(self, sort_contents(folder, self.entries), file_name, published)
         self._adapted = parts.adapted
         self.whole = frozenset(parts.whole)
-        self.changed = self.whole | parts.adapted.keys()
         computed = {name: _in_float32(name, tensor, self.files[0]) for name, tensor in parts.adapted.items()}
         self.entries = {**base.entries, **parts.whole, **computed}
         self.has_own_head = parts.has_own_head
@@ -118,6 +116,11 @@ class Adapter(Checkpoint):
     def mapped(self, name: str) -> Tensor:
         """The flattened tensor ``(entries,)``; pages of a file where it is in one."""
         return self.read(name) if self.entries[name].name in self._adapted else super().mapped(name)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of all tensors that are not the base's."""
+        return self.whole | self._adapted.keys()
 
     def changes(self, name: str) -> bool:
         """Whether a tensor of the base is another one here."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.checkpoints.fingerprints import blocks, file_content, shortened, written
@@ -31,6 +32,7 @@ from expert_merging.checkpoints.folders import (
     weight_map,
 )
 from expert_merging.checkpoints.open_files import OpenFiles
+from expert_merging.checkpoints.orders import Order
 from expert_merging.checkpoints.other_files import check_kinds, other_files
 from expert_merging.errors import InputError, Problems, first_line
 
@@ -118,6 +120,7 @@ class Checkpoint:
 
     Attributes:
         opened: a digest of what tells whether the weight files were written since: `fingerprints.written`.
+        orders: tensors whose rows or columns are read in another order than they are stored in, by name.
 
     Raises:
         InputError: the folder cannot be used; every problem found is listed.
@@ -126,6 +129,8 @@ class Checkpoint:
     config_name = "config.json"
     kind = ""  # what is said beside the folder of one that is no full model
     has_own_head = False  # the head is not the embedding, whatever names and settings say
+    orders: Mapping[str, Order] = MappingProxyType({})
+    whole: frozenset[str] = frozenset()  # tensors that an adapter has itself
 
     def __init__(self, folder: Path) -> None:
         self.config = _read_config(folder)
@@ -163,6 +168,19 @@ class Checkpoint:
         """What ``config.json`` calls the kind of model, empty where it does not say."""
         return str(self.config.get("model_type") or "")
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that are read otherwise than the folder that is loaded for them has them."""
+        return frozenset(self.orders)
+
+    @property
+    def order_digest(self) -> str:
+        """A digest of the order that rows and columns are read in; empty where that is the stored one."""
+        digest = hashlib.sha256()
+        for name, order in sorted(self.orders.items()):
+            digest.update(f"{name} {order.key()}".encode())
+        return shortened(digest.digest()) if self.orders else ""
+
     def in_file(self, file: Path) -> list[Entry]:
         """The tensors of one file in the order of their bytes."""
         return sorted((entry for entry in self.entries.values() if entry.file == file), key=lambda entry: entry.offset)
@@ -183,7 +201,11 @@ class Checkpoint:
 
     def read_into(self, block: Tensor, name: str, start: int) -> None:
         """Fill a block ``(entries,)`` of the file's type with entries of the flattened tensor, from ``start`` on."""
-        self._read_entry(block, self.entries[name], start)
+        entry = self.entries[name]
+        if name in self.orders:
+            self.orders[name].fill(block, entry.shape, start, lambda run, first: self._read_entry(run, entry, first))
+        else:
+            self._read_entry(block, entry, start)
 
     def _read_entry(self, block: Tensor, entry: Entry, start: int) -> None:
         position = entry.offset + start * block.element_size()
@@ -197,7 +219,8 @@ class Checkpoint:
         import torch
 
         entry = self.entries[name]
-        if entry.offset % entry.torch_dtype.itemsize or not entry.size:  # allowed, but no tensor begins there
+        is_misplaced = entry.offset % entry.torch_dtype.itemsize  # allowed, but no tensor begins there
+        if is_misplaced or not entry.size or name in self.orders:
             return self.read(name)
         if entry.file not in self._pages:
             size = entry.file.stat().st_size

@@ -250,7 +250,7 @@ def _measure(
             maker = TargetMaker(
                 backbone=backbone,
                 plan=plan,
-                layers=middle_layer(plan),
+                layers=() if any(map(_is_aligned, compared)) else middle_layer(plan),
                 response_only=options.loss_tokens == "response",
                 max_new_tokens=options.max_new_tokens,
                 prompt_template=options.prompt_template or first.get("prompt_template"),
@@ -264,6 +264,11 @@ def _measure(
             return measure(maker, samples, {model.label: model.folder for model in compared}), samples
     finally:
         terminal.close()
+
+
+def _is_aligned(model: Compared) -> bool:
+    """Whether a run has put its experts' units in another order, in which their own hidden states are not."""
+    return bool(model.record and model.record["options"].get("align_experts"))
 
 
 def _targets(compared: Sequence[Compared]) -> Path | None:

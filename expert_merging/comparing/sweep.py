@@ -212,7 +212,7 @@ def _check_kind(resolved: Resolved) -> None:
 
 def _key_of(resolved: Resolved) -> str:
     """A digest of all that decides a point's model beside checkpoints and samples."""
-    general = {name: resolved.general[name] for name in ("method", "post", "seed", "exclude_params")}
+    general = {name: resolved.general[name] for name in ("method", "post", "align_experts", "seed", "exclude_params")}
     content = json.dumps([general, resolved.options, resolved.family], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -49,7 +49,7 @@ def check_learned(run: Run, record: Mapping[str, Any], backbone: Backbone, *, me
     if not run.weight_coeffs.is_file() or run.weight_coeffs.read_bytes() != coefficients.published():
         problems.add(f"{run.weight_coeffs.name} has other values than {run.coefficients.name}")
     problems.check()
-    if merges_again and not record["options"].get("post"):
+    if merges_again and not any(record["options"].get(name) for name in ("post", "align_experts")):
         _check_weights(run, record["options"], backbone, coefficients)
 
 

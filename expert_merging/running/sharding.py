@@ -30,8 +30,9 @@ def load_on(
 ) -> Any:
     """A checkpoint's model on a device, or each layer on this process's and the other processes' together.
 
-    An adapter's is the base's, whose changed weights are made one after the other on their way. A head that is the
-    embedding in the files is so in memory, and changes with it.
+    An adapter's is the base's, whose changed weights are made one after the other on their way, as are those of an
+    expert whose units have another order than its files. A head that is the embedding in the files is so in memory, and
+    changes with it.
 
     Where that makes no difference to the model, it is loaded in the files' own type, so that its weights are the files'
     pages, which all processes of a machine share and which need not stay in memory; each is converted on its way to
@@ -51,7 +52,7 @@ def load_on(
     model, own = _loaded(backbone, adapter.base if adapter else checkpoint, dtype)
     if adapter is None:
         _tie(model, checkpoint)
-    changed = changed_weights(model, adapter, backbone.file_name) if adapter else {}
+    changed = changed_weights(model, checkpoint, backbone.file_name) if checkpoint.changed else {}
 
     def bring(module: torch.nn.Module) -> None:
         """Bring weights to the device, in the wanted type but where the model keeps one of its own choice."""

@@ -214,6 +214,7 @@ class TargetMaker:
             "formats": prompts.formats.digest,
             "settings": [str(self.dtype), self.device.type, self.max_new_tokens, self.batch_tokens],
             "versions": library_versions(),
+            **({"order": order} if (order := self.plan.experts[expert].order_digest) else {}),
         }
         return KeptTargets(self.kept, expert, way)
 

@@ -1,0 +1,1 @@
+"""Experts of different origin: their units are put in the base's order before anything is merged."""
