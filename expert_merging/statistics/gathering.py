@@ -1,4 +1,4 @@
-"""What methods that read Gram matrices have in common: each expert's is gathered once, an expert at a time."""
+"""What methods that read Gram matrices or gradients have in common: each expert's are gathered once, one at a time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from expert_merging.running.options import SampleOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expert_merging.running.samples import Samples
     from expert_merging.statistics.gram import Gram, Grams
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,32 @@ def _prepare(context: Context, method: str, options: SampleOptions) -> Preparati
         "merged model is there",
     )
     return Preparation(gather, samples.inputs, notes)
+
+
+def check_entries(context: Context, samples: Samples) -> tuple[str, ...]:
+    """Check that the disk has room for a number for each merged entry of each expert; notes for the plan.
+
+    Raises:
+        InputError: nothing is merged, or the disk has no room.
+    """
+    from expert_merging.outputs import mirror_of
+    from expert_merging.statistics.entrywise import bytes_of
+    from expert_merging.statistics.inputs import file_of
+    from expert_merging.writing import check_free_disk
+
+    plan, folder = context.plan, context.run.statistics
+    if not plan.merged:
+        raise InputError("--exclude_params leaves nothing to take gradients of")
+    size = bytes_of(plan.part(name) for name in plan.merged)
+    missing = size * sum(not file_of(folder, expert).exists() for expert in plan.experts)
+    if missing and not context.run.is_complete:
+        check_free_disk(context.run.folder, missing + mirror_of(plan).size)
+    return (
+        f"gradients of {len(plan.merged)} tensors are taken from {len(samples.samples)} samples, an expert at a time: "
+        f"{gib(size)} beside the expert, in a file that the system keeps in memory as far as there is room",
+        f"they are kept in {folder}, {show_size(size * len(plan.experts))} in all, which can be removed once the "
+        "merged model is there",
+    )
 
 
 def _tell_of_others(wanted: Sequence[str], grams: Grams) -> None:

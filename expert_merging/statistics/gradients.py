@@ -1,0 +1,152 @@
+"""What gradients of a model's own likelihood say of each entry, added up over samples.
+
+A sample's gradient is whole before it is squared, so samples go through the model one by one. A tensor's gradient is
+used and freed as soon as the backward pass is done with it, so a model, the statistic and one gradient are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from expert_merging.context import Context
+from expert_merging.errors import InputError
+from expert_merging.kept import Kept
+from expert_merging.running.samples import Samples
+from expert_merging.running.targets import Asked
+from expert_merging.statistics.entrywise import Entries, EntrySums
+from expert_merging.statistics.inputs import gather_files
+from expert_merging.stored import stored_tensors
+
+# Tokens whose logits are in memory together.
+_SLICE = 64
+
+# ``(gradient, weights)`` of the same entries to what is added up of them.
+Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def squares(gradient: Tensor, _weights: Tensor) -> Tensor:
+    """Squared gradients: their mean is the diagonal of the Fisher information."""
+    return gradient.float().square_()
+
+
+def gather_gradients(context: Context, samples: Samples, score: Score, *, drawn: bool = False) -> Entries:
+    """The mean over an expert's samples of a score of its gradients, for each entry of the merged tensors.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        score: what is added up.
+        drawn: the likelihood is that of tokens drawn from the expert's own predictions, not of the samples' tokens.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN.
+    """
+
+    def keep(expert: str, model: Any, own: Iterator[Asked], file: Path, kept: Kept) -> None:
+        sums = EntrySums(file, {name: context.plan.part(name) for name in context.plan.merged})
+        try:
+            watch, count = GradientWatch(model, context, sums, score), 0
+            for asked in own:
+                watch.run(asked, _drawing(f"{context.seed}/{expert}/{count}") if drawn else None)
+                count += 1
+            watch.close()
+            _refuse_nan(sums, expert, samples.precision)
+        except BaseException:
+            sums.abandon()
+            raise
+        sums.finish(count, kept)
+
+    return Entries(gather_files(context, samples, lambda expert: context.plan.only([expert]).opened, keep))
+
+
+def _drawing(key: str) -> torch.Generator:
+    """Random numbers that depend on a text alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+
+
+def _refuse_nan(sums: EntrySums, expert: str, precision: str) -> None:
+    faulty = next((name for name, own in sums.values.items() if not bool(own.isfinite().all())), None)
+    if faulty is not None:
+        hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
+        raise InputError(f"expert {expert} computes NaN or infinite gradients of {faulty}{hint}")
+
+
+class GradientWatch:
+    """Adds up a score of a model's gradients.
+
+    Args:
+        model: the model.
+        context: the run.
+        sums: where they are added up.
+        score: what is.
+    """
+
+    def __init__(self, model: Any, context: Context, sums: EntrySums, score: Score) -> None:
+        self.model, self.sums, self.score = model.eval().requires_grad_(False), sums, score
+        parameters, stored = dict(model.named_parameters()), stored_tensors(model, context.backbone.file_name)
+        # Of each parameter: name of a tensor, where in that its run begins, and the run.
+        self.held: dict[Any, list[tuple[str, int, slice]]] = {}
+        for name in sums.values:
+            before = 0
+            for run in stored[context.backbone.file_name(name)]:
+                held = self.held.setdefault(parameters[run.parameter], [])
+                held.append((name, before, slice(run.start, run.stop)))
+                before += run.stop - run.start
+        self.hooks = [
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._take) for parameter in self.held
+        ]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    @torch.enable_grad()
+    def run(self, asked: Asked, drawing: torch.Generator | None) -> None:
+        """Add what a sample's gradients say.
+
+        Args:
+            asked: the sample.
+            drawing: draws the tokens whose likelihood it is; None for the sample's own.
+        """
+        ids = asked.inputs["input_ids"][0]
+        places = asked.tokens[asked.tokens < len(ids) - 1]  # nothing follows the last one
+        hidden = self.model.base_model(**asked.inputs, use_cache=False).last_hidden_state[0, places]
+        head = self.model.get_output_embeddings()
+        losses = []
+        for states, following in zip(torch.split(hidden, _SLICE), torch.split(ids[places + 1], _SLICE), strict=True):
+            tokens = following if drawing is None else _draw(head, states, drawing)
+            losses.append(checkpoint(_loss, head, states, tokens, use_reentrant=False))
+        loss = torch.stack(losses).sum()
+        if loss.requires_grad:  # not where a vision tower alone is merged, and the sample has no picture
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor) -> None:
+        """Use a gradient that is complete, and free it."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None  # noqa: S101  (the hook of a gradient)
+        flat, weights = gradient.reshape(-1), parameter.detach().reshape(-1)
+        for name, before, run in self.held[parameter]:
+            score = self.score(flat[run], weights[run])
+            self.sums.values[name][before : before + len(score)].add_(score.cpu())
+
+
+def _loss(head: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """Minus the log-likelihood of tokens, summed, in float32."""
+    return functional.cross_entropy(head(states).float(), tokens, reduction="sum")
+
+
+@torch.no_grad()
+def _draw(head: Any, states: Tensor, drawing: torch.Generator) -> Tensor:
+    """A token for each state, from what the model predicts there; drawn on the CPU, so that devices agree."""
+    probabilities = head(states).float().softmax(dim=-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=drawing)[:, 0].to(states.device)
