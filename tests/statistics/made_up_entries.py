@@ -1,0 +1,31 @@
+"""Numbers for each entry that are made up, as methods on gradients ask for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from expert_merging.parts import Part
+
+SHAPE = (5, 8)
+WHOLE = Part.whole("layers.0.weight", SHAPE)
+
+
+@dataclass(frozen=True)
+class GivenEntries:
+    """Numbers ``(experts, *shape)`` of one tensor, which is all that is merged."""
+
+    values: torch.Tensor
+
+    @property
+    def root_mean_squares(self) -> list[float]:
+        return [float(own.double().square().mean().sqrt()) for own in self.values]
+
+    def of(self, part: Part) -> torch.Tensor:
+        return self.values.flatten(1)[:, part.start : part.stop].clone()
+
+
+def entries(experts: int = 3, seed: int = 2) -> torch.Tensor:
+    """Numbers whose sizes differ as much as those of gradients do."""
+    return torch.randn(experts, *SHAPE, generator=torch.Generator().manual_seed(seed)).mul(3).exp()
