@@ -24,23 +24,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def register_on_grams(method: str, options: type[SampleOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_on_grams(
+    method: str, options: type[SampleOptions], *, with_norms: bool = False, promises: frozenset[str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`register` for a function of ``task_vectors, part, grams`` and options.
 
     Args:
         method: its name.
         options: class of its options.
+        with_norms: it is given tensors of all kinds, and has the mean squares of what norms scale too.
+        promises: as for `register`; None for those that it takes by default.
     """
 
     def prepare(context: Context, **given: Any) -> Preparation:
-        return _prepare(context, method, options(**given))
+        return _prepare(context, method, options(**given), with_norms=with_norms)
 
+    promised: dict[str, Any] = {} if promises is None else {"promises": promises}
     return register(
         options=options,
-        unit="matrix",
+        unit="tensor" if with_norms else "matrix",
         reads=frozenset({SAMPLES}),
         prepare=Prepare(prepare, ("grams",)),
         family_defaults=("samples_per_task",),
+        **promised,
     )
 
 
@@ -72,7 +78,7 @@ def merge_around_mean(
     return mean + solve(deviations).to(mean.dtype)
 
 
-def _prepare(context: Context, method: str, options: SampleOptions) -> Preparation:
+def _prepare(context: Context, method: str, options: SampleOptions, *, with_norms: bool) -> Preparation:
     """Check the samples; the work is to gather Gram matrices, an expert at a time.
 
     Raises:
@@ -97,7 +103,7 @@ def _prepare(context: Context, method: str, options: SampleOptions) -> Preparati
         from expert_merging.statistics.gram import Grams
 
         found: list[Grams] = []
-        while_others_wait(lambda: found.append(gather_grams(context, samples)))
+        while_others_wait(lambda: found.append(gather_grams(context, samples, with_norms=with_norms)))
         for grams in found:
             _tell_of_others(wanted, grams)
         return {"grams": found[0] if found else Grams({})}

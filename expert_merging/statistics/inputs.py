@@ -17,6 +17,7 @@ from expert_merging.roles import is_in_decoder, is_matrix
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
+from expert_merging.statistics.norms import NormWatch
 from expert_merging.stored import stored_tensors
 
 
@@ -60,12 +61,13 @@ def files_of(context: Context, folder: Path | None = None) -> dict[str, Path]:
 Find: TypeAlias = Callable[[str, Any, Iterator[Asked]], dict[tuple[str, ...], Gram]]
 
 
-def gather_grams(context: Context, samples: Samples) -> Grams:
+def gather_grams(context: Context, samples: Samples, *, with_norms: bool = False) -> Grams:
     """Gram matrices of every merged matrix's inputs, by expert; those of an earlier part of the run are taken.
 
     Args:
         context: the run.
         samples: what the experts are asked.
+        with_norms: the diagonals of what merged norms scale, too.
 
     Raises:
         InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
@@ -73,7 +75,10 @@ def gather_grams(context: Context, samples: Samples) -> Grams:
     names, file_name = matrices(context), context.backbone.file_name
 
     def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
-        return grams_of(model, names, file_name, own)
+        if not with_norms:
+            return grams_of(model, names, file_name, own)
+        norms = NormWatch(model, context.plan.merged, file_name)
+        return grams_of(model, names, file_name, norms.watching(own)) | norms.finish()
 
     return gather(context, samples, lambda expert: context.plan.only([expert]).opened, find)
 
