@@ -87,26 +87,32 @@ def _reserve(descriptor: int, size: int) -> None:
 class Entries:
     """Several experts' numbers, read from their files whenever they are asked for, by any thread or process.
 
-    Attributes:
-        root_mean_squares: of all of an expert's numbers, in the order of the experts.
-
     Args:
         files: file of each expert, by name and in order.
+        relative: divide each expert's by the root of their mean square, where they are not all 0; `EntrySums` must have
+            written the files.
+        ending: what follows a tensor's name in them.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = dict(files)
-        self.root_mean_squares = [_root_mean_square(file) for file in files.values()]
+    def __init__(self, files: Mapping[str, Path], *, relative: bool = False, ending: str = "") -> None:
+        self.files, self.ending = dict(files), ending
+        self.scales = [_root_mean_square(file) or 1.0 if relative else 1.0 for file in self.files.values()]
 
     def of(self, part: Part) -> Tensor:
         """The numbers ``(experts, entries)`` of a part, in float32."""
-        return torch.stack([_read(file, part) for file in self.files.values()])
+        pairs = zip(self.files.values(), self.scales, strict=True)
+        return torch.stack([_read(file, part, self.ending).div_(scale) for file, scale in pairs])
 
 
-def _read(file: Path, part: Part) -> Tensor:
+def _read(file: Path, part: Part, ending: str) -> Tensor:
+    """A part of a tensor, which the file may have in its shape or flattened."""
     with safe_open(file, framework="pt") as opened:
-        own: Tensor = opened.get_slice(part.name)[part.start : part.stop]
-    return own
+        stored = opened.get_slice(part.name + ending)
+        shape = stored.get_shape() or [1]
+        width = max(1, math.prod(shape[1:]))
+        first = part.start // width
+        rows: Tensor = stored[first : -(-part.stop // width)] if stored.get_shape() else stored[...]
+    return rows.flatten()[part.start - first * width :][: part.entries].float()
 
 
 def _root_mean_square(file: Path) -> float:

@@ -59,7 +59,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
 
         drawn = options.fisher_labels == "drawn"
         while_others_wait(lambda: gather_gradients(context, samples, squares, drawn=drawn))
-        return {"fishers": Entries(files_of(context))}
+        return {"fishers": Entries(files_of(context), relative=True)}
 
     return Preparation(work, samples.inputs, notes)
 
@@ -94,17 +94,15 @@ def fisher(
     Args:
         task_vectors: ``(experts, *shape)`` float32.
         part: the entries.
-        fishers: each expert's Fisher information.
+        fishers: each expert's Fisher information, of its root mean square.
         fisher_weights: weight of an expert, one for all or a list with one per expert.
         fisher_floor: what is added, of the root mean square.
 
     Returns:
         Merged task vector ``(*shape)``.
     """
-    weights = fishers.of(part).to(task_vectors.device)
-    for own, scale, weight in zip(
-        weights, fishers.root_mean_squares, one_each(fisher_weights, len(weights)), strict=True
-    ):
-        own.div_(scale or 1.0).add_(fisher_floor).mul_(weight)
+    weights = fishers.of(part).to(task_vectors.device).add_(fisher_floor)
+    for own, weight in zip(weights, one_each(fisher_weights, len(weights)), strict=True):
+        own.mul_(weight)
     shares = weights.div_(weights.sum(0)).view_as(task_vectors)
     return task_vectors.mul_(shares).sum(0)

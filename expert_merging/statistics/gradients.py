@@ -21,7 +21,7 @@ from expert_merging.errors import InputError
 from expert_merging.kept import Kept
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
-from expert_merging.statistics.entrywise import Entries, EntrySums
+from expert_merging.statistics.entrywise import EntrySums
 from expert_merging.statistics.inputs import gather_files
 from expert_merging.stored import stored_tensors
 
@@ -37,8 +37,8 @@ def squares(gradient: Tensor, _weights: Tensor) -> Tensor:
     return gradient.float().square_()
 
 
-def gather_gradients(context: Context, samples: Samples, score: Score, *, drawn: bool = False) -> Entries:
-    """The mean over an expert's samples of a score of its gradients, for each entry of the merged tensors.
+def gather_gradients(context: Context, samples: Samples, score: Score, *, drawn: bool = False) -> None:
+    """Keep the mean over an expert's samples of a score of its gradients, for each entry of the merged tensors.
 
     Args:
         context: the run.
@@ -64,7 +64,7 @@ def gather_gradients(context: Context, samples: Samples, score: Score, *, drawn:
             raise
         sums.finish(count, kept)
 
-    return Entries(gather_files(context, samples, lambda expert: context.plan.only([expert]).opened, keep))
+    gather_files(context, samples, lambda expert: context.plan.only([expert]).opened, keep)
 
 
 def _drawing(key: str) -> torch.Generator:

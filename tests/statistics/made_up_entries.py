@@ -19,8 +19,10 @@ class GivenEntries:
     values: torch.Tensor
 
     @property
-    def root_mean_squares(self) -> list[float]:
-        return [float(own.double().square().mean().sqrt()) for own in self.values]
+    def relative(self) -> GivenEntries:
+        """Each expert's of the root of their mean square."""
+        scales = self.values.double().flatten(1).square().mean(1).sqrt().float()
+        return GivenEntries(self.values / torch.where(scales > 0, scales, 1.0).view(-1, 1, 1))
 
     def of(self, part: Part) -> torch.Tensor:
         return self.values.flatten(1)[:, part.start : part.stop].clone()

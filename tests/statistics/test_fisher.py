@@ -45,7 +45,7 @@ def plainly(given: torch.Tensor, fishers: torch.Tensor, weights: list[float], fl
 
 
 def run(given: torch.Tensor, fishers: torch.Tensor, **options: Any) -> torch.Tensor:
-    return fisher(given.clone(), WHOLE, GivenEntries(fishers), **options)
+    return fisher(given.clone(), WHOLE, GivenEntries(fishers).relative, **options)
 
 
 @pytest.mark.parametrize("weights", [1.0, [1.0, 0.5, 3.0]])
@@ -74,7 +74,7 @@ def test_blocks_are_parts_of_the_whole():
     whole = run(given, fishers).flatten()
     for start, stop in ((0, 7), (7, 40)):
         part = WHOLE.between(start, stop)
-        found = fisher(given.flatten(1)[:, start:stop].clone(), part, GivenEntries(fishers))
+        found = fisher(given.flatten(1)[:, start:stop].clone(), part, GivenEntries(fishers).relative)
         assert found.equal(whole[start:stop])
 
 
