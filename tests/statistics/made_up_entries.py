@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,11 @@ class GivenEntries:
     """Numbers ``(experts, *shape)`` of one tensor, which is all that is merged."""
 
     values: torch.Tensor
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Names for messages."""
+        return {str(number): Path(str(number)) for number in range(len(self.values))}
 
     @property
     def relative(self) -> GivenEntries:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expert_merging.parts import Part
 from expert_merging.running import samples
 from expert_merging.statistics import entrywise, gradients
 from expert_merging.statistics.fisher import fisher
@@ -24,6 +25,7 @@ from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal, refused
+from tests.methods.elsewhere import assert_agrees, inputs, squares
 from tests.statistics.made_up import DEVICES, task_vectors
 from tests.statistics.made_up_entries import SHAPE, WHOLE, GivenEntries, entries
 from tests.statistics.test_command import questions, samples_of
@@ -58,6 +60,14 @@ def test_it_is_the_weighted_mean(weights, floor, device):
     torch.testing.assert_close(result.cpu().flatten().double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_it_gives_what_fusion_bench_gives():
+    """Whose smallest weight is absolute; here both are next to nothing."""
+    _, given = inputs()
+    moments = GivenEntries(squares()).relative
+    found = fisher(given, Part.whole("a", (6, 9)), moments, fisher_weights=[0.2, 0.3, 0.5], fisher_floor=1e-30)
+    assert_agrees(found, "fusion_bench", "fisher")
+
+
 def test_what_it_must_be_in_simple_cases():
     given, fishers = task_vectors(), entries()
     assert run(given[:1], fishers[:1]).equal(given[0]), "one expert"
@@ -84,10 +94,10 @@ def squared_gradients(
     """The mean over samples of the squared gradient of the log-likelihood, by names in memory."""
     sums: dict[str, Any] = {}
     count = 0
-    for inputs, prompt in asked:
+    for given, prompt in asked:
         model.zero_grad()
-        predicted = model(**inputs).logits[0].log_softmax(-1)
-        ids = inputs["input_ids"][0].tolist()
+        predicted = model(**given).logits[0].log_softmax(-1)
+        ids = given["input_ids"][0].tolist()
         likelihood = sum(predicted[place - 1, ids[place]] for place in range(prompt if response_only else 1, len(ids)))
         likelihood.backward()
         for name, parameter in model.named_parameters():
@@ -102,6 +112,7 @@ def arguments(tiny_zoo, dataset) -> list[object]:
     return ["--method", "fisher", "--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "response_only"),
     [([], True), (["--loss_tokens", "all", "--exclude_params", "nothing"], False)],
@@ -178,6 +189,7 @@ def test_drawn_tokens_are_those_that_the_model_predicts():
     torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, probabilities, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_depends_on_the_seed_alone(arguments, tmp_path):
     given = [*arguments, "--samples_per_task", 1]
     drawn = [merged(tmp_path / str(n), *given, "--fisher_labels", "drawn", "--seed", n % 2) for n in range(3)]
@@ -187,6 +199,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(arguments, tmp_path):
     assert contents(merged(tmp_path / "given", *given).statistics) != first
 
 
+@pytest.mark.slow
 def test_a_gradient_that_no_sample_has_is_zero_and_the_result_the_mean(tmp_path):
     """Of a projector that no picture comes by, alone or beside the rest."""
     zoo = internvl_checkpoints.make_zoo(tmp_path / "zoo")

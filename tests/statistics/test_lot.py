@@ -112,6 +112,7 @@ def test_what_a_norm_scales_is_its_normalised_input(kind):
     assert norm.weight.data.equal(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response_only", [False, True])
 def test_the_command_merges_norms_and_matrices(response_only, tiny_zoo, dataset, tmp_path):
     given = ["--method", "lot", "--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 3]
