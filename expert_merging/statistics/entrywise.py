@@ -69,7 +69,7 @@ class EntrySums:
         put_in_place(self.temporary, self.target, kept)
 
     def abandon(self) -> None:
-        """Remove the file."""
+        """Remove what is not finished."""
         self.values.clear()
         self.temporary.unlink(missing_ok=True)
 

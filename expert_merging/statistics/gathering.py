@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from expert_merging.arithmetic import scaled_mean
@@ -117,11 +118,16 @@ def _prepare(context: Context, method: str, options: SampleOptions, *, with_norm
     return Preparation(gather, samples.inputs, notes)
 
 
-def check_entries(context: Context, samples: Samples) -> tuple[str, ...]:
+def check_entries(context: Context, samples: Samples, base: Path | None = None) -> tuple[str, ...]:
     """Check that the disk has room for a number for each merged entry of each expert; notes for the plan.
 
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        base: where the same of the base's gradients is kept, if they are taken too.
+
     Raises:
-        InputError: nothing is merged, or the disk has no room.
+        InputError: the disk has no room.
     """
     from expert_merging.outputs import mirror_of
     from expert_merging.statistics.entrywise import bytes_of
@@ -129,16 +135,16 @@ def check_entries(context: Context, samples: Samples) -> tuple[str, ...]:
     from expert_merging.writing import check_free_disk
 
     plan, folder = context.plan, context.run.statistics
-    if not plan.merged:
-        raise InputError("--exclude_params leaves nothing to take gradients of")
     size = bytes_of(plan.part(name) for name in plan.merged)
-    missing = size * sum(not file_of(folder, expert).exists() for expert in plan.experts)
+    files = [file_of(place, expert) for place in (folder, base) if place for expert in plan.experts]
+    missing = size * sum(not file.exists() for file in files)
     if missing and not context.run.is_complete:
         check_free_disk(context.run.folder, missing + mirror_of(plan).size)
+    asked = f"{len(samples.samples)} samples" + (", and the base's from all of them again" if base else "")
     return (
-        f"gradients of {len(plan.merged)} tensors are taken from {len(samples.samples)} samples, an expert at a time: "
-        f"{gib(size)} beside the expert, in a file that the system keeps in memory as far as there is room",
-        f"they are kept in {folder}, {show_size(size * len(plan.experts))} in all, which can be removed once the "
+        f"gradients of {len(plan.merged)} tensors are taken from {asked}, a model at a time: {gib(size)} beside the "
+        "model, in a file that the system keeps in memory as far as there is room",
+        f"they are kept in {folder}, {show_size(size * len(files))} in all, which can be removed once the "
         "merged model is there",
     )
 

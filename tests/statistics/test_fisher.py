@@ -219,18 +219,16 @@ def test_an_interrupted_run_goes_on_with_the_experts_that_are_missing(arguments,
     """Nothing is left of one whose samples were not all seen."""
     given, finish = [*arguments, "--run_name", "r"], entrywise.EntrySums.finish
     expected = merged(tmp_path / "whole", *given)
-    refuse = gradients._refuse_nan
 
-    def stop_at_code(sums, expert, precision):
-        if expert == "Code":
+    def stop_at_code(sums, *given):
+        if sums.target.stem == "Code":
             raise KeyboardInterrupt
-        refuse(sums, expert, precision)
+        finish(sums, *given)
 
-    monkeypatch.setattr(gradients, "_refuse_nan", stop_at_code)
+    monkeypatch.setattr(entrywise.EntrySums, "finish", stop_at_code)
     merge(*given, "--output_path", tmp_path / "parts")
     folder = tmp_path / "parts" / "fisher" / "r"
     assert sorted(file.name for file in (folder / "statistics").iterdir()) == ["Chat.safetensors", "Math.safetensors"]
-    monkeypatch.setattr(gradients, "_refuse_nan", refuse)
     finished = []
     monkeypatch.setattr(
         entrywise.EntrySums, "finish", lambda sums, *given: (finished.append(sums.target.stem), finish(sums, *given))
@@ -250,8 +248,8 @@ def test_the_plan_tells_memory_and_disk(arguments, tmp_path, capsys):
     assert merge(*arguments, "--output_path", tmp_path / "out", "--dry_run") == 0
     said = " ".join(capsys.readouterr().out.split())
     size = 4 * 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert "gradients of 21 tensors are taken from 9 samples, an expert at a time" in said
-    assert f"{size / 2**20:.1f} MiB beside the expert" in said
+    assert "gradients of 21 tensors are taken from 9 samples, a model at a time" in said
+    assert f"{size / 2**20:.1f} MiB beside the model" in said
     assert f"{3 * size / 1e6:.1f} MB in all, which can be removed once the merged model is there" in said
     assert not (tmp_path / "out").exists()
 
