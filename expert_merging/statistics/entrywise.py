@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from expert_merging.checkpoints.checkpoint import Entry, as_bytes, read_exactly, read_header
+from expert_merging.checkpoints.open_files import OpenFiles
 from expert_merging.kept import Kept
 from expert_merging.outputs import Made, Slot, make_header
 from expert_merging.parts import Part
@@ -48,9 +49,13 @@ class EntrySums:
         slots += [Slot.of(name, "F32", (part.elements,), Made(name)) for name, part in parts.items()]
         header = make_header(slots)
         size = len(header) + sum(slot.size for slot in slots)
-        with self.temporary.open("wb") as file:
-            file.write(header)
-            _reserve(file.fileno(), size)
+        try:
+            with self.temporary.open("wb") as file:
+                file.write(header)
+                _reserve(file.fileno(), size)
+        except BaseException:  # as where the disk is full
+            self.temporary.unlink(missing_ok=True)
+            raise
         whole = torch.from_file(str(self.temporary), shared=True, size=size, dtype=torch.uint8)
         self._squares, *values = torch.split(whole[len(header) :], [slot.size for slot in slots])
         self.values = {name: own.view(torch.float32) for name, own in zip(parts, values, strict=True)}
@@ -64,7 +69,7 @@ class EntrySums:
         """
         squares = self._squares.view(torch.float64)
         for own in self.values.values():
-            squares += own.div_(count).double().square_().sum()
+            squares += torch.linalg.vector_norm(own.div_(count), dtype=torch.float64).square()
         self.values.clear()
         put_in_place(self.temporary, self.target, kept)
 
@@ -95,28 +100,25 @@ class Entries:
     """
 
     def __init__(self, files: Mapping[str, Path], *, relative: bool = False, ending: str = "") -> None:
-        self.files, self.ending = dict(files), ending
-        self.scales = [_root_mean_square(file) or 1.0 if relative else 1.0 for file in self.files.values()]
+        self.files, self._open_files = dict(files), OpenFiles()
+        headers = [{entry.name: entry for entry in read_header(file)[1]} for file in files.values()]
+        self._entries = [{name.removesuffix(ending): own for name, own in found.items()} for found in headers]
+        self._scales = [self._root_mean_square(found) if relative else 1.0 for found in self._entries]
 
     def of(self, part: Part) -> Tensor:
         """The numbers ``(experts, entries)`` of a part, in float32."""
-        pairs = zip(self.files.values(), self.scales, strict=True)
-        return torch.stack([_read(file, part, self.ending).div_(scale) for file, scale in pairs])
+        found = torch.empty(len(self.files), part.entries)
+        for row, own, scale in zip(found, self._entries, self._scales, strict=True):
+            row.copy_(self._read(own[part.name], part.start, part.entries)).div_(scale)
+        return found
 
+    def _read(self, entry: Entry, start: int, count: int) -> Tensor:
+        """A run of the entries of a tensor, flattened, in the file's type."""
+        block = torch.empty(count, dtype=entry.torch_dtype)
+        with self._open_files.reading(entry.file) as descriptor:
+            read_exactly(descriptor, as_bytes(block), entry.offset + start * block.element_size(), entry.file)
+        return block
 
-def _read(file: Path, part: Part, ending: str) -> Tensor:
-    """A part of a tensor, which the file may have in its shape or flattened."""
-    with safe_open(file, framework="pt") as opened:
-        stored = opened.get_slice(part.name + ending)
-        shape = stored.get_shape() or [1]
-        width = max(1, math.prod(shape[1:]))
-        first = part.start // width
-        rows: Tensor = stored[first : -(-part.stop // width)] if stored.get_shape() else stored[...]
-    return rows.flatten()[part.start - first * width :][: part.entries].float()
-
-
-def _root_mean_square(file: Path) -> float:
-    with safe_open(file, framework="pt") as opened:
-        count = sum(opened.get_slice(name).get_shape()[0] for name in opened.keys() if name != _SQUARES)  # noqa: SIM118
-        squares = float(opened.get_tensor(_SQUARES))
-    return math.sqrt(squares / max(1, count))
+    def _root_mean_square(self, entries: Mapping[str, Entry]) -> float:
+        count = sum(entry.elements for entry in entries.values()) - 1
+        return math.sqrt(float(self._read(entries[_SQUARES], 0, 1)) / max(1, count)) or 1.0

@@ -11,7 +11,7 @@ from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
 from expert_merging.errors import InputError, first_of
 from expert_merging.machine import gib, show_size
-from expert_merging.method import SAMPLES, Preparation, Prepare, register
+from expert_merging.method import KEEPS_SINGLE, ORDER_FREE, SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def register_on_grams(
-    method: str, options: type[SampleOptions], *, with_norms: bool = False, promises: frozenset[str] | None = None
+    method: str,
+    options: type[SampleOptions],
+    *,
+    with_norms: bool = False,
+    promises: frozenset[str] = frozenset({ORDER_FREE, KEEPS_SINGLE}),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`register` for a function of ``task_vectors, part, grams`` and options.
 
@@ -34,20 +38,19 @@ def register_on_grams(
         method: its name.
         options: class of its options.
         with_norms: it is given tensors of all kinds, and has the mean squares of what norms scale too.
-        promises: as for `register`; None for those that it takes by default.
+        promises: what it keeps, of the promises that `Method` knows.
     """
 
     def prepare(context: Context, **given: Any) -> Preparation:
         return _prepare(context, method, options(**given), with_norms=with_norms)
 
-    promised: dict[str, Any] = {} if promises is None else {"promises": promises}
     return register(
         options=options,
         unit="tensor" if with_norms else "matrix",
+        promises=promises,
         reads=frozenset({SAMPLES}),
         prepare=Prepare(prepare, ("grams",)),
         family_defaults=("samples_per_task",),
-        **promised,
     )
 
 

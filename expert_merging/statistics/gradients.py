@@ -90,16 +90,18 @@ def gather_base_gradients(context: Context, samples: Samples, score: Score, fold
     if not left:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device(context.device)
+    device, asked = torch.device(context.device), dict[str, Iterator[Asked]]()
+    for expert in left:  # before the base is loaded: an expert may have to be for its answers
+        own = [sample for sample in samples.samples if sample.expert == expert]
+        asked[expert] = samples.target_maker(context, (), device).answered(own)
     model = load_on(device, context.backbone, context.plan.base, samples.dtype, sharded=False)
     with context.progress("running the base", len(samples.samples), "sample") as advance:
         for expert in left:
-            own = [sample for sample in samples.samples if sample.expert == expert]
             with GradientWatch(
                 model, context, EntrySums(files[expert], _parts(context)), score, per_token=True
             ) as watch:
-                for asked in samples.target_maker(context, (), device).answered(own):
-                    watch.run(asked)
+                for one in asked[expert]:
+                    watch.run(one)
                     advance(1)
                 watch.finish("the base", samples.precision, kept[expert])
 

@@ -90,8 +90,7 @@ def led(
     An entry's score in a model is the mean over an expert's samples of ``|weight * gradient|``, for the loss as a mean
     over the sample's tokens. *Locate*: the fraction ``led_ratio`` of each tensor's entries with the highest scores, in
     the expert and in the base. *Elect*: those that both have. *Disjoint*: without those that another expert has
-    elected.
-    What is left of each task vector is added up.
+    elected. What is left of each task vector is added up.
 
     The published script merges one model after the other and has two more patterns of masks; here is the one that its
     README and the paper have. Of ratios that mean less than one entry, one is located.
