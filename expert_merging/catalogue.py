@@ -39,7 +39,7 @@ from expert_merging.methods import (
 )
 from expert_merging.mixtures import moe
 from expert_merging.search import methods as search_methods
-from expert_merging.statistics import aim, distil, featcal, mats, regmean, regmean_pp
+from expert_merging.statistics import aim, distil, featcal, fisher, led, lot, mats, ota, regmean, regmean_pp
 
 # Kinds of methods, and the modules that register them; importing this module has done so.
 KINDS = {
@@ -69,7 +69,7 @@ KINDS = {
     "adapters": (spaces, robust, weighted),
     "several artefacts": (tall, emr),
     "modifiers": (consensus, calibration, aim, featcal, distil),
-    "statistics": (regmean, regmean_pp, mats),
+    "statistics": (regmean, regmean_pp, mats, lot, fisher, ota, led),
     "learned": (learned_methods,),
     "search": (search_methods,),
     "mixtures": (moe,),

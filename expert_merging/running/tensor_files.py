@@ -24,6 +24,21 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], kept: Kept) -> None
     temporary = partial_name(file)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    except BaseException:  # as where the disk is full
+        temporary.unlink(missing_ok=True)
+        raise
+    put_in_place(temporary, file, kept)
+
+
+def put_in_place(temporary: Path, file: Path, kept: Kept) -> None:
+    """Give a file that is complete its name, once it is durable and noted.
+
+    Args:
+        temporary: where it is.
+        file: where it belongs, in the same folder.
+        kept: notes it.
+    """
+    try:
         sync_file(temporary)
     except BaseException:  # as where the disk is full
         temporary.unlink(missing_ok=True)

@@ -41,6 +41,11 @@ class Gram:
     vectors: int
     is_summed: bool
 
+    @classmethod
+    def of_squares(cls, squares: Tensor) -> Gram:
+        """One of which only the diagonal counts, the mean squares ``(inputs,)``."""
+        return cls(squares.sqrt()[None], 1, is_summed=False)
+
     def rows(self, device: torch.device) -> Tensor:
         """Vectors ``(vectors, inputs)`` whose outer products' sum is the matrix; only where they are kept."""
         if self.is_summed:

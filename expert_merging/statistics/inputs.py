@@ -12,10 +12,12 @@ from torch import Tensor
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError
+from expert_merging.kept import Kept
 from expert_merging.roles import is_in_decoder, is_matrix
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
+from expert_merging.statistics.norms import NormWatch
 from expert_merging.stored import stored_tensors
 
 
@@ -46,20 +48,26 @@ def place_of(context: Context, folder: Path) -> str:
 
 
 def file_of(folder: Path, expert: str) -> Path:
-    """Where an expert's Gram matrices are."""
+    """Where an expert's statistics are."""
     return folder / f"{expert}.safetensors"
+
+
+def files_of(context: Context, folder: Path | None = None) -> dict[str, Path]:
+    """The file of each expert's statistics in a folder of the run's, by default the one of statistics."""
+    return {expert: file_of(folder or context.run.statistics, expert) for expert in context.plan.experts}
 
 
 # ``(expert's name, its model, its samples)`` to Gram matrices, by the names of the tensors that share them.
 Find: TypeAlias = Callable[[str, Any, Iterator[Asked]], dict[tuple[str, ...], Gram]]
 
 
-def gather_grams(context: Context, samples: Samples) -> Grams:
+def gather_grams(context: Context, samples: Samples, *, with_norms: bool = False) -> Grams:
     """Gram matrices of every merged matrix's inputs, by expert; those of an earlier part of the run are taken.
 
     Args:
         context: the run.
         samples: what the experts are asked.
+        with_norms: the diagonals of what merged norms scale, too.
 
     Raises:
         InputError: an expert answers with nothing or computes NaN; or nothing that is merged is a linear layer's.
@@ -67,7 +75,10 @@ def gather_grams(context: Context, samples: Samples) -> Grams:
     names, file_name = matrices(context), context.backbone.file_name
 
     def find(_expert: str, model: Any, own: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
-        return grams_of(model, names, file_name, own)
+        if not with_norms:
+            return grams_of(model, names, file_name, own)
+        norms = NormWatch(model, context.plan.merged, file_name)
+        return grams_of(model, names, file_name, norms.watching(own)) | norms.finish()
 
     return gather(context, samples, lambda expert: context.plan.only([expert]).opened, find)
 
@@ -96,24 +107,50 @@ def gather(
     Raises:
         InputError: an expert answers with nothing or computes NaN.
     """
-    folder, experts = folder or context.run.statistics, context.plan.experts
+
+    def keep(expert: str, model: Any, own: Iterator[Asked], file: Path, kept: Kept) -> None:
+        grams = find(expert, model, own)
+        _refuse_nan(grams, who.format(expert), samples.precision)
+        write_grams(file, grams, kept)
+
+    return Grams(gather_files(context, samples, opened, keep, folder))
+
+
+def gather_files(
+    context: Context,
+    samples: Samples,
+    opened: Callable[[str], str],
+    keep: Callable[[str, Any, Iterator[Asked], Path, Kept], None],
+    folder: Path | None = None,
+) -> dict[str, Path]:
+    """A file of statistics for each expert, in the run's folder; those that are there already are taken.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        opened: as for `gather`.
+        keep: ``(expert's name, its model, its samples, file, what notes it)``; writes an expert's file.
+        folder: as for `gather`.
+
+    Raises:
+        InputError: an expert answers with nothing.
+    """
+    folder = folder or context.run.statistics
     place = place_of(context, folder)
-    files = {expert: file_of(folder, expert) for expert in experts}
-    kept = {expert: context.run.kept.within(place, opened(expert)) for expert in experts}
+    files = files_of(context, folder)
+    kept = {expert: context.run.kept.within(place, opened(expert)) for expert in files}
     left = [expert for expert, file in files.items() if not (file.exists() and kept[expert].has(file))]
     if left:
         folder.mkdir(parents=True, exist_ok=True)
 
         @torch.no_grad()
         def look(expert: str, model: Any, own: Iterator[Asked]) -> None:
-            grams = find(expert, model, own)
-            _refuse_nan(grams, who.format(expert), samples.precision)
-            write_grams(files[expert], grams, kept[expert])
+            keep(expert, model, own, files[expert], kept[expert])
 
         missing = replace(context, plan=context.plan.only(left))
         maker = samples.target_maker(missing, (), torch.device(context.device))
         maker.ask([sample for sample in samples.samples if sample.expert in left], look)
-    return Grams(files)
+    return files
 
 
 def grams_of(

@@ -4,7 +4,8 @@
 a6e4028), and ``authors``: declare-lab/della at 8067515 with the random numbers of `numbers`, duguodong7/pcb-merging at
 5897888, harveyhuang18/EMR_Merging at cc225ec, yule-BUAA/MergeLLM at 9178ef9; of adapters,
 apanariello4/core-space-merging at 85176fa, gstoica27/KnOTS at baa35e8, and AuroraZengfh/RobustMerge at 1212802, whose
-factors are multiplied.
+factors are multiplied; with the numbers of `squares`, pmahdavi/ota-merge at eee703f, in float32; and ``fusion_bench``
+(tanganke/fusion_bench at 54c9e8c).
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def inputs(shape: tuple[int, ...] = (6, 9)) -> tuple[torch.Tensor, torch.Tensor]
     return numbers(shape, 99, 4.0).float(), torch.stack(
         [numbers(shape, expert + 1, 1.0).float() for expert in range(3)]
     )
+
+
+def squares(shape: tuple[int, ...] = (6, 9)) -> torch.Tensor:
+    """What might be squared gradients of three experts, some of them 0."""
+    return torch.stack([(numbers(shape, 50 + expert, 4.0).abs() ** 3).float() for expert in range(3)])
 
 
 @cache
