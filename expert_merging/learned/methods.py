@@ -16,6 +16,7 @@ from expert_merging.flags import Factor
 from expert_merging.learned.options import (
     AligningOptions,
     ChunkingOptions,
+    DivergingOptions,
     LearningOptions,
     TrainingOptions,
     TrimmingOptions,
@@ -78,6 +79,22 @@ def align_merge(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, AligningOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=DivergingOptions, family_defaults=("samples_per_task",))
+def divmerge(context: Context, **options: object) -> Preparation:
+    """A coefficient per expert and parameter that makes the Jensen-Shannon divergence small (2025, arXiv 2509.02108).
+
+    DivMerge: the merged model's distribution of the next token is drawn to each task's expert on answers that the
+    expert has written, the mean being the start. Trained like Expert Merging, whose sigmoid keeps coefficients between
+    0 and 1, where the original's are free.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, DivergingOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(

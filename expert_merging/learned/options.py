@@ -78,6 +78,16 @@ class TrainingOptions(ComparingOptions):
         """Weight of the coefficients' distance from their initial values."""
         return 0.0
 
+    def usual_coefficient(self, family: float, experts: int) -> float:
+        """Initial coefficient of task vectors where none is given.
+
+        Args:
+            family: the family's.
+            experts: number of experts.
+        """
+        del experts
+        return family
+
     def objective(self, layers: int | None) -> Objective:
         """What is made small.
 
@@ -113,6 +123,8 @@ class AlignmentOptions(TrainingOptions):
         temperature: softens both distributions in the logit alignment.
         confident: leave tokens out of the logit alignment at which the expert is less sure than the merged model, and
             says something else.
+        logits_divergence: what the logit alignment makes small, the divergence of Kullback and Leibler from the expert
+            (kl, as published), or that of Jensen and Shannon (js), which is the same in both directions and bounded.
         logits_weight: weight of the logit alignment.
         hidden_states_weight: weight of the hidden-state alignment.
         hidden_states_layers: aligned hidden states; 0 is the embeddings' output, N the output of layer N, middle is
@@ -124,6 +136,7 @@ class AlignmentOptions(TrainingOptions):
     directions: str = "task_vectors"
     temperature: Positive = 1.0
     confident: bool = False
+    logits_divergence: Literal["kl", "js"] = "kl"
     logits_weight: NotNegative = 1.0
     hidden_states_weight: NotNegative = 1.0
     hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "middle"
@@ -154,6 +167,7 @@ class AlignmentOptions(TrainingOptions):
             aligned,
             temperature=self.temperature,
             confident=self.confident,
+            symmetric=self.logits_divergence == "js",
             logits_weight=self.logits_weight,
             hidden_states_weight=self.hidden_states_weight,
             slice_tokens=self.logits_chunk_tokens,
@@ -211,6 +225,20 @@ class AligningOptions(LearningOptions):
     learning_rate: Positive = 0.02
     loss_tokens: Literal["all", "response"] = "response"
     sparsity_reg_weight: NotNegative = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergingOptions(LearningOptions):
+    """Options of DivMerge: those of Expert Merging with other defaults."""
+
+    logits_divergence: Literal["kl", "js"] = "js"
+    hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "none"
+    sparsity_reg_weight: NotNegative = 0.0
+
+    def usual_coefficient(self, family: float, experts: int) -> float:
+        """See `TrainingOptions.usual_coefficient`: that of the mean, as published."""
+        del family
+        return 1 / max(2, experts)  # a bounded coefficient cannot be 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,11 +136,11 @@ def _starts(context: Context, options: TrainingOptions) -> tuple[Start, ...]:
 
 
 def _initial_values(options: TrainingOptions, directions: Directions, context: Context) -> tuple[float, ...]:
-    """Initial coefficient per expert: as given, or 1 for a method's directions, or the family's."""
+    """Initial coefficient per expert: as given, or 1 for a method's directions, or what is usual for task vectors."""
     given = options.scaling_coefficient
-    family = float(context.backbone.defaults.get("scaling_coefficient", _USUAL))
-    default = family if directions.initial is None else directions.initial
-    each = given if isinstance(given, list) else [given] * len(context.plan.experts)
+    family, count = float(context.backbone.defaults.get("scaling_coefficient", _USUAL)), len(context.plan.experts)
+    default = options.usual_coefficient(family, count) if directions.initial is None else directions.initial
+    each = given if isinstance(given, list) else [given] * count
     values = [default if value is None else value for value in each]
     outside = [value for value in values if directions.bounded and not 0 < value < 1]
     if outside:

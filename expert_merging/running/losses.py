@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,6 +33,7 @@ def logit_alignment(
     temperature: float,
     slice_tokens: int,
     confident: bool = False,
+    symmetric: bool = False,
 ) -> Tensor:
     """``T^2 KL(softmax(expert / T) || softmax(merged / T))`` as a mean over tokens (paper, Eq. 2), in float32.
 
@@ -48,8 +50,10 @@ def logit_alignment(
         slice_tokens: most tokens in a slice.
         confident: tokens count as 0 whose likeliest word the expert thinks less likely than the merged model its own,
             another one (the filter of SyMerge, arXiv 2412.19098); the mean is over all tokens.
+        symmetric: Jensen and Shannon's divergence instead of Kullback and Leibler's.
     """
-    measure = partial(_divergence, temperature=temperature, confident=confident)
+    compare = _jensen_shannon if symmetric else _kullback_leibler
+    measure = partial(_divergence, temperature=temperature, confident=confident, compare=compare)
     return _mean_over_tokens(measure, (merged_head, expert_head), (merged_hidden, expert_hidden), slice_tokens)
 
 
@@ -64,8 +68,16 @@ def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: i
     return _mean_over_tokens(_entropy, (head,), (hidden,), slice_tokens)
 
 
-def _divergence(merged_logits: Tensor, expert_logits: Tensor, *, temperature: float, confident: bool) -> Tensor:
-    """The measure of `logit_alignment`; its gradient is ``T (softmax(merged / T) - softmax(expert / T))``."""
+# Takes logits of merged model and expert, the largest 0, which it may overwrite, and whether tokens are left out at
+# which the expert is less sure and says something else. Returns a number for each token, ``(tokens, 1)``, and its
+# gradient with respect to the merged model's logits.
+_Compare = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def _divergence(
+    merged_logits: Tensor, expert_logits: Tensor, *, temperature: float, confident: bool, compare: _Compare
+) -> Tensor:
+    """The measure of `logit_alignment`; its gradient is T times that of the comparison."""
     # A fine-tune may have added a few tokens to the vocabulary; the shared ones are compared.
     shared = min(expert_logits.shape[-1], merged_logits.shape[-1])
     merged_logits[..., shared:] = 0
@@ -74,23 +86,43 @@ def _divergence(merged_logits: Tensor, expert_logits: Tensor, *, temperature: fl
         _cached(merged_logits[..., :shared]), _cached(expert_logits[..., :shared]), strict=True
     ):
         merged, expert = _shifted(merged_rows, temperature), _shifted(expert_rows, temperature)
-        difference = expert - merged
-        merged_sum, expert_sum = (logits.exp_().sum(dim=-1, keepdim=True) for logits in (merged, expert))
-        # The likeliest word has exp(0), so the surer model is that of the smaller sum.
-        counts = (expert_sum <= merged_sum) | _agrees(merged, expert) if confident else None
-        probabilities = expert.div_(expert_sum)
-        values = torch.linalg.vecdot(probabilities, difference)[..., None] + (merged_sum / expert_sum).log()
-        gradient = merged.div_(merged_sum).sub_(probabilities)
-        if counts is not None:
-            values, gradient = values * counts, gradient.mul_(counts)
+        values, gradient = compare(merged, expert, confident)
         total += values.sum()
         merged_rows.copy_(gradient.mul_(temperature * _GRADIENT_SCALE))
     return temperature**2 * total
 
 
-def _agrees(merged: Tensor, expert: Tensor) -> Tensor:
-    """Whether two models' likeliest words are the same, ``(tokens, 1)``."""
-    return (merged.argmax(dim=-1) == expert.argmax(dim=-1))[..., None]
+def _kullback_leibler(merged: Tensor, expert: Tensor, confident: bool) -> tuple[Tensor, Tensor]:
+    """``KL(p || q)`` of the expert's p and the merged model's q; its gradient is ``q - p``."""
+    difference = expert - merged
+    merged_sum, expert_sum = (logits.exp_().sum(dim=-1, keepdim=True) for logits in (merged, expert))
+    counts = _counts(merged, expert, merged_sum, expert_sum) if confident else None
+    probabilities = expert.div_(expert_sum)
+    values = torch.linalg.vecdot(probabilities, difference)[..., None] + (merged_sum / expert_sum).log()
+    gradient = merged.div_(merged_sum).sub_(probabilities)
+    return (values, gradient) if counts is None else (values * counts, gradient.mul_(counts))
+
+
+def _jensen_shannon(merged: Tensor, expert: Tensor, confident: bool) -> tuple[Tensor, Tensor]:
+    """``(KL(p || m) + KL(q || m)) / 2``, m the mean of p and q; its gradient is ``q (log(q / m) - KL(q || m)) / 2``."""
+    merged_sum, expert_sum = (logits.exp().sum(dim=-1, keepdim=True) for logits in (merged, expert))
+    counts = _counts(merged, expert, merged_sum, expert_sum) if confident else None
+    merged.sub_(merged_sum.log_())
+    expert.sub_(expert_sum.log_())
+    q, p = merged.exp(), expert.exp()
+    middle = torch.logaddexp(merged, expert).sub_(math.log(2))
+    from_middle = torch.linalg.vecdot(q, merged.sub_(middle))[..., None]
+    values = (from_middle + torch.linalg.vecdot(p, expert.sub_(middle))[..., None]) / 2
+    gradient = merged.sub_(from_middle).mul_(q).div_(2)
+    return (values, gradient) if counts is None else (values * counts, gradient.mul_(counts))
+
+
+def _counts(merged: Tensor, expert: Tensor, merged_sum: Tensor, expert_sum: Tensor) -> Tensor:
+    """Tokens at which the expert is surer than the merged model, or says the same, ``(tokens, 1)``.
+
+    The likeliest word has exp(0), so the surer model is that of the smaller sum.
+    """
+    return (expert_sum <= merged_sum) | (merged.argmax(dim=-1) == expert.argmax(dim=-1))[..., None]
 
 
 def _entropy(logits: Tensor) -> Tensor:

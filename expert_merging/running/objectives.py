@@ -74,13 +74,14 @@ def alignment(
     hidden_states_weight: float,
     slice_tokens: int | None = None,
     confident: bool = False,
+    symmetric: bool = False,
 ) -> Objective:
     """Alignment with the experts (paper, Eq. 1 and 2)."""
 
     def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
         logits = seen.last.new_zeros((), dtype=torch.float32)
         if logits_weight > 0:
-            logits = _divergence(seen, target, temperature, slice_tokens, confident=confident)
+            logits = _divergence(seen, target, temperature, slice_tokens, confident=confident, symmetric=symmetric)
         return logits_weight * logits, hidden_states_weight * _hidden(seen, target)
 
     return Objective(("logits", "hidden_states"), layers, compare)
@@ -119,7 +120,13 @@ def prediction_entropy(slice_tokens: int | None = None) -> Objective:
 
 
 def _divergence(
-    seen: Seen, target: Target, temperature: float, slice_tokens: int | None = None, *, confident: bool = False
+    seen: Seen,
+    target: Target,
+    temperature: float,
+    slice_tokens: int | None = None,
+    *,
+    confident: bool = False,
+    symmetric: bool = False,
 ) -> Tensor:
     """Logit alignment with the expert, by default of as many tokens at a time as suit the vocabulary."""
     return logit_alignment(
@@ -130,6 +137,7 @@ def _divergence(
         temperature=temperature,
         slice_tokens=slice_tokens or _slice_tokens(seen.head),
         confident=confident,
+        symmetric=symmetric,
     )
 
 

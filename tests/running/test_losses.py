@@ -61,6 +61,37 @@ def test_tokens_count_where_the_expert_is_surer_or_agrees(slice_tokens):
     torch.testing.assert_close(*gradients)
 
 
+def js_plainly(expert_logits: torch.Tensor, merged_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """By tokens."""
+    p, q = (functional.softmax(logits / temperature, -1) for logits in (expert_logits, merged_logits))
+    middle = (p + q) / 2
+    return temperature**2 * ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2
+
+
+def test_jensen_shannon_by_hand():
+    """Of one word each, two models are as far apart as they can be."""
+    sure = 100 * torch.eye(2)
+    heads = torch.clone, torch.clone
+    found = logit_alignment(sure[:1], sure[1:], *heads, temperature=1.0, slice_tokens=1, symmetric=True)
+    assert found.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_jensen_shannon_has_value_and_gradient_of_its_definition(temperature, confident):
+    torch.manual_seed(0)
+    expert, merged = 3 * torch.randn(40, 7), (3 * torch.randn(40, 7)).requires_grad_()
+    sure, own = (functional.softmax(logits / temperature, -1).max(-1) for logits in (expert, merged))
+    counts = (sure.values >= own.values) | (sure.indices == own.indices) | (not confident)
+    expected = (js_plainly(expert, merged, temperature) * counts).mean()
+    settings = {"temperature": temperature, "slice_tokens": 4, "confident": confident, "symmetric": True}
+    found = logit_alignment(expert, merged, torch.clone, torch.clone, **settings)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, merged) for loss in (found, expected)))
+    same = logit_alignment(expert, expert.clone(), torch.clone, torch.clone, **settings)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("slice_tokens", [1, 3, 7, 100])
 def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(slice_tokens):
     torch.manual_seed(0)
