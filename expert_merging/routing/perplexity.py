@@ -19,7 +19,7 @@ from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.answers import BATCH_TOKENS, final_logits
 from expert_merging.running.batches import pack, together
-from expert_merging.running.prompts import place
+from expert_merging.running.prompts import place, tokenizer_of
 
 # Texts of which no question shares both the first and the last token.
 _PROBES = ("0", "Z")
@@ -88,6 +88,13 @@ class Frame:
             )
         size = len(sample.question.encode()) if self.by_bytes else len(counted)
         return Asked(inputs, torch.tensor(counted), size)
+
+
+def uncounted(processor: Any) -> frozenset[int]:
+    """Tokens that are no part of a question's text: special ones, and those that stand for pictures."""
+    tokenizer = tokenizer_of(processor)
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *added, getattr(processor, "image_token_id", None)} - {None})
 
 
 def _tokens(inputs: Mapping[str, Tensor]) -> list[int]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.checkpoints.sources import locate
 from expert_merging.comparing.scoring import digests_of
 from expert_merging.console import say
 from expert_merging.documents import resolved
-from expert_merging.errors import Problems, about, near_name
+from expert_merging.errors import Problems, near_name
 from expert_merging.flags import Count, Positive
 from expert_merging.writing import check_file
 
@@ -117,15 +116,12 @@ def _check(options: RouteOptions) -> tuple[dict[str, Path], Path]:
     Raises:
         InputError: all that is missing, or cannot be used.
     """
-    problems, experts = Problems(), dict[str, Path]()
+    problems, experts = Problems(), {name: Path(path) for name, path in (options.expert or {}).items()}
     if not options.expert:
         problems.add("which experts? Give --expert NAME=PATH for each")
     for flag, what in (("questions", "FOLDER"), ("answers", "FILE")):
         if getattr(options, flag) is None:
             problems.add(f"--{flag} {what} is needed")
-    for name, path in (options.expert or {}).items():
-        with problems.collecting(), about(name):
-            experts[name] = locate(Path(path))
     if options.answers is not None:
         with problems.collecting():
             check_file(Path(options.answers), "--answers")
@@ -175,22 +171,20 @@ def _plan(router: PerplexityRouter) -> list[str]:
 def _work(router: PerplexityRouter, questions: Sequence[Question], record: Record, terminal: Terminal) -> None:
     """Find perplexities and answers that are not known yet."""
     for name in router.experts:
-        unread = record.unread(name)
-        if unread:
+        if unread := record.unread(name):
             with terminal.progress(f"perplexity under {name}", len(unread), "question") as advance:
-                for done, (place, value) in enumerate(router.perplexities(name, [questions[one] for one in unread]), 1):
+                own = [questions[number] for number in unread]
+                for done, (place, value) in enumerate(router.perplexities(name, own), 1):
                     record.add_perplexity(unread[place], name, value)
                     if not done % _KEPT:
                         record.save()
                     advance(1)
             record.save()
-    weights = router.weights({name: record.perplexities(name) for name in router.experts})
-    unanswered = record.unanswered()
-    with terminal.progress("answers", len(unanswered), "question") as advance:
-        asked = [questions[number] for number in unanswered]
-        for places, answers in router.answer(asked, weights[:, unanswered]):
-            for place, answered in zip(places, answers, strict=True):
-                number = unanswered[place]
-                record.add_answer(number, router.shares(weights[:, number]), answered)
-            record.save()
-            advance(len(places))
+    if unanswered := record.unanswered():
+        weights = router.weights({name: record.perplexities(name) for name in router.experts})[:, unanswered]
+        with terminal.progress("answers", len(unanswered), "question") as advance:
+            for places, answers in router.answer([questions[number] for number in unanswered], weights):
+                for place, answered in zip(places, answers, strict=True):
+                    record.add_answer(unanswered[place], router.shares(weights[:, place]), answered)
+                record.save()
+                advance(len(places))

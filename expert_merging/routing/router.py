@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_merging.checkpoints.sources import locate
 from expert_merging.comparing.asked import Asked, family_of, load, loaded, ready
 from expert_merging.comparing.compare import Compared
 from expert_merging.errors import InputError, Problems, about
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
 from expert_merging.routing.lockstep import Writer, mixed, write_together
-from expert_merging.routing.perplexity import Frame, mixing_weights, perplexities
+from expert_merging.routing.perplexity import Frame, mixing_weights, perplexities, uncounted
 from expert_merging.running.answers import Answered, Asker, Row, token_likelihoods
 from expert_merging.running.batches import pack
 from expert_merging.running.prompts import place, tokenizer_of
@@ -84,7 +85,7 @@ class PerplexityRouter:
         """A router of the experts in these folders; all that can be wrong is told before one is loaded.
 
         Args:
-            experts: folders by name.
+            experts: folders by name, or repositories on the Hub.
             questions: what they will be asked, to be checked.
             words: text with ``{question}`` in it, for all or by expert; by default each expert's own words.
             family: model family; by default that of each expert's ``config.json``.
@@ -99,12 +100,15 @@ class PerplexityRouter:
             problems.add(
                 f"--experts_per_question must be at most the number of experts, {len(experts)}, got {per_question}"
             )
-        for name, folder in experts.items():
-            model = Compared(name, folder, None)
+        for name, place_of in experts.items():
             with problems.collecting():
-                own = words if isinstance(words, str) else (words or {}).get(name)
                 with about(name):
+                    folder = locate(place_of)
+                    if not any(folder.glob("*.safetensors")):
+                        raise InputError(f"{folder} holds no model: no .safetensors file is there")
+                    model = Compared(name, folder, None)
                     backbone = family_of(model, family)
+                own = words if isinstance(words, str) else (words or {}).get(name)
                 (found[name],) = ready([model], [backbone], own, questions)
         problems.check()
         differing = _differing_vocabulary(found)
@@ -185,8 +189,7 @@ class PerplexityRouter:
         return {name: share for name, share in zip(self.experts, weights.tolist(), strict=True) if share}
 
     def _frame(self, expert: str) -> Frame:
-        asker, tokenizer = self._asker(expert), tokenizer_of(self.experts[expert].processor)
-        return Frame(asker.prompt, frozenset(tokenizer.all_special_ids), self.by_bytes)
+        return Frame(self._asker(expert).prompt, uncounted(self.experts[expert].processor), self.by_bytes)
 
     def _asker(self, expert: str) -> Asker:
         own = self.experts[expert]
