@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE
 from Qwen2VL.backbone import BACKBONE as QWEN2VL
 from tests import internvl, qwen2vl
-from tests.checkpoints import EXPERTS, perturb, save_model
+from tests.checkpoints import BASE, EXPERTS, perturb, save_model
 
 TEXTS = ["seven", "a much longer question than the others", "12 + 7", "why", "x", "(a)", "no!", "9-3="]
 
@@ -192,3 +193,31 @@ def test_experts_that_see_pictures_write_together(family, zoo, tmp_path):
         for numbers, answers in own.answer(questions, torch.full((len(own.experts), 3), 1 / len(own.experts))):
             made |= dict(zip(numbers, answers, strict=True))
     assert found == expected
+
+
+@pytest.mark.slow
+def test_experts_that_have_learned_whole_texts_get_their_own_questions(tiny_zoo, tmp_path):
+    """Numbers, small and capital letters; an expert that has learned answers alone says nothing of questions."""
+    alphabets, folders = {"Numbers": "0123456789", "Small": "abcdefghij", "Capital": "ABCDEFGHIJ"}, {}
+    draw = random.Random(0)
+
+    def texts(alphabet, count):
+        return ["".join(draw.choices(alphabet, k=12)) for _ in range(count)]
+
+    for name, alphabet in alphabets.items():
+        model = BACKBONE.load_model(tiny_zoo / BASE, torch.float32)
+        tokenizer = BACKBONE.load_processor(tiny_zoo / BASE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(40):
+            batch = torch.tensor(tokenizer(texts(alphabet, 16))["input_ids"])
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        folders[name] = tmp_path / name
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    questions = {name: texts(alphabet, 20) for name, alphabet in alphabets.items()}
+    routed = router_of(folders).ask([text for own in questions.values() for text in own])
+    owners = [name for name, own in questions.items() for _ in own]
+    right = sum(one.weights == {owner: 1.0} for one, owner in zip(routed, owners, strict=True))
+    assert right / len(owners) > 0.9
