@@ -32,8 +32,8 @@ Encode: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question as an expert is asked.
+class Scored:
+    """A question as an expert is asked, and what of it counts.
 
     Args:
         inputs: model inputs of the prompt, batch of one.
@@ -65,7 +65,7 @@ class Frame:
     special: frozenset[int]
     by_bytes: bool = False
 
-    def asked(self, samples: Sequence[Sample]) -> list[Asked]:
+    def asked(self, samples: Sequence[Sample]) -> list[Scored]:
         """Questions as the expert is asked.
 
         Raises:
@@ -74,7 +74,7 @@ class Frame:
         probes = [_tokens(self.encode(Sample.test(probe))) for probe in _PROBES]
         return [self._one(sample, probes) for sample in samples]
 
-    def _one(self, sample: Sample, probes: Sequence[Sequence[int]]) -> Asked:
+    def _one(self, sample: Sample, probes: Sequence[Sequence[int]]) -> Scored:
         inputs = self.encode(sample)
         tokens = _tokens(inputs)
         first = min(_shared(tokens, probe) for probe in probes)
@@ -87,7 +87,7 @@ class Frame:
                 "longer one, or --prompt_template with a word before {question}"
             )
         size = len(sample.question.encode()) if self.by_bytes else len(counted)
-        return Asked(inputs, torch.tensor(counted), size)
+        return Scored(inputs, torch.tensor(counted), size)
 
 
 def uncounted(processor: Any) -> frozenset[int]:
@@ -109,7 +109,7 @@ def _shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def perplexities(model: Any, asked: Sequence[Asked], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, float]]:
+def perplexities(model: Any, asked: Sequence[Scored], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, float]]:
     """``exp(-1/t sum log p(x_j | x_<j))`` of each question, with its number.
 
     Args:

@@ -96,9 +96,9 @@ class PerplexityRouter:
             InputError: every problem found.
         """
         problems, found = Problems(), dict[str, Asked]()
-        if per_question > len(experts):
+        if not 1 <= per_question <= len(experts):
             problems.add(
-                f"--experts_per_question must be at most the number of experts, {len(experts)}, got {per_question}"
+                f"--experts_per_question must be from 1 to the number of experts, {len(experts)}, got {per_question}"
             )
         for name, place_of in experts.items():
             with problems.collecting():
@@ -220,8 +220,9 @@ def _choose(
     asked = {number: question for number, question in enumerate(questions) if question.kind == "choice"}
     scores = []
     for name, asker in askers.items():
+        prompts = {number: asker.prompt(question.sample) for number, question in asked.items()}
         rows = {
-            (number, choice): Row(asker.prompt(question.sample), asker.tokens(choice))
+            (number, choice): Row(prompts[number], asker.tokens(choice))
             for number, question in asked.items()
             for choice in question.choices
         }

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from expert_merging.comparing.intervals import interval
-from expert_merging.comparing.scoring import task_score
+from expert_merging.comparing.scores_file import SetScore, TaskScore
+from expert_merging.comparing.scoring import mean_score, task_score
 from expert_merging.console import table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from expert_merging.routing.record import Record
-
-# The row of all tasks together, each counted once.
-MEAN = "mean"
 
 
 def shares_of(entries: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> dict[str, float]:
@@ -31,16 +28,12 @@ def tell(record: Record, console: Console) -> None:
     shares = {task: shares_of(own, experts) for task, own in tasks.items()}
     points = {task: [entry["points"] for entry in own if "points" in entry] for task, own in tasks.items()}
     scores = {task: task_score(own) for task, own in points.items() if own}
-    rows = [[task, *map(_percent, own.values())] for task, own in shares.items()]
-    rows.append([MEAN, *(_percent(sum(own[name] for own in shares.values()) / len(shares)) for name in experts)])
-    columns = [f"by {name}" for name in experts]
-    if scores:
-        columns.append("right")
-        known = {task: (score.mean, score.low, score.high) for task, score in scores.items()}
-        low, high = interval(*(points[task] for task in scores))
-        known[MEAN] = (sum(score.mean for score in scores.values()) / len(scores), 100 * low, 100 * high)
-        for row in rows:
-            row.append(_with_bounds(*known[row[0]]) if row[0] in known else "")
+    rows = [[task, *map(_percent, own.values()), _right(scores.get(task))] for task, own in shares.items()]
+    means = [sum(own[name] for own in shares.values()) / len(shares) for name in experts]
+    rows.append(["mean", *map(_percent, means), _right(mean_score(SetScore(scores))) if scores else ""])
+    columns = [*(f"by {name}" for name in experts), "right"]
+    if not scores:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     record.save(
         shares=shares,
         scores={task: {"mean": one.mean, "low": one.low, "high": one.high} for task, one in scores.items()},
@@ -53,5 +46,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _with_bounds(mean: float, low: float | None, high: float | None) -> str:
-    return f"{mean:.1f}\n{low:.1f} to {high:.1f}"
+def _right(score: TaskScore | None) -> str:
+    """A share of right answers with its interval; empty where none is known to be right."""
+    return "" if score is None else f"{score.mean:.1f}\n{score.low:.1f} to {score.high:.1f}"

@@ -194,7 +194,7 @@ def test_what_is_missing_is_told_at_once(capsys, tmp_path):
 def test_what_does_not_fit_is_told_before_an_expert_is_loaded(given, questions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("expert_merging.comparing.asked.load", None)
     assert refusal(capsys, *given, "--experts_per_question", 4) == [
-        "--experts_per_question must be at most the number of experts, 3, got 4"
+        "--experts_per_question must be from 1 to the number of experts, 3, got 4"
     ]
     assert "--temperature must be" in refusal(capsys, *given, "--temperature", 0)[0]
     make_picture(tmp_path / "cat.png")
