@@ -6,7 +6,7 @@ from typing import get_args
 
 from expert_merging.flags import read_options
 from expert_merging.methods.wudi import RankRule
-from expert_merging.mixtures.options import router_of
+from expert_merging.mixtures.options import FITTED, router_of
 from expert_merging.options import Resolved
 from expert_merging.running.options import SampleOptions
 
@@ -24,7 +24,7 @@ _LEFT_OUT = (
     ("step_size", "solver", ("exact",)),
     *((name, "router", ("random", "zeros")) for name in (*read_options(SampleOptions), "router_temperature")),
     ("held_out", "router", ("embedding", "random", "zeros")),
-    ("negative_prompts", "router", ("ridge", "random", "zeros")),
+    ("negative_prompts", "router", (*FITTED, "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
 )

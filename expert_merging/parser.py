@@ -82,7 +82,7 @@ _UNSET = {
     "data_dir": "dataset/ at the repository root",
     "population": "by coefficients",
     "rank_ratio": "1/experts",
-    "router_temperature": "0.1 for ridge, else 1",
+    "router_temperature": "0.1 for ridge and task_vectors, else 1",
     "scaling_coefficient": "by directions",
     "solver": "by variant",
     "step_size": "by solver",

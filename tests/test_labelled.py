@@ -77,6 +77,16 @@ def test_texts_can_be_judged_by_their_numbers(tmp_path):
     assert problem.endswith("""Math.json, entry 0 (counted from 0): 'answer' has no number in it, got "red\"""")
 
 
+def test_entries_may_have_no_answer_where_that_is_wanted(tmp_path):
+    entries = [{"question": "a"}, {"question": "b", "answer": 42}, {"question": "c", "response": "so"}]
+    found = load(tmp_path, *entries, without_answers=True)
+    assert [(one.kind, one.answers) for one in found] == [("open", ()), ("numbers", ("42",)), ("exact_match", ("so",))]
+    assert not found[0].is_right("anything")
+    wrong = [{"question": "a", "answer": [{}]}, {"question": "b", "choices": ["x", "y"]}]
+    assert len(refusal(tmp_path, *wrong, without_answers=True)) == 2, "what is there must be usable"
+    assert "'answer' must be" in refusal(tmp_path, entries[0])[0]
+
+
 def test_the_first_questions_alone_and_the_expert_of_a_task(tmp_path):
     entries = [{"question": str(number), "answer": "x"} for number in range(3)]
     found = load(tmp_path, *entries, count=2, experts={"Math": "Numbers"})

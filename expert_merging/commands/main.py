@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expert_merging.commands import align, analyse, convert, evaluate, extract, merge, report, runs, sweep, verify
+from expert_merging.commands import (
+    align,
+    analyse,
+    convert,
+    evaluate,
+    extract,
+    merge,
+    report,
+    route,
+    runs,
+    sweep,
+    verify,
+)
 from expert_merging.commands.command import Command
 from expert_merging.commands.completion import complete
 from expert_merging.console import Screen
@@ -21,7 +33,7 @@ from expert_merging.shortage import shortage_of
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (merge, runs, align, evaluate, sweep, report, analyse, extract, convert, verify)
+    for module in (merge, route, runs, align, evaluate, sweep, report, analyse, extract, convert, verify)
 }
 
 # What `pip install -e .` calls the program.

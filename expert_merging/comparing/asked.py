@@ -121,9 +121,14 @@ def _prepared(
     return Asked(model, backbone, formats, prompts.processor, dtype, longest)
 
 
+def load(asked: Asked, device: str) -> Any:
+    """The model on a device."""
+    return asked.backbone.load_model(asked.model.folder, asked.dtype).to(choose_device(device))
+
+
 @contextmanager
 def loaded(asked: Asked, device: str) -> Iterator[Any]:
     """The model on a device, with as many threads as serve it; it is released afterwards."""
-    model = asked.backbone.load_model(asked.model.folder, asked.dtype).to(choose_device(device))
+    model = load(asked, device)
     with fitting_threads(model.num_parameters()):
         yield model

@@ -13,16 +13,23 @@ import torch
 from torch import Tensor
 
 from expert_merging.checkpoints.checkpoint import Checkpoint
-from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples
+from expert_merging.mixtures.statistics import FOR, NEGATIVE, OWN, RouterSamples
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.roles import word_tables
-from expert_merging.statistics.gram import Gram, Grams
+from expert_merging.statistics.gram import Gram, Grams, combined
 
 
-def for_members(mixture: Mixture, rows: Tensor, temperature: float) -> Tensor:
-    """A router ``(members, columns)`` float32 from the experts' rows; the base, which has no samples, gets zeros."""
+def for_members(mixture: Mixture, rows: Tensor, temperature: float, places: Sequence[int] | None = None) -> Tensor:
+    """A router ``(members, columns)`` float32 from experts' rows; who has no samples, such as the base, gets zeros.
+
+    Args:
+        mixture: the mixture.
+        rows: ``(experts, columns)``.
+        temperature: what logits are divided by.
+        places: numbers of the experts that the rows are of; all by default.
+    """
     router = torch.zeros(len(mixture.members), rows.shape[1])
-    router[: len(rows)] = rows.float().cpu() / temperature
+    router[list(range(len(rows)) if places is None else places)] = rows.float().cpu() / temperature
     return router
 
 
@@ -70,7 +77,12 @@ def others(means: Tensor) -> Tensor:
 
 
 def from_states(
-    mixture: Mixture, grams: Grams, rows: Callable[[Sequence[Gram], Sequence[Gram]], Tensor], temperature: float
+    mixture: Mixture,
+    grams: Grams,
+    rows: Callable[[Sequence[Gram], Sequence[Gram]], Tensor],
+    temperature: float,
+    *,
+    assigned: bool = False,
 ) -> dict[str, Tensor]:
     """Routers by name, from statistics of their inputs.
 
@@ -79,13 +91,23 @@ def from_states(
         grams: the statistics.
         rows: the experts' rows, from their statistics and those of what they are not for, which may be none.
         temperature: what logits are divided by.
+        assigned: samples are for the experts that they were assigned to, instead of those that were asked.
     """
     made = {}
     for name, router in mixture.inputs.items():
-        own = [gram for gram in grams.of(OWN + name) if gram is not None]
+        found = _of_assigned(mixture, grams, name) if assigned else grams.of(OWN + name)
+        own = {place: gram for place, gram in enumerate(found) if gram is not None}
         negative = [gram for gram in grams.of(NEGATIVE + name) if gram is not None]
-        made[router] = for_members(mixture, rows(own, negative), temperature)
+        made[router] = for_members(mixture, rows([*own.values()], negative), temperature, [*own])
     return made
+
+
+def _of_assigned(mixture: Mixture, grams: Grams, name: str) -> list[Gram | None]:
+    """Statistics of a router's inputs on the samples that were assigned to each expert, whoever was asked."""
+    return [
+        combined(gram for gram in grams.of(FOR.format(expert) + name) if gram is not None)
+        for expert in mixture.plan.experts
+    ]
 
 
 def mean_of(gram: Gram, device: torch.device) -> Tensor:

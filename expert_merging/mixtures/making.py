@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +12,20 @@ from expert_merging.context import Context
 from expert_merging.machine import gib, show_size
 from expert_merging.mixtures import fitting
 from expert_merging.mixtures.body import share
-from expert_merging.mixtures.options import OF_STATES, MixtureOptions
+from expert_merging.mixtures.options import FITTED, OF_STATES, MixtureOptions
 from expert_merging.mixtures.report import report
+from expert_merging.mixtures.similarity import chosen_experts, told
 from expert_merging.mixtures.statistics import NEGATIVE, OWN, RouterSamples, gather_inputs, most_bytes
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.plan import Rule
 from expert_merging.statistics.gram import Gram, Grams
 from expert_merging.statistics.inputs import file_of
 from expert_merging.writing import check_free_disk
+
+_GRADIENTS = (
+    "which expert a sample is for is found before: a backward pass of the base for each, with the gradient of one of "
+    "its feed-forward tensors in memory at a time, and task vectors in memory where half of it has room for them"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,13 @@ class RouterMaker:
         """The most bytes that are kept of an expert."""
         if self.options.kind not in OF_STATES:
             return 0
-        return most_bytes(len(self.mixture.inputs), self.mixture.columns, negatives=self.options.negatives is not None)
+        sums = len(self.context.plan.experts) if self.by_gradient else 1 + (self.options.negatives is not None)
+        return most_bytes(len(self.mixture.inputs), self.mixture.columns, sums)
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether samples are for the experts whose task vectors their gradients ask for."""
+        return self.options.kind == "task_vectors"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,6 +90,7 @@ class RouterMaker:
             f"that is shared put into it; at most {gib(size)} of memory beside the expert",
             f"what routers are made of is kept in {self.context.run.statistics}, at most {show_size(experts * size)}, "
             "which can be removed once the mixture is there",
+            *([_GRADIENTS] if self.by_gradient else []),
         )
 
     def make(self, rule: Rule, unit: str) -> dict[str, Tensor]:
@@ -87,13 +100,19 @@ class RouterMaker:
             rule: what merges the shared tensors.
             unit: what it is fed.
         """
-        grams = None
-        if self.bytes_each:
-            names = [*self.mixture.inputs]
-            shared = self.context, self.mixture, rule, unit
-            grams = gather_inputs(self.context, self.samples, names, lambda model: share(model, *shared))
-        routers = self._of_embeddings() if grams is None else self._of_states(grams)
-        report(self.context, self.mixture, routers, grams)
+        if not self.bytes_each:
+            routers = self._of_embeddings()
+            report(self.context, self.mixture, routers, None)
+            return routers
+        samples, assigned = self.samples, None
+        if self.by_gradient:
+            own = samples.of(OWN)
+            chosen = chosen_experts(self.context, replace(samples.samples, samples=tuple(own)))
+            samples, assigned = samples.assigned(chosen), told(own, chosen)
+        names, shared = [*self.mixture.inputs], (self.context, self.mixture, rule, unit)
+        grams = gather_inputs(self.context, samples, names, lambda model: share(model, *shared))
+        routers = self._of_states(grams)
+        report(self.context, self.mixture, routers, grams, assigned)
         return routers
 
     def _of_states(self, grams: Grams) -> dict[str, Tensor]:
@@ -107,8 +126,9 @@ class RouterMaker:
             given = torch.stack([fitting.mean_of(gram, device) for gram in negative]) if negative else None
             return fitting.directions(means, self._negatives(means, given))
 
-        rows = ridge if self.options.kind == "ridge" else prompts
-        return fitting.from_states(self.mixture, grams, rows, self.options.temperature)
+        rows = ridge if self.options.kind in FITTED else prompts
+        temperature = self.options.temperature
+        return fitting.from_states(self.mixture, grams, rows, temperature, assigned=self.by_gradient)
 
     def _of_embeddings(self) -> dict[str, Tensor]:
         """The same rows for every layer."""

@@ -12,17 +12,21 @@ from expert_merging.plan import Plan
 from expert_merging.running.options import SampleOptions
 
 # Routers that are made of samples, and those of them for which models run.
-OF_SAMPLES = ("ridge", "prompts", "embedding")
-OF_STATES = ("ridge", "prompts")
+OF_SAMPLES = ("ridge", "task_vectors", "prompts", "embedding")
+OF_STATES = ("ridge", "task_vectors", "prompts")
+# Those that are fitted by least squares.
+FITTED = ("ridge", "task_vectors")
 DESCRIBED = {
     "random": "Routers are random numbers: train them before anything is expected of the model.",
     "zeros": "Routers are zero: all experts have the same share in every token.",
     "ridge": "Routers are fitted by least squares to which expert a calibration sample is of.",
+    "task_vectors": "Routers are fitted by least squares to which expert's task vector the gradient of a calibration "
+    "sample asks for.",
     "prompts": "Routers are directions of the hidden states of each expert's calibration samples.",
     "embedding": "Routers are directions of the embeddings of each expert's calibration samples.",
 }
 # What a router's logits are divided by.
-_TEMPERATURES = {"ridge": 0.1, "prompts": 1.0, "embedding": 1.0}
+_TEMPERATURES = {"ridge": 0.1, "task_vectors": 0.1, "prompts": 1.0, "embedding": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,10 @@ class MixtureOptions(SampleOptions):
     """Options of mixtures.
 
     Args:
-        router: what chooses a token's experts, of samples, least squares (ridge), directions of hidden states (prompts)
-            or of embeddings (embedding); random numbers, to be trained; or zeros, which mix all experts alike. auto is
-            ridge where --data_dir is given, and random elsewhere.
+        router: what chooses a token's experts, of samples, least squares to whose samples they are (ridge) or to whose
+            task vector is likest to the gradient of the base's loss on them (task_vectors), directions of hidden states
+            (prompts) or of embeddings (embedding); random numbers, to be trained; or zeros, which mix all experts
+            alike. auto is ridge where --data_dir is given, and random elsewhere.
         router_temperature: what the logits of a router that is made of samples are divided by; the lower, the more the
             best expert counts.
         ridge: how strongly the least squares are pulled towards zero, as a share of the mean square of the inputs.
@@ -48,7 +53,7 @@ class MixtureOptions(SampleOptions):
         include_base: the base's feed-forward layers are one more expert, the last one.
     """
 
-    router: Literal["auto", "ridge", "prompts", "embedding", "random", "zeros"] = "auto"
+    router: Literal["auto", "ridge", "task_vectors", "prompts", "embedding", "random", "zeros"] = "auto"
     router_temperature: Positive | None = None
     ridge: Positive = 0.01
     negative_prompts: str = "others"
@@ -71,7 +76,7 @@ class MixtureOptions(SampleOptions):
     @property
     def negatives(self) -> str | None:
         """Folder of the samples that experts are not for, if there is one."""
-        return None if self.negative_prompts in ("others", "none") or self.kind == "ridge" else self.negative_prompts
+        return None if self.negative_prompts in ("others", "none") or self.kind in FITTED else self.negative_prompts
 
     def members(self, plan: Plan) -> dict[str, str | None]:
         """The mixture's experts."""

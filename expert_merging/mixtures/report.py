@@ -35,7 +35,13 @@ def measure(mixture: Mixture, routers: Mapping[str, Tensor], grams: Grams) -> di
     return found
 
 
-def report(context: Context, mixture: Mixture, routers: Mapping[str, Tensor], grams: Grams | None) -> None:
+def report(
+    context: Context,
+    mixture: Mixture,
+    routers: Mapping[str, Tensor],
+    grams: Grams | None,
+    assigned: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
     """Write what routers do to the run's folder and to the log, and warn of what is wrong.
 
     Args:
@@ -43,19 +49,40 @@ def report(context: Context, mixture: Mixture, routers: Mapping[str, Tensor], gr
         mixture: the mixture.
         routers: its routers by name.
         grams: statistics with held-out samples; None where no model has run.
+        assigned: how many samples are for which expert, by whose they are, where that was found out.
     """
     found, apart = measure(mixture, routers, grams) if grams is not None else {}, conditions(routers)
     content: dict[str, Any] = {"experts": [*mixture.members], "experts_per_token": mixture.per_token}
     content |= {"condition": {name: _finite(number) for name, number in apart.items()}, "load": found}
+    content |= {} if assigned is None else {"assigned": assigned}
     context.run.kept.write(context.run.folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
-    for line in _loads_in_words(mixture, found):
+    for line in [*_assigned_in_words(assigned or {}), *_loads_in_words(mixture, found)]:
         logger.info("%s", line)
-    for line in [*_ill_conditioned(apart), *_dead(mixture, found)]:
+    for line in [*_without_samples(mixture, assigned), *_ill_conditioned(apart), *_dead(mixture, found)]:
         logger.warning("%s", line)
 
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def _assigned_in_words(assigned: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"by their gradients, samples of {owner} are for "
+        + ", ".join(f"{expert} ({count} of {sum(own.values())})" for expert, count in own.items())
+        for owner, own in assigned.items()
+    ]
+
+
+def _without_samples(mixture: Mixture, assigned: Mapping[str, Mapping[str, int]] | None) -> list[str]:
+    """Experts that no sample is for."""
+    found = {expert for own in (assigned or {}).values() for expert in own}
+    return [
+        f"no sample is for expert {expert} by its gradient, so routers rate it zero; --router ridge goes by whose "
+        "samples they are"
+        for expert in mixture.plan.experts
+        if assigned is not None and expert not in found
+    ]
 
 
 def _loads_in_words(mixture: Mixture, found: Mapping[str, Mapping[str, list[float]]]) -> list[str]:

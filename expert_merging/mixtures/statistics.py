@@ -23,6 +23,8 @@ from expert_merging.statistics.inputs import gather, grams_of
 
 # Samples that routers are made of, those that an expert is not for, and those that routers are tried on.
 OWN, NEGATIVE, HELD_OUT = "", "negative ", "held out "
+# Samples that are for an expert, whosever they are.
+FOR = "for {} "
 # Vectors that are kept of what routers are tried on, of each expert and router.
 _MOST_KEPT = 1024
 
@@ -90,6 +92,18 @@ class RouterSamples:
         kinds = tuple(kind for kind, samples in by_kind.items() for _ in samples)
         return cls(replace(found, samples=together, longest=longest), kinds)
 
+    def assigned(self, chosen: Sequence[str]) -> RouterSamples:
+        """The same, in which samples that routers are made of are for other experts than those that are asked.
+
+        Args:
+            chosen: the expert that each of them is for.
+        """
+        names = iter(chosen)
+        kinds = [FOR.format(next(names)) if kind == OWN else kind for kind in self.kinds]
+        order = sorted(range(len(kinds)), key=kinds.__getitem__)  # those of a kind go through an expert in one go
+        samples = tuple(self.samples.samples[number] for number in order)
+        return RouterSamples(replace(self.samples, samples=samples), tuple(kinds[number] for number in order))
+
     def kinds_of(self, expert: str) -> list[str]:
         """What each of an expert's samples is for."""
         pairs = zip(self.samples.samples, self.kinds, strict=True)
@@ -100,15 +114,15 @@ class RouterSamples:
         return [sample for sample, own in zip(self.samples.samples, self.kinds, strict=True) if own == kind]
 
 
-def most_bytes(routers: int, columns: int, *, negatives: bool) -> int:
+def most_bytes(routers: int, columns: int, sums: int) -> int:
     """The most bytes that are kept of an expert, in memory and on the disk.
 
     Args:
         routers: number of routers.
         columns: columns of a router.
-        negatives: there are samples that experts are not for.
+        sums: kinds of samples whose inputs are added up.
     """
-    return 4 * routers * ((1 + negatives) * (columns + 1) ** 2 + min(_MOST_KEPT, columns) * columns)
+    return 4 * routers * (sums * (columns + 1) ** 2 + min(_MOST_KEPT, columns) * columns)
 
 
 def gather_inputs(context: Context, found: RouterSamples, names: Sequence[str], change: Callable[[Any], None]) -> Grams:
@@ -132,7 +146,7 @@ def gather_inputs(context: Context, found: RouterSamples, names: Sequence[str], 
         grams = dict[tuple[str, ...], Gram]()
         for kind, pairs in groupby(zip(found.kinds_of(expert), own, strict=True), itemgetter(0)):
             asked = (one for _, one in pairs)
-            of_kind = grams_of(model, names, file_name, asked, _SUMS[kind])
+            of_kind = grams_of(model, names, file_name, asked, _SUMS.get(kind, SumWithMean))
             grams |= {tuple(kind + name for name in shared): gram for shared, gram in of_kind.items()}
         return grams
 

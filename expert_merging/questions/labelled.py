@@ -16,8 +16,9 @@ from expert_merging.questions.calibration import Sample, entry_place, find_tasks
 from expert_merging.questions.entries import read_entries, read_exchange
 from expert_merging.questions.picture_sources import content_of
 
-# How an answer is judged: it is the text, its last number is the right one, or the right choice is the likeliest.
-Kind = Literal["exact_match", "numbers", "choice"]
+# How an answer is judged: it is the text, its last number is the right one, the right choice is the likeliest, or it is
+# not judged at all.
+Kind = Literal["exact_match", "numbers", "choice", "open"]
 _NUMBER = re.compile(r"(?:(?<!\w)[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -57,7 +58,12 @@ def last_number(text: str) -> float | None:
 
 
 def load_questions(
-    folder: Path, *, experts: Mapping[str, str] | None = None, count: int | None = None, numbers: bool = False
+    folder: Path,
+    *,
+    experts: Mapping[str, str] | None = None,
+    count: int | None = None,
+    numbers: bool = False,
+    without_answers: bool = False,
 ) -> list[Question]:
     """The questions of all task files of a folder, tasks in the order of their files.
 
@@ -66,6 +72,7 @@ def load_questions(
         experts: the expert in whose words a task is asked, where that is not the one of its name.
         count: questions of each task, from the beginning of its file; all by default.
         numbers: judge written answers by their last number also where the file has texts.
+        without_answers: entries may have no answer, and are not judged then.
 
     Raises:
         InputError: there is no file, or an entry has no question or no answer; all problems at once.
@@ -78,7 +85,7 @@ def load_questions(
     problems, found = Problems(), list[Question]()
     for task, file in tasks.items():
         with problems.collecting():
-            found += _read_task(task, file, (experts or {}).get(task, task), count, numbers=numbers)
+            found += _read_task(task, file, (experts or {}).get(task, task), count, numbers, without_answers)
     problems.check()
     return found
 
@@ -113,14 +120,20 @@ def by_task(questions: Sequence[Question]) -> dict[str, list[Question]]:
     return found
 
 
-def _read_task(task: str, file: Path, expert: str, count: int | None, *, numbers: bool) -> Iterator[Question]:
+def _read_task(
+    task: str, file: Path, expert: str, count: int | None, numbers: bool, without_answers: bool
+) -> Iterator[Question]:
     """The questions of a file; a problem that many entries share is told once."""
     found, problems = list[Question](), dict[str, list[int]]()
     for number, entry in enumerate(read_entries(file)[:count]):
         try:
             exchange = read_exchange(entry)
             sample = sample_of(task, file, number, entry, exchange, expert)
-            found.append(_question(sample, entry, numbers=numbers))
+            has_answer = not {"answer", "choices"}.isdisjoint(entry) or sample.response is not None
+            if without_answers and not has_answer:
+                found.append(Question(sample, (), "open"))
+            else:
+                found.append(_question(sample, entry, numbers=numbers))
         except InputError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(number)

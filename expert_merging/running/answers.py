@@ -26,6 +26,8 @@ _GROUP = 64
 # Tokens that an answer may have more than the right one: white space, before it cannot be right any more.
 _SLACK = 8
 BATCH_TOKENS = 2048
+# Questions whose answers are written up to the bound on their length.
+_WRITTEN = ("numbers", "open")
 
 Key = TypeVar("Key", bound=Hashable)
 # A question, and its prompt as model inputs.
@@ -101,42 +103,48 @@ class Asker:
         """What a model answers to each question, in their order."""
         for start in range(0, len(questions), _GROUP):
             group = questions[start : start + _GROUP]
-            prompts = [self._prompt(question.sample) for question in group]
+            prompts = [self.prompt(question.sample) for question in group]
             found: dict[int, Answered] = {}
-            for kind, judge in (("choice", self._choose), ("exact_match", self._match), ("numbers", self._write)):
-                numbers = [number for number, question in enumerate(group) if question.kind == kind]
+            for kinds, judge in ((["choice"], self._choose), (["exact_match"], self._match), (_WRITTEN, self._write)):
+                numbers = [number for number, question in enumerate(group) if question.kind in kinds]
                 found.update(judge(model, {number: (group[number], prompts[number]) for number in numbers}))
             yield from (found[number] for number in range(len(group)))
 
-    def _prompt(self, sample: Sample) -> dict[str, Tensor]:
+    def prompt(self, sample: Sample) -> dict[str, Tensor]:
+        """Model inputs of a question, batch of one."""
         asked = None if self.formats is None else self.formats.of(sample)
         return self.backbone.encode_prompt(self.processor, sample, asked)
 
-    def _ends(self, sample: Sample) -> list[int]:
+    def ends(self, sample: Sample) -> list[int]:
         """The first token of what ends a turn."""
         return [] if self.formats is None else end_tokens(self.processor, self.formats.of(sample).end)[:1]
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of an answer."""
         return list(tokenizer_of(self.processor)(text, add_special_tokens=False)["input_ids"])
 
     def _choose(self, model: Any, asked: Mapping[int, _Asked]) -> Iterable[tuple[int, Answered]]:
         """The likeliest choices."""
         rows = {
-            (number, choice): Row(prompt, self._tokens(choice))
+            (number, choice): Row(prompt, self.tokens(choice))
             for number, (question, prompt) in asked.items()
             for choice in question.choices
         }
         scores = dict(likelihoods(model, rows, self.batch_tokens))
         for number, (question, _) in asked.items():
-            lengths = [len(choice.encode()) if self.by_length else 1 for choice in question.choices]
-            own = [scores[number, choice] / length for choice, length in zip(question.choices, lengths, strict=True)]
-            best = question.choices[own.index(max(own))]
-            yield number, Answered(best, float(best in question.answers))
+            yield number, self.likeliest(question, [scores[number, choice] for choice in question.choices])
+
+    def likeliest(self, question: Question, scores: Sequence[float]) -> Answered:
+        """The choice of the largest log-likelihood, given one for each."""
+        lengths = [len(choice.encode()) if self.by_length else 1 for choice in question.choices]
+        own = [score / length for score, length in zip(scores, lengths, strict=True)]
+        best = question.choices[own.index(max(own))]
+        return Answered(best, float(best in question.answers))
 
     def _match(self, model: Any, asked: Mapping[int, _Asked]) -> Iterable[tuple[int, Answered]]:
         """Answers that are compared as texts: what is exactly right is seen at once, the rest written."""
         rows = {
-            (number, answer): Row(prompt, self._tokens(answer), self._ends(question.sample))
+            (number, answer): Row(prompt, self.tokens(answer), self.ends(question.sample))
             for number, (question, prompt) in asked.items()
             for answer in question.answers
         }
@@ -149,8 +157,8 @@ class Asker:
         """Answers that are written."""
         by_end: dict[tuple[int, ...], list[int]] = {}
         for number, (question, _) in asked.items():
-            by_end.setdefault(tuple(self._ends(question.sample)), []).append(number)
-        bounds = {number: self._bound(question) for number, (question, _) in asked.items()}
+            by_end.setdefault(tuple(self.ends(question.sample)), []).append(number)
+        bounds = {number: self.bound(question) for number, (question, _) in asked.items()}
         for ends, numbers in by_end.items():
             lengths = {number: asked[number][1]["input_ids"].shape[1] + bounds[number] for number in numbers}
             for batch in pack(numbers, lengths.__getitem__, self.batch_tokens):
@@ -160,11 +168,11 @@ class Asker:
                 for number, (text, _) in zip(batch, texts, strict=True):
                     yield number, Answered(text, float(asked[number][0].is_right(text)))
 
-    def _bound(self, question: Question) -> int:
+    def bound(self, question: Question) -> int:
         """Tokens after which an answer is right or wrong for certain."""
-        if question.kind == "numbers":
+        if question.kind in _WRITTEN:
             return self.max_new_tokens
-        return _SLACK + max(len(self._tokens(answer)) for answer in question.answers)
+        return _SLACK + max(len(self.tokens(answer)) for answer in question.answers)
 
 
 @torch.no_grad()
@@ -194,10 +202,18 @@ def likelihoods(model: Any, rows: Mapping[Key, Row], batch_tokens: int = BATCH_T
         rows: prompts with answers.
         batch_tokens: tokens that go through the model together.
     """
+    yield from ((key, float(found.sum())) for key, found in token_likelihoods(model, rows, batch_tokens))
+
+
+@torch.no_grad()
+def token_likelihoods(
+    model: Any, rows: Mapping[Key, Row], batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[Key, Tensor]]:
+    """The same of each token of an answer, ``(tokens,)`` float32."""
     for key, logits in _logits(model, rows, batch_tokens):
         answer = torch.tensor(list(rows[key].answer), device=logits.device)
-        scores = _final(model, logits[:-1].float()).log_softmax(-1)
-        yield key, float(scores.gather(1, answer[:, None]).sum())
+        scores = final_logits(model, logits[:-1].float()).log_softmax(-1)
+        yield key, scores.gather(1, answer[:, None])[:, 0]
 
 
 def _logits(model: Any, rows: Mapping[Key, Row], batch_tokens: int) -> Iterator[tuple[Key, Tensor]]:
@@ -210,7 +226,7 @@ def _logits(model: Any, rows: Mapping[Key, Row], batch_tokens: int) -> Iterator[
             yield key, head(states[number, rows[key].start : rows[key].length])
 
 
-def _final(model: Any, logits: Tensor) -> Tensor:
+def final_logits(model: Any, logits: Tensor) -> Tensor:
     """Logits as the model's own forward pass gives them: Gemma, Cohere and Granite change what their heads make."""
     config = model.config.get_text_config()
     bound = getattr(config, "final_logit_softcapping", None)

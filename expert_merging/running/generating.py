@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -26,7 +26,14 @@ def stop_tokens(model: Any, tokenizer: Any, ends: Sequence[int] = ()) -> set[int
 
 @torch.no_grad()
 def generate(
-    model: Any, processor: Any, prompts: Sequence[Mapping[str, Tensor]], max_new_tokens: int, ends: Sequence[int] = ()
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Mapping[str, Tensor]],
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    *,
+    stops: Set[int] | None = None,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[tuple[str, list[int]]]:
     """Greedy continuations of prompts, each as text and as tokens up to the end token.
 
@@ -36,9 +43,11 @@ def generate(
         prompts: model inputs, batch of one each, that are continued together.
         max_new_tokens: bound on the length.
         ends: tokens that may end an answer beside the model's own, as for `stop_tokens`.
+        stops: tokens that end an answer, in place of those.
+        change: makes others of the scores of the next token, ``(prompts, vocabulary)``, given all tokens so far.
     """
     tokenizer = tokenizer_of(processor)
-    stops = stop_tokens(model, tokenizer, ends)
+    stops = stop_tokens(model, tokenizer, ends) if stops is None else stops
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = together(prompts, padding or 0, side="left")
     tokens = model.generate(
@@ -52,6 +61,7 @@ def generate(
         top_k=None,
         eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
+        logits_processor=[] if change is None else [change],
     )
     written = [_up_to(row, stops) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
     return [(str(tokenizer.decode(row, skip_special_tokens=True)), row) for row in written]

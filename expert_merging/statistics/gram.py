@@ -175,7 +175,7 @@ class Grams:
 
     def of(self, name: str) -> tuple[Gram | None, ...]:
         """Each expert's Gram matrix of a tensor's inputs; None where the expert's samples did not come by it."""
-        return tuple(_combined(self._read(expert, name)) for expert in self.files)
+        return tuple(combined(self._read(expert, name)) for expert in self.files)
 
     def _read(self, expert: str, name: str) -> Iterable[Gram]:
         keys = {key: entry for key, entry in self._layouts[expert].items() if name in entry["tensors"]}
@@ -189,7 +189,7 @@ def _read_layout(file: Path) -> dict[str, Any]:
     return layout
 
 
-def _combined(grams: Iterable[Gram]) -> Gram | None:
+def combined(grams: Iterable[Gram]) -> Gram | None:
     """The Gram matrix of all their vectors; a layer can get its inputs together with other layers or without them."""
     found = list(grams)
     if len(found) < 2:

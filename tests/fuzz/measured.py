@@ -35,8 +35,12 @@ from expert_merging.comparing.scores_file import (
 from expert_merging.comparing.sweep_record import Record, Scored
 from expert_merging.errors import InputError
 from expert_merging.outcome import Meter
-from expert_merging.questions.labelled import digest_of, load_questions
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.labelled import Question, digest_of, load_questions
+from expert_merging.routing.record import Record as RoutedRecord
+from expert_merging.routing.telling import tell
 from expert_merging.run import Run
+from expert_merging.running.answers import Answered
 
 MEASURED = (
     *(f"ties/a/{name}" for name in ("config.json", "outcome.json", "scores.json", "responses.json")),
@@ -169,3 +173,27 @@ def read_labelled(folder: Path) -> None:
     digest_of(questions)
     for question in questions:
         assert question.is_right(question.answers[0])
+
+
+def _routed(folder: Path) -> RoutedRecord:
+    questions = [Question(Sample.test(text), ("7",), "exact_match") for text in ("why", "how")]
+    return RoutedRecord(folder / "routed.json", {"experts": {"A": ["x"], "B": ["y"]}, "device": "cpu"}, questions)
+
+
+def route(folder: Path) -> None:
+    """Two questions that experts have answered."""
+    folder.mkdir(parents=True)
+    record = _routed(folder)
+    for number in (0, 1):
+        for expert, value in {"A": 1.5, "B": 2.5}.items():
+            record.add_perplexity(number, expert, value)
+        record.add_answer(number, {"A": 0.75, "B": 0.25}, Answered("7", 1.0))
+    record.save()
+
+
+def read_routed(folder: Path) -> None:
+    """Go on with what is kept of them, and tell of it."""
+    record = _routed(folder)
+    record.file = folder / "told.json"
+    if not record.unanswered():
+        tell(record, Console(file=io.StringIO()))

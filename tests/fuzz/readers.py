@@ -548,6 +548,7 @@ READERS = (
     Reader("sweep", measured.sweep, ("sweep.json",), measured.read_sweep, 20),
     Reader("toolkits", measured.toolkits, measured.TOOLKITS, measured.read_toolkits, 15),
     Reader("labelled", measured.label, ("Chat.json", "Math.jsonl"), measured.read_labelled, 20),
+    Reader("routed", measured.route, ("routed.json",), measured.read_routed, 20),
     Reader("verify", _finished, tuple(f"ties/r/{name}" for name in _FINISHED), _verified, 8),
     Reader("pickle files", _pickles, ("new/pytorch_model.bin", "old/pytorch_model.bin"), _converted, 15),
     Reader("extract", _masked, tuple(f"emr/r/{name}" for name in _MASKED), _extracted, 8),

@@ -452,7 +452,8 @@ NO_CLOSED_FORM = (
         ),
         (
             ["--router", "best"],
-            "--router must be 'auto' or 'ridge' or 'prompts' or 'embedding' or 'random' or 'zeros', got best",
+            "--router must be 'auto' or 'ridge' or 'task_vectors' or 'prompts' or 'embedding' or 'random' or 'zeros', "
+            "got best",
         ),
         (["--shared", "ties density=0.2 density=1"], "--shared ties density=0.2 density=1: 'density' is given twice"),
         (

@@ -11,7 +11,7 @@ from expert_merging.asking import Formats
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.formats import Format
 from expert_merging.questions.labelled import Question
-from expert_merging.running.answers import Asker, Row, _final, likelihoods
+from expert_merging.running.answers import Asker, Row, final_logits, likelihoods
 from expert_merging.running.generating import generate
 from expert_merging.running.scores import score_by_task
 from Mistral.backbone import BACKBONE
@@ -123,4 +123,4 @@ def test_logits_are_those_of_the_model_also_where_it_changes_its_heads(kind, set
         own = model(tokens).logits
         made = model.get_output_embeddings()(model.base_model(tokens).last_hidden_state)
         assert not torch.allclose(made, own)
-        torch.testing.assert_close(_final(model, made), own)
+        torch.testing.assert_close(final_logits(model, made), own)

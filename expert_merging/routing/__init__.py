@@ -1,0 +1,1 @@
+"""Experts that stay apart: each question goes to those that its perplexity speaks for, and no checkpoint is made."""
