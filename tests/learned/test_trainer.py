@@ -53,6 +53,10 @@ VARIANTS = {
     "initial per expert": ({"scaling_coefficient": [0.1, 0.3, 0.8]}, {"regularisation": 0.8}),
     "uphill": ({"sam": 0.05, "sparsity_reg_weight": 0.8}, {"sam": 0.05, "regularisation": 0.8}),
     "confident": ({"confident": True, "sparsity_reg_weight": 0.0}, {"confident": True}),
+    "Jensen-Shannon": (
+        {"logits_divergence": "js", "temperature": 2.0, "sparsity_reg_weight": 0.0},
+        {"symmetric": True, "temperature": 2.0},
+    ),
     "other accumulation": (
         {"gradient_accumulation_steps": 4, "num_epochs": 2, "learning_rate": 0.1},
         {"accumulation": 4, "learning_rate": 0.1, "regularisation": 0.8},

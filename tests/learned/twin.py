@@ -49,6 +49,7 @@ class Twin:
     density: float | None = None
     sam: float = 0.0
     confident: bool = False
+    symmetric: bool = False
 
     def load(self, folder: Path) -> torch.nn.Module:
         """A model of the family."""
@@ -144,6 +145,10 @@ class Twin:
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
         kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1)
+        if self.symmetric:
+            middle = (soft_targets + log_student.exp()).div(2).log()
+            kl = (soft_targets * (soft_targets.log() - middle)).sum(-1)
+            kl = (kl + (log_student.exp() * (log_student - middle)).sum(-1)) / 2
         if self.confident:
             sure, own = soft_targets.max(-1), log_student.exp().max(-1)
             kl = kl * ((sure.indices == own.indices) | (sure.values >= own.values))
