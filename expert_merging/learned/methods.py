@@ -66,12 +66,13 @@ def expert_merging(context: Context, **options: object) -> Preparation:
     return one_stage(context, LearningOptions(**options))  # type: ignore[arg-type]
 
 
-@learns(options=AligningOptions, family_defaults=("samples_per_task",))
+@learns(options=AligningOptions, presets={"align_distil": {"post": ["distil"]}}, family_defaults=("samples_per_task",))
 def align_merge(context: Context, **options: object) -> Preparation:
     """A coefficient per expert and row of the closed form that is nearest to the experts, aligned with each expert.
 
     Expert Merging where interference has been taken out first: it begins at the best of several closed forms, moves
     along what each expert adds to that one's result, and learns from questions that are crossed out of those given.
+    `--method align_distil` is this, and then its layers distilled, see `distil`.
 
     Raises:
         InputError: options, calibration files or tracker cannot be used.

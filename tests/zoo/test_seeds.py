@@ -1,0 +1,46 @@
+"""The table of sweeps over several seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import seeds
+from expert_merging.comparing.sweep_record import Record, Scored
+from expert_merging.errors import InputError
+
+
+def sweep(folder, name, **correct):
+    """A record whose points have answered so many of ten questions of either task rightly."""
+    record = Record(folder / f"{name}.json", {"seed": name.split("-")[0]})
+    for method, right in correct.items():
+        points = {task: [1.0] * count + [0.0] * (10 - count) for task, count in zip("AB", right, strict=True)}
+        record.add(Scored({"method": method}, method, 1.0, {"A": 0.25, "B": 0.5}, points))
+    record.add(Scored({"method": "ties"}, "early", 0.5, {"A": 1.0, "B": 1.0}, {"A": [1.0], "B": [1.0]}))
+    record.add(Scored({"method": "broken"}, "broken", problem="it cannot be merged"))
+    return record.file
+
+
+def test_means_spread_and_tests(tmp_path, monkeypatch, capsys):
+    first = sweep(tmp_path, "first", ties=(2, 4), svd=(6, 8), pcb=(1, 1))
+    second = sweep(tmp_path, "second", ties=(4, 6))
+    more = sweep(tmp_path, "second-more", svd=(10, 10))
+    monkeypatch.setattr("sys.argv", ["seeds", str(first), str(second), str(more)])
+    seeds.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | mean | 95 % interval | worst to best | divergence |"
+    assert lines[2].startswith("| `svd` | 85.0 | ")
+    assert lines[2].endswith(" | 70.0-100.0 | 0.38 |")
+    assert lines[3].startswith("| `ties` | 40.0 | ")
+    low, high = map(float, lines[3].split(" | ")[2].split("-"))
+    assert 20 < low < 40 < high < 60
+    assert lines[5] == "- `svd` alone is right on 18 questions of 40, `ties` alone on 0 (p = 7.6e-06)"
+    assert lines[-1] == "not in all sweeps, and left out: pcb"
+
+
+def test_what_is_no_record_with_questions_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none.json does not exist; give the sweep.json of sweeps"):
+        seeds.read(tmp_path / "none.json")
+    record = Record(tmp_path / "bare.json", {})
+    record.add(Scored({"method": "svd"}, "a", 1.0, {"A": 0.25}))
+    with pytest.raises(InputError, match="has no points that were asked labelled questions; sweep with --questions"):
+        seeds.read(record.file)
