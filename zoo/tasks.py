@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TEST_QUESTIONS = 500
 CALIBRATION_QUESTIONS = 128
+KNOWN_QUESTIONS = 100
 # Without a glimpse of the hard versions, the experts would move too far from the base to be merged by anything.
 HARD_SHARE_OF_MIXTURE = 0.1
 
@@ -67,6 +68,19 @@ def held_out(task: Task, name: str, seed: int) -> dict[str, list[Example]]:
     return {"dataset": ordered[:CALIBRATION_QUESTIONS], "test": ordered[CALIBRATION_QUESTIONS:]}
 
 
+def known(task: Task, name: str, seed: int) -> list[Example]:
+    """Easy examples, all different, of what the base has learned: a merge must not unlearn them."""
+    if task.easy is task.hard:
+        return []
+    draw, examples = random.Random(f"known, {name}, {seed}"), dict[tuple[str, bytes], Example]()
+    for _ in range(10 * KNOWN_QUESTIONS):  # there may be fewer that differ
+        if len(examples) == KNOWN_QUESTIONS:
+            break
+        example = task.easy(draw)
+        examples[example.key] = example
+    return list(examples.values())
+
+
 def training_examples(
     tasks: Mapping[str, Task],
     name: str | None,
@@ -106,15 +120,16 @@ def _mixed(tasks: Mapping[str, Task], draw: random.Random, hard_share: float) ->
 
 
 def write_questions(tasks: Mapping[str, Task], folder: Path, seed: int) -> None:
-    """Write ``dataset/<task>.json`` (questions alone) and ``test/<task>.json`` (with answers) if missing."""
+    """Write ``dataset/<task>.json`` (questions alone), and ``test`` and ``known`` (with answers), if missing."""
     for name, task in tasks.items():
-        for part, examples in held_out(task, name, seed).items():
+        for part, examples in {**held_out(task, name, seed), "known": known(task, name, seed)}.items():
             path = folder / part / f"{name}.json"
-            if not path.exists():
+            if examples and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 entries = [
                     {"question": example.question, "question_id": number, "task_name": name}
                     | _write_picture(example, path.parent, f"images/{name}-{number:03d}.png")
-                    | ({"response": example.response} if part == "test" else {})
+                    | ({} if part == "dataset" else {"response": example.response})
                     for number, example in enumerate(examples)
                 ]
                 write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
@@ -122,9 +137,9 @@ def write_questions(tasks: Mapping[str, Task], folder: Path, seed: int) -> None:
 
 def _write_picture(example: Example, folder: Path, name: str) -> dict[str, Any]:
     """Write the picture of an example, if it has one, and tell where it is."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     if example.picture is None:
         return {}
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
     example.picture.save(png, "PNG")
     (folder / name).write_bytes(png.getvalue())

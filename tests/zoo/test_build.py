@@ -46,7 +46,7 @@ def test_another_seed_gives_another_zoo(built_zoo: Path, tmp_path: Path) -> None
 
 
 def test_zoo_is_a_cache_dir_and_a_data_dir(built_zoo: Path) -> None:
-    assert {path.name for path in built_zoo.iterdir()} == {*MODELS, "dataset", "test", "zoo.json"}
+    assert {path.name for path in built_zoo.iterdir()} == {*MODELS, "dataset", "known", "test", "zoo.json"}
     for name in MODELS:
         files = {path.name for path in (built_zoo / name).iterdir()}
         assert files >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,4 +89,14 @@ def test_files_have_what_the_merge_command_reads(tmp_path: Path) -> None:
         assert all(entry.keys() == {"question", "question_id", "task_name"} for entry in calibration)
         assert [entry["question_id"] for entry in calibration] == list(range(len(calibration)))
         assert {entry["task_name"] for entry in calibration + test} == {name}
-        assert all(entry["response"] == right_answer(entry["question"]) for entry in test)
+        known = json.loads((tmp_path / "known" / f"{name}.json").read_text())
+        assert {entry["question"] for entry in known} == {
+            example.question for example in tasks.known(TASKS[name], name, 0)
+        }
+        assert len(known) == len({entry["question"] for entry in known}) == 100
+        assert all(entry["response"] == right_answer(entry["question"]) for entry in [*test, *known])
+
+
+def test_nothing_is_known_where_there_is_no_easy_version() -> None:
+    hard = replace(TASKS["Math"], easy=TASKS["Math"].hard)
+    assert tasks.known(hard, "Math", 0) == []

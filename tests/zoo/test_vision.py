@@ -154,7 +154,7 @@ def test_experts_keep_what_the_merge_command_excludes(zoo: Path, family: Family)
 
 def test_zoo_is_a_cache_dir_and_a_data_dir(zoo: Path, family: Family, tmp_path: Path) -> None:
     folders = {family.backbone.base_folder, *family.backbone.expert_folders.values()}
-    assert {path.name for path in zoo.iterdir()} == {*folders, "dataset", "test", "zoo.json"}
+    assert {path.name for path in zoo.iterdir()} == {*folders, "dataset", "known", "test", "zoo.json"}
     samples = load_samples(zoo / "dataset", tuple(TASKS), default_count=9, counts={}, task_expert={})
     assert len(samples) == 15
     assert all(len(sample.images) == 1 for sample in samples)
