@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from expert_merging.comparing import texts as module
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.comparing.texts import windows
 from expert_merging.run import Run
+from expert_merging.running.answers import likelihoods
 from tests.checkpoints import BASE
 from tests.comparing.test_evaluate import evaluate, refusal, runs  # noqa: F401  (a fixture)
 
@@ -67,6 +68,17 @@ def test_each_token_is_predicted_once():
         given = [row.prompt["input_ids"][0].tolist() for row in rows]
         assert given[:-1] == [[start - 1] for start in range(0, count, 4)][:-1]
         assert [*given[-1], *rows[-1].answer] == [*range(-1, count)][-5:]
+
+
+def test_no_more_tokens_go_through_a_model_than_it_takes():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)).eval()
+    tokens = torch.randint(11, (9,)).tolist()
+    found = -sum(nats for _, nats in likelihoods(model, dict(enumerate(windows(tokens, 0, 4)))))
+    with torch.no_grad():
+        logits = [model(torch.tensor([part])).logits[0] for part in ([0, *tokens[:3]], tokens[3:7], tokens[4:8])]
+    scores = torch.cat([logits[0], logits[1], logits[2][-1:]]).log_softmax(-1)
+    assert found == pytest.approx(-scores[range(9), tokens].sum().item(), rel=1e-5)
 
 
 def test_they_are_kept_beside_scores_on_questions(runs, texts, tmp_path):  # noqa: F811
