@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from shutil import copytree
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from expert_merging.comparing import asked
 from expert_merging.comparing import texts as module
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.comparing.texts import windows
@@ -111,6 +113,46 @@ def test_problems_are_told(runs, texts, tmp_path, capsys):  # noqa: F811
     assert refusal(capsys, runs[0], "--texts", texts, "--questions", tmp_path / "x" / "general")[0] == (
         f"--texts {texts}: scores are kept by the folder's name, which is taken; rename it"
     )
+
+
+@pytest.fixture
+def bare(answered_zoo, tmp_path):
+    """A model, and what takes tokens out of its tokenizer's settings."""
+    folder = copytree(answered_zoo / BASE, tmp_path / "bare")
+
+    def without(*names):
+        for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+            if file.exists():
+                content = json.loads(file.read_text())
+                file.write_text(json.dumps({name: one for name, one in content.items() if name not in names}))
+
+    return folder, without
+
+
+def test_a_text_begins_with_the_last_token_where_there_is_no_first(bare, texts, tmp_path):
+    folder, without = bare
+    without("bos_token", "add_bos_token")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_token_id is None
+    assert evaluate(folder, "--texts", texts, "--json", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())["models"]["bare"]["scores"]["general"]["tasks"]
+    tokens = [tokenizer.eos_token_id, *tokenizer("# A title", add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        scores = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    bits = -scores[range(len(tokens) - 1), tokens[1:]].sum().item() / math.log(2) / len("# A title")
+    assert found["short"]["mean"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_problems_of_texts_are_told_before_questions_are_asked(bare, texts, tmp_path, capsys, monkeypatch):
+    folder, without = bare
+    without("bos_token", "eos_token", "add_bos_token", "add_eos_token")
+    questions = tmp_path / "mine"
+    questions.mkdir()
+    (questions / "Chat.json").write_text(json.dumps([{"question": "1?", "answer": "yes"}]))
+    monkeypatch.setattr(asked, "loaded", lambda *_: pytest.fail("a model is loaded"))
+    assert refusal(capsys, folder, "--texts", texts, "--questions", questions) == [
+        "bare: its tokenizer has neither a first nor a last token; name one in tokenizer_config.json (bos_token)"
+    ]
 
 
 def test_the_harness_finds_the_same(answered_zoo, texts, tmp_path):
