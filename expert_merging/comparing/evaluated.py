@@ -74,23 +74,22 @@ def _in_words(best: str, other: str, pair: Paired) -> str:
 
 def _table(name: str, scores: Mapping[str, SetScore]) -> Table:
     """Means and intervals, a row for each model."""
-    metric, is_share = next((one.metric.replace("_", " "), one.higher_is_better) for one in scores.values())
+    first = next(iter(scores.values()))
+    metric = first.metric.replace("_", " ")
     tasks = list(dict.fromkeys(task for score in scores.values() for task in score.tasks))
     rows = [
-        [label, *(_cell(score.tasks.get(task), is_share) for task in tasks), _cell(mean_score(score), is_share)]
+        [label, *(_cell(score, score.tasks.get(task)) for task in tasks), _cell(score, mean_score(score))]
         for label, score in scores.items()
     ]
-    told = f"{metric} in %, with 95 % intervals" if is_share else f"{metric}, lower is better"
+    told = f"{metric} in %, with 95 % intervals" if first.higher_is_better else f"{metric}, lower is better"
     return table_of_numbers(f"{one_line(name)}: {told}", [*tasks, "mean"], rows)
 
 
-def _cell(score: TaskScore | None, is_share: bool) -> str:
+def _cell(own: SetScore, score: TaskScore | None) -> str:
     if score is None:
         return ""
-    if not is_share:
-        return f"{score.mean:.4g}"
-    bounds = "" if score.low is None or score.high is None else f"\n{score.low:.1f} to {score.high:.1f}"
-    return f"{score.mean:.1f}{bounds}"
+    bounds = "" if score.low is None or score.high is None else f"\n{own.show(score.low)} to {own.show(score.high)}"
+    return f"{own.show(score.mean)}{bounds}"
 
 
 def write_scores(file: Path, folders: Mapping[str, Path], found: Found) -> None:
