@@ -9,7 +9,8 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expert_merging.statistics import calibrating
+from expert_merging.running import samples
+from expert_merging.statistics import calibrating, distilling
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
@@ -62,6 +63,7 @@ def trained_plainly(zoo, fineness, initial):
         weights[name] = weights[name] + initial * own.sum(0)
     with torch.no_grad():
         wanted = [outputs(experts[name], inputs) for name, inputs in samples]
+    mean = sum(own[0].numel() for own in wanted) / len(EXPERTS)
     for layer in range(len(base.model.layers)):
         own = {name: task_vector for name, task_vector in task_vectors.items() if f"layers.{layer}." in name}
         shapes = {"entry": slice(None), "row": (..., slice(0, 1)), "layer": (..., slice(0, 1), slice(0, 1))}
@@ -76,7 +78,7 @@ def trained_plainly(zoo, fineness, initial):
                     of_expert = [number for number, (other, _) in enumerate(samples) if other == name]
                     size = sum(wanted[number][layer].numel() for number in of_expert)
                     missing = outputs(base, inputs, made)[layer] - wanted[sample][layer]
-                    loss = loss + missing.square().sum() / size
+                    loss = loss + missing.square().sum() * mean / size
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -156,6 +158,43 @@ def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path
     monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
     assert contents(merged(tmp_path / "parts", *arguments).model) == expected
     assert layers == ["layer-0002"]
+
+
+def test_the_first_update_moves_every_coefficient_by_the_rate(arguments, tmp_path, monkeypatch):
+    """As Adam does where gradients are not so small that what it adds to their size (1e-8) counts."""
+    moved, train = [], distilling._Distilling._train
+
+    def watch(self, matrices, *given):
+        train(self, matrices, *given)
+        moved.extend(matrix.coefficients.abs().flatten() / RATE for matrix in matrices.values())
+
+    monkeypatch.setattr(distilling._Distilling, "_train", watch)
+    merged(tmp_path / "out", *arguments, "--distil_epochs", 1, "--distil_group", 100)
+    assert (torch.cat(moved) > 0.99).float().mean() > 0.99
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Models run in float16, which users get on a GPU alone."""
+    monkeypatch.setattr(samples, "_precision", lambda *_: "fp16")
+
+
+@pytest.mark.usefixtures("half")
+@pytest.mark.slow
+def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(arguments, tmp_path, monkeypatch, capsys):
+    usual = tensors_of(merged(tmp_path / "usual", *arguments).model)
+    lessons, factor = distilling._Distilling._lessons, 2.0**12
+
+    def heavy(*given):
+        return [one._replace(weight=factor * one.weight) for one in lessons(*given)]
+
+    monkeypatch.setattr(distilling._Distilling, "_lessons", heavy)
+    for name, tensor in tensors_of(merged(tmp_path / "heavy", *arguments).model).items():
+        assert (tensor - usual[name]).abs().mean() < 2e-4  # single gradients that are nearly 0 may change their sign
+    factor = 2.0**60
+    assert merge(*arguments, "--output_path", tmp_path / "out") == 1
+    told = "layer 0: gradients are infinite; give a smaller --distil_rate, or --mixed_precision bf16 or no"
+    assert told in capsys.readouterr().err
 
 
 def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
