@@ -64,7 +64,12 @@ class Resolved:
     @property
     def reads_samples(self) -> bool:
         """Whether models are run on calibration samples, for which the family's own options are."""
-        return _aligns_on_samples(self.general) or any(step.reads_samples_with(self.options) for step in self.steps)
+        return self.aligns_on_samples or any(step.reads_samples_with(self.options) for step in self.steps)
+
+    @property
+    def aligns_on_samples(self) -> bool:
+        """Whether experts are aligned by what they say about samples, whatever the method reads."""
+        return _aligns_on_samples(self.general)
 
     def options_of(self, step: Method) -> dict[str, Any]:
         """The options of the method or of one of its modifiers."""
