@@ -19,7 +19,7 @@ from expert_merging.running.sharding import decoder_layers
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.calibrating import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.statistics.gram import Gram, Grams, KeptVectors
-from expert_merging.statistics.inputs import InputWatch, gather
+from expert_merging.statistics.inputs import gather
 from expert_merging.streaming import Reader
 
 # How small the factor on the loss may become with which gradients do not overflow in float16.
@@ -114,9 +114,7 @@ class _Distilling:
     wanted: Grams
     training: Training
 
-    def change(
-        self, _watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
-    ) -> dict[str, Tensor]:
+    def change(self, layer: torch.nn.Module, number: int, streams: Sequence[Stream]) -> dict[str, Tensor]:
         """See `expert_merging.statistics.calibrating.Change`."""
         own, named = set(layer.parameters()), dict(self.memory.model.named_parameters())
         names = [name for name in self.names if all(named[run.parameter] in own for run in self.memory.runs[name])]

@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.running import samples
 from expert_merging.statistics import calibrating, distilling
@@ -16,7 +17,7 @@ from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
-from tests.checkpoints import BASE, EXPERTS, tensors_of
+from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
 from tests.statistics.twin import RESPONSES, answered
 
@@ -142,6 +143,39 @@ def test_layers_of_a_model_that_sees_pictures_are_trained(family, checkpoints, t
     before = tensors_of(merged(tmp_path / "plain", *given, family=family).model)
     changed = {name for name, tensor in tensors_of(run.model).items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if ".layers." in name and name.endswith("_proj.weight")}
+
+
+@pytest.fixture
+def mixtures(tmp_path):
+    """Models of three experts in each layer, to the last of which no token is sent."""
+    zoo = tmp_path / "mixtures"
+    sizes = {**SIZES, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(zoo / BASE)
+    save_tokenizer(zoo / BASE)
+    for number, folder in enumerate(EXPERTS.values()):
+        perturb(zoo / BASE, zoo / folder, number)
+    for folder in (BASE, *EXPERTS.values()):
+        tensors = tensors_of(zoo / folder)
+        for name, tensor in tensors.items():
+            if name.endswith("gate.weight"):
+                tensor[1:] = torch.stack([-tensor[0], torch.zeros_like(tensor[0])])
+        save_file(tensors, zoo / folder / "model.safetensors", {"format": "pt"})
+    return zoo
+
+
+def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mixtures, dataset, tmp_path):
+    given = ["--cache_dir", mixtures, "--data_dir", dataset, "--samples_per_task", 2]
+    fixed = ["--exclude_params", ".*gate\\.weight", ".*norm.*", ".*embed_tokens.*", ".*lm_head.*"]
+    run = merged(tmp_path / "out", *given, *fixed, "--method", "prodistill", "--distil_epochs", 2)
+    before = tensors_of(merged(tmp_path / "plain", *given, *fixed, "--method", "weight_average").model)
+    found = tensors_of(run.model)
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert len([name for name in changed if "self_attn" in name]) == 2 * 4
+    assert {name.split(".experts.")[1][0] for name in changed if ".experts." in name} == {"0", "1"}
+    alone = [*given, *fixed[:1], r"(?!.*experts\.2\.).*", "--method", "prodistill", "--distil_epochs", 1]
+    found = tensors_of(merged(tmp_path / "alone", *alone).model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items() if ".experts.2." in name)
 
 
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
