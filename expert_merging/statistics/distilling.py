@@ -68,7 +68,8 @@ def distil_layers(context: Context, checked: Checked, training: Training, rule: 
         return _outputs(model, own)
 
     folder = checked.folder / "outputs"
-    wanted = gather(context, checked.samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
+    opened = {expert: context.plan.only([expert]).opened for expert in context.plan.experts}
+    wanted = gather(context, checked.samples, opened.__getitem__, find, what="outputs", folder=folder)
     memory = live_merge(context, checked.samples, rule, unit)
     change_layers(context, checked, memory, _Distilling(context, checked.matrices, memory, wanted, training).change)
 

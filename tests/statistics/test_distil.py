@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from expert_merging.running import samples
 from expert_merging.statistics import calibrating, distilling
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
+from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
@@ -249,6 +251,19 @@ def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsy
     told = float(re.search(r"at most ([\d.]+) MiB beside a model", " ".join(capsys.readouterr().out.split()))[1])
     assert taken[1] <= told * 2**20 + 2**16
     assert told * 2**20 < 1.5 * taken[1]
+
+
+def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys):
+    def load(folder, dtype):
+        model = mistral.load_model(folder, dtype)
+        if folder.name == EXPERTS["Math"]:
+            with torch.no_grad():
+                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
+        return model
+
+    given = [*arguments, "--output_path", tmp_path / "out"]
+    told = refusal(capsys, *given, family=replace(mistral, load_model=load))
+    assert told == "expert Math computes NaN or infinite outputs of layer 1"
 
 
 def test_problems_are_told(arguments, tmp_path, capsys):
