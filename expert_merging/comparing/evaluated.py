@@ -54,9 +54,7 @@ def show(found: Found, console: Console) -> None:
     for name in dict.fromkeys(name for sets in found.values() for name in sets):
         having = {label: sets[name] for label, sets in found.items() if name in sets}
         console.print(_table(name, having), soft_wrap=False)  # which would cut names instead of folding them
-        best = max(
-            having, key=lambda label: having[label].mean if having[label].higher_is_better else -having[label].mean
-        )
+        best = max(having, key=lambda label: having[label].mean)  # shares, where single questions are known
         for other in having:
             pair = paired({label: found[label] for label in (best, other)}, name).get((best, other))
             if pair is not None:
