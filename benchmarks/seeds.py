@@ -52,8 +52,8 @@ class Row:
 
     @property
     def points(self) -> list[Sequence[float]]:
-        """Points of all questions, by sweep and task."""
-        return [points for one in self.scored for points in one.correct.values()]
+        """Points of all questions, by sweep and task, whatever the order in which tasks were asked."""
+        return [points for one in self.scored for _, points in sorted(one.correct.items())]
 
     def cells(self) -> list[str]:
         """The row of the table."""

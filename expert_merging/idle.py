@@ -14,6 +14,7 @@ from expert_merging.running.options import SampleOptions
 _LEFT_OUT = (
     ("temperature", "logits_weight", (0,)),
     ("confident", "logits_weight", (0,)),
+    ("logits_divergence", "logits_weight", (0,)),
     ("logits_chunk_tokens", "logits_weight", (0,)),
     ("hidden_states_layers", "hidden_states_weight", (0,)),
     ("hidden_states_weight", "hidden_states_layers", ("none",)),
@@ -35,7 +36,13 @@ def idle_flags(resolved: Resolved) -> list[str]:
 
     A configuration file may serve several methods, so what it has in vain is not told.
     """
-    return [*_unknown(resolved), *_named_already(resolved), *_untracked(resolved), *_left_out(resolved)]
+    return [
+        *_unknown(resolved),
+        *_named_already(resolved),
+        *_untracked(resolved),
+        *_of_all_tokens(resolved),
+        *_left_out(resolved),
+    ]
 
 
 def _unknown(resolved: Resolved) -> list[str]:
@@ -56,6 +63,14 @@ def _untracked(resolved: Resolved) -> list[str]:
     has_curves = any(step.reads_samples and "coefficients" in step.needs for step in resolved.steps)
     if "log_with" in resolved.given and not has_curves:
         return [f"ignored, since {resolved.method.name} learns nothing: --log_with"]
+    return []
+
+
+def _of_all_tokens(resolved: Resolved) -> list[str]:
+    """A choice of tokens where nothing reads samples but what compares all of them."""
+    readers = [step.name for step in resolved.steps if step.reads_samples_with(resolved.options)]
+    if "loss_tokens" in resolved.given and readers == ["distil"] and not resolved.aligns_on_samples:
+        return ["ignored, since distil compares all tokens: --loss_tokens"]
     return []
 
 

@@ -64,7 +64,12 @@ class Resolved:
     @property
     def reads_samples(self) -> bool:
         """Whether models are run on calibration samples, for which the family's own options are."""
-        return _aligns_on_samples(self.general) or any(step.reads_samples_with(self.options) for step in self.steps)
+        return self.aligns_on_samples or any(step.reads_samples_with(self.options) for step in self.steps)
+
+    @property
+    def aligns_on_samples(self) -> bool:
+        """Whether experts are aligned by what they say about samples, whatever the method reads."""
+        return _aligns_on_samples(self.general)
 
     def options_of(self, step: Method) -> dict[str, Any]:
         """The options of the method or of one of its modifiers."""
@@ -232,7 +237,7 @@ def _default_values(of_steps: Mapping[str, Any], backbone: Backbone) -> dict[str
 def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: Backbone) -> dict[str, Any]:
     """What flags, configuration file, launcher, environment, ``.env`` and a preset say, the former over the latter.
 
-    A preset's own modifiers stay, before those that are given.
+    A preset's own modifiers stay, before those that are given, and are not done twice where they are given too.
     """
     cache = cache_folder(environment)
     values: dict[str, Any] = {} if cache is None else {"cache_dir": cache}
@@ -242,8 +247,9 @@ def _gather(given: Mapping[str, Any], environment: Mapping[str, str], backbone: 
         values |= read_config(Path(given["config"]), backbone)
     values |= {name: value for name, value in given.items() if name not in COMMANDS}
     preset = preset_of(str(values.get("method", "")))
-    if "post" in preset and values.get("post"):
-        values["post"] = [*preset["post"], *GENERAL["post"].convert(values["post"])]
+    if "post" in preset:
+        more = GENERAL["post"].convert(values.get("post")) or []
+        values["post"] = [*(own for own in preset["post"] if own not in map(str.lower, more)), *more]
     return {**preset, **values}
 
 

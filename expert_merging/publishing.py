@@ -113,10 +113,15 @@ def _table(name: str, scores: SetScore) -> str:
     """The scores of a set, in Markdown."""
     lines = []
     for task, score in scores.tasks.items():
-        ends = "" if score.low is None or score.high is None else f"{score.low:.1f} to {score.high:.1f}"
-        lines.append(f"| {inline(name)} | {inline(task)} | {score.mean:.1f} | {ends} | {score.count or ''} |\n")
-    lines.append(f"| {inline(name)} | mean | {scores.mean:.1f} | | |\n")
-    return _SCORES.format(metric=inline(scores.metric)) + "".join(lines)
+        ends = (
+            "" if score.low is None or score.high is None else f"{scores.show(score.low)} to {scores.show(score.high)}"
+        )
+        lines.append(
+            f"| {inline(name)} | {inline(task)} | {scores.show(score.mean)} | {ends} | {score.count or ''} |\n"
+        )
+    lines.append(f"| {inline(name)} | mean | {scores.show(scores.mean)} | | |\n")
+    metric = scores.metric if scores.higher_is_better else f"{scores.metric}, lower is better"
+    return _SCORES.format(metric=inline(metric)) + "".join(lines)
 
 
 def _identifier(name: str) -> str:

@@ -114,6 +114,16 @@ def idle(*arguments):
         (["--method", "regmean", "--log_with", "none"], ["ignored, since regmean learns nothing: --log_with"]),
         (["--method", "adamerging", "--log_with", "none"], []),
         (
+            ["--method", "divmerge", "--logits_weight", "0", "--logits_divergence", "kl"],
+            ["ignored with --logits_weight 0.0: --logits_divergence"],
+        ),
+        (
+            ["--method", "prodistill", "--loss_tokens", "response"],
+            ["ignored, since distil compares all tokens: --loss_tokens"],
+        ),
+        (["--method", "prodistill", "--loss_tokens", "response", "--align_experts", "activation_matching"], []),
+        (["--method", "svd", "--post", "featcal", "distil", "--loss_tokens", "response"], []),
+        (
             ["--cache_dir", "/c", "--base_model_path", "/b", "--expert", "A=/a"],
             ["ignored, since --base_model_path and --expert name every checkpoint: --cache_dir"],
         ),

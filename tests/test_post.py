@@ -64,6 +64,18 @@ def test_modifiers_of_a_preset_come_first():
     assert [step.name for step in resolved("--method", "prodistill").steps] == ["weight_average", "distil"]
 
 
+def test_modifiers_of_a_preset_are_done_once_whatever_else_is_given(root):
+    """Also with the settings that a run of it has left, which name the method beneath and the modifier."""
+    (root / "run.yaml").write_text("method: weight_average\npost: [featcal, Distil]")
+    (root / "none.yaml").write_text("post: []")
+    for given, modifiers in (
+        (["--post", "distil"], ["distil"]),
+        (["--config", root / "run.yaml"], ["featcal", "distil"]),
+        (["--config", root / "none.yaml"], ["distil"]),
+    ):
+        assert [step.name for step in resolved("--method", "prodistill", *given).modifiers] == modifiers
+
+
 def test_modifiers_can_come_from_a_file_and_be_repeated(root):
     (root / "one.yaml").write_text("post: consensus")
     (root / "two.yaml").write_text("post: [consensus, Consensus]")

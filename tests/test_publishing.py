@@ -159,6 +159,13 @@ CARD_TEXT = (
 )
 
 
+def test_a_number_of_which_the_lower_is_better_says_so():
+    texts = SetScore({"A": TaskScore(1.234)}, "bits_per_byte", higher_is_better=False)
+    card = published_card(CARD_TEXT + "\n## Options\n", "t", Scores({"general": texts}))
+    assert "| set | task | bits_per_byte, lower is better | " in card
+    assert card.count("| 1.234 |") == 2
+
+
 def test_sources_that_are_no_repositories_are_left_out_of_what_the_hub_links():
     assert front_of(published_card(CARD_TEXT, "t", Scores()))["base_model"] == ["org/base"]
     front = front_of(published_card(CARD_TEXT.replace("org/base", "base"), "t", Scores()))

@@ -1,4 +1,4 @@
-"""Measure how many questions models answer rightly: own ones, public benchmarks, and what others have measured."""
+"""Measure how many questions models answer rightly, and how well they predict texts; and what others have measured."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from expert_merging.comparing.asked import Asked
     from expert_merging.comparing.harness import Tasks
+    from expert_merging.comparing.texts import Text
     from expert_merging.console import Terminal
     from expert_merging.questions.labelled import Question
     from expert_merging.running.answers import Answered
@@ -96,12 +97,14 @@ def evaluate(models: Sequence[Path], options: EvaluateOptions, console: Console,
     for folder in imported:
         public[compared[0].label].add(read_folder(folder, options.metric))
     tasks = None if options.tasks is None else _load_tasks(compared, options)
+    texts = None if options.texts is None else _load_texts(compared, options)
     found: Found = {model.label: {} for model in compared}
-    for given, ask in ((options.questions, _ask_questions), (options.texts, _predict_texts)):
-        if given is not None:
-            name, sets = ask(compared, options)
-            for label, score in sets.items():
-                found[label][name] = score
+    for name, sets in (
+        *([] if options.questions is None else [_ask_questions(compared, options)]),
+        *([] if texts is None else [_predict_texts(texts, options)]),
+    ):
+        for label, score in sets.items():
+            found[label][name] = score
     for model, measured in () if tasks is None else _ask_tasks(tasks, options):
         public[model.label].add(measured)
         if model.run is not None:  # hours may follow
@@ -218,17 +221,30 @@ def _ask_questions(compared: Sequence[Compared], options: EvaluateOptions) -> tu
     return folder.name, found
 
 
-def _predict_texts(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[str, dict[str, SetScore]]:
-    """Name of the set of texts, and how well every model predicts them."""
-    from expert_merging.comparing.asked import family_of, loaded, ready
-    from expert_merging.comparing.texts import load_texts, predict
-    from expert_merging.console import Terminal
+def _load_texts(compared: Sequence[Compared], options: EvaluateOptions) -> tuple[list[Text], list[Asked]]:
+    """The texts and the models that are to predict them; all that can be wrong is told here."""
+    from expert_merging.comparing.asked import family_of, ready
+    from expert_merging.comparing.texts import load_texts, token_before
     from expert_merging.machine import limit_threads
 
     limit_threads()
-    folder = resolved(str(options.texts))
-    texts = load_texts(folder)
+    texts = load_texts(resolved(str(options.texts)))
     asked = ready(compared, [family_of(model, options.family) for model in compared], None)
+    problems = Problems()
+    for one in asked:
+        with problems.collecting():
+            token_before(one)
+    problems.check()
+    return texts, asked
+
+
+def _predict_texts(ready: tuple[list[Text], list[Asked]], options: EvaluateOptions) -> tuple[str, dict[str, SetScore]]:
+    """Name of the set of texts, and how well every model predicts them."""
+    from expert_merging.comparing.asked import loaded
+    from expert_merging.comparing.texts import predict
+    from expert_merging.console import Terminal
+
+    texts, asked = ready
     terminal, found = Terminal(), dict[str, SetScore]()
     try:
         for one in asked:
@@ -237,7 +253,7 @@ def _predict_texts(compared: Sequence[Compared], options: EvaluateOptions) -> tu
                 found[label] = predict(one, model, texts, advance)
     finally:
         terminal.close()
-    return folder.name, found
+    return resolved(str(options.texts)).name, found
 
 
 def _answers(asked: Asked, questions: list[Question], options: EvaluateOptions, terminal: Terminal) -> list[Answered]:

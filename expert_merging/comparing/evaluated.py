@@ -54,9 +54,7 @@ def show(found: Found, console: Console) -> None:
     for name in dict.fromkeys(name for sets in found.values() for name in sets):
         having = {label: sets[name] for label, sets in found.items() if name in sets}
         console.print(_table(name, having), soft_wrap=False)  # which would cut names instead of folding them
-        best = max(
-            having, key=lambda label: having[label].mean if having[label].higher_is_better else -having[label].mean
-        )
+        best = max(having, key=lambda label: having[label].mean)  # shares, where single questions are known
         for other in having:
             pair = paired({label: found[label] for label in (best, other)}, name).get((best, other))
             if pair is not None:
@@ -74,23 +72,22 @@ def _in_words(best: str, other: str, pair: Paired) -> str:
 
 def _table(name: str, scores: Mapping[str, SetScore]) -> Table:
     """Means and intervals, a row for each model."""
-    metric, is_share = next((one.metric.replace("_", " "), one.higher_is_better) for one in scores.values())
+    first = next(iter(scores.values()))
+    metric = first.metric.replace("_", " ")
     tasks = list(dict.fromkeys(task for score in scores.values() for task in score.tasks))
     rows = [
-        [label, *(_cell(score.tasks.get(task), is_share) for task in tasks), _cell(mean_score(score), is_share)]
+        [label, *(_cell(score, score.tasks.get(task)) for task in tasks), _cell(score, mean_score(score))]
         for label, score in scores.items()
     ]
-    told = f"{metric} in %, with 95 % intervals" if is_share else f"{metric}, lower is better"
+    told = f"{metric} in %, with 95 % intervals" if first.higher_is_better else f"{metric}, lower is better"
     return table_of_numbers(f"{one_line(name)}: {told}", [*tasks, "mean"], rows)
 
 
-def _cell(score: TaskScore | None, is_share: bool) -> str:
+def _cell(own: SetScore, score: TaskScore | None) -> str:
     if score is None:
         return ""
-    if not is_share:
-        return f"{score.mean:.4g}"
-    bounds = "" if score.low is None or score.high is None else f"\n{score.low:.1f} to {score.high:.1f}"
-    return f"{score.mean:.1f}{bounds}"
+    bounds = "" if score.low is None or score.high is None else f"\n{own.show(score.low)} to {own.show(score.high)}"
+    return f"{own.show(score.mean)}{bounds}"
 
 
 def write_scores(file: Path, folders: Mapping[str, Path], found: Found) -> None:

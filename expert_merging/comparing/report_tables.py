@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from expert_merging.comparing.finished import Answers, Finished
@@ -74,19 +75,27 @@ def score_table(caption: str, scores: Mapping[str, SetScore]) -> ScoreTable:
         scores: by run.
     """
     tasks = list(dict.fromkeys(task for one in scores.values() for task in one.tasks))
-    better = next(iter(scores.values())).higher_is_better
+    first = next(iter(scores.values()))
     columns = [[one.tasks[task].mean if task in one.tasks else None for one in scores.values()] for task in tasks]
     intervals = [[_interval(one, task) for one in scores.values()] for task in tasks]
     columns.append([one.mean for one in scores.values()])
     intervals.append([""] * len(scores))
-    return _table(caption, [*tasks, "mean"], list(scores), columns, intervals, better)
+    show = partial(_score, first)
+    return _table(caption, [*tasks, "mean"], list(scores), columns, intervals, first.higher_is_better, show)
 
 
 def _interval(scores: SetScore, task: str) -> str:
     score = scores.tasks.get(task)
     if score is None or score.low is None or score.high is None:
         return ""
-    return f"{_number(score.low)} to {_number(score.high)}"
+    return f"{_score(scores, score.low)} to {_score(scores, score.high)}"
+
+
+def _score(scores: SetScore, value: float | None) -> str:
+    """A score; small ones of a set of percentages have more digits."""
+    if value is None or not math.isfinite(value) or scores.higher_is_better:
+        return _number(value)
+    return scores.show(value)
 
 
 def divergence_tables(runs: Sequence[Finished]) -> list[ScoreTable]:
@@ -99,7 +108,7 @@ def divergence_tables(runs: Sequence[Finished]) -> list[ScoreTable]:
     columns.append([mean_of(shares) for shares in own.values()])
     caption = "Divergence from each task's expert, as a share of the base's: lower is better"
     empty = [[""] * len(own) for _ in columns]
-    return [_table(caption, [*tasks, "mean"], list(own), columns, empty, higher_is_better=False)]
+    return [_table(caption, [*tasks, "mean"], list(own), columns, empty, False, _number)]
 
 
 def _table(
@@ -109,10 +118,11 @@ def _table(
     columns: Sequence[Sequence[float | None]],
     intervals: Sequence[Sequence[str]],
     higher_is_better: bool,
+    show: Callable[[float | None], str],
 ) -> ScoreTable:
     cells = [
         [
-            Cell(value, _number(value), interval, rank)
+            Cell(value, show(value), interval, rank)
             for value, interval, rank in zip(column, own, ranks(column, higher_is_better), strict=True)
         ]
         for column, own in zip(columns, intervals, strict=True)

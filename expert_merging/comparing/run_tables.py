@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.card import cell, inline
 from expert_merging.comparing.runs import COLUMNS, HEADINGS, Row, show_setting
-from expert_merging.comparing.scores_file import as_json
+from expert_merging.comparing.scores_file import SetScore, as_json
 from expert_merging.errors import one_line
 from expert_merging.machine import gib
 
@@ -95,7 +95,7 @@ def _texts(rows: Sequence[Row]) -> list[list[str]]:
     """Heads and lines of what a person reads; a column that no run has anything in is left out."""
     heads, lines = ["method", "what differs", "seed"], [_first(row) for row in rows]
     values = [row.values for row in rows]
-    shown = {**_SHOWN, **{name: (name, lambda value: f"{value:.1f}") for name in _sets(rows)}}
+    shown = {**_SHOWN, **{name: (name, _set_of(rows, name).show) for name in _sets(rows)}}
     for name, (head, show) in shown.items():
         if any(one.get(name) is not None for one in values):
             heads.append(head)
@@ -120,6 +120,11 @@ def _least(row: Row, name: str) -> str:
 def _sets(rows: Sequence[Row]) -> list[str]:
     """Names of the sets of scores that are columns, in the order in which they come."""
     return [*dict.fromkeys(name for row in rows for name in row.scores.sets if name not in COLUMNS)]
+
+
+def _set_of(rows: Sequence[Row], name: str) -> SetScore:
+    """A set of scores of that name, of the first run that has one."""
+    return next(row.scores.sets[name] for row in rows if name in row.scores.sets)
 
 
 def _plain(value: Any) -> Any:

@@ -67,6 +67,13 @@ class SetScore:
             return self.own_mean
         return mean_of({task: score.mean for task, score in self.tasks.items()})
 
+    def show(self, value: float) -> str:
+        """A number of the set in a table: percentages with one digit after the point, as the paper has them.
+
+        Numbers of which the lower is better are no percentages and may be small.
+        """
+        return f"{value:.1f}" if self.higher_is_better else f"{value:.4g}"
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -86,6 +86,22 @@ def windows(tokens: Sequence[int], before: int, longest: int) -> list[Row]:
     return rows
 
 
+def token_before(asked: Asked) -> int:
+    """What stands before a text's first token: the one that begins texts, or else the one that ends them.
+
+    Raises:
+        InputError: the model's tokenizer has neither.
+    """
+    tokenizer = tokenizer_of(asked.processor)
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError(
+        f"{asked.model.label}: its tokenizer has neither a first nor a last token; name one in tokenizer_config.json "
+        "(bos_token)"
+    )
+
+
 def predict(asked: Asked, model: Any, texts: Sequence[Text], advance: Callable[[int], object]) -> SetScore:
     """A model's bits per byte of each text.
 
@@ -98,11 +114,7 @@ def predict(asked: Asked, model: Any, texts: Sequence[Text], advance: Callable[[
     Raises:
         InputError: its tokenizer has no token that could begin a text.
     """
-    tokenizer = tokenizer_of(asked.processor)
-    before = next((one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), None)
-    if before is None:
-        raise InputError(f"{asked.model.label}: its tokenizer has neither a first nor a last token; name one in it")
-    tasks = {}
+    tokenizer, before, tasks = tokenizer_of(asked.processor), token_before(asked), dict[str, TaskScore]()
     for text in texts:
         tokens = tokenizer(text.content, add_special_tokens=False)["input_ids"]
         rows = dict(enumerate(windows(tokens, before, min(asked.longest or _LONGEST, _LONGEST))))

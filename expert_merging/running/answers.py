@@ -187,7 +187,7 @@ def writes_exactly(
         rows: prompts with answers.
         batch_tokens: tokens that go through the model together.
     """
-    for key, logits in _logits(model, rows, batch_tokens):
+    for key, logits in _logits(model, rows, batch_tokens, after_last=True):
         stops = stop_tokens(model, tokenizer_of(processor), rows[key].ends)
         *written, last = logits.argmax(-1).tolist()
         yield key, written == list(rows[key].answer) and last in stops
@@ -210,20 +210,26 @@ def token_likelihoods(
     model: Any, rows: Mapping[Key, Row], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[Key, Tensor]]:
     """The same of each token of an answer, ``(tokens,)`` float32."""
-    for key, logits in _logits(model, rows, batch_tokens):
+    for key, logits in _logits(model, rows, batch_tokens, after_last=False):
         answer = torch.tensor(list(rows[key].answer), device=logits.device)
-        scores = final_logits(model, logits[:-1].float()).log_softmax(-1)
+        scores = final_logits(model, logits.float()).log_softmax(-1)
         yield key, scores.gather(1, answer[:, None])[:, 0]
 
 
-def _logits(model: Any, rows: Mapping[Key, Row], batch_tokens: int) -> Iterator[tuple[Key, Tensor]]:
-    """What the head makes of the states before an answer's tokens and after the last, ``(tokens + 1, vocabulary)``."""
+def _logits(
+    model: Any, rows: Mapping[Key, Row], batch_tokens: int, *, after_last: bool
+) -> Iterator[tuple[Key, Tensor]]:
+    """What the head makes of the states before an answer's tokens, ``(tokens, vocabulary)``, and after the last, if so.
+
+    If not, the last does not go through the model, which may take no more tokens than there are before it.
+    """
     head = model.get_output_embeddings()
+    answers = {key: [*row.answer] if after_last else [*row.answer][:-1] for key, row in rows.items()}
     for batch in pack(rows, lambda key: rows[key].length, batch_tokens):
-        inputs = together([with_response(rows[key].prompt, rows[key].answer) for key in batch])
+        inputs = together([with_response(rows[key].prompt, answers[key]) for key in batch])
         states = model.base_model(**place(inputs, model.device, model.dtype), use_cache=False).last_hidden_state
         for number, key in enumerate(batch):
-            yield key, head(states[number, rows[key].start : rows[key].length])
+            yield key, head(states[number, rows[key].start : rows[key].length - (not after_last)])
 
 
 def final_logits(model: Any, logits: Tensor) -> Tensor:

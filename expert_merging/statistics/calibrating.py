@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,17 +167,34 @@ def _solve(products: Tensor, right: Tensor, ridge: float) -> Tensor:
 
 
 # New weights of the layer of a number, all found before the first is written; by name, in the base's type.
-Change: TypeAlias = Callable[[InputWatch, torch.nn.Module, int, "Sequence[Stream]"], dict[str, Tensor]]
+Change: TypeAlias = Callable[[torch.nn.Module, int, "Sequence[Stream]"], dict[str, Tensor]]
+
+
+@contextmanager
+def inputs_watched(
+    context: Context, checked: Checked, memory: InMemory, new_sum: Callable[[], GramSum] = GramSum
+) -> Iterator[InputWatch]:
+    """What sees the inputs of the linear layers whose matrices may be changed, until the block ends.
+
+    Args:
+        context: the run.
+        checked: samples, matrices and folder.
+        memory: the merged model.
+        new_sum: as for `InputWatch`.
+
+    Raises:
+        InputError: none of the matrices is a linear layer's.
+    """
+    file_name = context.backbone.file_name
+    watch = InputWatch(memory.model, {file_name(name): name for name in checked.matrices}, file_name, new_sum)
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 @torch.no_grad()
-def change_layers(
-    context: Context,
-    checked: Checked,
-    memory: InMemory,
-    change: Change,
-    new_sum: Callable[[], GramSum] = GramSum,
-) -> None:
+def change_layers(context: Context, checked: Checked, memory: InMemory, change: Change) -> None:
     """Go through a merged model's layers, change each, and keep its weights; layers that the run has are read.
 
     Args:
@@ -184,33 +202,27 @@ def change_layers(
         checked: samples, matrices and folder.
         memory: the merged model.
         change: finds a layer's weights.
-        new_sum: as for `InputWatch`.
 
     Raises:
         InputError: the model is no stack of layers.
     """
     samples, folder, device = checked.samples, checked.folder, torch.device(context.device)
-    file_name, layers = context.backbone.file_name, decoder_layers(memory.model)[1]
+    layers = decoder_layers(memory.model)[1]
     folder.mkdir(parents=True, exist_ok=True)
     kept = context.run.kept.within(place_of(context, folder), context.plan.opened)
     asked = list(samples.target_maker(context, (), device).answered(samples.samples))
     streams = streams_of(memory.model, layers, asked)
-    wanted = {file_name(name): name for name in checked.matrices}
-    watch = InputWatch(memory.model, wanted, file_name, new_sum)
-    try:
-        with context.progress("calibrating layers", len(layers), "layer") as advance:
-            for number, layer in enumerate(layers):
-                file = folder / f"layer-{number:04}.safetensors"
-                if not kept.has(file):
-                    write_tensors(file, change(watch, layer, number, streams), kept)
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  (it is no mapping)
-                        memory.write(context.plan.part(name), opened.get_tensor(name).view(-1))
-                for stream in streams:
-                    stream.hidden = stream.through(layer, number)
-                advance(1)
-    finally:
-        watch.close()
+    with context.progress("calibrating layers", len(layers), "layer") as advance:
+        for number, layer in enumerate(layers):
+            file = folder / f"layer-{number:04}.safetensors"
+            if not kept.has(file):
+                write_tensors(file, change(layer, number, streams), kept)
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    memory.write(context.plan.part(name), opened.get_tensor(name).view(-1))
+            for stream in streams:
+                stream.hidden = stream.through(layer, number)
+            advance(1)
     changed = Calibrated(folder).files
     others = [name for name in checked.matrices if name not in changed]
     if others:
@@ -240,7 +252,8 @@ def calibrate(context: Context, checked: Checked, pull: Pull, rule: Rule, unit: 
     own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
     memory = live_merge(context, samples, rule, unit)
     drawing = _Drawing(context.plan, memory, own, pull)
-    change_layers(context, checked, memory, drawing.change, KeptVectors)
+    with inputs_watched(context, checked, memory, KeptVectors) as watch:
+        change_layers(context, checked, memory, partial(drawing.change, watch))
 
 
 def live_merge(context: Context, samples: Samples, rule: Rule, unit: str) -> InMemory:
@@ -342,7 +355,7 @@ class _Drawing:
     def change(
         self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
     ) -> dict[str, Tensor]:
-        """See `Change`."""
+        """See `Change`; the inputs are seen by ``watch``."""
         seen: list[dict[str, Gram]] = []
         for expert in self.plan.experts:
             for stream in streams:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.checkpoints.configurations import layer_count
+from expert_merging.checkpoints.configurations import size_setting
 from expert_merging.context import Context
 from expert_merging.flags import Count, CountOrNone, Positive
 from expert_merging.machine import gib, show_size
@@ -14,11 +16,13 @@ from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.plan import Rule
 from expert_merging.processes import while_others_wait
+from expert_merging.roles import find_places
 from expert_merging.running.options import SampleOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expert_merging.running.samples import Samples
     from expert_merging.statistics.calibrating import Calibrated
 
 # float32 numbers of each entry and expert at a time: task vector, coefficient, its gradient and Adam's two moments.
@@ -66,16 +70,29 @@ def _prepare(context: Context, **given: Any) -> Preparation:
         while_others_wait(lambda: distil_layers(context, checked, training, rule, unit))
         return {"calibrated": Calibrated(checked.folder)}
 
-    entries = [context.plan.base.entries[name] for name in checked.matrices]
-    each = sum(entry.elements for entry in entries) // (layer_count(context.plan.base.config) or 1)
-    memory = gib(4 * each * (1 + (_NUMBERS if options.distil_fineness == "entry" else 1) * experts))
+    numbers = 1 + (_NUMBERS if options.distil_fineness == "entry" else 1) * experts
+    memory = 4 * numbers * _largest_layer(context, checked.matrices) + _state_bytes(context, checked.samples)
     notes = (
-        f"{len(entries)} matrices are drawn to the experts on {len(checked.samples.samples)} samples, a layer at a "
-        f"time, each in {options.distil_epochs} epochs; that takes {memory} beside a model",
+        f"{len(checked.matrices)} matrices are drawn to the experts on {len(checked.samples.samples)} samples, a layer "
+        f"at a time, each in {options.distil_epochs} epochs; that takes at most {gib(memory)} beside a model",
         f"what comes out of the experts' layers, and the new weights, are kept in {checked.folder}, at most "
         f"{show_size(checked.size)}, which can be removed once the merged model is there",
     )
     return Preparation(work, checked.samples.inputs, notes, follows=True)
+
+
+def _largest_layer(context: Context, names: Sequence[str]) -> int:
+    """Entries of the matrices of the layer that has the most."""
+    places, entries = find_places(names), Counter[int | None]()
+    for name in names:
+        entries[places[name].depth] += context.plan.base.entries[name].elements
+    return max(entries.values())
+
+
+def _state_bytes(context: Context, samples: Samples) -> int:
+    """Bytes of what goes into a layer on all samples, and of what is to come out, which is in float32."""
+    width = size_setting(context.plan.base.config, "hidden_size") or 0
+    return (samples.dtype.itemsize + 4) * width * samples.longest * len(samples.samples)
 
 
 @register(
@@ -90,9 +107,10 @@ def distil(task_vectors: Tensor, part: Part, base: Tensor, merged: Tensor, calib
 
     The language model's layers are gone through from below. To the merged matrices of each, the task vectors are added,
     every entry times a coefficient of its own that begins at 0, and these are trained by Adam until what comes out of
-    the layer is, on each expert's samples, what comes out of that expert's layer: the mean squared distance, summed
-    over experts. Into it goes what the layers below make as they have been trained, into the expert's what its own
-    make. All tokens are compared, whatever `loss_tokens` says: answers are made of what layers make of questions.
+    the layer is, on each expert's samples, what comes out of that expert's layer: the sum of squares, in which each
+    expert weighs the same, however many tokens its samples have. Into it goes what the layers below make as they have
+    been trained, into the expert's what its own make. All tokens are compared, whatever `loss_tokens` says: answers are
+    made of what layers make of questions.
 
     `--method prodistill` is this after the average, with the authors' settings: 100 epochs in each layer, no further
     questions. Biases, norms, embeddings, head and whatever is outside the layers stay as they were merged; the authors

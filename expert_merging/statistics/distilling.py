@@ -19,8 +19,11 @@ from expert_merging.running.sharding import decoder_layers
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.calibrating import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.statistics.gram import Gram, Grams, KeptVectors
-from expert_merging.statistics.inputs import InputWatch, gather
+from expert_merging.statistics.inputs import gather
 from expert_merging.streaming import Reader
+
+# How small the factor on the loss may become with which gradients do not overflow in float16.
+_SMALLEST = 2.0**-24
 
 
 class Training(NamedTuple):
@@ -65,7 +68,8 @@ def distil_layers(context: Context, checked: Checked, training: Training, rule: 
         return _outputs(model, own)
 
     folder = checked.folder / "outputs"
-    wanted = gather(context, checked.samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
+    opened = {expert: context.plan.only([expert]).opened for expert in context.plan.experts}
+    wanted = gather(context, checked.samples, opened.__getitem__, find, what="outputs", folder=folder)
     memory = live_merge(context, checked.samples, rule, unit)
     change_layers(context, checked, memory, _Distilling(context, checked.matrices, memory, wanted, training).change)
 
@@ -111,9 +115,7 @@ class _Distilling:
     wanted: Grams
     training: Training
 
-    def change(
-        self, _watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
-    ) -> dict[str, Tensor]:
+    def change(self, layer: torch.nn.Module, number: int, streams: Sequence[Stream]) -> dict[str, Tensor]:
         """See `expert_merging.statistics.calibrating.Change`."""
         own, named = set(layer.parameters()), dict(self.memory.model.named_parameters())
         names = [name for name in self.names if all(named[run.parameter] in own for run in self.memory.runs[name])]
@@ -125,26 +127,34 @@ class _Distilling:
         return {name: matrix.merged().cpu() for name, matrix in matrices.items()}
 
     def _lessons(self, streams: Sequence[Stream], number: int) -> list[_Lesson]:
-        """Every sample with what is to come out; all experts together count the same."""
+        """Every sample with what is to come out; all experts count the same, whatever the number of their tokens.
+
+        Squares are added up, as the authors do, and not averaged over tokens and units: then most gradients would be
+        below what Adam adds to their size (1e-8), and below what float16 holds.
+        """
         left = {
             expert: gram.values.to(self.memory.device).float()
             for expert, gram in zip(self.context.plan.experts, self.wanted.of(_name(number)), strict=True)
             if gram is not None
         }
         sizes = {expert: wanted.numel() for expert, wanted in left.items()}
+        mean = sum(sizes.values()) / len(sizes)
         lessons = []
         for stream in streams:
             expert, count = stream.asked.sample.expert, stream.hidden.shape[1]
-            lessons.append(_Lesson(stream, left[expert][:count], 1 / sizes[expert]))
+            lessons.append(_Lesson(stream, left[expert][:count], mean / sizes[expert]))
             left[expert] = left[expert][count:]
         return lessons
 
     def _train(
         self, matrices: Mapping[str, _Matrix], layer: torch.nn.Module, number: int, lessons: Sequence[_Lesson]
     ) -> None:
-        training = self.training
+        training, scale = self.training, 1.0
         weights = [weight for weight in layer.parameters() if any(matrix.is_in(weight) for matrix in matrices.values())]
-        optimizer = torch.optim.Adam([matrix.coefficients for matrix in matrices.values()], lr=training.rate)
+        # One matrix after the other, since all together would take memory for a further number of each entry.
+        optimizer = torch.optim.Adam(
+            [matrix.coefficients for matrix in matrices.values()], lr=training.rate, foreach=False
+        )
         order = torch.Generator().manual_seed(training.seed)
         try:
             for weight in weights:
@@ -153,17 +163,41 @@ class _Distilling:
                 for group in torch.split(torch.randperm(len(lessons), generator=order), training.group):
                     for matrix in matrices.values():
                         matrix.write()
-                    loss = math.fsum(lessons[sample].backward(layer, number) for sample in group.tolist())
-                    if not math.isfinite(loss):
-                        raise InputError(f"layer {number}: the loss is {loss}; give a smaller --distil_rate")
+                    own = [lessons[sample] for sample in group.tolist()]
+                    while not _add_gradients(layer, number, own, weights, scale):
+                        scale /= 2
+                        if scale < _SMALLEST:
+                            raise _beyond(number, "gradients are infinite", weights)
                     for matrix in matrices.values():
-                        matrix.pull_back()
-                    for weight in weights:
-                        weight.grad = None
+                        matrix.pull_back(scale)
                     optimizer.step()
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
+                weight.grad = None
+
+
+def _add_gradients(
+    layer: torch.nn.Module, number: int, lessons: Sequence[_Lesson], weights: Sequence[Tensor], scale: float
+) -> bool:
+    """Let the weights have the gradient of the loss on some samples times a factor; whether it is finite.
+
+    Raises:
+        InputError: the loss is not.
+    """
+    for weight in weights:
+        weight.grad = None
+    loss = math.fsum(lesson.backward(layer, number, scale) for lesson in lessons)
+    if not math.isfinite(loss):
+        raise _beyond(number, f"the loss is {loss}", weights)
+    return all(weight.grad is None or bool(weight.grad.isfinite().all()) for weight in weights)
+
+
+def _beyond(number: int, what: str, weights: Sequence[Tensor]) -> InputError:
+    """What is told of numbers that are none any more."""
+    narrow = any(weight.dtype == torch.float16 for weight in weights)
+    hint = "give a smaller --distil_rate" + (", or --mixed_precision bf16 or no" if narrow else "")
+    return InputError(f"layer {number}: {what}; {hint}")
 
 
 class _Lesson(NamedTuple):
@@ -179,11 +213,16 @@ class _Lesson(NamedTuple):
     wanted: Tensor
     weight: float
 
-    def backward(self, layer: torch.nn.Module, number: int) -> float:
-        """Add the gradient to the weights'; the weighted squared distance of what comes out from what should."""
+    def backward(self, layer: torch.nn.Module, number: int, scale: float) -> float:
+        """Add the gradient, times a factor, to the weights'.
+
+        Returns:
+            The weighted squared distance of what comes out from what should.
+        """
         made = self.stream.through(layer, number)[0].float()
         loss = self.weight * functional.mse_loss(made, self.wanted, reduction="sum")
-        torch.autograd.backward([loss])
+        if loss.requires_grad:  # of a mixture, perhaps none of the matrices has been used
+            torch.autograd.backward([scale * loss])
         return loss.item()
 
 
@@ -226,12 +265,15 @@ class _Matrix:
         """Put the merged weights into the model."""
         self.memory.write(self.part, self.merged().view(-1))
 
-    def pull_back(self) -> None:
-        """Turn the weights' gradient into the coefficients'; a mixture's matrix that no token came by has none."""
+    def pull_back(self, scale: float) -> None:
+        """Turn the weights' gradient times a factor into the coefficients' without.
+
+        A mixture's matrix that no token came by has none.
+        """
         pieces = [
             torch.zeros(run.stop - run.start, device=self.before.device)
             if parameter.grad is None
-            else parameter.grad.view(-1)[run.start : run.stop].float()
+            else parameter.grad.view(-1)[run.start : run.stop].float() / scale
             for parameter, run in self.pieces
         ]
         gradient = torch.cat(pieces).view(self.before.shape)

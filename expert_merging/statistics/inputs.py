@@ -90,6 +90,7 @@ def gather(
     find: Find,
     *,
     who: str = "expert {}",
+    what: str = "inputs",
     folder: Path | None = None,
 ) -> Grams:
     """Statistics of each expert, in the run's folder; those that are there already are taken.
@@ -102,6 +103,7 @@ def gather(
         opened: a digest that differs once a checkpoint was written that an expert's statistics are of.
         find: finds an expert's statistics.
         who: what has computed them, with a place for the expert's name, for messages.
+        what: what they are of a tensor or layer, for messages.
         folder: where they are kept, in the run's; by default the one of statistics.
 
     Raises:
@@ -110,7 +112,7 @@ def gather(
 
     def keep(expert: str, model: Any, own: Iterator[Asked], file: Path, kept: Kept) -> None:
         grams = find(expert, model, own)
-        _refuse_nan(grams, who.format(expert), samples.precision)
+        _refuse_nan(grams, who.format(expert), what, samples.precision)
         write_grams(file, grams, kept)
 
     return Grams(gather_files(context, samples, opened, keep, folder))
@@ -178,11 +180,11 @@ def grams_of(
         watch.close()
 
 
-def _refuse_nan(grams: Mapping[tuple[str, ...], Gram], who: str, precision: str) -> None:
+def _refuse_nan(grams: Mapping[tuple[str, ...], Gram], who: str, what: str, precision: str) -> None:
     faulty = [names[0] for names, gram in grams.items() if not bool(torch.isfinite(gram.values).all())]
     if faulty:
         hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
-        raise InputError(f"{who} computes NaN or infinite inputs of {faulty[0]}{hint}")
+        raise InputError(f"{who} computes NaN or infinite {what} of {faulty[0]}{hint}")
 
 
 class InputWatch:

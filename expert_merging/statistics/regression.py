@@ -14,7 +14,7 @@ from expert_merging.arithmetic import scaled_mean
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.running.in_memory import InMemory
-from expert_merging.statistics.calibrating import Checked, Stream, change_layers, live_merge
+from expert_merging.statistics.calibrating import Checked, Stream, change_layers, inputs_watched, live_merge
 from expert_merging.statistics.gathering import merge_around_mean
 from expert_merging.statistics.gram import Gram
 from expert_merging.statistics.inputs import InputWatch
@@ -39,7 +39,9 @@ def solve_layers(context: Context, checked: Checked, ratio: float) -> None:
     places = {
         name: runs for name in context.plan.base.entries if (runs := stored.get(context.backbone.file_name(name)))
     }
-    change_layers(context, checked, memory, _Regression(context, memory, places, ratio).change)
+    regression = _Regression(context, memory, places, ratio)
+    with inputs_watched(context, checked, memory) as watch:
+        change_layers(context, checked, memory, partial(regression.change, watch))
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _Regression:
     def change(
         self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
     ) -> dict[str, Tensor]:
-        """See `expert_merging.statistics.calibrating.Change`."""
+        """See `expert_merging.statistics.calibrating.Change`; the inputs are seen by ``watch``."""
         plan, seen = self.context.plan, list[dict[str, Gram]]()
         for expert, checkpoint in plan.experts.items():
             with self._weights_of(checkpoint, layer):

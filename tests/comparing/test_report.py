@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from expert_merging.commands.main import main
-from expert_merging.comparing.report_tables import ranks
+from expert_merging.comparing.report_tables import ranks, score_table
 from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, as_json
 from expert_merging.learned.history import add_update, save_history
 from expert_merging.learned.importance import save_layers
@@ -82,6 +82,18 @@ def test_the_best_and_the_second_best_are_marked():
     assert ranks([1.0, 3.0, None, 2.0], True) == ["", "best", "", "second"]
     assert ranks([1.0, 3.0, float("nan"), 1.0], False) == ["best", "second", "", "best"]
     assert ranks([None, 3.0], True) == ["", ""], "nothing to compare with"
+
+
+def test_of_bits_the_fewest_are_best_and_have_their_digits():
+    def texts(bits):
+        return SetScore({"A": TaskScore(bits)}, "bits_per_byte", higher_is_better=False)
+
+    table = score_table("general", {"one": texts(2.134), "two": texts(2.118), "none": SetScore({}, "", False)})
+    assert [[(cell.text, cell.rank) for cell in row.cells] for row in table.rows] == [
+        [("2.134", "second")] * 2,
+        [("2.118", "best")] * 2,
+        [("-", "")] * 2,
+    ]
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are(tmp_path):

@@ -108,6 +108,14 @@ def test_scores_and_divergence_have_columns(scored, capsys):
     ]
 
 
+def test_numbers_of_which_the_lower_is_better_keep_their_digits(logs, capsys):
+    for name, bits in (("low", 1.234), ("high", 1.251)):
+        texts = SetScore({"A": TaskScore(bits)}, "bits_per_byte", higher_is_better=False)
+        add_scores(logs / "task_arithmetic" / name / "scores.json", Scores({"general": texts}))
+    lines = shown(capsys, logs, "--markdown", "--sort", "general").splitlines()[2:]
+    assert [" 1.234 |" in lines[0], " 1.251 |" in lines[1]] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from shutil import copytree
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from expert_merging.comparing import asked
 from expert_merging.comparing import texts as module
 from expert_merging.comparing.scores_file import read_scores
 from expert_merging.comparing.texts import windows
 from expert_merging.run import Run
+from expert_merging.running.answers import likelihoods
 from tests.checkpoints import BASE
 from tests.comparing.test_evaluate import evaluate, refusal, runs  # noqa: F401  (a fixture)
 
@@ -69,6 +72,17 @@ def test_each_token_is_predicted_once():
         assert [*given[-1], *rows[-1].answer] == [*range(-1, count)][-5:]
 
 
+def test_no_more_tokens_go_through_a_model_than_it_takes():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)).eval()
+    tokens = torch.randint(11, (9,)).tolist()
+    found = -sum(nats for _, nats in likelihoods(model, dict(enumerate(windows(tokens, 0, 4)))))
+    with torch.no_grad():
+        logits = [model(torch.tensor([part])).logits[0] for part in ([0, *tokens[:3]], tokens[3:7], tokens[4:8])]
+    scores = torch.cat([logits[0], logits[1], logits[2][-1:]]).log_softmax(-1)
+    assert found == pytest.approx(-scores[range(9), tokens].sum().item(), rel=1e-5)
+
+
 def test_they_are_kept_beside_scores_on_questions(runs, texts, tmp_path):  # noqa: F811
     questions = tmp_path / "mine"
     questions.mkdir()
@@ -99,6 +113,46 @@ def test_problems_are_told(runs, texts, tmp_path, capsys):  # noqa: F811
     assert refusal(capsys, runs[0], "--texts", texts, "--questions", tmp_path / "x" / "general")[0] == (
         f"--texts {texts}: scores are kept by the folder's name, which is taken; rename it"
     )
+
+
+@pytest.fixture
+def bare(answered_zoo, tmp_path):
+    """A model, and what takes tokens out of its tokenizer's settings."""
+    folder = copytree(answered_zoo / BASE, tmp_path / "bare")
+
+    def without(*names):
+        for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+            if file.exists():
+                content = json.loads(file.read_text())
+                file.write_text(json.dumps({name: one for name, one in content.items() if name not in names}))
+
+    return folder, without
+
+
+def test_a_text_begins_with_the_last_token_where_there_is_no_first(bare, texts, tmp_path):
+    folder, without = bare
+    without("bos_token", "add_bos_token")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_token_id is None
+    assert evaluate(folder, "--texts", texts, "--json", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())["models"]["bare"]["scores"]["general"]["tasks"]
+    tokens = [tokenizer.eos_token_id, *tokenizer("# A title", add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        scores = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    bits = -scores[range(len(tokens) - 1), tokens[1:]].sum().item() / math.log(2) / len("# A title")
+    assert found["short"]["mean"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_problems_of_texts_are_told_before_questions_are_asked(bare, texts, tmp_path, capsys, monkeypatch):
+    folder, without = bare
+    without("bos_token", "eos_token", "add_bos_token", "add_eos_token")
+    questions = tmp_path / "mine"
+    questions.mkdir()
+    (questions / "Chat.json").write_text(json.dumps([{"question": "1?", "answer": "yes"}]))
+    monkeypatch.setattr(asked, "loaded", lambda *_: pytest.fail("a model is loaded"))
+    assert refusal(capsys, folder, "--texts", texts, "--questions", questions) == [
+        "bare: its tokenizer has neither a first nor a last token; name one in tokenizer_config.json (bos_token)"
+    ]
 
 
 def test_the_harness_finds_the_same(answered_zoo, texts, tmp_path):

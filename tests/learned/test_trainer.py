@@ -18,6 +18,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import kept_or_made, load_coefficients
 from expert_merging.learned.epochs import epoch_order
 from expert_merging.learned.live import LiveModel
+from expert_merging.learned.options import DivergingOptions
 from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
@@ -78,6 +79,21 @@ def test_training_gives_the_coefficients_of_the_plain_twin(name, answered_zoo, t
     twin.train(examples, options.get("num_epochs", 1), seed=3)
     for parameter, values in coefficients.values.items():
         torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_divmerge_begins_at_the_mean_and_makes_the_divergence_of_jensen_and_shannon_small(answered_zoo, tmp_path):
+    trainer = make_trainer(answered_zoo, tmp_path / "three", kind=DivergingOptions)
+    assert trainer.settings.layout.initial == pytest.approx([1 / 3] * 3)
+    coefficients = trainer.train()
+    twin, examples = make_twin(trainer, symmetric=True)
+    assert not twin.layers
+    twin.train(examples, 1, seed=3)
+    for parameter, values in coefficients.values.items():
+        torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=2e-5)
+    alone = make_trainer(answered_zoo, tmp_path / "one", kind=DivergingOptions, experts=["Math"])
+    assert alone.settings.layout.initial == (0.5,)
+    given = make_trainer(answered_zoo, tmp_path / "given", kind=DivergingOptions, scaling_coefficient=0.2)
+    assert given.settings.layout.initial == (0.2,) * 3
 
 
 def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path):

@@ -30,13 +30,21 @@ def read_task_vectors(plan: Plan, part: Part) -> tuple[torch.Tensor, torch.Tenso
 
 
 def make_trainer(
-    cache: Path, folder: Path, *, exclude=EXCLUDED, experts=tuple(EXPERTS), log_with="none", device="cpu", **options
+    cache: Path,
+    folder: Path,
+    *,
+    exclude=EXCLUDED,
+    experts=tuple(EXPERTS),
+    log_with="none",
+    device="cpu",
+    kind=LearningOptions,
+    **options,
 ):
     plan = make_plan(cache / BASE, {name: cache / EXPERTS[name] for name in experts}, exclude)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     context = Context(plan, BACKBONE, run, 3, device, log_with, no_progress, find_method=find_method)
-    settings = check(context, LearningOptions(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options}))
+    settings = check(context, kind(**{"data_dir": str(cache / "dataset"), "max_new_tokens": 8, **options}))
     return Trainer(context, settings)
 
 

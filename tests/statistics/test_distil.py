@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from expert_merging.statistics import calibrating
+from expert_merging.running import samples
+from expert_merging.statistics import calibrating, distilling
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
+from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
-from tests.checkpoints import BASE, EXPERTS, tensors_of
+from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
 from tests.statistics.twin import RESPONSES, answered
 
@@ -62,6 +67,7 @@ def trained_plainly(zoo, fineness, initial):
         weights[name] = weights[name] + initial * own.sum(0)
     with torch.no_grad():
         wanted = [outputs(experts[name], inputs) for name, inputs in samples]
+    mean = sum(own[0].numel() for own in wanted) / len(EXPERTS)
     for layer in range(len(base.model.layers)):
         own = {name: task_vector for name, task_vector in task_vectors.items() if f"layers.{layer}." in name}
         shapes = {"entry": slice(None), "row": (..., slice(0, 1)), "layer": (..., slice(0, 1), slice(0, 1))}
@@ -76,7 +82,7 @@ def trained_plainly(zoo, fineness, initial):
                     of_expert = [number for number, (other, _) in enumerate(samples) if other == name]
                     size = sum(wanted[number][layer].numel() for number in of_expert)
                     missing = outputs(base, inputs, made)[layer] - wanted[sample][layer]
-                    loss = loss + missing.square().sum() / size
+                    loss = loss + missing.square().sum() * mean / size
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -141,6 +147,39 @@ def test_layers_of_a_model_that_sees_pictures_are_trained(family, checkpoints, t
     assert changed == {name for name in before if ".layers." in name and name.endswith("_proj.weight")}
 
 
+@pytest.fixture
+def mixtures(tmp_path):
+    """Models of three experts in each layer, to the last of which no token is sent."""
+    zoo = tmp_path / "mixtures"
+    sizes = {**SIZES, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(zoo / BASE)
+    save_tokenizer(zoo / BASE)
+    for number, folder in enumerate(EXPERTS.values()):
+        perturb(zoo / BASE, zoo / folder, number)
+    for folder in (BASE, *EXPERTS.values()):
+        tensors = tensors_of(zoo / folder)
+        for name, tensor in tensors.items():
+            if name.endswith("gate.weight"):
+                tensor[1:] = torch.stack([-tensor[0], torch.zeros_like(tensor[0])])
+        save_file(tensors, zoo / folder / "model.safetensors", {"format": "pt"})
+    return zoo
+
+
+def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mixtures, dataset, tmp_path):
+    given = ["--cache_dir", mixtures, "--data_dir", dataset, "--samples_per_task", 2]
+    fixed = ["--exclude_params", ".*gate\\.weight", ".*norm.*", ".*embed_tokens.*", ".*lm_head.*"]
+    run = merged(tmp_path / "out", *given, *fixed, "--method", "prodistill", "--distil_epochs", 2)
+    before = tensors_of(merged(tmp_path / "plain", *given, *fixed, "--method", "weight_average").model)
+    found = tensors_of(run.model)
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert len([name for name in changed if "self_attn" in name]) == 2 * 4
+    assert {name.split(".experts.")[1][0] for name in changed if ".experts." in name} == {"0", "1"}
+    alone = [*given, *fixed[:1], r"(?!.*experts\.2\.).*", "--method", "prodistill", "--distil_epochs", 1]
+    found = tensors_of(merged(tmp_path / "alone", *alone).model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items() if ".experts.2." in name)
+
+
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     expected = contents(merged(tmp_path / "whole", *arguments).model)
     write = calibrating.write_tensors
@@ -158,6 +197,30 @@ def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path
     assert layers == ["layer-0002"]
 
 
+@pytest.fixture
+def half(monkeypatch):
+    """Models run in float16, which users get on a GPU alone."""
+    monkeypatch.setattr(samples, "_precision", lambda *_: "fp16")
+
+
+@pytest.mark.usefixtures("half")
+@pytest.mark.slow
+def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(arguments, tmp_path, monkeypatch, capsys):
+    usual = tensors_of(merged(tmp_path / "usual", *arguments).model)
+    lessons, factor = distilling._Distilling._lessons, 2.0**12
+
+    def heavy(*given):
+        return [one._replace(weight=factor * one.weight) for one in lessons(*given)]
+
+    monkeypatch.setattr(distilling._Distilling, "_lessons", heavy)
+    for name, tensor in tensors_of(merged(tmp_path / "heavy", *arguments).model).items():
+        assert (tensor - usual[name]).abs().mean() < 2e-4  # single gradients that are nearly 0 may change their sign
+    factor = 2.0**60
+    assert merge(*arguments, "--output_path", tmp_path / "out") == 1
+    told = "layer 0: gradients are infinite; give a smaller --distil_rate, or --mixed_precision bf16 or no"
+    assert told in capsys.readouterr().err
+
+
 def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
     for task in EXPERTS:
         questions = [f"{task}: one and two", f"{task}: three and four"]
@@ -166,6 +229,41 @@ def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
     assert merge(*given, "--dry_run") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "21 matrices are drawn to the experts on 9 samples, a layer at a time, each in 3 epochs" in told
+
+
+def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsys):
+    """That of the largest layer, and of the hidden states of all samples: what was there when a layer was trained."""
+    given = ["--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 2, "--method", "prodistill"]
+    given += ["--distil_epochs", 1, "--exclude_params", ".*layers.0.mlp.*", ".*norm.*", ".*embed_tokens.*"]
+    train, taken = distilling._Distilling._train, []
+
+    def watch(self, own, layer, number, lessons):
+        train(self, own, layer, number, lessons)
+        numbers = [tensor for matrix in own.values() for tensor in (matrix.before, matrix.task_vectors)]
+        numbers += [tensor for matrix in own.values() for tensor in [matrix.coefficients] * 4]  # and Adam's
+        numbers += [tensor for lesson in lessons for tensor in (lesson.stream.hidden, lesson.wanted)]
+        taken.append(sum(tensor.nbytes for tensor in numbers))
+
+    monkeypatch.setattr(distilling._Distilling, "_train", watch)
+    merged(tmp_path / "out", *given)
+    assert taken[0] < taken[1] == taken[2]
+    assert merge(*given, "--output_path", tmp_path / "other", "--dry_run") == 0
+    told = float(re.search(r"at most ([\d.]+) MiB beside a model", " ".join(capsys.readouterr().out.split()))[1])
+    assert taken[1] <= told * 2**20 + 2**16
+    assert told * 2**20 < 1.5 * taken[1]
+
+
+def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys):
+    def load(folder, dtype):
+        model = mistral.load_model(folder, dtype)
+        if folder.name == EXPERTS["Math"]:
+            with torch.no_grad():
+                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
+        return model
+
+    given = [*arguments, "--output_path", tmp_path / "out"]
+    told = refusal(capsys, *given, family=replace(mistral, load_model=load))
+    assert told == "expert Math computes NaN or infinite outputs of layer 1"
 
 
 def test_problems_are_told(arguments, tmp_path, capsys):

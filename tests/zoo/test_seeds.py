@@ -37,6 +37,16 @@ def test_means_spread_and_tests(tmp_path, monkeypatch, capsys):
     assert lines[-1] == "not in all sweeps, and left out: pcb"
 
 
+def test_questions_are_paired_by_their_tasks(tmp_path):
+    record = Record(tmp_path / "one.json", {"seed": 1})
+    points = {"A": [1.0] * 10, "B": [0.0] * 10}
+    record.add(Scored({"method": "svd"}, "a", 1.0, {"A": 0.5}, points))
+    record.add(Scored({"method": "ties"}, "b", 1.0, {"A": 0.5}, dict(reversed(points.items()))))
+    (line,) = seeds.tests_of(seeds.rows_of(seeds.read_all([record.file])))
+    assert "alone is right on 0 questions of 20" in line
+    assert "alone on 0 (p = 1)" in line
+
+
 def test_what_is_no_record_with_questions_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none.json does not exist; give the sweep.json of sweeps"):
         seeds.read(tmp_path / "none.json")
