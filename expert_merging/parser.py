@@ -342,6 +342,11 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
     is_text = get_origin(kind) is not dict and str in get_args(kind) and not value[-1].lstrip().startswith('{"')
     if _has_entries(options[name]) and not is_text:
         return merge_entries(name, value)
+    if is_text and len(value) > 1:
+        raise InputError(
+            f"--{name} takes one text, or a JSON object of texts by name, got {' and '.join(map(repr, value))}; put "
+            "quotation marks around a text with blanks"
+        )
     return value[-1]
 
 
