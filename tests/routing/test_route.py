@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 from rich.console import Console
 
+from expert_merging.__main__ import CONTINUING
 from expert_merging.checkpoints.checkpoint import Checkpoint
-from expert_merging.commands.main import main
+from expert_merging.commands.main import COMMANDS, main
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
@@ -134,6 +136,21 @@ def test_a_complete_file_is_shown_and_no_expert_loaded(given, monkeypatch, capsy
     monkeypatch.setattr(PerplexityRouter, "answer", None)
     assert route(*given) == 0
     assert capsys.readouterr().out.partition("Who has answered")[2] == shown
+
+
+def test_a_full_disk_does_not_begin_again(given, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(Record, "save", full)
+    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([(0, 1.0)]))
+    assert (
+        refusal(capsys, *given)[-1] == "the disk is full; make room, then the same command continues where it stopped"
+    )
+
+
+def test_what_an_interrupt_says_is_what_the_command_does():
+    assert [*CONTINUING] == sorted(name for name, command in COMMANDS.items() if command.continues)
 
 
 def test_nothing_is_said_of_right_answers_where_none_is_known(tmp_path, capsys):
