@@ -83,7 +83,7 @@ def read_all(files: Sequence[Path]) -> list[dict[str, Scored]]:
     sweeps: dict[str, dict[str, Scored]] = {}
     for file in files:
         found = read(file)
-        about = json.dumps(read_object(file, advice="give others")["description"], sort_keys=True)
+        about = json.dumps(read_object(file).get("description"), sort_keys=True)
         sweeps.setdefault(about, {}).update(found)
     return list(sweeps.values())
 
@@ -95,8 +95,9 @@ def read(file: Path) -> dict[str, Scored]:
         InputError: the file is no record of a sweep, or of one without questions.
     """
     if not file.is_file():
-        raise InputError(f"{file} does not exist; give the sweep.json of sweeps")
-    found = {label_of(one.point): one for one in Record(file, {}).scored.values() if one.share == 1 and not one.problem}
+        raise InputError(f"{file} is no file; give the sweep.json of sweeps")
+    record = Record(file, {}, advice="give the sweep.json of sweeps")
+    found = {label_of(one.point): one for one in record.scored.values() if one.share == 1 and not one.problem}
     if not found or not all(one.correct for one in found.values()):
         raise InputError(f"{file} has no points that were asked labelled questions; sweep with --questions")
     return found

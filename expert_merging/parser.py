@@ -290,7 +290,7 @@ def add_flag(group: Any, option: Option, default: Any, *, takes_several: bool = 
         f"--{option.name}",
         metavar=_metavar(option),
         action="extend",
-        nargs="+" if takes_several and (option.name in LISTS or _has_entries(option)) else 1,
+        nargs="+" if takes_several and (option.name in LISTS or _is_named_one_by_one(option)) else 1,
         help=text,
     )
 
@@ -298,6 +298,16 @@ def add_flag(group: Any, option: Option, default: Any, *, takes_several: bool = 
 def _has_entries(option: Option) -> bool:
     """Whether its value is entries by name, which are given one by one or as a JSON object."""
     return "dict" in str(option.annotation)
+
+
+def _may_be_text(option: Option) -> bool:
+    """Whether its value may be a text as a whole."""
+    return get_origin(option.annotation) is not dict and str in get_args(option.annotation)
+
+
+def _is_named_one_by_one(option: Option) -> bool:
+    """Whether entries may follow one flag; not where words of a text without quotation marks would pass for some."""
+    return _has_entries(option) and not _may_be_text(option)
 
 
 def _metavar(option: Option) -> str:
@@ -338,8 +348,7 @@ def single_value(options: Mapping[str, Option], name: str, value: Any) -> Any:
         return value
     if name in LISTS:
         return value[0] if len(value) == 1 and (value[0] == "none" or value[0].startswith("[")) else value
-    kind = options[name].annotation
-    is_text = get_origin(kind) is not dict and str in get_args(kind) and not value[-1].lstrip().startswith('{"')
+    is_text = _may_be_text(options[name]) and not value[-1].lstrip().startswith('{"')
     if _has_entries(options[name]) and not is_text:
         return merge_entries(name, value)
     return value[-1]

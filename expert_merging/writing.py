@@ -117,12 +117,14 @@ def check_file(file: Path, flag: str) -> None:
     """Check that a file of results can be written where a flag says, before what it is to hold is computed.
 
     Raises:
-        InputError: there is no folder for it, or one of its name.
+        InputError: there is no folder for it, or one of its name, or nothing can be written there.
     """
     if not file.parent.is_dir():
         raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it first")
     if file.is_dir():
         raise InputError(f"{flag} {file} is a folder; name a file in it")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{flag} {file}: {file.parent} cannot be written to; choose another folder")
 
 
 def put_aside(file: Path) -> Path:

@@ -82,7 +82,9 @@ def test_entries_may_have_no_answer_where_that_is_wanted(tmp_path):
     found = load(tmp_path, *entries, without_answers=True)
     assert [(one.kind, one.answers) for one in found] == [("open", ()), ("numbers", ("42",)), ("exact_match", ("so",))]
     assert not found[0].is_right("anything")
-    wrong = [{"question": "a", "answer": [{}]}, {"question": "b", "choices": ["x", "y"]}]
+    (choice,) = load(tmp_path, {"question": "d", "choices": ["x", 2]}, without_answers=True)
+    assert (choice.kind, choice.answers, choice.choices) == ("choice", (), ("x", "2"))
+    wrong = [{"question": "a", "answer": [{}]}, {"question": "b", "choices": ["x"]}]
     assert len(refusal(tmp_path, *wrong, without_answers=True)) == 2, "what is there must be usable"
     assert "'answer' must be" in refusal(tmp_path, entries[0])[0]
 

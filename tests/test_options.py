@@ -192,6 +192,14 @@ def test_entries_come_back_as_they_were_given(entries):
     assert merge_entries("expert", [f"{name}={value}" for name, value in entries.items()]) == entries
 
 
+@pytest.mark.parametrize("words", [["Q:", "{question}"], ["Chat={question}", "{question}"]])
+def test_a_text_without_quotation_marks_is_not_cut_down_to_its_last_word(words):
+    with pytest.raises(InputError, match=r"unexpected argument '{question}'; --help shows all options"):
+        parse(["--prompt_template", *words], BACKBONE)
+    repeated = [f"--prompt_template={word}" for word in words]
+    assert parse(repeated, BACKBONE)["prompt_template"] == "{question}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "patterns"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
-from expert_merging.writing import ShardWriter, check_free_disk, partial_name, put_aside, write_atomically
+from expert_merging.writing import ShardWriter, check_file, check_free_disk, partial_name, put_aside, write_atomically
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -107,3 +107,11 @@ def test_files_of_any_name_can_be_written(name, tmp_path):
 
 def test_long_names_that_begin_alike_are_written_to_different_places(tmp_path):
     assert partial_name(tmp_path / ("n" * 254 + "a")) != partial_name(tmp_path / ("n" * 254 + "b"))
+
+
+def test_a_file_of_results_needs_a_folder_that_can_be_written_to(tmp_path, monkeypatch):
+    check_file(tmp_path / "scores.json", "--json")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError) as error:
+        check_file(tmp_path / "scores.json", "--json")
+    assert str(error.value) == f"--json {tmp_path}/scores.json: {tmp_path} cannot be written to; choose another folder"

@@ -127,10 +127,11 @@ def _align(context: Context, how: str, layout: Layout, samples: Samples | None) 
             BlockOrder(*(tensors[f"{number}.{kind}"] for kind in ("heads", "values", "feed")))
             for number in range(len(layout.blocks))
         ]
-        before, after = tensors["cosine"].tolist()
+        before, best = tensors["cosine"].tolist()
+        moved = _moved(tensors)
         expert.orders = tensor_orders(layout, blocks, tensors.get("stream"), expert)
-        found[name] = {"cosine_before": before, "cosine_after": after, "moved": _moved(tensors)}
-        _tell(name, found[name])
+        found[name] = {"cosine_before": before, "cosine_after": best if any(moved.values()) else before, "moved": moved}
+        _tell(name, found[name], best)
     others = [name for name in context.plan.experts if name not in experts]
     if others:
         logger.warning(
@@ -204,13 +205,13 @@ def _moved(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _tell(expert: str, found: Mapping[str, Any]) -> None:
-    """Say what share of an expert's units has moved."""
+def _tell(expert: str, found: Mapping[str, Any], best: float) -> None:
+    """Say what share of an expert's units has moved; ``best`` is the cosine of weights in the order that was found."""
     if not any(found["moved"].values()):
         logger.warning(
             "expert %s has the base's order of units, as a fine-tune of this base has (cosine of weights %.3f, and "
             "%.3f in the order that was found): --align_experts changes nothing of it",
-            *(expert, found["cosine_before"], found["cosine_after"]),
+            *(expert, found["cosine_before"], best),
         )
         return
     shares = ", ".join(f"{100 * share:.0f} % of {kind}" for kind, share in found["moved"].items())

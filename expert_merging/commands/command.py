@@ -22,6 +22,7 @@ class Command:
         description: more than the summary, for its own help.
         main: given all its arguments as they were typed, instead of `run`; returns the exit code.
         takes_more: what the parser does not know is left to `run`, as ``more``, or to `main`.
+        continues: the same command goes on with what it has, after an interrupt or a full disk.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Command:
     description: str = ""
     main: Callable[[Sequence[str]], int] | None = None
     takes_more: bool = False
+    continues: bool = False

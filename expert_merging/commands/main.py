@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if shortage is not None:
             tell(out_of_memory(shortage, "", "give --device cpu" if shortage.on_gpu else "take a machine with more"))
         elif isinstance(error, OSError):
-            tell(file_problem(error, "begins again"))
+            tell(file_problem(error, "continues where it stopped" if COMMANDS[name].continues else "begins again"))
         else:
             raise
         return 1

@@ -108,4 +108,5 @@ COMMAND = Command(
     add_arguments,
     main=main,
     takes_more=True,
+    continues=True,
 )

@@ -38,4 +38,5 @@ COMMAND = Command(
     "perplexity is found under each expert, in the expert's own words. The expert of the smallest answers it, or with "
     "--experts_per_question several do, token by token, by the mean of what they predict, weighted by 1 / perplexity. "
     "Nothing is trained and no model is written. With one expert for a question, one is in memory at a time.",
+    continues=True,
 )

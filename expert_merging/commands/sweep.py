@@ -268,4 +268,5 @@ COMMAND = Command(
     "options by name, and under 'sweep' the values by option, or a list of such. The same command goes on where it "
     "stopped.",
     takes_more=True,
+    continues=True,
 )

@@ -67,13 +67,16 @@ class Record:
     Args:
         file: where it is kept.
         description: what must be the same for scores to be compared.
+        advice: what to do about a file that is no record.
 
     Raises:
         InputError: the file has scores of something else, or is damaged.
     """
 
-    def __init__(self, file: Path, description: Mapping[str, Any]) -> None:
-        self.file, self.description = file, dict(description)
+    def __init__(
+        self, file: Path, description: Mapping[str, Any], *, advice: str = "move it away to begin again"
+    ) -> None:
+        self.file, self.description, self._advice = file, dict(description), advice
         self.scored: dict[tuple[str, float], Scored] = {}
         self.read()
 
@@ -85,12 +88,12 @@ class Record:
         """
         if not self.file.exists():
             return
-        content = read_object(self.file, advice="move it away to begin again")
+        content = read_object(self.file, advice=self._advice)
         try:
             found = [_scored(entry) for entry in content["points"]]
             differing = [name for name, value in self.description.items() if content["description"].get(name) != value]
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{self.file} holds no scores of a sweep; move it away to begin again") from None
+            raise InputError(f"{self.file} holds no scores of a sweep; {self._advice}") from None
         if differing or content.get("format") != FORMAT:
             raise InputError(
                 f"{self.file} has scores of another sweep ({', '.join(differing) or 'format'}); choose another "

@@ -129,9 +129,9 @@ def _read_task(
         try:
             exchange = read_exchange(entry)
             sample = sample_of(task, file, number, entry, exchange, expert)
-            has_answer = not {"answer", "choices"}.isdisjoint(entry) or sample.response is not None
-            if without_answers and not has_answer:
-                found.append(Question(sample, (), "open"))
+            if without_answers and "answer" not in entry and sample.response is None:
+                choices = _choices(entry)
+                found.append(Question(sample, (), "choice" if choices else "open", choices))
             else:
                 found.append(_question(sample, entry, numbers=numbers))
         except InputError as error:
@@ -144,11 +144,8 @@ def _read_task(
 
 def _question(sample: Sample, entry: Mapping[str, Any], *, numbers: bool) -> Question:
     answer = entry.get("answer", sample.response)
-    if entry.get("choices") is not None:
-        choices = entry["choices"]
-        if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-            raise InputError(f"'choices' must be a list of two texts or more, got {excerpt(choices)}")
-        return Question(sample, (_chosen(answer, [str(one) for one in choices]),), "choice", tuple(map(str, choices)))
+    if choices := _choices(entry):
+        return Question(sample, (_chosen(answer, choices),), "choice", choices)
     answers = answer if isinstance(answer, list) and answer else [answer]
     if not all(map(_is_text, answers)):
         raise InputError(
@@ -162,13 +159,23 @@ def _question(sample: Sample, entry: Mapping[str, Any], *, numbers: bool) -> Que
     return Question(sample, texts, kind)
 
 
+def _choices(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What may be answered; nothing where any text may."""
+    choices = entry.get("choices")
+    if choices is None:
+        return ()
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
+        raise InputError(f"'choices' must be a list of two texts or more, got {excerpt(choices)}")
+    return tuple(map(str, choices))
+
+
 def _is_text(value: Any) -> bool:
     return (isinstance(value, str) and bool(value.strip())) or (
         isinstance(value, int | float) and not isinstance(value, bool)
     )
 
 
-def _chosen(answer: Any, choices: list[str]) -> str:
+def _chosen(answer: Any, choices: Sequence[str]) -> str:
     """The right choice: named itself, by its letter, or by its number counted from 0."""
     if str(answer) in choices and not isinstance(answer, bool):
         return str(answer)

@@ -46,7 +46,9 @@ class Record:
             raise InputError(f"--answers {self.file} is no file of answers by route; {advice}")
         differing = [name for name in self.settings if settings.get(name) != self.settings[name]]
         if differing:
-            raise InputError(f"--answers {self.file} has answers with another {' and '.join(differing)}; {advice}")
+            raise InputError(
+                f"--answers {self.file} has answers of a command that differs in {' and '.join(differing)}; {advice}"
+            )
         if len(entries) != len(self.entries) or not all(map(self._is_entry, entries)):
             raise InputError(f"--answers {self.file} is damaged; {advice}")
         return [{name: entry[name] for name in ("perplexity", "experts", "answer", "points") if name in entry}

@@ -38,7 +38,7 @@ def tell(record: Record, console: Console) -> None:
         shares=shares,
         scores={task: {"mean": one.mean, "low": one.low, "high": one.high} for task, one in scores.items()},
     )
-    title = "Who has answered, and what is right, in % (with 95 % intervals)"
+    title = "Who has answered, and what is right, in % (with 95 % intervals)" if scores else "Who has answered, in %"
     console.print(table_of_numbers(title, columns, rows), soft_wrap=False)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from expert_merging.checkpoints.checkpoint import read_header
 from expert_merging.checkpoints.fingerprints import file_content
 from expert_merging.context import Context
+from expert_merging.documents import resolved
 from expert_merging.errors import InputError, Problems, first_of, near_name
 from expert_merging.plan import Plan
 from expert_merging.statistics.entrywise import Entries
@@ -38,11 +39,11 @@ def check_second_moments(context: Context, given: Mapping[str, str]) -> Entries:
         )
     for expert in [name for name in plan.experts if name in given]:
         with problems.collecting():
-            endings[expert] = _check_file(plan, Path(given[expert]))
+            endings[expert] = _check_file(plan, resolved(given[expert]))
     if not problems.found and len(set(endings.values())) > 1:
         problems.add("--second_moments: some files have names that end with .exp_avg_sq, and others have not")
     problems.check()
-    return Entries({expert: Path(given[expert]) for expert in plan.experts}, ending=next(iter(endings.values())))
+    return Entries({expert: resolved(given[expert]) for expert in plan.experts}, ending=next(iter(endings.values())))
 
 
 def digest_of_files(moments: Entries) -> str:
@@ -59,6 +60,8 @@ def _check_file(plan: Plan, file: Path) -> str:
     Raises:
         InputError: it is no safetensors file, or lacks a merged tensor or has it in another shape.
     """
+    if not file.is_file():
+        raise InputError(f"--second_moments {file} is no file; give a safetensors file")
     _, found = read_header(file)
     shapes = {entry.name: entry.shape for entry in found}
     ending = next((end for end in _ENDINGS if any(name + end in shapes for name in plan.merged)), "")

@@ -103,6 +103,16 @@ def test_runs_tell_how_much_has_moved(zoo, tmp_path, capsys):
     assert tools(["verify", str(run.folder)]) == 0
 
 
+@pytest.mark.slow
+def test_the_record_of_an_expert_that_stays_has_no_cosine_of_an_order_that_was_not_taken(zoo, tmp_path):
+    samples = ("--align_experts", "activation_matching", "--data_dir", zoo.data, "--samples_per_task", "1")
+    run = merged(tmp_path, "--method", "weight_average", *samples, *flags(zoo.base, **zoo.plain))
+    record = json.loads((run.alignment / "alignment.json").read_text())["experts"]
+    assert all(not any(found["moved"].values()) for found in record.values())
+    assert all(found["cosine_after"] == found["cosine_before"] for found in record.values())
+    assert "in the order that was found): --align_experts changes nothing of it" in run.log.read_text()
+
+
 def test_shares_are_of_units_that_left_their_places():
     tensors = {
         "cosine": torch.zeros(2),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
+from rich.console import Console
 
+from expert_merging.__main__ import CONTINUING
 from expert_merging.checkpoints.checkpoint import Checkpoint
-from expert_merging.commands.main import main
+from expert_merging.commands.main import COMMANDS, main
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
 from expert_merging.routing.record import Record
 from expert_merging.routing.router import PerplexityRouter
+from expert_merging.routing.telling import tell
 from expert_merging.running.answers import Answered
 from tests.checkpoints import EXPERTS
 from tests.internvl import make_picture
@@ -23,7 +27,8 @@ def questions(tmp_path):
     """Questions without answers, and some with."""
     folder = tmp_path / "mine"
     folder.mkdir()
-    open_ones = [{"question": f"what is {number}?"} for number in range(4)]
+    open_ones = [{"question": f"what is {number}?"} for number in range(3)]
+    open_ones.append({"question": "which?", "choices": ["this", "that"]})
     (folder / "Chat.json").write_text(json.dumps(open_ones))
     known = [{"question": f"{number}+1=", "answer": str(number + 1)} for number in range(3)]
     (folder / "Math.json").write_text(json.dumps([*known, {"question": "b?", "choices": ["b"] * 2, "answer": "b"}]))
@@ -60,6 +65,7 @@ def test_answers_and_who_has_given_them_are_kept_and_shown(given, tmp_path, caps
         assert entry["experts"] == {best: 1.0}
         assert isinstance(entry["answer"], str)
         assert ("points" in entry) == (entry["task"] == "Math")
+    assert entries[3]["answer"] in ("this", "that")
     assert entries[-1]["points"] == 1
     assert entries[-1]["answer"] == "b"
     counted = sum("Chat" in entry["experts"] for entry in entries[:4]) / 4
@@ -132,17 +138,43 @@ def test_a_complete_file_is_shown_and_no_expert_loaded(given, monkeypatch, capsy
     assert capsys.readouterr().out.partition("Who has answered")[2] == shown
 
 
+def test_a_full_disk_does_not_begin_again(given, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(Record, "save", full)
+    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([(0, 1.0)]))
+    assert (
+        refusal(capsys, *given)[-1] == "the disk is full; make room, then the same command continues where it stopped"
+    )
+
+
+def test_what_an_interrupt_says_is_what_the_command_does():
+    assert [*CONTINUING] == sorted(name for name, command in COMMANDS.items() if command.continues)
+
+
+def test_nothing_is_said_of_right_answers_where_none_is_known(tmp_path, capsys):
+    questions = [Question(Sample.test("why"), (), "open")]
+    record = Record(tmp_path / "answers.json", {"experts": {"A": ["digest"]}}, questions)
+    record.add_perplexity(0, "A", 2.5)
+    record.add_answer(0, {"A": 1.0}, Answered("so", 0.0))
+    tell(record, Console())
+    shown = capsys.readouterr().out
+    assert "Who has answered, in %" in " ".join(shown.split())
+    assert "right" not in shown
+
+
 @pytest.mark.slow
 def test_answers_of_other_settings_are_not_mixed(given, tmp_path, capsys):
     assert route(*given) == 0
     before = (tmp_path / "answers.json").read_bytes()
     changed = [*given, "--temperature", 2, "--experts_per_question", 2]
     assert refusal(capsys, *changed) == [
-        f"--answers {tmp_path}/answers.json has answers with another experts_per_question and temperature; move it "
-        "away, or give another --answers"
+        f"--answers {tmp_path}/answers.json has answers of a command that differs in experts_per_question and "
+        "temperature; move it away, or give another --answers"
     ]
-    assert "another questions;" in refusal(capsys, *given, "--samples", 2)[0]
-    assert "another experts;" in refusal(capsys, *given, "--prompt_template", "Well: {question}")[0]
+    assert "differs in questions;" in refusal(capsys, *given, "--samples", 2)[0]
+    assert "differs in experts;" in refusal(capsys, *given, "--prompt_template", "Well: {question}")[0]
     assert (tmp_path / "answers.json").read_bytes() == before
 
 

@@ -155,6 +155,10 @@ def test_a_run_is_not_continued_with_other_moments(arguments, tiny_zoo, tmp_path
 def test_files_that_do_not_fit_are_refused(arguments, tiny_zoo, tmp_path, capsys):
     _, flags = write_moments(tmp_path / "moments", tiny_zoo)
     start, output = arguments[:4], ["--output_path", tmp_path / "out"]
+    problems = refused(capsys, *start, *output, flags[0], f"Chat={tmp_path}/none", f"Math={tmp_path}", flags[3])
+    assert problems == [
+        f"--second_moments {tmp_path}{name} is no file; give a safetensors file" for name in ("/none", "")
+    ]
     problems = refused(capsys, *start, *output, *flags[:3], "Mat=x")
     assert problems == [
         "--second_moments: there is no expert 'Mat'. Did you mean 'Math'?",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import seeds
@@ -47,9 +49,21 @@ def test_questions_are_paired_by_their_tasks(tmp_path):
     assert "alone on 0 (p = 1)" in line
 
 
+def test_a_record_may_lack_a_description(tmp_path):
+    file = sweep(tmp_path, "old", ties=(2, 4))
+    content = json.loads(file.read_text())
+    del content["description"]
+    file.write_text(json.dumps(content))
+    assert [*seeds.read_all([file])[0]] == ["ties"]
+
+
 def test_what_is_no_record_with_questions_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none.json does not exist; give the sweep.json of sweeps"):
+    with pytest.raises(InputError, match=r"none.json is no file; give the sweep.json of sweeps"):
         seeds.read(tmp_path / "none.json")
+    for content, told in (("[1", "is not valid JSON"), ("{}", "holds no scores of a sweep")):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(InputError, match=rf"other.json {told}.*; give the sweep.json of sweeps"):
+            seeds.read(tmp_path / "other.json")
     record = Record(tmp_path / "bare.json", {})
     record.add(Scored({"method": "svd"}, "a", 1.0, {"A": 0.25}))
     with pytest.raises(InputError, match="has no points that were asked labelled questions; sweep with --questions"):
