@@ -91,6 +91,7 @@ def trained_plainly(zoo, fineness, initial):
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "fineness", "initial"),
     [
@@ -180,6 +181,7 @@ def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mi
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.items() if ".experts.2." in name)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     expected = contents(merged(tmp_path / "whole", *arguments).model)
     write = calibrating.write_tensors
