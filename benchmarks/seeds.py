@@ -21,8 +21,9 @@ from expert_merging.comparing.grid import label_of
 from expert_merging.comparing.intervals import compare_paired, interval
 from expert_merging.comparing.scores_file import mean_of
 from expert_merging.comparing.sweep_record import Record, Scored
+from expert_merging.console import Screen, say
 from expert_merging.documents import read_object
-from expert_merging.errors import InputError, tell
+from expert_merging.errors import InputError, file_problem, tell
 
 # Points that are tested against each other.
 BEST = 3
@@ -124,12 +125,14 @@ def main() -> None:
     sweeps = read_all(parser.parse_args().sweeps)
     rows = rows_of(sweeps)
     head = ["", "mean", "95 % interval", "worst to best", "divergence"]
-    for cells in (head, ["---"] * len(head), *(row.cells() for row in rows)):
-        sys.stdout.write(f"| {' | '.join(cells)} |\n")
-    sys.stdout.write("\n" + "\n".join(tests_of(rows[:BEST])) + "\n")
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(row.cells() for row in rows))]
+    lines += ["", *tests_of(rows[:BEST])]
     left = {label for sweep in sweeps for label in sweep} - {row.label for row in rows}
     if left:
-        sys.stdout.write(f"\nnot in all sweeps, and left out: {', '.join(sorted(left))}\n")
+        lines += ["", f"not in all sweeps, and left out: {', '.join(sorted(left))}"]
+    console = Screen()
+    for line in lines:
+        say(console, line)
 
 
 if __name__ == "__main__":
@@ -137,4 +140,7 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         tell(error)
+        sys.exit(1)
+    except OSError as error:
+        tell(file_problem(error, "begins again"))
         sys.exit(1)

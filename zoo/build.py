@@ -280,9 +280,8 @@ def train_model(job: Job, report: Callable[[int], object]) -> None:
 
 def together(schedules: Iterable[Schedule]) -> Schedule:
     """How all tasks are learned at once that have these schedules: as fast as the first, as long as all of them."""
-    first, *others = schedules
-    steps = sum(schedule.steps for schedule in (first, *others))
-    return replace(first, steps=steps, decay_steps=sum(schedule.decay_steps for schedule in (first, *others)))
+    own = list(schedules)
+    return replace(own[0], steps=sum(one.steps for one in own), decay_steps=sum(one.decay_steps for one in own))
 
 
 def adapter_schedule(schedule: Schedule) -> Schedule:

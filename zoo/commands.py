@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.command == "build":
-            build_command(options.family, options.output, options.seed, options.adapters, options.mixture)
+            build_command(
+                options.family, options.output, options.seed, adapters=options.adapters, mixture=options.mixture
+            )
         elif options.command == "demo":
             demo_command(options.family, options.seed, options.methods, options.json)
         else:
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def build_command(family_name: str, output: Path | None, seed: int, adapters: bool, mixture: bool) -> None:
+def build_command(family_name: str, output: Path | None, seed: int, *, adapters: bool, mixture: bool) -> None:
     """Build a zoo and say where it is."""
     from zoo.build import build
     from zoo.progress import progress

@@ -69,11 +69,14 @@ def js_plainly(expert_logits: torch.Tensor, merged_logits: torch.Tensor, tempera
 
 
 def test_jensen_shannon_by_hand():
-    """Of one word each, two models are as far apart as they can be."""
-    sure = 100 * torch.eye(2)
+    """Of one word each, two models are as far apart as they can be, and no gradient says which way is nearer."""
+    expert, merged = (100 * torch.eye(2)).split(1)
+    merged.requires_grad_()
     heads = torch.clone, torch.clone
-    found = logit_alignment(sure[:1], sure[1:], *heads, temperature=1.0, slice_tokens=1, symmetric=True)
+    found = logit_alignment(expert, merged, *heads, temperature=1.0, slice_tokens=1, symmetric=True)
     assert found.item() == pytest.approx(math.log(2), rel=1e-6)
+    (gradient,) = torch.autograd.grad(found, merged)
+    assert gradient.abs().max() < 1e-6 < torch.autograd.grad(kl_divergence(expert, merged, 1.0), merged)[0].abs().max()
 
 
 @pytest.mark.parametrize("confident", [False, True])
