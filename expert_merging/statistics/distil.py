@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.checkpoints.configurations import size_setting
+from expert_merging.checkpoints.configurations import layer_count, size_setting
 from expert_merging.context import Context
 from expert_merging.flags import Count, CountOrNone, Positive
 from expert_merging.machine import gib, show_size
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.running.samples import Samples
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 # float32 numbers of each entry and expert at a time: task vector, coefficient, its gradient and Adam's two moments.
 _NUMBERS = 5
@@ -54,11 +54,11 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, check_layers, output_bytes
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options, experts = DistilOptions(**given), len(context.plan.experts)
     checked = check_layers(
-        context, options, "distil", more=partial(output_bytes, context), synthesize=options.synthesize
+        context, options, "distil", more=partial(_output_bytes, context), synthesize=options.synthesize
     )
 
     def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
@@ -93,6 +93,13 @@ def _state_bytes(context: Context, samples: Samples) -> int:
     """Bytes of what goes into a layer on all samples, and of what is to come out, which is in float32."""
     width = size_setting(context.plan.base.config, "hidden_size") or 0
     return (samples.dtype.itemsize + 4) * width * samples.longest * len(samples.samples)
+
+
+def _output_bytes(context: Context, samples: Samples) -> int:
+    """The most bytes that what comes out of all experts' layers takes."""
+    config = context.plan.base.config
+    width = (size_setting(config, "hidden_size") or 0) * (layer_count(config) or 0)
+    return samples.dtype.itemsize * width * samples.longest * len(samples.samples)
 
 
 @register(

@@ -17,9 +17,9 @@ from expert_merging.plan import Rule
 from expert_merging.running.in_memory import InMemory
 from expert_merging.running.sharding import decoder_layers
 from expert_merging.running.targets import Asked
-from expert_merging.statistics.calibrating import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.statistics.gram import Gram, Grams, KeptVectors
 from expert_merging.statistics.inputs import gather
+from expert_merging.statistics.layer_by_layer import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.streaming import Reader
 
 # How small the factor on the loss may become with which gradients do not overflow in float16.
@@ -116,7 +116,7 @@ class _Distilling:
     training: Training
 
     def change(self, layer: torch.nn.Module, number: int, streams: Sequence[Stream]) -> dict[str, Tensor]:
-        """See `expert_merging.statistics.calibrating.Change`."""
+        """See `expert_merging.statistics.layer_by_layer.Change`."""
         own, named = set(layer.parameters()), dict(self.memory.model.named_parameters())
         names = [name for name in self.names if all(named[run.parameter] in own for run in self.memory.runs[name])]
         if not names:

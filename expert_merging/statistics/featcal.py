@@ -18,7 +18,7 @@ from expert_merging.running.options import SampleOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, nothing can be calibrated, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, check_layers, input_bytes
+    from expert_merging.statistics.calibrating import Pull, calibrate, input_bytes
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options = FeatCalOptions(**given)
     checked = check_layers(context, options, "featcal", more=partial(input_bytes, context))

@@ -15,7 +15,7 @@ from expert_merging.statistics.regmean import RegMeanOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 
 def _prepare(context: Context, **given: Any) -> Preparation:
@@ -24,7 +24,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, check_layers
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options = RegMeanOptions(**given)
     checked = check_layers(context, options, "regmean++")

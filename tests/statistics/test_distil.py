@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.running import samples
-from expert_merging.statistics import calibrating, distilling
+from expert_merging.statistics import distilling, layer_by_layer
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
@@ -184,17 +184,17 @@ def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mi
 @pytest.mark.slow
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     expected = contents(merged(tmp_path / "whole", *arguments).model)
-    write = calibrating.write_tensors
+    write = layer_by_layer.write_tensors
 
     def stop_at_the_last(file, tensors, kept):
         if file.stem == "layer-0002":
             raise KeyboardInterrupt
         write(file, tensors, kept)
 
-    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
+    monkeypatch.setattr(layer_by_layer, "write_tensors", stop_at_the_last)
     merge(*arguments, "--output_path", tmp_path / "parts")
     layers = []
-    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    monkeypatch.setattr(layer_by_layer, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
     assert contents(merged(tmp_path / "parts", *arguments).model) == expected
     assert layers == ["layer-0002"]
 
