@@ -56,10 +56,16 @@ class Pair(NamedTuple):
     own: Tensor
 
 
-def input_bytes(context: Context, samples: Samples) -> int:
-    """The most bytes that what goes into all experts' layers takes; layers that share it share its place."""
+def input_bytes(context: Context, samples: Samples, count: int | None = None) -> int:
+    """The most bytes that what goes into layers on so many samples takes; layers that share it share its place.
+
+    Args:
+        context: the run.
+        samples: all experts' samples.
+        count: of them, by default all.
+    """
     columns = sum(context.plan.base.entries[name].shape[1] for name in layer_matrices(context))
-    return samples.dtype.itemsize * columns * samples.longest * len(samples.samples)
+    return samples.dtype.itemsize * columns * samples.longest * (count or len(samples.samples))
 
 
 @torch.no_grad()

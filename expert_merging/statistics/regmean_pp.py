@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
-from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.processes import while_others_wait
+from expert_merging.statistics.gathering import kept_note
 from expert_merging.statistics.regmean import RegMeanOptions
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     notes = (
         f"{len(checked.matrices)} matrices are solved for from {len(checked.samples.samples)} samples, a layer at a "
         "time",
-        f"they are kept in {checked.folder}, {show_size(checked.size)}, which can be removed once the merged "
-        "model is there",
+        kept_note("they", checked.folder, checked.size),
     )
     return Preparation(work, checked.samples.inputs, notes)
 

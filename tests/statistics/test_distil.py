@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.running import samples
-from expert_merging.statistics import distilling, layer_by_layer
+from expert_merging.statistics import distil, distilling, layer_by_layer
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
@@ -234,7 +234,10 @@ def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
 
 
 def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsys):
-    """That of the largest layer, and of the hidden states of all samples: what was there when a layer was trained."""
+    """That of the largest layer, and of the hidden states of all samples: what was there when a layer was trained.
+
+    And that of an expert's outputs, which are held until its file is written.
+    """
     given = ["--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 2, "--method", "prodistill"]
     given += ["--distil_epochs", 1, "--exclude_params", ".*layers.0.mlp.*", ".*norm.*", ".*embed_tokens.*"]
     train, taken = distilling._Distilling._train, []
@@ -246,13 +249,24 @@ def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsy
         numbers += [tensor for lesson in lessons for tensor in (lesson.stream.hidden, lesson.wanted)]
         taken.append(sum(tensor.nbytes for tensor in numbers))
 
+    find, held = distilling._outputs, []
+
+    def measured(*given):
+        found = find(*given)
+        held.append(sum(gram.values.nbytes for gram in found.values()))
+        return found
+
     monkeypatch.setattr(distilling._Distilling, "_train", watch)
+    monkeypatch.setattr(distilling, "_outputs", measured)
+    monkeypatch.setattr(distil, "gib", lambda count: f"{count} bytes")
     merged(tmp_path / "out", *given)
     assert taken[0] < taken[1] == taken[2]
     assert merge(*given, "--output_path", tmp_path / "other", "--dry_run") == 0
-    told = float(re.search(r"at most ([\d.]+) MiB beside a model", " ".join(capsys.readouterr().out.split()))[1])
-    assert taken[1] <= told * 2**20 + 2**16
-    assert told * 2**20 < 1.5 * taken[1]
+    said = " ".join(capsys.readouterr().out.split())
+    told = int(re.search(r"at most (\d+) bytes beside a model", said)[1])
+    assert taken[1] <= told < 1.5 * taken[1]
+    told = int(re.search(r"its layers takes about (\d+) bytes of memory beside it", said)[1])
+    assert max(held) <= told < 1.1 * max(held)
 
 
 def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys):
