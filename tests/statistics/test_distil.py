@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +12,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.running import samples
-from expert_merging.statistics import distil, distilling, layer_by_layer
+from expert_merging.statistics import distil, distilling
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
-from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import refusal_of_nan, stop_at_the_last_layer
 from tests.statistics.twin import RESPONSES, answered
 
 # Of Adam, in which these tiny models change visibly in a few steps.
@@ -184,17 +183,7 @@ def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mi
 @pytest.mark.slow
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     expected = contents(merged(tmp_path / "whole", *arguments).model)
-    write = layer_by_layer.write_tensors
-
-    def stop_at_the_last(file, tensors, kept):
-        if file.stem == "layer-0002":
-            raise KeyboardInterrupt
-        write(file, tensors, kept)
-
-    monkeypatch.setattr(layer_by_layer, "write_tensors", stop_at_the_last)
-    merge(*arguments, "--output_path", tmp_path / "parts")
-    layers = []
-    monkeypatch.setattr(layer_by_layer, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    layers = stop_at_the_last_layer(monkeypatch, *arguments, "--output_path", tmp_path / "parts")
     assert contents(merged(tmp_path / "parts", *arguments).model) == expected
     assert layers == ["layer-0002"]
 
@@ -269,16 +258,8 @@ def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsy
     assert max(held) <= told < 1.1 * max(held)
 
 
-def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys):
-    def load(folder, dtype):
-        model = mistral.load_model(folder, dtype)
-        if folder.name == EXPERTS["Math"]:
-            with torch.no_grad():
-                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-        return model
-
-    given = [*arguments, "--output_path", tmp_path / "out"]
-    told = refusal(capsys, *given, family=replace(mistral, load_model=load))
+def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys, monkeypatch):
+    told = refusal_of_nan(monkeypatch, capsys, "fp16", *arguments, "--output_path", tmp_path / "out")
     assert told == "expert Math computes NaN or infinite outputs of layer 1"
 
 

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from expert_merging.errors import InputError
 from expert_merging.running.targets import Asked
-from expert_merging.statistics import featcal, layer_by_layer
+from expert_merging.statistics import featcal
 from expert_merging.statistics.calibrating import Pair, Pull, new_weights
 from expert_merging.statistics.layer_by_layer import streams_of
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import stop_at_the_last_layer
 from tests.statistics.twin import RESPONSES, answered, inputs_of_layers
 
 DEFAULT, OTHER = Pull(0.3, 0.05, 1.0), Pull(0.4, 0.1, 1.5)
@@ -106,22 +107,10 @@ def test_it_changes_a_model_as_the_plain_twin(pull, arguments, tiny_zoo, tmp_pat
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tmp_path, monkeypatch):
     """What experts see and the layers that were changed are there; a damaged one is changed again."""
     expected = contents(merged(tmp_path / "whole", *arguments).model)
-    write, layers = layer_by_layer.write_tensors, []
-
-    def stop_at_the_last(file, tensors, kept):
-        layers.append(file.stem)
-        if file.stem == "layer-0002":
-            raise KeyboardInterrupt
-        write(file, tensors, kept)
-
-    monkeypatch.setattr(layer_by_layer, "write_tensors", stop_at_the_last)
-    merge(*arguments, "--output_path", tmp_path / "parts")
+    layers = stop_at_the_last_layer(monkeypatch, *arguments, "--output_path", tmp_path / "parts")
     folder = tmp_path / "parts" / "task_arithmetic" / "r" / "calibrated" / "featcal"
-    assert layers == ["layer-0000", "layer-0001", "layer-0002"]
     damaged = folder / "layer-0001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    layers.clear()
-    monkeypatch.setattr(layer_by_layer, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
     monkeypatch.setattr("expert_merging.running.targets.load_on", None)
     run = merged(tmp_path / "parts", *arguments)
     assert layers == ["layer-0001", "layer-0002"]
