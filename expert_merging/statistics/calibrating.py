@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def calibrate(context: Context, checked: Checked, pull: Pull, rule: Rule, unit: 
     folder = checked.folder / "inputs"
     own = gather(context, samples, lambda expert: context.plan.only([expert]).opened, find, folder=folder)
     memory = live_merge(context, samples, rule, unit)
-    drawing = _Drawing(context.plan, memory, own, pull)
+    drawing = _Drawing(context.plan, memory, partial(memory.read, rule=rule, unit=unit), own, pull)
     with inputs_watched(context, checked, memory, KeptVectors) as watch:
         change_layers(context, checked, memory, partial(drawing.change, watch))
 
@@ -102,12 +102,14 @@ class _Drawing:
     Args:
         plan: the checkpoints.
         memory: the merged model.
+        read: the entries of a tensor as it was merged.
         own: what goes into the experts' layers.
         pull: where weights are drawn to.
     """
 
     plan: Plan
     memory: InMemory
+    read: Callable[[str], Tensor]
     own: Grams
     pull: Pull
 
@@ -141,7 +143,7 @@ class _Drawing:
     def _weights(self, reader: Reader, name: str, pairs: Sequence[Pair]) -> Tensor:
         shape = self.plan.base.entries[name].shape
         base, task_vectors = reader.read(self.plan.part(name))
-        merged = self.memory.read(name).view(shape)
+        merged = self.read(name).view(shape)
         shifts = self._shifts(reader, name, task_vectors)
         return new_weights(base.view(shape), task_vectors.view(-1, *shape), merged, pairs, shifts, self.pull)
 
@@ -150,7 +152,7 @@ class _Drawing:
         if bias not in self.plan.merged:
             return task_vectors.new_zeros(len(task_vectors), self.plan.base.entries[name].shape[0])
         base, own = reader.read(self.plan.part(bias))
-        return base + own - self.memory.read(bias)
+        return base + own - self.read(bias)
 
 
 def new_weights(

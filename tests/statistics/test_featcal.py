@@ -9,11 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from expert_merging.errors import InputError
-from expert_merging.running.targets import Asked
 from expert_merging.statistics import featcal
 from expert_merging.statistics.calibrating import Pair, Pull, new_weights
-from expert_merging.statistics.layer_by_layer import streams_of
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
@@ -181,24 +178,6 @@ def test_a_bias_that_an_expert_has_changed_counts(tmp_path):
     found = new_weights(base, task_vectors, merged_, [Pair(0, inputs, own)], shifts, Pull(0.3, 1e-9, 1.0))
     wanted = torch.lerp(inputs, own, 0.3).double() @ (base + task_vectors[0]).double().T + shifts.double()
     torch.testing.assert_close(inputs.double() @ found.T, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_model_that_is_no_plain_stack_is_refused():
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
-            self.base_model = self
-
-        def forward(self, hidden, **_):
-            return self.layers[1](self.layers[0](hidden) + 1)
-
-    model = Odd()
-    with pytest.raises(InputError, match="Odd has no list of layers; use a method that does not"):
-        streams_of(model, [], [])
-    asked = Asked(0, None, {"hidden": torch.ones(1, 2)}, torch.tensor([0]))
-    with pytest.raises(InputError, match="Odd changes hidden states between its layers"):
-        streams_of(model, model.layers, [asked])
 
 
 def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, capsys, monkeypatch):
