@@ -197,6 +197,7 @@ def half(monkeypatch):
 @pytest.mark.usefixtures("half")
 @pytest.mark.slow
 def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(arguments, tmp_path, monkeypatch, capsys):
+    """Looked at in the first layer alone, since rounding changes what goes into the others, and they amplify it."""
     usual = tensors_of(merged(tmp_path / "usual", *arguments).model)
     lessons, factor = distilling._Distilling._lessons, 2.0**12
 
@@ -204,8 +205,11 @@ def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(argument
         return [one._replace(weight=factor * one.weight) for one in lessons(*given)]
 
     monkeypatch.setattr(distilling._Distilling, "_lessons", heavy)
-    for name, tensor in tensors_of(merged(tmp_path / "heavy", *arguments).model).items():
-        assert (tensor - usual[name]).abs().mean() < 2e-4  # single gradients that are nearly 0 may change their sign
+    found = tensors_of(merged(tmp_path / "heavy", *arguments).model)
+    first = [name for name in found if "layers.0." in name and "proj" in name]
+    assert len(first) == 7
+    for name in first:  # single gradients that are nearly 0 may change their sign
+        assert (found[name] - usual[name]).abs().mean() < 2e-5
     factor = 2.0**60
     assert merge(*arguments, "--output_path", tmp_path / "out") == 1
     told = "layer 0: gradients are infinite; give a smaller --distil_rate, or --mixed_precision bf16 or no"
