@@ -62,14 +62,15 @@ def _prepare(context: Context, **given: Any) -> Preparation:
         context, options, "distil", more=partial(_output_bytes, context), synthesize=options.synthesize
     )
 
-    def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
+    def work(rule: Rule, unit: str) -> dict[str, Any]:
         from expert_merging.statistics.distilling import Training, distil_layers
 
         training = Training(
             options.distil_fineness, options.distil_epochs, options.distil_rate, options.distil_group, context.seed
         )
         while_others_wait(lambda: distil_layers(context, checked, training, rule, unit))
-        return {"calibrated": Calibrated(checked.folder)}
+        calibrated = Calibrated(checked.folder)
+        return {"calibrated": calibrated, "anew": calibrated.files}
 
     numbers = 1 + (_NUMBERS if options.distil_fineness == "entry" else 1) * experts
     memory = 4 * numbers * _largest_layer(context, checked.matrices) + _state_bytes(context, checked.samples)

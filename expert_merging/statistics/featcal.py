@@ -51,10 +51,11 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     options = FeatCalOptions(**given)
     checked = check_layers(context, options, "featcal", more=partial(input_bytes, context))
 
-    def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
+    def work(rule: Rule, unit: str) -> dict[str, Any]:
         pull = Pull(options.featcal_mix, options.featcal_ridge, options.featcal_reach)
         while_others_wait(lambda: calibrate(context, checked, pull, rule, unit))
-        return {"calibrated": Calibrated(checked.folder)}
+        calibrated = Calibrated(checked.folder)
+        return {"calibrated": calibrated, "anew": calibrated.files}
 
     inputs = input_bytes(context, checked.samples, checked.samples.most_of_an_expert)
     notes = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from expert_merging import preparing
 from expert_merging.errors import InputError
+from expert_merging.method import modified
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.layer_by_layer import streams_of
 from tests.checkpoints import tensors_of
@@ -32,6 +34,19 @@ def test_weights_are_not_rounded_where_models_run_in_half_precision(method, modi
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.values())
+
+
+@pytest.mark.parametrize("modifier", STILL)
+def test_new_weights_are_written_without_the_method_before(modifier, arguments, tmp_path, monkeypatch):
+    names = []
+
+    def watched(rules, anew):
+        names[:] = anew
+        return modified(rules, anew)
+
+    monkeypatch.setattr(preparing, "modified", watched)
+    run = merged(tmp_path, *arguments, "--method", "task_arithmetic", "--post", modifier, *STILL[modifier])
+    assert [set(own) for own in names] == [set(), {name for name in tensors_of(run.model) if "proj" in name}]
 
 
 def test_a_model_that_is_no_plain_stack_is_refused():
