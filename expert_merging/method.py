@@ -12,7 +12,7 @@ before torch is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,8 +38,9 @@ SAMPLES = "samples"
 
 # What every merge function may ask for by name beside what its preparation gives.
 _ALWAYS_KNOWN = ("part", "base", "seed", "experts", "merged")
-# What a preparation may return beside what it gives: tensors by name that outputs are to have as they are.
-_MADE = "made"
+# What a preparation may return beside what it gives: tensors by name that outputs are to have as they are, and names of
+# tensors that the merge function makes without what was merged before.
+_BESIDE = {"made", "anew"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Prepare:
         function: ``(context, **options) -> Preparation``; checks at once, works later. It is given the options that it
             names, or all of them.
         gives: names of what the preparation will return, beside tensors by name that are written as they are
-            (``made``).
+            (``made``), and names of tensors that are made without what was merged before (``anew``).
     """
 
     function: Callable[..., Preparation]
@@ -211,12 +212,12 @@ class Method:
         return replace(found, run=self._promised(found.run), unit=coarsest([self.unit, found.unit]))
 
     def _promised(self, run: Callable[..., Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
-        """The work of a preparation, which must return what it was registered to give; tensors ``made`` may be more."""
+        """The work of a preparation, which must return what it was registered to give, and may return `_BESIDE`."""
         gives = set(self.prepare.gives) if self.prepare else set()
 
         def checked(*before: Any) -> Mapping[str, Any]:
             found = run(*before)
-            if set(found) - {_MADE} != gives - {_MADE}:
+            if set(found) - _BESIDE != gives - _BESIDE:
                 raise TypeError(
                     f"method {self.name}: its preparation returns {_listed(found)}, and was registered to give "
                     f"{_listed(gives)}"
@@ -302,20 +303,24 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in options.items() if name in named}
 
 
-def modified(rule: Rule, modifiers: Iterable[Rule]) -> Rule:
-    """The rule followed by modifiers, each given the task vectors as they were and what was merged so far.
+def modified(rules: Sequence[Rule], anew: Sequence[Container[str]]) -> Rule:
+    """A rule followed by modifiers, each given the task vectors as they were and what was merged so far.
 
     Only methods that write the base's mirror alone are modified, so there is one result.
+
+    Args:
+        rules: the rule and the modifiers.
+        anew: of each, names of the tensors that it makes without what was merged so far, which is not made for it.
     """
-    steps = list(modifiers)
-    if not steps:
-        return rule
+    if len(rules) == 1:
+        return rules[0]
 
     def modify(task_vectors: Tensor, part: Part, base: Tensor) -> Any:
-        merged = rule(task_vectors.clone(), part, base)
-        for step in steps[:-1]:
-            merged = step(task_vectors.clone(), part, base, merged)
-        return steps[-1](task_vectors, part, base, merged)
+        first = max((number for number, names in enumerate(anew) if part.name in names), default=0)
+        merged = None
+        for rule in rules[first:-1]:
+            merged = rule(task_vectors.clone(), part, base, merged)
+        return rules[-1](task_vectors, part, base, merged)
 
     return modify
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from expert_merging.checks import Job
@@ -19,10 +19,11 @@ def prepare(job: Job) -> tuple[Rule, Mapping[str, Any]]:
     if job.alignment is not None:
         job.alignment.run()
     always = {"seed": job.context.seed, "experts": tuple(job.context.plan.experts)}
-    rules, made = list[Rule](), {}
+    rules, anew, made = list[Rule](), list[Container[str]](), {}
     for step, preparation in zip(job.resolved.steps, job.preparations, strict=True):
-        before = (modified(rules[0], rules[1:]), job.unit) if preparation.follows else ()
+        before = (modified(rules, anew), job.unit) if preparation.follows else ()
         known = {**always, **preparation.run(*before)}
         made.update(known.get("made", {}))
+        anew.append(known.get("anew", ()))
         rules.append(step.rule(known, job.resolved.options_of(step)))
-    return modified(rules[0], rules[1:]), made
+    return modified(rules, anew), made

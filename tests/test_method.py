@@ -199,8 +199,20 @@ def test_modifiers_see_the_task_vectors_as_they_were_and_what_was_merged_so_far(
     modifier = Method("add", add_first, {}, add_first, needs=("merged",))
     assert modifier.is_modifier
     assert not method.is_modifier
-    rule = modified(method.rule({}, {}), [modifier.rule({}, {})] * 2)
-    assert rule(GIVEN.clone(), PART, BASE).equal(1 + 2 * GIVEN[0])
+    rules = [method.rule({}, {}), *[modifier.rule({}, {})] * 2]
+    assert modified(rules, [(), (), ()])(GIVEN.clone(), PART, BASE).equal(1 + 2 * GIVEN[0])
+
+
+def test_what_a_modifier_makes_anew_is_not_merged_before():
+    done = []
+
+    def step(name):
+        return lambda _given, part, _base, merged=None: done.append(name) or (merged or ()) + (name,)
+
+    rule = modified([step("a"), step("b"), step("c"), step("d")], [(), {PART.name}, {PART.name, "other"}, ()])
+    assert rule(GIVEN, PART, BASE) == ("c", "d")
+    assert rule(GIVEN, PART._replace(name="more"), BASE) == ("a", "b", "c", "d")
+    assert done == ["c", "d", "a", "b", "c", "d"]
 
 
 def test_a_modifier_of_matrices_leaves_what_is_none_as_it_is():

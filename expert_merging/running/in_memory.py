@@ -5,7 +5,7 @@ The numbers are those that the files would have: each is rounded to the base's t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -66,12 +66,17 @@ class InMemory:
         return self.model
 
     def _merge(self, part: Part, rule: Rule, unit: str) -> None:
-        dtype = self.plan.base.entries[part.name].torch_dtype
         with self.reader.streaming():
-            for piece, base, task_vectors in pieces_of(self.reader, part, unit):
-                made = rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
-                found = made["merged"] if isinstance(made, Mapping) else made
-                self.write(piece, base.add_(found.reshape(-1)).to(dtype))
+            for piece, values in self._made(part, rule, unit):
+                self.write(piece, values)
+
+    def _made(self, part: Part, rule: Rule, unit: str) -> Iterator[tuple[Part, torch.Tensor]]:
+        """What a rule makes of the pieces of a part, in the base's type; each is overwritten by the next."""
+        dtype = self.plan.base.entries[part.name].torch_dtype
+        for piece, base, task_vectors in pieces_of(self.reader, part, unit):
+            made = rule(task_vectors, piece, base.view(task_vectors.shape[1:]))
+            found = made["merged"] if isinstance(made, Mapping) else made
+            yield piece, base.add_(found.reshape(-1)).to(dtype)
 
     def write(self, piece: Part, values: torch.Tensor) -> None:
         """Put merged entries, ``(entries,)``, into the parameters that hold them."""
@@ -83,9 +88,25 @@ class InMemory:
                 self._place(run, first - before, values[first - piece.start : stop - piece.start])
             before += length
 
-    def read(self, name: str) -> torch.Tensor:
-        """The entries ``(entries,)`` that a merged tensor has now, in float32."""
-        return torch.cat([self.weights[run.parameter][run.start : run.stop] for run in self.runs[name]]).float()
+    def read(self, name: str, rule: Rule, unit: str) -> torch.Tensor:
+        """The entries ``(entries,)`` of a tensor that a merge has written here, in float32, as files would have them.
+
+        Where the model's type is another than the files', and has rounded them, they are made again.
+
+        Args:
+            name: the tensor; nothing else may have been written into it since.
+            rule: as for `merge`.
+            unit: as for `merge`.
+        """
+        held = [self.weights[run.parameter][run.start : run.stop] for run in self.runs[name]]
+        if all(values.dtype in (torch.float32, self.plan.base.entries[name].torch_dtype) for values in held):
+            return torch.cat(held).float()
+        made = torch.empty(self.plan.part(name).elements, device=self.device)
+        with self.reader.streaming():
+            for part in merged_parts(self.plan, [name], unit, block_entries(self.device)):
+                for piece, values in self._made(part, rule, unit):
+                    made[piece.start : piece.stop] = values
+        return made
 
     def _place(self, run: Run, start: int, values: torch.Tensor) -> None:
         self.weights[run.parameter][run.start + start : run.start + start + len(values)].copy_(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,11 @@ class Samples:
             most: bound on the samples of a pass, all by default.
         """
         return max(self.longest, min(self.batch_tokens, self.longest * (most or len(self.samples))))
+
+    @property
+    def most_of_an_expert(self) -> int:
+        """Number of samples of the expert that has the most."""
+        return max(Counter(sample.expert for sample in self.samples).values())
 
     @property
     def tasks(self) -> list[str]:

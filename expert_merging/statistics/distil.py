@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_merging.checkpoints.configurations import size_setting
+from expert_merging.checkpoints.configurations import layer_count, size_setting
 from expert_merging.context import Context
 from expert_merging.flags import Count, CountOrNone, Positive
-from expert_merging.machine import gib, show_size
+from expert_merging.machine import gib
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.plan import Rule
 from expert_merging.processes import while_others_wait
 from expert_merging.roles import find_places
 from expert_merging.running.options import SampleOptions
+from expert_merging.statistics.gathering import kept_note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from expert_merging.running.samples import Samples
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 # float32 numbers of each entry and expert at a time: task vector, coefficient, its gradient and Adam's two moments.
 _NUMBERS = 5
@@ -54,29 +55,32 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, check_layers, output_bytes
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options, experts = DistilOptions(**given), len(context.plan.experts)
     checked = check_layers(
-        context, options, "distil", more=partial(output_bytes, context), synthesize=options.synthesize
+        context, options, "distil", more=partial(_output_bytes, context), synthesize=options.synthesize
     )
 
-    def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
+    def work(rule: Rule, unit: str) -> dict[str, Any]:
         from expert_merging.statistics.distilling import Training, distil_layers
 
         training = Training(
             options.distil_fineness, options.distil_epochs, options.distil_rate, options.distil_group, context.seed
         )
         while_others_wait(lambda: distil_layers(context, checked, training, rule, unit))
-        return {"calibrated": Calibrated(checked.folder)}
+        calibrated = Calibrated(checked.folder)
+        return {"calibrated": calibrated, "anew": calibrated.files}
 
     numbers = 1 + (_NUMBERS if options.distil_fineness == "entry" else 1) * experts
     memory = 4 * numbers * _largest_layer(context, checked.matrices) + _state_bytes(context, checked.samples)
+    outputs = _output_bytes(context, checked.samples, checked.samples.most_of_an_expert)
     notes = (
         f"{len(checked.matrices)} matrices are drawn to the experts on {len(checked.samples.samples)} samples, a layer "
         f"at a time, each in {options.distil_epochs} epochs; that takes at most {gib(memory)} beside a model",
-        f"what comes out of the experts' layers, and the new weights, are kept in {checked.folder}, at most "
-        f"{show_size(checked.size)}, which can be removed once the merged model is there",
+        f"before, an expert at a time runs on its samples; what comes out of its layers takes about {gib(outputs)} of "
+        "memory beside it",
+        kept_note("what comes out of the experts' layers, and the new weights,", checked.folder, checked.size),
     )
     return Preparation(work, checked.samples.inputs, notes, follows=True)
 
@@ -93,6 +97,13 @@ def _state_bytes(context: Context, samples: Samples) -> int:
     """Bytes of what goes into a layer on all samples, and of what is to come out, which is in float32."""
     width = size_setting(context.plan.base.config, "hidden_size") or 0
     return (samples.dtype.itemsize + 4) * width * samples.longest * len(samples.samples)
+
+
+def _output_bytes(context: Context, samples: Samples, count: int | None = None) -> int:
+    """The most bytes that what comes out of layers on so many samples takes, by default on all experts' samples."""
+    config = context.plan.base.config
+    width = (size_setting(config, "hidden_size") or 0) * (layer_count(config) or 0)
+    return samples.dtype.itemsize * width * samples.longest * (count or len(samples.samples))
 
 
 @register(

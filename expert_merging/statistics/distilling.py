@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from expert_merging.plan import Rule
 from expert_merging.running.in_memory import InMemory
 from expert_merging.running.sharding import decoder_layers
 from expert_merging.running.targets import Asked
-from expert_merging.statistics.calibrating import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.statistics.gram import Gram, Grams, KeptVectors
 from expert_merging.statistics.inputs import gather
+from expert_merging.statistics.layer_by_layer import Checked, Stream, change_layers, hidden_of, live_merge
 from expert_merging.streaming import Reader
 
 # How small the factor on the loss may become with which gradients do not overflow in float16.
@@ -71,7 +72,9 @@ def distil_layers(context: Context, checked: Checked, training: Training, rule: 
     opened = {expert: context.plan.only([expert]).opened for expert in context.plan.experts}
     wanted = gather(context, checked.samples, opened.__getitem__, find, what="outputs", folder=folder)
     memory = live_merge(context, checked.samples, rule, unit)
-    change_layers(context, checked, memory, _Distilling(context, checked.matrices, memory, wanted, training).change)
+    read = partial(memory.read, rule=rule, unit=unit)
+    distilling = _Distilling(context, checked.matrices, memory, read, wanted, training)
+    change_layers(context, checked, memory, distilling.change)
 
 
 def _outputs(model: Any, asked: Iterator[Asked]) -> dict[tuple[str, ...], Gram]:
@@ -105,6 +108,7 @@ class _Distilling:
         context: the run.
         names: the matrices that are trained.
         memory: the model that is merged.
+        read: the entries of a tensor as it was merged.
         wanted: what comes out of the experts' layers.
         training: how.
     """
@@ -112,16 +116,17 @@ class _Distilling:
     context: Context
     names: Sequence[str]
     memory: InMemory
+    read: Callable[[str], Tensor]
     wanted: Grams
     training: Training
 
     def change(self, layer: torch.nn.Module, number: int, streams: Sequence[Stream]) -> dict[str, Tensor]:
-        """See `expert_merging.statistics.calibrating.Change`."""
+        """See `expert_merging.statistics.layer_by_layer.Change`."""
         own, named = set(layer.parameters()), dict(self.memory.model.named_parameters())
         names = [name for name in self.names if all(named[run.parameter] in own for run in self.memory.runs[name])]
         if not names:
             return {}
-        matrices = {name: _Matrix(self.context, self.memory, name, self.training) for name in names}
+        matrices = {name: _Matrix(self.context, self.memory, name, self.read(name), self.training) for name in names}
         with torch.enable_grad():
             self._train(matrices, layer, number, self._lessons(streams, number))
         return {name: matrix.merged().cpu() for name, matrix in matrices.items()}
@@ -233,18 +238,15 @@ class _Matrix:
         context: the run.
         memory: the model that has it.
         name: its name.
+        before: its entries as it was merged, ``(entries,)``.
         training: which coefficients there are.
     """
 
-    def __init__(self, context: Context, memory: InMemory, name: str, training: Training) -> None:
-        shape = context.plan.base.entries[name].shape
-        _, task_vectors = Reader(context.plan, memory.device).read(context.plan.part(name))
-        self.memory, self.part, self.dtype = (
-            memory,
-            context.plan.part(name),
-            context.plan.base.entries[name].torch_dtype,
-        )
-        self.before, self.task_vectors = memory.read(name).view(shape), task_vectors.view(-1, *shape)
+    def __init__(self, context: Context, memory: InMemory, name: str, before: Tensor, training: Training) -> None:
+        entry, self.memory, self.part = context.plan.base.entries[name], memory, context.plan.part(name)
+        shape, self.dtype = entry.shape, entry.torch_dtype
+        _, task_vectors = Reader(context.plan, memory.device).read(self.part)
+        self.before, self.task_vectors = before.view(shape), task_vectors.view(-1, *shape)
         size = (len(self.task_vectors), *training.shape(shape))
         self.coefficients = torch.zeros(size, device=memory.device)
         named = dict(memory.model.named_parameters())

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from expert_merging.context import Context
 from expert_merging.flags import Interval, Positive
-from expert_merging.machine import show_size
+from expert_merging.machine import gib
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.plan import Rule
 from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
+from expert_merging.statistics.gathering import kept_note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +45,25 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, nothing can be calibrated, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, Pull, calibrate, check_layers, input_bytes
+    from expert_merging.statistics.calibrating import Pull, calibrate, input_bytes
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options = FeatCalOptions(**given)
     checked = check_layers(context, options, "featcal", more=partial(input_bytes, context))
 
-    def work(rule: Rule, unit: str) -> dict[str, Calibrated]:
+    def work(rule: Rule, unit: str) -> dict[str, Any]:
         pull = Pull(options.featcal_mix, options.featcal_ridge, options.featcal_reach)
         while_others_wait(lambda: calibrate(context, checked, pull, rule, unit))
-        return {"calibrated": Calibrated(checked.folder)}
+        calibrated = Calibrated(checked.folder)
+        return {"calibrated": calibrated, "anew": calibrated.files}
 
+    inputs = input_bytes(context, checked.samples, checked.samples.most_of_an_expert)
     notes = (
         f"features of {len(checked.matrices)} matrices are calibrated on {len(checked.samples.samples)} samples, a "
         "layer at a time",
-        f"what goes into the experts' layers, and what comes of it, is kept in {checked.folder}, at most "
-        f"{show_size(checked.size)}; it can be removed once the merged model is there",
+        "before, an expert at a time runs on its samples; what goes into its layers takes at most "
+        f"{gib(inputs)} of memory beside it",
+        kept_note("what goes into the experts' layers, and the new weights,", checked.folder, checked.size),
     )
     return Preparation(work, checked.samples.inputs, notes, follows=True)
 

@@ -10,7 +10,6 @@ from expert_merging.context import Context
 from expert_merging.flags import Positive
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
-from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
 from expert_merging.statistics.gathering import check_entries
 
@@ -53,13 +52,9 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     notes = check_entries(context, samples)
 
     def work() -> dict[str, Entries]:
-        from expert_merging.statistics.entrywise import Entries
-        from expert_merging.statistics.gradients import gather_gradients, squares
-        from expert_merging.statistics.inputs import files_of
+        from expert_merging.statistics.gradients import squared_gradients
 
-        drawn = options.fisher_labels == "drawn"
-        while_others_wait(lambda: gather_gradients(context, samples, squares, drawn=drawn))
-        return {"fishers": Entries(files_of(context), relative=True)}
+        return {"fishers": squared_gradients(context, samples, drawn=options.fisher_labels == "drawn")}
 
     return Preparation(work, samples.inputs, notes)
 

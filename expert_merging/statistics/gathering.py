@@ -115,8 +115,7 @@ def _prepare(context: Context, method: str, options: SampleOptions, *, with_norm
     notes = (
         f"inputs of {len(wanted)} matrices are gathered from {len(samples.samples)} samples, an expert at a time: at "
         f"most {gib(max(most.values()))} of memory beside the expert",
-        f"they are kept in {folder}, at most {show_size(sum(most.values()))} in all, which can be removed once the "
-        "merged model is there",
+        kept_note("they", folder, sum(most.values())),
     )
     return Preparation(gather, samples.inputs, notes)
 
@@ -147,8 +146,15 @@ def check_entries(context: Context, samples: Samples, base: Path | None = None) 
     return (
         f"gradients of {len(plan.merged)} tensors are taken from {asked}, a model at a time: {gib(size)} beside the "
         "model, in a file that the system keeps in memory as far as there is room",
-        f"they are kept in {folder}, {show_size(size * len(files))} in all, which can be removed once the "
-        "merged model is there",
+        kept_note("they", folder, size * len(files)),
+    )
+
+
+def kept_note(what: str, folder: Path, size: int) -> str:
+    """A line for the plan on what is kept in the run's folder, and takes so many bytes at most."""
+    return (
+        f"{what} are kept in {folder}, at most {show_size(size)} in all, which can be removed once the merged model is "
+        "there"
     )
 
 

@@ -20,10 +20,11 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
 from expert_merging.parts import Part
+from expert_merging.processes import while_others_wait
 from expert_merging.running.samples import Samples
 from expert_merging.running.sharding import load_on
 from expert_merging.running.targets import Asked
-from expert_merging.statistics.entrywise import EntrySums
+from expert_merging.statistics.entrywise import Entries, EntrySums
 from expert_merging.statistics.inputs import files_of, gather_files, place_of
 from expert_merging.stored import stored_tensors
 
@@ -34,7 +35,7 @@ _SLICE = 64
 Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def squares(gradient: Tensor, _weights: Tensor) -> Tensor:
+def _squares(gradient: Tensor, _weights: Tensor) -> Tensor:
     """Squared gradients: their mean is the diagonal of the Fisher information."""
     return gradient.float().square_()
 
@@ -70,6 +71,23 @@ def gather_gradients(
             watch.finish(f"expert {expert}", samples.precision, kept)
 
     gather_files(context, samples, lambda expert: context.plan.only([expert]).opened, keep)
+
+
+def squared_gradients(context: Context, samples: Samples, *, drawn: bool = False) -> Entries:
+    """The mean over each expert's samples of its squared gradients, of the root of their mean square.
+
+    The main process takes them, and the others wait.
+
+    Args:
+        context: the run.
+        samples: what the experts are asked.
+        drawn: as for `gather_gradients`.
+
+    Raises:
+        InputError: an expert answers with nothing or computes NaN.
+    """
+    while_others_wait(lambda: gather_gradients(context, samples, _squares, drawn=drawn))
+    return Entries(files_of(context), relative=True)
 
 
 def gather_base_gradients(context: Context, samples: Samples, score: Score, folder: Path) -> None:

@@ -12,7 +12,6 @@ from expert_merging.flags import Factor, Fraction, Positive
 from expert_merging.method import ORDER_FREE, SAMPLES, Preparation, Prepare, register
 from expert_merging.methods.thresholds import find_thresholds
 from expert_merging.parts import Part
-from expert_merging.processes import while_others_wait
 from expert_merging.running.options import SampleOptions
 from expert_merging.statistics.gathering import check_entries
 
@@ -64,12 +63,9 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     notes = check_entries(context, samples)
 
     def work() -> dict[str, Any]:
-        from expert_merging.statistics.entrywise import Entries
-        from expert_merging.statistics.gradients import gather_gradients, squares
-        from expert_merging.statistics.inputs import files_of
+        from expert_merging.statistics.gradients import squared_gradients
 
-        while_others_wait(lambda: gather_gradients(context, samples, squares))
-        return _found(context, Entries(files_of(context), relative=True), options.density)
+        return _found(context, squared_gradients(context, samples), options.density)
 
     return Preparation(work, samples.inputs, notes)
 

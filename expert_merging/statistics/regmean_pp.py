@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from expert_merging.arithmetic import scaled_mean
 from expert_merging.context import Context
-from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, register
 from expert_merging.parts import Part
 from expert_merging.processes import while_others_wait
+from expert_merging.statistics.gathering import kept_note
 from expert_merging.statistics.regmean import RegMeanOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from expert_merging.statistics.calibrating import Calibrated
+    from expert_merging.statistics.layer_by_layer import Calibrated
 
 
 def _prepare(context: Context, **given: Any) -> Preparation:
@@ -24,7 +24,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     Raises:
         InputError: options or calibration files cannot be used, no layer is merged, or the disk has no room.
     """
-    from expert_merging.statistics.calibrating import Calibrated, check_layers
+    from expert_merging.statistics.layer_by_layer import Calibrated, check_layers
 
     options = RegMeanOptions(**given)
     checked = check_layers(context, options, "regmean++")
@@ -38,8 +38,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     notes = (
         f"{len(checked.matrices)} matrices are solved for from {len(checked.samples.samples)} samples, a layer at a "
         "time",
-        f"they are kept in {checked.folder}, {show_size(checked.size)}, which can be removed once the merged "
-        "model is there",
+        kept_note("they", checked.folder, checked.size),
     )
     return Preparation(work, checked.samples.inputs, notes)
 

@@ -14,10 +14,10 @@ from expert_merging.arithmetic import scaled_mean
 from expert_merging.checkpoints.checkpoint import Checkpoint
 from expert_merging.context import Context
 from expert_merging.running.in_memory import InMemory
-from expert_merging.statistics.calibrating import Checked, Stream, change_layers, inputs_watched, live_merge
 from expert_merging.statistics.gathering import merge_around_mean
 from expert_merging.statistics.gram import Gram
 from expert_merging.statistics.inputs import InputWatch
+from expert_merging.statistics.layer_by_layer import Checked, Stream, change_layers, inputs_watched, live_merge
 from expert_merging.statistics.regmean import least_squares
 from expert_merging.stored import Run, stored_tensors
 from expert_merging.streaming import Reader
@@ -73,7 +73,7 @@ class _Regression:
     def change(
         self, watch: InputWatch, layer: torch.nn.Module, number: int, streams: Sequence[Stream]
     ) -> dict[str, Tensor]:
-        """See `expert_merging.statistics.calibrating.Change`; the inputs are seen by ``watch``."""
+        """See `expert_merging.statistics.layer_by_layer.Change`; the inputs are seen by ``watch``."""
         plan, seen = self.context.plan, list[dict[str, Gram]]()
         for expert, checkpoint in plan.experts.items():
             with self._weights_of(checkpoint, layer):

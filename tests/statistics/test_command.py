@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expert_merging.backbone import Backbone
 from expert_merging.cli import main
 from expert_merging.questions.calibration import Sample
-from expert_merging.running import samples
 from expert_merging.running.prompts import end_tokens, tokenizer_of, with_response
 from expert_merging.statistics import gram, inputs
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
@@ -27,6 +26,7 @@ from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_tasks
 from tests.command import contents, merge, merged, refusal, refused
 from tests.launching import run_together
+from tests.statistics.faults import refusal_of_nan
 from tests.statistics.twin import RESPONSES, answered, inputs_of_layers, least_squares
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -250,20 +250,8 @@ def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, c
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_an_expert_that_computes_nan_is_named(precision, arguments, tmp_path, capsys, monkeypatch):
     """As some do in half precision, though all their weights are finite."""
-
-    def load(folder, dtype):
-        model = mistral.load_model(folder, dtype)
-        if folder.name == EXPERTS["Math"]:
-            with torch.no_grad():
-                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-        return model
-
-    monkeypatch.setattr("expert_merging.running.samples._precision", lambda *_: precision)
-    monkeypatch.setitem(samples.DTYPES, "fp16", torch.float32)  # a CPU computes little in float16
-    given = [*arguments, "--output_path", tmp_path / "out"]
-    hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
-    problem = refusal(capsys, *given, family=replace(mistral, load_model=load))
-    assert problem == f"expert Math computes NaN or infinite inputs of model.layers.1.self_attn.q_proj.weight{hint}"
+    told = refusal_of_nan(monkeypatch, capsys, precision, *arguments, "--output_path", tmp_path / "out")
+    assert told == "expert Math computes NaN or infinite inputs of model.layers.1.self_attn.q_proj.weight"
     assert {file.stem for file in tmp_path.glob("out/*/*/statistics/*")} == {"Chat"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +12,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from expert_merging.running import samples
-from expert_merging.statistics import calibrating, distilling
+from expert_merging.statistics import distil, distilling
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
-from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import refusal_of_nan, stop_at_the_last_layer
 from tests.statistics.twin import RESPONSES, answered
 
 # Of Adam, in which these tiny models change visibly in a few steps.
@@ -184,17 +183,7 @@ def test_matrices_of_a_mixture_that_no_token_comes_by_stay_as_they_are_merged(mi
 @pytest.mark.slow
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     expected = contents(merged(tmp_path / "whole", *arguments).model)
-    write = calibrating.write_tensors
-
-    def stop_at_the_last(file, tensors, kept):
-        if file.stem == "layer-0002":
-            raise KeyboardInterrupt
-        write(file, tensors, kept)
-
-    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
-    merge(*arguments, "--output_path", tmp_path / "parts")
-    layers = []
-    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    layers = stop_at_the_last_layer(monkeypatch, *arguments, "--output_path", tmp_path / "parts")
     assert contents(merged(tmp_path / "parts", *arguments).model) == expected
     assert layers == ["layer-0002"]
 
@@ -208,6 +197,7 @@ def half(monkeypatch):
 @pytest.mark.usefixtures("half")
 @pytest.mark.slow
 def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(arguments, tmp_path, monkeypatch, capsys):
+    """Looked at in the first layer alone, since rounding changes what goes into the others, and they amplify it."""
     usual = tensors_of(merged(tmp_path / "usual", *arguments).model)
     lessons, factor = distilling._Distilling._lessons, 2.0**12
 
@@ -215,8 +205,11 @@ def test_gradients_that_float16_cannot_hold_are_taken_of_a_smaller_loss(argument
         return [one._replace(weight=factor * one.weight) for one in lessons(*given)]
 
     monkeypatch.setattr(distilling._Distilling, "_lessons", heavy)
-    for name, tensor in tensors_of(merged(tmp_path / "heavy", *arguments).model).items():
-        assert (tensor - usual[name]).abs().mean() < 2e-4  # single gradients that are nearly 0 may change their sign
+    found = tensors_of(merged(tmp_path / "heavy", *arguments).model)
+    first = [name for name in found if "layers.0." in name and "proj" in name]
+    assert len(first) == 7
+    for name in first:  # single gradients that are nearly 0 may change their sign
+        assert (found[name] - usual[name]).abs().mean() < 2e-5
     factor = 2.0**60
     assert merge(*arguments, "--output_path", tmp_path / "out") == 1
     told = "layer 0: gradients are infinite; give a smaller --distil_rate, or --mixed_precision bf16 or no"
@@ -234,7 +227,10 @@ def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
 
 
 def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsys):
-    """That of the largest layer, and of the hidden states of all samples: what was there when a layer was trained."""
+    """That of the largest layer, and of the hidden states of all samples: what was there when a layer was trained.
+
+    And that of an expert's outputs, which are held until its file is written.
+    """
     given = ["--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", 2, "--method", "prodistill"]
     given += ["--distil_epochs", 1, "--exclude_params", ".*layers.0.mlp.*", ".*norm.*", ".*embed_tokens.*"]
     train, taken = distilling._Distilling._train, []
@@ -246,25 +242,28 @@ def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsy
         numbers += [tensor for lesson in lessons for tensor in (lesson.stream.hidden, lesson.wanted)]
         taken.append(sum(tensor.nbytes for tensor in numbers))
 
+    find, held = distilling._outputs, []
+
+    def measured(*given):
+        found = find(*given)
+        held.append(sum(gram.values.nbytes for gram in found.values()))
+        return found
+
     monkeypatch.setattr(distilling._Distilling, "_train", watch)
+    monkeypatch.setattr(distilling, "_outputs", measured)
+    monkeypatch.setattr(distil, "gib", lambda count: f"{count} bytes")
     merged(tmp_path / "out", *given)
     assert taken[0] < taken[1] == taken[2]
     assert merge(*given, "--output_path", tmp_path / "other", "--dry_run") == 0
-    told = float(re.search(r"at most ([\d.]+) MiB beside a model", " ".join(capsys.readouterr().out.split()))[1])
-    assert taken[1] <= told * 2**20 + 2**16
-    assert told * 2**20 < 1.5 * taken[1]
+    said = " ".join(capsys.readouterr().out.split())
+    told = int(re.search(r"at most (\d+) bytes beside a model", said)[1])
+    assert taken[1] <= told < 1.5 * taken[1]
+    told = int(re.search(r"its layers takes about (\d+) bytes of memory beside it", said)[1])
+    assert max(held) <= told < 1.1 * max(held)
 
 
-def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys):
-    def load(folder, dtype):
-        model = mistral.load_model(folder, dtype)
-        if folder.name == EXPERTS["Math"]:
-            with torch.no_grad():
-                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-        return model
-
-    given = [*arguments, "--output_path", tmp_path / "out"]
-    told = refusal(capsys, *given, family=replace(mistral, load_model=load))
+def test_an_expert_that_computes_nan_is_named(arguments, tmp_path, capsys, monkeypatch):
+    told = refusal_of_nan(monkeypatch, capsys, "fp16", *arguments, "--output_path", tmp_path / "out")
     assert told == "expert Math computes NaN or infinite outputs of layer 1"
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from expert_merging.errors import InputError
-from expert_merging.running.targets import Asked
-from expert_merging.statistics import calibrating
-from expert_merging.statistics.calibrating import Pair, Pull, new_weights, streams_of
+from expert_merging.statistics import featcal
+from expert_merging.statistics.calibrating import Pair, Pull, new_weights
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, SIZES, perturb, save_tokenizer, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import stop_at_the_last_layer
 from tests.statistics.twin import RESPONSES, answered, inputs_of_layers
 
 DEFAULT, OTHER = Pull(0.3, 0.05, 1.0), Pull(0.4, 0.1, 1.5)
@@ -105,22 +104,10 @@ def test_it_changes_a_model_as_the_plain_twin(pull, arguments, tiny_zoo, tmp_pat
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tmp_path, monkeypatch):
     """What experts see and the layers that were changed are there; a damaged one is changed again."""
     expected = contents(merged(tmp_path / "whole", *arguments).model)
-    write, layers = calibrating.write_tensors, []
-
-    def stop_at_the_last(file, tensors, kept):
-        layers.append(file.stem)
-        if file.stem == "layer-0002":
-            raise KeyboardInterrupt
-        write(file, tensors, kept)
-
-    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
-    merge(*arguments, "--output_path", tmp_path / "parts")
+    layers = stop_at_the_last_layer(monkeypatch, *arguments, "--output_path", tmp_path / "parts")
     folder = tmp_path / "parts" / "task_arithmetic" / "r" / "calibrated" / "featcal"
-    assert layers == ["layer-0000", "layer-0001", "layer-0002"]
     damaged = folder / "layer-0001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    layers.clear()
-    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
     monkeypatch.setattr("expert_merging.running.targets.load_on", None)
     run = merged(tmp_path / "parts", *arguments)
     assert layers == ["layer-0001", "layer-0002"]
@@ -193,24 +180,6 @@ def test_a_bias_that_an_expert_has_changed_counts(tmp_path):
     torch.testing.assert_close(inputs.double() @ found.T, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_is_no_plain_stack_is_refused():
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
-            self.base_model = self
-
-        def forward(self, hidden, **_):
-            return self.layers[1](self.layers[0](hidden) + 1)
-
-    model = Odd()
-    with pytest.raises(InputError, match="Odd has no list of layers; use a method that does not"):
-        streams_of(model, [], [])
-    asked = Asked(0, None, {"hidden": torch.ones(1, 2)}, torch.tensor([0]))
-    with pytest.raises(InputError, match="Odd changes hidden states between its layers"):
-        streams_of(model, model.layers, [asked])
-
-
 def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, capsys, monkeypatch):
     given = [*arguments, "--output_path", tmp_path / "out"]
     assert refusal(capsys, *given, "--featcal_mix", 1.5) == "--featcal_mix must be a number in [0, 1], got 1.5"
@@ -226,9 +195,12 @@ def test_problems_are_told_before_anything_runs(arguments, tiny_zoo, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plan_tells_what_is_kept(arguments, tmp_path, capsys):
+def test_the_plan_tells_what_is_kept(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(featcal, "gib", lambda count: f"{count} bytes")
     assert merge(*arguments, "--output_path", tmp_path / "out", "--dry_run") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "features of 21 matrices are calibrated on 6 samples, a layer at a time" in said
-    assert "it can be removed once the merged model is there" in said
-    assert json.loads("[]") == [*(tmp_path / "out").glob("*")]
+    # Of two samples of 27 tokens at most; what layers share is counted for each.
+    assert f"layers takes at most {4 * 2 * 27 * 3 * (6 * 32 + 48)} bytes of memory beside it" in said
+    assert "in all, which can be removed once the merged model is there" in said
+    assert not [*tmp_path.iterdir()]

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,17 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.parts import Part
-from expert_merging.running import samples
 from expert_merging.statistics import entrywise, gradients
 from expert_merging.statistics.fisher import fisher
 from InternVL.backbone import BACKBONE as internvl  # noqa: N811
-from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from Qwen2VL.backbone import BACKBONE as qwen2vl  # noqa: N811
 from tests import internvl as internvl_checkpoints
 from tests import qwen2vl as qwen2vl_checkpoints
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal, refused
 from tests.methods.elsewhere import assert_agrees, inputs, squares
+from tests.statistics.faults import refusal_of_nan
 from tests.statistics.made_up import DEVICES, task_vectors
 from tests.statistics.made_up_entries import SHAPE, WHOLE, GivenEntries, entries
 from tests.statistics.test_command import questions, samples_of
@@ -267,16 +265,6 @@ def test_problems_are_told_before_anything_runs(arguments, tmp_path, capsys, mon
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_an_expert_whose_gradients_are_nan_is_named(precision, arguments, tmp_path, capsys, monkeypatch):
-    def load(folder, dtype):
-        model = mistral.load_model(folder, dtype)
-        if folder.name == EXPERTS["Math"]:
-            with torch.no_grad():
-                model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-        return model
-
-    monkeypatch.setattr("expert_merging.running.samples._precision", lambda *_: precision)
-    monkeypatch.setitem(samples.DTYPES, "fp16", torch.float32)  # a CPU computes little in float16
-    hint = "; in bf16 there is room for larger numbers (--mixed_precision)" if precision == "fp16" else ""
-    problem = refusal(capsys, *arguments, "--output_path", tmp_path, family=replace(mistral, load_model=load))
-    assert problem == f"expert Math computes NaN or infinite gradients of model.layers.0.mlp.down_proj.weight{hint}"
+    told = refusal_of_nan(monkeypatch, capsys, precision, *arguments, "--output_path", tmp_path)
+    assert told == "expert Math computes NaN or infinite gradients of model.layers.0.mlp.down_proj.weight"
     assert {file.name for file in tmp_path.glob("*/*/statistics/*")} == {"Chat.safetensors"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from expert_merging.statistics.led import led
 from Mistral.backbone import BACKBONE as mistral  # noqa: N811
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import spoiled
 from tests.statistics.made_up import DEVICES, task_vectors
 from tests.statistics.made_up_entries import SHAPE, WHOLE, GivenEntries, entries
 from tests.statistics.twin import RESPONSES, answered
@@ -153,13 +155,7 @@ def test_the_plan_tells_of_the_bases_gradients(arguments, tmp_path, capsys):
 
 
 def test_a_base_that_computes_nan_is_named(arguments, tmp_path, capsys):
-    def load(folder, dtype):
-        model = mistral.load_model(folder, dtype)
-        if folder.name == BASE:
-            with torch.no_grad():
-                model.model.norm.weight.fill_(float("nan"))
-        return model
-
-    problem = refusal(capsys, *arguments, "--output_path", tmp_path, family=replace(mistral, load_model=load))
+    family = spoiled(BASE, "model.norm", math.nan)
+    problem = refusal(capsys, *arguments, "--output_path", tmp_path, family=family)
     assert problem == "the base computes NaN or infinite gradients of model.layers.0.mlp.down_proj.weight"
     assert not [*tmp_path.glob("*/*/statistics/base/*")]

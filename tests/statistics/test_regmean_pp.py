@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expert_merging.statistics import calibrating
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merged, refusal
+from tests.statistics.faults import stop_at_the_last_layer
 from tests.statistics.twin import RESPONSES, answered, inputs_of_layers, least_squares
 
 
@@ -59,17 +59,7 @@ def test_it_merges_as_the_plain_twin(options, ratio, arguments, tiny_zoo, tmp_pa
 def test_it_goes_on_with_the_layer_that_is_missing(arguments, tiny_zoo, tmp_path, monkeypatch):
     given = [*arguments, "--data_dir", tiny_zoo / "dataset", "--max_new_tokens", 4]
     expected = contents(merged(tmp_path / "whole", *given).model)
-    write = calibrating.write_tensors
-
-    def stop_at_the_last(file, tensors, kept):
-        if file.stem == "layer-0002":
-            raise KeyboardInterrupt
-        write(file, tensors, kept)
-
-    monkeypatch.setattr(calibrating, "write_tensors", stop_at_the_last)
-    merge(*given, "--output_path", tmp_path / "parts")
-    layers = []
-    monkeypatch.setattr(calibrating, "write_tensors", lambda *given: layers.append(given[0].stem) or write(*given))
+    layers = stop_at_the_last_layer(monkeypatch, *given, "--output_path", tmp_path / "parts")
     monkeypatch.setattr("expert_merging.running.targets.load_on", None)
     assert contents(merged(tmp_path / "parts", *given).model) == expected
     assert layers == ["layer-0002"]
