@@ -14,6 +14,9 @@ from expert_merging.commands.main import COMMANDS, main
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
+from expert_merging.routing import route as routing
+from expert_merging.routing import router
+from expert_merging.routing.perplexity import perplexities
 from expert_merging.routing.record import Record
 from expert_merging.routing.router import PerplexityRouter
 from expert_merging.routing.telling import tell
@@ -95,7 +98,7 @@ def test_several_experts_share_in_answers(given, tmp_path):
 def test_the_same_command_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch):
     assert route(*given) == 0
     file = tmp_path / "answers.json"
-    expected = json.loads(file.read_text())
+    expected = file.read_bytes()
     file.unlink()
     answer = PerplexityRouter.answer
 
@@ -125,7 +128,41 @@ def test_the_same_command_goes_on_where_it_was_stopped(given, tmp_path, monkeypa
     monkeypatch.setattr(PerplexityRouter, "perplexities", no_perplexities)
     assert route(*given) == 0
     assert asked == [8 - answered]
-    assert json.loads(file.read_text()) == expected
+    assert file.read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_perplexities_go_on_with_the_batches_that_a_whole_run_has(given, tmp_path, monkeypatch):
+    """A question's last digits depend on what goes through the model beside it."""
+    batches, added, add = [], [], Record.add_perplexity
+
+    def noted(model, asked):
+        for found in perplexities(model, asked, batch_tokens=40):
+            batches.append([asked[number].inputs["input_ids"].tolist() for number in found])
+            yield found
+
+    def stops(*given):
+        if len(added) == len(batches[0]) + 1:
+            raise KeyboardInterrupt
+        added.append(given)
+        add(*given)
+
+    monkeypatch.setattr(routing, "_KEPT", 1)
+    monkeypatch.setattr(router, "perplexities", noted)
+    assert route(*given) == 0
+    expected, whole = (tmp_path / "answers.json").read_bytes(), batches.copy()
+    assert len(whole[1]) > 1
+    (tmp_path / "answers.json").unlink()
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "add_perplexity", stops)
+        with pytest.raises(KeyboardInterrupt):
+            route(*given)
+    assert batches == whole[:2], "in the middle of the second"
+    batches.clear()
+    assert route(*given) == 0
+    assert batches == whole[1:]
+    assert (tmp_path / "answers.json").read_bytes() == expected
 
 
 @pytest.mark.slow
@@ -143,7 +180,7 @@ def test_a_full_disk_does_not_begin_again(given, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left")
 
     monkeypatch.setattr(Record, "save", full)
-    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([(0, 1.0)]))
+    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([{0: 1.0}]))
     assert (
         refusal(capsys, *given)[-1] == "the disk is full; make room, then the same command continues where it stopped"
     )

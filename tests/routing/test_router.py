@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections import ChainMap
 from dataclasses import replace
 
 import pytest
@@ -133,7 +134,7 @@ def test_answers_of_all_kinds_come_in_one_go(experts):
     asked = [question(text, "exact_match", (known,)) for text, known in zip(TEXTS, written, strict=True)]
     asked[1] = question(TEXTS[1], "choice", ("a",), ("a", "b"))
     asked[4] = question(TEXTS[4], "exact_match", ("no",))
-    rows = {name: dict(router.perplexities(name, asked)) for name in experts}
+    rows = {name: ChainMap(*router.perplexities(name, asked)) for name in experts}
     weights = router.weights({name: [row[number] for number in range(len(asked))] for name, row in rows.items()})
     found = {}
     for numbers, answers in router.answer(asked, weights):
