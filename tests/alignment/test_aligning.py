@@ -210,12 +210,21 @@ def test_aligned_merges_are_compared_by_predictions_alone(zoo, tmp_path, capsys)
         merged(tmp_path / name, "--method", "weight_average", *given, *flags(zoo.base, **zoo.shuffled)).folder
         for name, given in (("aligned", ALIGNED), ("as they are", ()))
     ]
-    found = []
+    found, shown = [], []
     for run in runs:
         numbers, given = tmp_path / "numbers.json", ["--data_dir", zoo.data, "--samples", 2]
         assert tools(["align", *map(str, [run, *given, "--device", "cpu", "--json", numbers])]) == 0
         found.append(next(own for own in json.loads(numbers.read_text())["models"].values())["relative"]["mean"])
-    assert found[0]["hidden"] == 0 < found[1]["hidden"]
+        shown.append(capsys.readouterr().out)
+    assert "hidden" not in found[0]
+    assert found[1]["hidden"] > 0
+    line = (
+        "hidden states are not compared: weight_average/{} put experts' units in another order than the experts have\n"
+    )
+    assert line.format(runs[0].name) in shown[0]
+    assert "hidden states" not in shown[0].replace(line.format(runs[0].name), "")
+    assert "hidden" in shown[1]
+    assert "not compared" not in shown[1]
     assert 0 < found[0]["divergence"] < found[1]["divergence"]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import partial
 
 import pytest
+import torch
 from rich.console import Console
 
 from expert_merging.__main__ import CONTINUING
@@ -21,7 +23,9 @@ from expert_merging.routing.record import Record
 from expert_merging.routing.router import PerplexityRouter
 from expert_merging.routing.telling import tell
 from expert_merging.running.answers import Answered
-from tests.checkpoints import EXPERTS
+from Mistral.backbone import BACKBONE
+from tests.adapters import save_adapter
+from tests.checkpoints import BASE, EXPERTS
 from tests.internvl import make_picture
 
 
@@ -260,10 +264,16 @@ def test_what_is_missing_is_told_at_once(capsys, tmp_path):
     assert "--answers" in refusal(capsys, "--expert", "A=/no", "--questions", "/no", "--answers", taken)[0]
 
 
-def test_what_does_not_fit_is_told_before_an_expert_is_loaded(given, questions, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_told_before_an_expert_is_loaded(
+    given, questions, tiny_zoo, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("expert_merging.comparing.asked.load", None)
     assert refusal(capsys, *given, "--experts_per_question", 4) == [
         "--experts_per_question must be from 1 to the number of experts, 3, got 4"
+    ]
+    save_adapter(partial(BACKBONE.load_model, tiny_zoo / BASE, torch.float32), tmp_path / "adapter")
+    assert refusal(capsys, *given, f"--expert=Law={tmp_path / 'adapter'}") == [
+        f"Law: {tmp_path}/adapter is an adapter; give the model that it makes, such as a merge of it alone"
     ]
     assert "--temperature must be" in refusal(capsys, *given, "--temperature", 0)[0]
     make_picture(tmp_path / "cat.png")
@@ -273,7 +283,6 @@ def test_what_does_not_fit_is_told_before_an_expert_is_loaded(given, questions, 
 
 
 def test_an_expert_that_computes_nan_is_named(given, tiny_zoo, tmp_path, capsys):
-    import torch
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "broken"
