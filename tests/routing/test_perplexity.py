@@ -18,16 +18,6 @@ from tests.checkpoints import BASE
 TEXTS = ["seven", "a much longer question than the others", "12 + 7", "why", "x0Z"]
 
 
-@pytest.fixture(scope="module")
-def processor(tiny_zoo):
-    return BACKBONE.load_processor(tiny_zoo / BASE)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_zoo):
-    return BACKBONE.load_model(tiny_zoo / BASE, torch.float32)
-
-
 def frame(processor, words, *, by_bytes=False):
     def encode(sample):
         return BACKBONE.encode_prompt(processor, sample, Format("given", words))
