@@ -46,7 +46,8 @@ class GeneralOptions:
         device: where to compute; auto takes the first GPU if there is one.
         log_with: experiment tracker of methods that learn, as accelerate calls it (tensorboard, wandb, ...), or none.
         keep_targets: keep what experts say about samples in targets/ of the output folder, for other runs with the same
-            experts and samples. At most 50 GB are kept; the oldest files go first.
+            experts and samples, and the order of units that --align_experts weight_matching finds. At most 50 GB are
+            kept; the oldest files go first.
         chat_template_from: whose chat template the merged folder gets: an expert's name, base or family. By default the
             base's where it renders a question, else the one that all experts share, else the family's.
         push_to_hub: repository on the Hugging Face Hub, ORGANISATION/NAME, that the complete model is put into, also of

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import settings
 
 from expert_merging.learned import figures, reporting
 from expert_merging.libraries import import_transformers
-from tests.checkpoints import make_zoo, write_checkpoint
+from Mistral.backbone import BACKBONE
+from tests.checkpoints import BASE, make_zoo, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, forget_accelerate, save_table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +46,18 @@ def heard_signals() -> Iterator[None]:
 def tiny_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with a random base and three experts; tests must not write to it."""
     return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_zoo: Path) -> Any:
+    """The tokenizer of the tiny base, which its experts have too."""
+    return BACKBONE.load_processor(tiny_zoo / BASE)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_zoo: Path) -> Any:
+    """The tiny base; tests must leave it as it is."""
+    return BACKBONE.load_model(tiny_zoo / BASE, torch.float32)
 
 
 @pytest.fixture(autouse=True)

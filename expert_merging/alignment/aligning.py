@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,6 +27,7 @@ from expert_merging.alignment.units import (
 )
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.checkpoints.checkpoint import Checkpoint
+from expert_merging.checkpoints.fingerprints import of_text
 from expert_merging.context import Context
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError, Problems
@@ -35,6 +36,7 @@ from expert_merging.method import Preparation, accepted
 from expert_merging.plan import Plan
 from expert_merging.processes import while_others_wait
 from expert_merging.progress import Advance
+from expert_merging.provenance import library_versions
 from expert_merging.run import Run
 from expert_merging.running.options import SampleOptions
 from expert_merging.running.tensor_files import write_tensors
@@ -42,6 +44,7 @@ from expert_merging.writing import write_atomically
 
 if TYPE_CHECKING:
     from expert_merging.alignment.weights import Pair
+    from expert_merging.running.kept_targets import KeptTargets
     from expert_merging.running.samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ ACTIVATIONS = "activation_matching"
 _Match: TypeAlias = "Callable[[str, Pair, Advance], tuple[list[BlockOrder], Tensor | None]]"
 
 RECORD = "alignment.json"
+# Name of the order of an expert's units among what is kept for other runs.
+_ORDERS = of_text("orders")
 # An expert stays as it is where alignment adds less to the cosine of its weights with the base's.
 _LEAST_GAIN = 1e-3
 _KINDS = {"heads": "query heads", "values": "value units", "feed": "feed-forward units", "stream": "residual stream"}
@@ -119,7 +124,7 @@ def _align(context: Context, how: str, layout: Layout, samples: Samples | None) 
         InputError: NaN or infinite weights or activations.
     """
     experts = _own_models(context.plan)
-    while_others_wait(lambda: _find_all(context, layout, experts, samples))
+    while_others_wait(lambda: _find_all(context, how, layout, experts, samples))
     found = {}
     for name, expert in experts.items():
         tensors = load_file(_file(context.run, name))
@@ -148,29 +153,75 @@ def _file(run: Run, expert: str) -> Path:
     return run.alignment / f"{expert}.safetensors"
 
 
-def _find_all(context: Context, layout: Layout, experts: Mapping[str, Checkpoint], samples: Samples | None) -> None:
+def _find_all(
+    context: Context, how: str, layout: Layout, experts: Mapping[str, Checkpoint], samples: Samples | None
+) -> None:
     """Find and keep the order of each expert's units."""
-    from expert_merging.alignment.weights import Pair, cosine
-
-    folder, device = context.run.alignment, torch.device(context.device)
+    folder = context.run.alignment
     folder.mkdir(parents=True, exist_ok=True)
     kept = context.run.kept.within(folder.name, context.plan.opened)
     missing = {name: expert for name, expert in experts.items() if not kept.has(_file(context.run, name))}
+    common = {name: _common(context, how, name) for name in missing}
+    for name, other in common.items():
+        states = other.states(_ORDERS) if other else None
+        if states is not None:
+            logger.info("expert %s is not matched: the order of its units is known from another run", name)
+            write_tensors(_file(context.run, name), dict(zip(_names(layout), states, strict=False)), kept)
+            del missing[name]
     if not missing:
         return
     match = _matching(context, layout, samples)
     with context.progress("aligning experts", len(missing) * len(layout.blocks), "block") as advance:
-        for name, expert in missing.items():
+        for name in missing:
             advance(0, name)
-            pair = Pair(context.plan.base, expert, device)
-            expert.orders = {}
-            before = cosine(pair, layout)
-            blocks, stream = match(name, pair, advance)
-            expert.orders = tensor_orders(layout, blocks, stream, expert)
-            after = cosine(pair, layout)
-            if after < before + _LEAST_GAIN:
-                blocks, stream = [BlockOrder.as_stored(layout, number) for number in range(len(blocks))], None
-            write_tensors(_file(context.run, name), _as_tensors(blocks, stream, (before, after)), kept)
+            found = _find(context, layout, name, match, advance)
+            write_tensors(_file(context.run, name), found, kept)
+            if other := common[name]:
+                other.add_states(_ORDERS, [*found.values()])
+
+
+def _find(context: Context, layout: Layout, name: str, match: _Match, advance: Advance) -> dict[str, Tensor]:
+    """The order of an expert's units, with the cosines of its weights before and in the order that was found."""
+    from expert_merging.alignment.weights import Pair, cosine
+
+    expert = context.plan.experts[name]
+    pair = Pair(context.plan.base, expert, torch.device(context.device))
+    expert.orders = {}
+    before = cosine(pair, layout)
+    blocks, stream = match(name, pair, advance)
+    expert.orders = tensor_orders(layout, blocks, stream, expert)
+    after = cosine(pair, layout)
+    if after < before + _LEAST_GAIN:
+        blocks, stream = [BlockOrder.as_stored(layout, number) for number in range(len(blocks))], None
+    orders = [order for block in blocks for order in (block.heads, block.values, block.feed)]
+    cosines = torch.tensor([before, after], dtype=torch.float64)
+    return dict(zip(_names(layout), [cosines, *orders, *([] if stream is None else [stream])], strict=False))
+
+
+def _names(layout: Layout) -> list[str]:
+    """What the tensors of an expert's file are called; the last one is not there where the stream keeps its order."""
+    orders = [f"{number}.{kind}" for number in range(len(layout.blocks)) for kind in ("heads", "values", "feed")]
+    return ["cosine", *orders, "stream"]
+
+
+def _common(context: Context, how: str, expert: str) -> KeptTargets | None:
+    """Where the order of an expert's units is kept for other runs; None where it is found out from samples.
+
+    Those may be answered by other experts, and what they say may depend on all that these are asked.
+    """
+    from expert_merging.running.kept_targets import KeptTargets
+
+    if context.run.targets is None or how == ACTIVATIONS:
+        return None
+    way = {
+        "units": how,
+        "family": context.backbone.name,
+        "base": context.plan.base.fingerprint(whole=False),
+        "expert": context.plan.experts[expert].fingerprint(whole=False),
+        "device": torch.device(context.device).type,
+        "versions": library_versions(),
+    }
+    return KeptTargets(context.run.targets, f"{expert}-units", way)
 
 
 def _matching(context: Context, layout: Layout, samples: Samples | None) -> _Match:
@@ -185,13 +236,6 @@ def _matching(context: Context, layout: Layout, samples: Samples | None) -> _Mat
     return lambda name, _, advance: match_by_activations(
         layout, base, activations_of(context, layout, name, samples, asked), advance
     )
-
-
-def _as_tensors(blocks: Sequence[BlockOrder], stream: Tensor | None, cosines: tuple[float, float]) -> dict[str, Tensor]:
-    found = {"cosine": torch.tensor(cosines, dtype=torch.float64)}
-    for number, block in enumerate(blocks):
-        found |= {f"{number}.heads": block.heads, f"{number}.values": block.values, f"{number}.feed": block.feed}
-    return found if stream is None else {**found, "stream": stream}
 
 
 def _moved(tensors: Mapping[str, Tensor]) -> dict[str, float]:

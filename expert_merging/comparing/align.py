@@ -60,6 +60,8 @@ def middle_layer(plan: Plan) -> tuple[int, ...]:
 def measure(maker: TargetMaker, samples: Sequence[Sample], models: Mapping[str, Path]) -> dict[str, ByTask]:
     """How far the base and every model are from each task's expert: ``divergence`` in nats per token, and ``hidden``.
 
+    The latter is left out where the experts are not asked for hidden states.
+
     Args:
         maker: asks the experts; models run as it lets experts run.
         samples: questions of all tasks.

@@ -55,7 +55,7 @@ def family_of(model: Compared, family: str | None) -> Backbone:
         InputError: there is no such family, or the model is an adapter.
     """
     if is_adapter(model.folder):
-        raise InputError(f"{model.folder} is an adapter; evaluate the model that it makes, such as a merge of it alone")
+        raise InputError(f"{model.folder} is an adapter; give the model that it makes, such as a merge of it alone")
     if model.record is not None:
         backbone = load_family(model.record["family"])
         given = model.record["options"]

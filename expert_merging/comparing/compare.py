@@ -103,6 +103,8 @@ def compare(models: Sequence[Path], options: AlignOptions, console: Console) -> 
 
     shares = relative(found)
     console.print(_table(shares), soft_wrap=False)  # which would cut names instead of folding them
+    if not _has_hidden(shares):
+        say(console, f"hidden states are not compared: {_why_not_hidden(compared)}")
     counts = Counter(sample.task for sample in samples)
     say(console, f"on {', '.join(f'{count} questions of {task}' for task, count in sorted(counts.items()))}")
     if options.json is not None:
@@ -318,13 +320,23 @@ def _samples_used(record: Mapping[str, Any], task: str) -> int:
 
 
 def _table(shares: Mapping[str, ByTask]) -> Table:
-    """Relative distances: divergence by task and its mean, and the mean of the hidden state's."""
+    """Relative distances: divergence by task and its mean, and the mean of the hidden state's where that is known."""
     from expert_merging.comparing.align import BASE, MEAN
 
-    tasks = [*(task for task in shares[BASE] if task != MEAN), MEAN]
+    columns = {task: (task, "divergence") for task in shares[BASE] if task != MEAN} | {MEAN: (MEAN, "divergence")}
+    if _has_hidden(shares):
+        columns["hidden states"] = MEAN, "hidden"
     rows = [
-        [label, *(f"{found[task]['divergence']:.3f}" for task in tasks), f"{found[MEAN]['hidden']:.3f}"]
-        for label, found in shares.items()
+        [label, *(f"{found[task][number]:.3f}" for task, number in columns.values())] for label, found in shares.items()
     ]
-    title = "Divergence from each task's expert (0: the expert, 1: the base)"
-    return table_of_numbers(title, [*tasks, "hidden states"], rows)
+    return table_of_numbers("Divergence from each task's expert (0: the expert, 1: the base)", [*columns], rows)
+
+
+def _has_hidden(shares: Mapping[str, ByTask]) -> bool:
+    return all("hidden" in numbers for found in shares.values() for numbers in found.values())
+
+
+def _why_not_hidden(compared: Sequence[Compared]) -> str:
+    if aligned := [model.label for model in compared if _is_aligned(model)]:
+        return f"{' and '.join(aligned)} put experts' units in another order than the experts have"
+    return "the base's config.json does not say how many layers there are"

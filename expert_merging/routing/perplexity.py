@@ -109,8 +109,11 @@ def _shared(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def perplexities(model: Any, asked: Sequence[Scored], batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, float]]:
-    """``exp(-1/t sum log p(x_j | x_<j))`` of each question, with its number.
+def perplexities(model: Any, asked: Sequence[Scored], batch_tokens: int = BATCH_TOKENS) -> Iterator[dict[int, float]]:
+    """``exp(-1/t sum log p(x_j | x_<j))`` of each question by its number, those that go through the model together.
+
+    A question's last digits depend on its neighbours. Whoever leaves out questions has those of whole batches left out,
+    as the first ones, to get the same of the others.
 
     Args:
         model: the expert.
@@ -124,6 +127,7 @@ def perplexities(model: Any, asked: Sequence[Scored], batch_tokens: int = BATCH_
     for batch in pack(range(len(asked)), lambda number: asked[number].length, batch_tokens):
         inputs = place(together([asked[number].inputs for number in batch]), model.device, model.dtype)
         states = model.base_model(**inputs, use_cache=False).last_hidden_state
+        found = {}
         for row, number in enumerate(batch):
             own = asked[number]
             loss = 0.0
@@ -133,7 +137,8 @@ def perplexities(model: Any, asked: Sequence[Scored], batch_tokens: int = BATCH_
                 loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             if math.isnan(loss):
                 raise InputError("the expert computes NaN; its weights are damaged, or not those of config.json")
-            yield number, math.exp(min(loss / own.size, _LARGEST))
+            found[number] = math.exp(min(loss / own.size, _LARGEST))
+        yield found
 
 
 def mixing_weights(perplexity: Tensor, count: int, temperature: float) -> Tensor:

@@ -173,12 +173,15 @@ def _work(router: PerplexityRouter, questions: Sequence[Question], record: Recor
     for name in router.experts:
         if unread := record.unread(name):
             with terminal.progress(f"perplexity under {name}", len(unread), "question") as advance:
-                own = [questions[number] for number in unread]
-                for done, (place, value) in enumerate(router.perplexities(name, own), 1):
-                    record.add_perplexity(unread[place], name, value)
-                    if not done % _KEPT:
+                added = 0
+                for found in router.perplexities(name, [questions[number] for number in unread]):
+                    for place, value in found.items():
+                        record.add_perplexity(unread[place], name, value)
+                    added += len(found)
+                    if added >= _KEPT:
                         record.save()
-                    advance(1)
+                        added = 0
+                    advance(len(found))
             record.save()
     if unanswered := record.unanswered():
         weights = router.weights({name: record.perplexities(name) for name in router.experts})[:, unanswered]

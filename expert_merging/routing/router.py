@@ -7,6 +7,7 @@ together, with a cache each. Only those experts are in memory that work at that 
 from __future__ import annotations
 
 import itertools
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +125,10 @@ class PerplexityRouter:
         problems.check()
         return router
 
-    def perplexities(self, expert: str, questions: Sequence[Question]) -> Iterator[tuple[int, float]]:
-        """Perplexity of each question under an expert, with its number; the expert is loaded and released.
+    def perplexities(self, expert: str, questions: Sequence[Question]) -> Iterator[dict[int, float]]:
+        """Perplexities under an expert by number of the question, as `perplexity.perplexities` gives them.
+
+        The expert is loaded and released.
 
         Raises:
             InputError: the expert computes NaN.
@@ -166,7 +169,7 @@ class PerplexityRouter:
         asked = [Question(Sample.test(text), (), "open") for text in questions]
         found = {}
         for name in self.experts:
-            own = dict(self.perplexities(name, asked))
+            own = ChainMap(*self.perplexities(name, asked))
             found[name] = [own[number] for number in range(len(asked))]
         weights = self.weights(found)
         answers = {

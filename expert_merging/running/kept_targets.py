@@ -1,8 +1,9 @@
 """What experts have said, on disk, for all runs that ask the same experts about the same samples.
 
 ``targets/EXPERT-DIGEST/`` beside the runs is of one expert, asked in one way: ``responses.json`` has all that it has
-answered, and for each set of samples there is a file of hidden states. Whatever is missing or damaged is made again, so
-nothing but time is lost when the folder is deleted.
+answered, and for each set of samples there is a file of hidden states. The order of an expert's units
+(`expert_merging.alignment.aligning`) is kept in the same way. Whatever is missing or damaged is made again, so nothing
+but time is lost when the folder is deleted.
 """
 
 from __future__ import annotations

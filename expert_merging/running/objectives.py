@@ -91,14 +91,15 @@ def distance(layers: tuple[int, ...], batch_tokens: int = 1) -> Objective:
     """How far a model is from the experts: KL(expert || model) per token in nats, and the hidden states' difference.
 
     Args:
-        layers: hidden states that are compared; without any, their difference is 0.
+        layers: hidden states that are compared; without any, there is no such number.
         batch_tokens: tokens that go through the model together.
     """
 
     def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
-        return _divergence(seen, target, 1.0), _hidden(seen, target)
+        divergence = _divergence(seen, target, 1.0)
+        return (divergence, _hidden(seen, target)) if layers else (divergence,)
 
-    return Objective(("divergence", "hidden"), layers, compare, batch_tokens)
+    return Objective(("divergence", "hidden") if layers else ("divergence",), layers, compare, batch_tokens)
 
 
 def with_divergence(objective: Objective) -> Objective:

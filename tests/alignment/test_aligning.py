@@ -21,7 +21,7 @@ from Mistral.backbone import BACKBONE
 from tests.adapters import save_adapter
 from tests.alignment.shuffling import save_shuffled
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_checkpoint, write_tasks
-from tests.command import flags, merge, merged, refusal, refused
+from tests.command import contents, flags, merge, merged, refusal, refused
 from tests.launching import run_together
 
 ALIGNED = ("--align_experts", "weight_matching")
@@ -180,7 +180,51 @@ def test_experts_are_asked_again_where_their_units_have_another_order(zoo, tmp_p
     before = {folder.name for folder in (tmp_path / "targets").iterdir()}
     assert merge(*runs[1], *ALIGNED) == 0
     after = {folder.name for folder in (tmp_path / "targets").iterdir()}
-    assert sorted(name.split("-")[0] for name in after - before) == ["Chat", "Math"]
+    new = sorted(name.rpartition("-")[0] for name in after - before)
+    assert new == ["Chat", "Chat-units", "Code-units", "Math", "Math-units"]
+
+
+@pytest.mark.slow
+def test_orders_are_kept_for_other_runs_with_the_same_weights(zoo, tmp_path, monkeypatch, capsys):
+    """As for the points of a sweep; another expert, base or way of matching is matched anew."""
+    given = [*ALIGNED, *flags(zoo.base, **zoo.shuffled), "--output_path", tmp_path]
+    assert merge("--method", "weight_average", *given) == 0
+    first = capsys.readouterr().out
+    find, matched = aligning._find, []
+    monkeypatch.setattr(aligning, "_find", lambda *found: matched.append(found[2]) or find(*found))
+    assert merge("--method", "ties", *given) == 0
+    assert not matched
+    told = capsys.readouterr().out
+    assert told.count("is not matched: the order of its units is known from another run") == 3
+    (one, other) = (next(tmp_path.glob(f"{name}/*/alignment")) for name in ("weight_average", "ties"))
+    assert contents(one) == contents(other)
+    for line in first.splitlines():
+        if "of weights with the base" in line:
+            assert line in told
+    perturb(zoo.base, tmp_path / "changed", 8)
+    other = [*ALIGNED, *flags(zoo.base, **{**zoo.shuffled, "Math": tmp_path / "changed"}), "--output_path", tmp_path]
+    assert merge("--method", "ties", *other) == 0
+    assert matched == ["Math"]
+    matched.clear()
+    for number, others in enumerate((["--keep_targets", "false"], ["--base_model_path", zoo.plain["Code"]])):
+        assert merge("--method", "ties", *given, *others, "--run_name", f"r{number}") == 0
+    assert matched == [*zoo.shuffled, *zoo.shuffled]
+    matched.clear()
+    for file in tmp_path.glob("targets/Chat-units-*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert merge("--method", "ties", *given, "--run_name", "again") == 0
+    assert matched == ["Chat"], "its file was damaged"
+
+
+@pytest.mark.slow
+def test_a_sweep_matches_each_expert_once(zoo, tmp_path, monkeypatch):
+    find, matched = aligning._find, []
+    monkeypatch.setattr(aligning, "_find", lambda *given: matched.append(given[2]) or find(*given))
+    (tmp_path / "sweep.yaml").write_text("{sweep: {method: [ties], scaling_coefficient: [0.3, 0.6, 0.9]}}")
+    given = ["--family", "Mistral", *flags(zoo.base, **zoo.shuffled), *ALIGNED, "--data_dir", zoo.data]
+    command = ["sweep", tmp_path / "sweep.yaml", *given, "--output_path", tmp_path / "out", "--device", "cpu"]
+    assert tools([*map(str, command)]) == 0
+    assert matched == [*zoo.shuffled]
 
 
 @pytest.mark.slow
@@ -210,12 +254,21 @@ def test_aligned_merges_are_compared_by_predictions_alone(zoo, tmp_path, capsys)
         merged(tmp_path / name, "--method", "weight_average", *given, *flags(zoo.base, **zoo.shuffled)).folder
         for name, given in (("aligned", ALIGNED), ("as they are", ()))
     ]
-    found = []
+    found, shown = [], []
     for run in runs:
         numbers, given = tmp_path / "numbers.json", ["--data_dir", zoo.data, "--samples", 2]
         assert tools(["align", *map(str, [run, *given, "--device", "cpu", "--json", numbers])]) == 0
         found.append(next(own for own in json.loads(numbers.read_text())["models"].values())["relative"]["mean"])
-    assert found[0]["hidden"] == 0 < found[1]["hidden"]
+        shown.append(capsys.readouterr().out)
+    assert "hidden" not in found[0]
+    assert found[1]["hidden"] > 0
+    line = (
+        "hidden states are not compared: weight_average/{} put experts' units in another order than the experts have\n"
+    )
+    assert line.format(runs[0].name) in shown[0]
+    assert "hidden states" not in shown[0].replace(line.format(runs[0].name), "")
+    assert "hidden" in shown[1]
+    assert "not compared" not in shown[1]
     assert 0 < found[0]["divergence"] < found[1]["divergence"]
 
 

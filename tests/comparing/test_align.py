@@ -12,7 +12,7 @@ from rich.console import Console
 
 from expert_merging.commands.main import main
 from expert_merging.comparing.align import held_out, relative
-from expert_merging.comparing.compare import _table, find_models
+from expert_merging.comparing.compare import Compared, _table, _why_not_hidden, find_models
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from tests.checkpoints import BASE, EXPERTS, perturb, save_model, write_checkpoint, write_tasks
@@ -217,6 +217,16 @@ def test_the_table_has_whole_names_in_80_columns(names, capsys):
     after = shown[shown.index(" base ") :].splitlines()[1:]
     assert "".join(line.split()[0] for line in after if line.strip()) == label
     assert all(name in shown for name in [*names, "mean", "hidden", "states"])
+    without = {name: {"divergence": 0.5} for name in row}
+    console.print(_table({"base": without, label: without}), soft_wrap=False)
+    assert "hidden" not in capsys.readouterr().out
+
+
+def test_why_hidden_states_are_not_compared_is_said(tmp_path):
+    aligned = Compared("m/aligned", tmp_path, {"options": {"align_experts": "weight_matching"}})
+    other, unknown = Compared("m/other", tmp_path, {"options": {"align_experts": None}}), Compared("x", tmp_path, None)
+    assert _why_not_hidden([other, aligned]) == ("m/aligned put experts' units in another order than the experts have")
+    assert _why_not_hidden([other, unknown]) == "the base's config.json does not say how many layers there are"
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def test_a_damaged_record_and_an_adapter_are_refused(runs, answered_zoo, questio
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     (line,) = refusal(capsys, tmp_path / "adapter", "--questions", questions)
-    assert line == f"{adapter} is an adapter; evaluate the model that it makes, such as a merge of it alone"
+    assert line == f"{adapter} is an adapter; give the model that it makes, such as a merge of it alone"
 
 
 def test_files_that_cannot_be_written_or_added_to_are_told_before_a_model_is_asked(

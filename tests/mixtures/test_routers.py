@@ -28,25 +28,11 @@ from tests.checkpoints import (
 )
 from tests.command import assert_same_bytes, contents, flags, merge, merged, refusal
 from tests.launching import run_together
+from tests.mixtures.conftest import ANSWERS, COUNT
 from tests.mixtures.test_moe import MOE, logits, routers
 from tests.statistics.twin import answered, inputs_of_layers
 
-# Answers of very different letters, so that routers can tell them apart.
-ANSWERS = {"Chat": "aaaaaaaaaaaaaaaa", "Math": "0123456789012345", "Code": "((((((()))))))) "}
-COUNT = 5
 SHARED = "task_arithmetic scaling_coefficient=0.4"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tasks(folder, responses=ANSWERS)
-    return folder
-
-
-@pytest.fixture
-def arguments(tiny_zoo, dataset) -> list[object]:
-    return [*MOE, "--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", COUNT]
 
 
 def one_expert(cache: Path, mixture: Path, number: int) -> torch.nn.Module:

@@ -10,26 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.mixtures import making, report, similarity
 from expert_merging.mixtures.similarity import similarities
-from tests.checkpoints import BASE, EXPERTS, SIZES, tensors_of, write_tasks
+from tests.checkpoints import BASE, EXPERTS, SIZES, tensors_of
 from tests.command import assert_same_bytes, merge, merged, refusal
-from tests.mixtures.test_moe import MOE, routers
-from tests.mixtures.test_routers import ANSWERS, COUNT, one_expert
+from tests.mixtures.conftest import ANSWERS, COUNT
+from tests.mixtures.test_moe import routers
+from tests.mixtures.test_routers import one_expert
 from tests.statistics.twin import answered, inputs_of_layers
 
 BY_GRADIENT = ["--router", "task_vectors"]
 OWNERS = sorted(EXPERTS)  # in the order of their files
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tasks(folder, responses=ANSWERS)
-    return folder
-
-
-@pytest.fixture
-def arguments(tiny_zoo, dataset):
-    return [*MOE, "--cache_dir", tiny_zoo, "--data_dir", dataset, "--samples_per_task", COUNT]
 
 
 def samples(tiny_zoo):

@@ -18,11 +18,6 @@ COUNT = 7
 
 
 @pytest.fixture(scope="module")
-def processor(tiny_zoo):
-    return BACKBONE.load_processor(tiny_zoo / EXPERTS["Chat"])
-
-
-@pytest.fixture(scope="module")
 def models(tiny_zoo):
     return {name: BACKBONE.load_model(tiny_zoo / folder, torch.float32) for name, folder in EXPERTS.items()}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import partial
 
 import pytest
+import torch
 from rich.console import Console
 
 from expert_merging.__main__ import CONTINUING
@@ -14,11 +16,16 @@ from expert_merging.commands.main import COMMANDS, main
 from expert_merging.errors import InputError
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
+from expert_merging.routing import route as routing
+from expert_merging.routing import router
+from expert_merging.routing.perplexity import perplexities
 from expert_merging.routing.record import Record
 from expert_merging.routing.router import PerplexityRouter
 from expert_merging.routing.telling import tell
 from expert_merging.running.answers import Answered
-from tests.checkpoints import EXPERTS
+from Mistral.backbone import BACKBONE
+from tests.adapters import save_adapter
+from tests.checkpoints import BASE, EXPERTS
 from tests.internvl import make_picture
 
 
@@ -95,7 +102,7 @@ def test_several_experts_share_in_answers(given, tmp_path):
 def test_the_same_command_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch):
     assert route(*given) == 0
     file = tmp_path / "answers.json"
-    expected = json.loads(file.read_text())
+    expected = file.read_bytes()
     file.unlink()
     answer = PerplexityRouter.answer
 
@@ -125,7 +132,41 @@ def test_the_same_command_goes_on_where_it_was_stopped(given, tmp_path, monkeypa
     monkeypatch.setattr(PerplexityRouter, "perplexities", no_perplexities)
     assert route(*given) == 0
     assert asked == [8 - answered]
-    assert json.loads(file.read_text()) == expected
+    assert file.read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_perplexities_go_on_with_the_batches_that_a_whole_run_has(given, tmp_path, monkeypatch):
+    """A question's last digits depend on what goes through the model beside it."""
+    batches, added, add = [], [], Record.add_perplexity
+
+    def noted(model, asked):
+        for found in perplexities(model, asked, batch_tokens=40):
+            batches.append([asked[number].inputs["input_ids"].tolist() for number in found])
+            yield found
+
+    def stops(*given):
+        if len(added) == len(batches[0]) + 1:
+            raise KeyboardInterrupt
+        added.append(given)
+        add(*given)
+
+    monkeypatch.setattr(routing, "_KEPT", 1)
+    monkeypatch.setattr(router, "perplexities", noted)
+    assert route(*given) == 0
+    expected, whole = (tmp_path / "answers.json").read_bytes(), batches.copy()
+    assert len(whole[1]) > 1
+    (tmp_path / "answers.json").unlink()
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "add_perplexity", stops)
+        with pytest.raises(KeyboardInterrupt):
+            route(*given)
+    assert batches == whole[:2], "in the middle of the second"
+    batches.clear()
+    assert route(*given) == 0
+    assert batches == whole[1:]
+    assert (tmp_path / "answers.json").read_bytes() == expected
 
 
 @pytest.mark.slow
@@ -143,7 +184,7 @@ def test_a_full_disk_does_not_begin_again(given, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left")
 
     monkeypatch.setattr(Record, "save", full)
-    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([(0, 1.0)]))
+    monkeypatch.setattr(PerplexityRouter, "perplexities", lambda *_: iter([{0: 1.0}]))
     assert (
         refusal(capsys, *given)[-1] == "the disk is full; make room, then the same command continues where it stopped"
     )
@@ -223,10 +264,16 @@ def test_what_is_missing_is_told_at_once(capsys, tmp_path):
     assert "--answers" in refusal(capsys, "--expert", "A=/no", "--questions", "/no", "--answers", taken)[0]
 
 
-def test_what_does_not_fit_is_told_before_an_expert_is_loaded(given, questions, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_told_before_an_expert_is_loaded(
+    given, questions, tiny_zoo, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("expert_merging.comparing.asked.load", None)
     assert refusal(capsys, *given, "--experts_per_question", 4) == [
         "--experts_per_question must be from 1 to the number of experts, 3, got 4"
+    ]
+    save_adapter(partial(BACKBONE.load_model, tiny_zoo / BASE, torch.float32), tmp_path / "adapter")
+    assert refusal(capsys, *given, f"--expert=Law={tmp_path / 'adapter'}") == [
+        f"Law: {tmp_path}/adapter is an adapter; give the model that it makes, such as a merge of it alone"
     ]
     assert "--temperature must be" in refusal(capsys, *given, "--temperature", 0)[0]
     make_picture(tmp_path / "cat.png")
@@ -236,7 +283,6 @@ def test_what_does_not_fit_is_told_before_an_expert_is_loaded(given, questions, 
 
 
 def test_an_expert_that_computes_nan_is_named(given, tiny_zoo, tmp_path, capsys):
-    import torch
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "broken"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import weakref
+from collections import ChainMap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +51,20 @@ def test_each_question_goes_to_the_expert_of_the_smallest_perplexity(experts):
         asker = Asker(BACKBONE, own.processor, own.formats, max_new_tokens=6)
         assert one.text == next(iter(asker.answer(model, [question(text)]))).text
     assert len({*(name for one in routed for name in one.weights)}) > 1
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_answers(experts, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "routing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    folders = {name: experts[name] for name in ("Math", "Code")}
+    for name, folder in folders.items():
+        code = code.replace(f"/data/{name.lower()}", str(folder))
+    exec(code, {})
+    router = PerplexityRouter.of(folders, per_question=2, temperature=0.1)
+    (expected,) = router.ask(["What is 12 + 30?"])
+    assert len(expected.weights) == 2
+    assert capsys.readouterr().out == f"{expected.text} {expected.weights} {expected.perplexities}\n"
 
 
 @pytest.mark.slow
@@ -133,7 +150,7 @@ def test_answers_of_all_kinds_come_in_one_go(experts):
     asked = [question(text, "exact_match", (known,)) for text, known in zip(TEXTS, written, strict=True)]
     asked[1] = question(TEXTS[1], "choice", ("a",), ("a", "b"))
     asked[4] = question(TEXTS[4], "exact_match", ("no",))
-    rows = {name: dict(router.perplexities(name, asked)) for name in experts}
+    rows = {name: ChainMap(*router.perplexities(name, asked)) for name in experts}
     weights = router.weights({name: [row[number] for number in range(len(asked))] for name, row in rows.items()})
     found = {}
     for numbers, answers in router.answer(asked, weights):

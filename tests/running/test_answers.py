@@ -15,20 +15,9 @@ from expert_merging.running.answers import Asker, Row, final_logits, likelihoods
 from expert_merging.running.generating import generate
 from expert_merging.running.scores import score_by_task
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import BASE
 
 FORMAT = Format("given", "{question}=")
 TEXTS = ["seven", "a much longer question than the others", "12 + 7", "why", "x"]
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_zoo):
-    return BACKBONE.load_processor(tiny_zoo / BASE)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_zoo):
-    return BACKBONE.load_model(tiny_zoo / BASE, torch.float32)
 
 
 @pytest.fixture
