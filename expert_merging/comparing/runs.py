@@ -109,7 +109,7 @@ def find_runs(folders: Sequence[Path]) -> list[Row]:
     problems, rows = Problems(), dict[Path, Row]()
     for folder in folders:
         if not folder.is_dir():
-            problems.add(f"{folder} is no folder; give folders of runs, such as results/logs")
+            problems.add(f"{folder} is no folder; runs are written to results/logs, or to their --output_path")
             continue
         for run, record in _runs_below(resolved(folder)):
             with problems.collecting():

@@ -74,7 +74,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     memory = 4 * numbers * _largest_layer(context, checked.matrices) + _state_bytes(context, checked.samples)
     notes = (
         f"{len(checked.matrices)} matrices are drawn to the experts on {len(checked.samples.samples)} samples, a layer "
-        f"at a time, each in {options.distil_epochs} epochs; that takes at most {gib(memory)} beside a model",
+        f"at a time, --distil_epochs {options.distil_epochs}; that takes at most {gib(memory)} beside a model",
         f"what comes out of the experts' layers, and the new weights, are kept in {checked.folder}, at most "
         f"{show_size(checked.size)}, which can be removed once the merged model is there",
     )

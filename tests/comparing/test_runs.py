@@ -230,7 +230,7 @@ def test_what_no_run_has_is_told(logs, capsys, arguments, message):
 
 def test_folders_without_runs_are_told(tmp_path, capsys):
     assert refused(capsys, tmp_path, tmp_path / "a", tmp_path / "b") == [
-        f"{tmp_path / name} is no folder; give folders of runs, such as results/logs" for name in "ab"
+        f"{tmp_path / name} is no folder; runs are written to results/logs, or to their --output_path" for name in "ab"
     ]
     assert refused(capsys, tmp_path) == [f"there is no run in {tmp_path}; a run's folder has a config.json of its own"]
 
