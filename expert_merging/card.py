@@ -13,6 +13,7 @@ from expert_merging.backbone import Evaluation
 from expert_merging.checkpoints.folders import origin, owner
 from expert_merging.documents import parse_yaml, read_text
 from expert_merging.errors import InputError, one_line
+from expert_merging.records import method_in_words
 from expert_merging.run import Run
 
 CARD = "README.md"
@@ -150,7 +151,7 @@ def model_card(
             names,
             description.get("adapters", ()),
             title=title,
-            method=description["method"],
+            method=method_in_words(description),
             options=own,
             about=about,
         ),

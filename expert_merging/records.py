@@ -31,6 +31,12 @@ def is_of_run(record: Mapping[str, Any]) -> bool:
     return all(isinstance(record[name], kind) for name, kind in KINDS.items())
 
 
+def method_in_words(record: Mapping[str, Any]) -> str:
+    """The method and its modifiers, as the command line has them."""
+    post = record["options"].get("post")
+    return f"{record['method']} --post {' '.join(post)}" if post else str(record["method"])
+
+
 def says_what_was_merged(record: Mapping[str, Any]) -> bool:
     """Whether a record has what other programs than the run's own need."""
     options = record["options"]

@@ -21,6 +21,7 @@ from expert_merging.merge import Summary, working_memory
 from expert_merging.outputs import Computed, Copied, Made, Output
 from expert_merging.parser import show
 from expert_merging.plan import Plan
+from expert_merging.records import method_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ COMPLETE = "this run is complete already; remove its folder to repeat it"
 
 
 def heading(job: Job) -> str:
-    """Method and folder."""
-    return f"method {job.resolved.method.name}, run folder {job.context.run.folder}"
+    """Method, modifiers and folder."""
+    return f"method {method_in_words(job.description)}, run folder {job.context.run.folder}"
 
 
 def plan_lines(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:

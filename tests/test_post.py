@@ -119,7 +119,10 @@ def test_a_run_is_recorded_with_its_modifiers(command, tiny, tmp_path, capsys):
     record = json.loads(run.config.read_text())
     assert record["options"]["post"] == ["consensus"]
     assert record["options"]["consensus_k"] == 2
-    assert '"consensus"' in (run.model / "README.md").read_text()
+    card = (run.model / "README.md").read_text()
+    assert '"consensus"' in card
+    assert "by `task_arithmetic --post consensus`." in card
+    assert f"method task_arithmetic --post consensus, run folder {run.folder}\n" in run.log.read_text()
     assert refusal(capsys, *command, "--run_name", "r").startswith(
         f'{run.folder} holds a different run (post: ["consensus"] there, null now; '
     )

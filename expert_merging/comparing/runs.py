@@ -48,7 +48,8 @@ class Row:
         outcome: what it took; None where that was not recorded.
         scores: what has been measured of it.
         state: ``complete``, ``running``, or ``interrupted``.
-        differing: options and inputs that other runs of its method in the table have otherwise.
+        differing: its modifiers, and options and inputs that other runs of these and its method in the table have
+            otherwise.
     """
 
     run: Run
@@ -108,7 +109,7 @@ def find_runs(folders: Sequence[Path]) -> list[Row]:
     problems, rows = Problems(), dict[Path, Row]()
     for folder in folders:
         if not folder.is_dir():
-            problems.add(f"{folder} is no folder; give folders of runs, such as results/logs")
+            problems.add(f"{folder} is no folder; runs are written to results/logs, or to their --output_path")
             continue
         for run, record in _runs_below(resolved(folder)):
             with problems.collecting():
@@ -122,13 +123,14 @@ def find_runs(folders: Sequence[Path]) -> list[Row]:
 
 
 def with_differences(rows: Iterable[Row]) -> list[Row]:
-    """Rows by method and what differs among the rows of a method, each with that."""
-    by_method: dict[str, list[Row]] = {}
+    """Rows by method and modifiers, and what differs among the rows of these, each with that and its modifiers."""
+    by_steps: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        by_method.setdefault(row.record["method"], []).append(row)
+        post = row.record["options"].get("post")
+        by_steps.setdefault((row.record["method"], json.dumps(post) if post else ""), []).append(row)
     found: list[Row] = []
-    for _, own in sorted(by_method.items()):
-        names = _differing([row.settings for row in own])
+    for (_, post), own in sorted(by_steps.items()):
+        names = [*(["post"] if post else []), *_differing([row.settings for row in own])]
         shown = [
             Row(
                 row.run,

@@ -183,7 +183,7 @@ def _load(context: Context, options: SampleOptions, flag: str) -> tuple[Sample, 
 def _with_prompts(found: Samples, context: Context, synthesize: int) -> Samples:
     """The samples with their prompts: files of tokenizer and processor, pictures, their sizes and lengths are checked.
 
-    Further questions are made of them first.
+    Further questions are made of those that are right, so that no error is about a question that nobody has written.
 
     The prompts are kept for the experts, unless none will be asked.
     """
@@ -191,10 +191,12 @@ def _with_prompts(found: Samples, context: Context, synthesize: int) -> Samples:
     keeps = not (context.dry_run or context.run.is_complete)
     formats = choose_formats(context.backbone, context.plan, options.prompt_template)
     prompts = Prompts(context.backbone, context.plan.base, formats, keeps=keeps)
+    lengths = prompts.check(found.samples)
     if synthesize:
         pieces = token_pieces(tokenizer_of(prompts.processor))
-        found = replace(found, samples=(*found.samples, *crossed(found.samples, synthesize, pieces, context.seed)))
-    lengths = prompts.check(found.samples)
+        further = crossed(found.samples, synthesize, pieces, context.seed)
+        lengths += prompts.check(further)
+        found = replace(found, samples=(*found.samples, *further))
     # What an expert writes may be followed by all of a turn's end but its first token.
     longest = max(
         length if sample.response is not None else length + options.max_new_tokens + len(prompts.end_tokens(sample)) - 2

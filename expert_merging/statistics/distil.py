@@ -77,7 +77,7 @@ def _prepare(context: Context, **given: Any) -> Preparation:
     outputs = _output_bytes(context, checked.samples, checked.samples.most_of_an_expert)
     notes = (
         f"{len(checked.matrices)} matrices are drawn to the experts on {len(checked.samples.samples)} samples, a layer "
-        f"at a time, each in {options.distil_epochs} epochs; that takes at most {gib(memory)} beside a model",
+        f"at a time, --distil_epochs {options.distil_epochs}; that takes at most {gib(memory)} beside a model",
         f"before, an expert at a time runs on its samples; what comes out of its layers takes about {gib(outputs)} of "
         "memory beside it",
         kept_note("what comes out of the experts' layers, and the new weights,", checked.folder, checked.size),

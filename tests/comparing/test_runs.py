@@ -76,6 +76,21 @@ def test_options_in_which_all_runs_of_a_method_agree_are_not_shown(logs):
     assert [row.differing for row in rows] == [{}, {}]
 
 
+def test_modifiers_are_always_shown_and_their_options_only_where_they_differ(logs, tiny, capsys):
+    for name, k in {"two": 2, "one": 1}.items():
+        arguments = ("--post", "consensus", "--consensus_k", k, "--run_name", name, "--output_path", logs)
+        assert merge(*tiny, *arguments) == 0
+    of_both = [(row.run.name, row.differing) for row in find_runs([logs / "task_arithmetic"])]
+    post = {"post": ["consensus"]}
+    assert of_both == [
+        *((name, {"scaling_coefficient": number}) for name, number in {"low": 0.2, "middle": 0.4, "high": 1.5}.items()),
+        ("one", {**post, "consensus_k": 1}),
+        ("two", {**post, "consensus_k": 2}),
+    ]
+    (line,) = csv.DictReader(io.StringIO(shown(capsys, logs / "task_arithmetic" / "one", "--csv")))
+    assert line["post"] == '["consensus"]'
+
+
 def test_a_set_that_is_called_like_another_column_does_not_take_its_place(scored, capsys):
     folder = scored / "task_arithmetic" / "low"
     add_scores(folder / "scores.json", Scores({name: SetScore({"A": TaskScore(7.0)}) for name in ("state", "seconds")}))
@@ -215,7 +230,7 @@ def test_what_no_run_has_is_told(logs, capsys, arguments, message):
 
 def test_folders_without_runs_are_told(tmp_path, capsys):
     assert refused(capsys, tmp_path, tmp_path / "a", tmp_path / "b") == [
-        f"{tmp_path / name} is no folder; give folders of runs, such as results/logs" for name in "ab"
+        f"{tmp_path / name} is no folder; runs are written to results/logs, or to their --output_path" for name in "ab"
     ]
     assert refused(capsys, tmp_path) == [f"there is no run in {tmp_path}; a run's folder has a config.json of its own"]
 

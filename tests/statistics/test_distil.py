@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_crossed_questions_are_learned_from(arguments, tmp_path, capsys):
     given = [*arguments, "--data_dir", tmp_path, "--synthesize", 1, "--output_path", tmp_path / "out"]
     assert merge(*given, "--dry_run") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "21 matrices are drawn to the experts on 9 samples, a layer at a time, each in 3 epochs" in told
+    assert "21 matrices are drawn to the experts on 9 samples, a layer at a time, --distil_epochs 3" in told
 
 
 def test_the_most_memory_is_told(tiny_zoo, dataset, monkeypatch, tmp_path, capsys):
@@ -273,3 +274,15 @@ def test_problems_are_told(arguments, tmp_path, capsys):
     assert refusal(capsys, *given, "--exclude_params", ".*proj.*") == told
     assert merge(*given, "--distil_rate", 1e30) == 1
     assert "layer 0: the loss is" in capsys.readouterr().err
+
+
+def test_no_error_is_about_a_question_that_was_made_of_others(arguments, dataset, tmp_path, capsys):
+    long = tmp_path / "long"
+    shutil.copytree(dataset, long)
+    entries = [{"question": letter * 200, "question_id": number} for number, letter in enumerate("abc")]
+    (long / "Math.json").write_text(json.dumps(entries))
+    given = [long if argument == dataset else argument for argument in arguments]
+    assert refusal(capsys, *given, "--synthesize", 5, "--output_path", tmp_path / "out") == (
+        f"{long / 'Math.json'}, entries 0, 1 (counted from 0): prompt and response have up to 202 tokens and the model "
+        "takes at most 128; shorten the samples"
+    )
