@@ -61,6 +61,7 @@ class Run:
         self.directions = folder / "directions"
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
+        self.multiples = folder / "multiples"
         self.magnitudes = folder / "magnitudes.json"
         self.targets: Path | None = None
         self._work_in(work or folder)

@@ -17,13 +17,15 @@ from expert_merging.context import Context
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.flags import read_options
+from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Method, Preparation, Prepare, accepted
+from expert_merging.outputs import mirror_of
 from expert_merging.parts import Part
 from expert_merging.plan import Rule
 from expert_merging.processes import from_main_process, is_main_process
 from expert_merging.run import Run
 from expert_merging.running.options import SampleOptions
-from expert_merging.writing import write_atomically
+from expert_merging.writing import check_free_disk, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +76,16 @@ def _prepare(method: Method, context: Context, **options: Any) -> Preparation:
         InputError: every problem found.
     """
     from expert_merging.running.samples import check_samples
+    from expert_merging.search.multiples import kept_bytes
 
     given = SampleOptions(**accepted(SampleOptions, options))
     start = method.defaults(context.backbone.defaults)[COEFFICIENT] or 1.0
     own = {name: options[name] for name in method.options} | {COEFFICIENT: start}
     asked = check_samples(context, given, batch_tokens=None)
     inner = method.prepared(context, own)
+    kept = kept_bytes(context.plan, inner.unit)
+    if kept and not context.run.is_complete:
+        check_free_disk(context.run.folder, kept + mirror_of(context.plan).size)
 
     def work() -> dict[str, Any]:
         known = {"seed": context.seed, "experts": tuple(context.plan.experts), **inner.run()}
@@ -89,8 +95,10 @@ def _prepare(method: Method, context: Context, **options: Any) -> Preparation:
         chosen = from_main_process(chosen)
         return {"rule": method.rule(known, own | {COEFFICIENT: chosen})}
 
-    notes = f"the coefficient is chosen by divergence from the experts on {len(asked.samples)} samples"
-    return Preparation(work, {**asked.inputs, **inner.inputs}, (*inner.notes, notes), inner.unit)
+    notes = [f"the coefficient is chosen by divergence from the experts on {len(asked.samples)} samples"]
+    if kept:
+        notes.append(f"until it is chosen, {show_size(kept)} of merged tensors are in {context.run.multiples}")
+    return Preparation(work, {**asked.inputs, **inner.inputs}, (*inner.notes, *notes), inner.unit)
 
 
 def _choose(
@@ -103,12 +111,17 @@ def _choose(
     """
     from expert_merging.running.candidates import Candidates
     from expert_merging.search.line import minimise_positive
+    from expert_merging.search.multiples import multiples
 
     candidates = Candidates(context, asked)
-    with context.progress("choosing the coefficient", _EVALUATIONS, "merge") as advance:
+    rule = method.rule(known, {**own, COEFFICIENT: 1.0})
+    with (
+        multiples(rule, unit, context.plan, context.run.multiples) as times,
+        context.progress("choosing the coefficient", _EVALUATIONS, "merge") as advance,
+    ):
 
         def score(coefficient: float) -> float:
-            candidates.merge(method.rule(known, {**own, COEFFICIENT: coefficient}), unit)
+            candidates.merge(times(coefficient), unit)
             found = candidates.divergence()
             advance(1, f"{coefficient:g}")
             return sum(found.values()) / len(found)

@@ -151,6 +151,17 @@ def test_the_coefficient_zero_gives_the_base(method, shape):
     assert not apply(method, as_many_as(method, shape), scaling_coefficient=0.0).any()
 
 
+@each([method for method in METHODS if "scaling_coefficient" in method.options])
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("coefficient", [0.03, 0.4, 3.0])
+def test_the_result_is_a_multiple_of_that_with_the_coefficient_one(method, shape, coefficient):
+    """A search for the coefficient merges once."""
+    given = as_many_as(method, shape)
+    once = apply(method, given, scaling_coefficient=1.0)
+    merged = apply(method, given, scaling_coefficient=coefficient)
+    torch.testing.assert_close(merged, coefficient * once, rtol=1e-4, atol=1e-7)
+
+
 @each()
 def test_the_result_depends_on_every_expert(method):
     """Without this, a method that returns zeros would pass everything else."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,13 +14,14 @@ from expert_merging.checks import check
 from expert_merging.console import Terminal
 from expert_merging.errors import InputError
 from expert_merging.learned.directions import TABLE
+from expert_merging.machine import show_size
 from expert_merging.options import resolve
 from expert_merging.running.candidates import Candidates
 from expert_merging.search import automatic as module
 from expert_merging.search.automatic import COEFFICIENT, automatic
 from Mistral.backbone import BACKBONE
-from tests.checkpoints import tensors_of
-from tests.command import assert_same_bytes, merged, refusal
+from tests.checkpoints import BASE, tensors_of
+from tests.command import assert_same_bytes, merge, merged, refusal
 from tests.search.test_evo import score_plainly
 
 AUTO = ("--scaling_coefficient", "auto")
@@ -87,6 +89,19 @@ def test_merges_without_numbers_are_no_choice(common, tmp_path, capsys, monkeypa
         "--scaling_coefficient auto: no merge's predictions are numbers, with coefficients from 0.0"
     )
     assert not list(tmp_path.glob("*/*/coefficient.json"))
+
+
+def test_the_room_for_merged_tensors_is_told_and_checked(common, tmp_path, capsys, monkeypatch):
+    given = [*common, *AUTO, "--output_path", tmp_path, "--run_name", "run", "--dry_run"]
+    assert merge("--method", "svd", *given) == 0
+    size = sum(4 * tensor.numel() for name, tensor in tensors_of(common[1] / BASE).items() if "proj" in name)
+    place = tmp_path / "svd" / "run" / "multiples"
+    told = f"until it is chosen, {show_size(size)} of merged tensors are in {place}"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert merge("--method", "task_arithmetic", *given) == 0
+    assert "until it is chosen" not in capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size + 1000))
+    assert "make room or choose another --output_path" in refusal(capsys, "--method", "svd", *given)
 
 
 def test_what_has_no_coefficient_or_runs_models_is_refused(common, tmp_path, capsys):
