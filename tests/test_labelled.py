@@ -7,7 +7,8 @@ import json
 import pytest
 
 from expert_merging.errors import InputError
-from expert_merging.questions.labelled import digest_of, last_number, load_questions
+from expert_merging.questions.calibration import Sample
+from expert_merging.questions.labelled import Question, digest_of, last_number, load_questions
 
 
 def load(folder, *entries, **options):
@@ -138,3 +139,24 @@ def test_a_folder_without_questions_is_refused(tmp_path):
         load_questions(tmp_path / "absent")
     with pytest.raises(InputError, match=r"--questions .* holds no TASK\.json and no TASK\.jsonl"):
         load_questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "can"),
+    [
+        ("", True),
+        (" \n", True),
+        ("He", True),
+        (" it's 4", True),
+        ("it 's", True),  # some tokenizers take the space back
+        ("gr\ufffd", True),  # the rest of the character is to come
+        ("grün\n", True),
+        ("grüne", False),
+        ("h", False),
+        ("it's 5", False),
+        ("\ufffdgr", False),
+    ],
+)
+def test_what_a_right_answer_may_begin_with(text, can):
+    question = Question(Sample("A", "A", "?", None, "0"), (" Hello", "it's 42", "grün"), "exact_match")
+    assert question.can_begin_with(text) is can

@@ -115,7 +115,7 @@ class ExactMatch:
 
 def answers_exactly(backbone: Backbone, processor: Any, model: Any, samples: Sequence[Sample]) -> list[bool]:
     """Whether the greedy answers of a model are the right ones, and end there."""
-    from expert_merging.running.answers import Row, writes_exactly
+    from expert_merging.running.answers import Row, beginnings
     from expert_merging.running.prompts import tokenizer_of
 
     tokenizer, found = tokenizer_of(processor), list[bool]()
@@ -123,8 +123,8 @@ def answers_exactly(backbone: Backbone, processor: Any, model: Any, samples: Seq
         prompts = [backbone.encode_prompt(processor, sample, None) for sample in asked]
         answers = [tokenizer(sample.response, add_special_tokens=False)["input_ids"] for sample in asked]
         rows = dict(enumerate(map(Row, prompts, answers)))
-        right = dict(writes_exactly(model, processor, rows))
-        found += [right[number] for number in range(len(asked))]
+        written = dict(beginnings(model, processor, rows))
+        found += [written[number].is_all(answer) for number, answer in enumerate(answers)]
     return found
 
 

@@ -172,7 +172,7 @@ class Bench:
             context = self.sweep.context(progress)
             candidates = Candidates(context, self.sweep.asked, self.shares)
             processor = context.backbone.load_processor(context.plan.base.folder)
-            self.opened = candidates, Asker(context.backbone, processor, self.sweep.formats)
+            self.opened = candidates, Asker(context.backbone, processor, self.sweep.formats, only_points=True)
         return self.opened
 
     def score(self, planned: Planned, share: float) -> Scored:

@@ -50,6 +50,19 @@ class Question:
             return number is not None and number in map(last_number, self.answers)
         return text.strip() in (answer.strip() for answer in self.answers)
 
+    def can_begin_with(self, text: str) -> bool:
+        """Whether a right answer, compared as a text, may begin with what a model has written so far.
+
+        White space does not count, which some tokenizers write otherwise once they know what follows. Nor does a last
+        character whose other bytes are to come.
+        """
+        so_far = _solid(text.rstrip("\ufffd"))
+        return any(_solid(answer).startswith(so_far) for answer in self.answers)
+
+
+def _solid(text: str) -> str:
+    return "".join(text.split())
+
 
 def last_number(text: str) -> float | None:
     """The last number in a text, such as 1250.5 of ``It costs $1,250.50.``; None where there is none."""

@@ -7,7 +7,7 @@ and only if each of its tokens is the likeliest after those before, and one that
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -83,6 +83,7 @@ class Asker:
         max_new_tokens: bound on the length of an answer in which a number is looked for.
         batch_tokens: tokens that go through a model together.
         by_length: the log-likelihood of a choice counts per byte.
+        only_points: short answers that have begun wrongly are not written to their end.
         names: what the number is called.
     """
 
@@ -92,11 +93,12 @@ class Asker:
     max_new_tokens: int = 256
     batch_tokens: int = BATCH_TOKENS
     by_length: bool = False
+    only_points: bool = False
     names: tuple[str, ...] = ("accuracy",)
 
     def measure(self, model: Any, questions: Sequence[Question]) -> Iterator[tuple[float]]:
         """100 for each question that is answered rightly, else 0."""
-        return ((100.0 * found.points,) for found in self.answer(model, questions))
+        return ((100.0 * found.points,) for found in replace(self, only_points=True).answer(model, questions))
 
     @torch.no_grad()
     def answer(self, model: Any, questions: Sequence[Question]) -> Iterator[Answered]:
@@ -142,16 +144,25 @@ class Asker:
         return Answered(best, float(best in question.answers))
 
     def _match(self, model: Any, asked: Mapping[int, _Asked]) -> Iterable[tuple[int, Answered]]:
-        """Answers that are compared as texts: what is exactly right is seen at once, the rest written."""
+        """Answers that are compared as texts: what is exactly right is seen at once, the rest written.
+
+        Where only points count, so is what is wrong: one token that no right answer has there.
+        """
         rows = {
             (number, answer): Row(prompt, self.tokens(answer), self.ends(question.sample))
             for number, (question, prompt) in asked.items()
             for answer in question.answers
         }
-        written = writes_exactly(model, self.processor, rows, self.batch_tokens)
-        right = {number: answer for (number, answer), exactly in written if exactly}
-        yield from ((number, Answered(answer, 1.0)) for number, answer in right.items())
-        yield from self._write(model, {number: one for number, one in asked.items() if number not in right})
+        found: dict[int, Answered] = {}
+        for (number, answer), beginning in beginnings(model, self.processor, rows, self.batch_tokens):
+            if beginning.is_all(rows[number, answer].answer):
+                found[number] = Answered(answer, 1.0)
+            elif self.only_points and number not in found:
+                text = str(tokenizer_of(self.processor).decode(beginning.tokens, skip_special_tokens=True))
+                if beginning.ends or not asked[number][0].can_begin_with(text):
+                    found[number] = Answered(text, float(asked[number][0].is_right(text)))
+        yield from found.items()
+        yield from self._write(model, {number: one for number, one in asked.items() if number not in found})
 
     def _write(self, model: Any, asked: Mapping[int, _Asked]) -> Iterable[tuple[int, Answered]]:
         """Answers that are written."""
@@ -175,11 +186,28 @@ class Asker:
         return _SLACK + max(len(self.tokens(answer)) for answer in question.answers)
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The first tokens that a model writes greedily.
+
+    Args:
+        tokens: the tokens.
+        ends: whether the last of them ends what it writes.
+    """
+
+    tokens: Sequence[int]
+    ends: bool
+
+    def is_all(self, answer: Sequence[int]) -> bool:
+        """Whether the model writes exactly an answer, and ends."""
+        return self.ends and list(self.tokens[:-1]) == list(answer)
+
+
 @torch.no_grad()
-def writes_exactly(
+def beginnings(
     model: Any, processor: Any, rows: Mapping[Key, Row], batch_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[Key, bool]]:
-    """Whether a model's greedy answer is exactly the one of each row, and ends there.
+) -> Iterator[tuple[Key, Beginning]]:
+    """What a model writes for each row: the answer as far as it agrees, and the first token that ends it or is another.
 
     Args:
         model: the model.
@@ -189,8 +217,10 @@ def writes_exactly(
     """
     for key, logits in _logits(model, rows, batch_tokens, after_last=True):
         stops = stop_tokens(model, tokenizer_of(processor), rows[key].ends)
-        *written, last = logits.argmax(-1).tolist()
-        yield key, written == list(rows[key].answer) and last in stops
+        answer, written = list(rows[key].answer), logits.argmax(-1).tolist()
+        differs = (token in stops or token != answer[place] for place, token in enumerate(written[:-1]))
+        last = next((place for place, found in enumerate(differs) if found), len(answer))
+        yield key, Beginning(written[: last + 1], written[last] in stops)
 
 
 @torch.no_grad()

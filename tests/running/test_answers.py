@@ -55,6 +55,25 @@ def test_an_exact_answer_is_what_the_model_writes(model, processor, asker, monke
     assert score_by_task(asker, model, questions) == {"Math": {"accuracy": pytest.approx(200 / 3)}}
 
 
+def test_what_has_begun_wrongly_is_not_written_where_only_points_count(model, processor, asker, monkeypatch):
+    """Points are the same as those of answers written in full."""
+    answers = {text: written(model, processor, text, 12) for text in TEXTS}
+    wishes = {
+        *answers.values(),
+        *(f"{answer}z" for answer in answers.values()),
+        *(f"{one[0]}~" for one in answers.values()),
+    }
+    questions = [Question(sample(text), (wish, "~"), "exact_match") for text in TEXTS for wish in sorted(wishes)]
+    plain = [one.points for one in asker.answer(model, questions)]
+    asked = []
+    monkeypatch.setattr(
+        Asker, "_write", lambda self, _, own, write=Asker._write: asked.extend(own) or write(self, _, own)
+    )
+    quick = list(replace(asker, only_points=True).answer(model, questions))
+    assert [one.points for one in quick] == plain
+    assert 0 < len(asked) < len(questions) / 2
+
+
 def test_a_number_is_looked_for_in_what_the_model_writes(model, processor, asker, monkeypatch):
     texts = {text: written(model, processor, text, 6) for text in TEXTS}
     monkeypatch.setattr(Question, "is_right", lambda self, text: text == self.answers[0])
