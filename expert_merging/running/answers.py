@@ -17,8 +17,9 @@ from expert_merging.asking import Formats
 from expert_merging.backbone import Backbone
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.labelled import Question
-from expert_merging.running.batches import pack, together
+from expert_merging.running.batches import pack
 from expert_merging.running.generating import generate, stop_tokens
+from expert_merging.running.prefixes import hidden_states
 from expert_merging.running.prompts import end_tokens, place, tokenizer_of, with_response
 
 # Questions whose prompts, which may have pictures, are in memory at a time.
@@ -256,10 +257,9 @@ def _logits(
     head = model.get_output_embeddings()
     answers = {key: [*row.answer] if after_last else [*row.answer][:-1] for key, row in rows.items()}
     for batch in pack(rows, lambda key: rows[key].length, batch_tokens):
-        inputs = together([with_response(rows[key].prompt, answers[key]) for key in batch])
-        states = model.base_model(**place(inputs, model.device, model.dtype), use_cache=False).last_hidden_state
-        for number, key in enumerate(batch):
-            yield key, head(states[number, rows[key].start : rows[key].length - (not after_last)])
+        samples = [with_response(rows[key].prompt, answers[key]) for key in batch]
+        states = hidden_states(model, samples, [rows[key].start for key in batch])
+        yield from ((key, head(own)) for key, own in zip(batch, states, strict=True))
 
 
 def final_logits(model: Any, logits: Tensor) -> Tensor:
