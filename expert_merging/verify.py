@@ -26,6 +26,7 @@ from expert_merging.families import load_family
 from expert_merging.kept import HEAD, Written
 from expert_merging.machine import limit_threads, show_size
 from expert_merging.progress import Advance
+from expert_merging.records import method_in_words
 from expert_merging.run import Run
 
 if TYPE_CHECKING:
@@ -260,7 +261,8 @@ def _verify_cards(model: Path, record: Mapping[str, Any], written: Mapping[str, 
         text = card.read_text(encoding="utf-8", errors="replace")
         counted = _COUNTED.search(text)
         tensors = sum(len(one.sections) - 1 for other, one in written.items() if (model / other).parent == folder)
-        if counted is None or int(counted[2]) != tensors or f"`{record['method']}`" not in text:
+        names = {record["method"], method_in_words(record)}  # older cards name no modifiers
+        if counted is None or int(counted[2]) != tensors or not any(f"`{name}`" in text for name in names):
             found.problems.add(
                 f"{card.relative_to(model.parent)} does not tell of {tensors} tensors and of {record['method']}"
             )
