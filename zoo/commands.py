@@ -1,4 +1,4 @@
-"""The command line: ``python -m zoo build FAMILY``, ``evaluate RUN...`` and ``demo FAMILY``."""
+"""The command line: ``python -m zoo build FAMILY``, ``evaluate RUN...``, ``demo FAMILY`` and ``sweep FAMILY``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from zoo.family import FAMILY_MODULES, default_folder, load_family
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     escape_output()
-    options = parser().parse_args(arguments)
+    whole = parser()
+    options, more = whole.parse_known_args(arguments)
+    if more and options.command != "sweep":
+        whole.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         check_arguments(sys.argv[1:] if arguments is None else arguments)
         if options.command == "build":
@@ -27,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         elif options.command == "demo":
             demo_command(options.family, options.seed, options.methods, options.json)
+        elif options.command == "sweep":
+            from zoo.sweep import sweep
+
+            return sweep(load_family(options.family), options.seed, options.draw, more)
         else:
             evaluate_command(options.runs, options.zoo, options.questions, options.json)
     except InputError as error:
@@ -75,6 +82,21 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--questions", type=int, metavar="N", help="ask the first N of each task (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+    swept = commands.add_parser(
+        "sweep",
+        usage="%(prog)s FAMILY [FILE.yaml] [--seed N] [--draw N] [flags as of python -m expert_merging sweep --help]",
+        help="score many merges of a zoo's experts",
+    )
+    swept.add_argument("family", metavar="FAMILY", help=f"model family: {', '.join(FAMILY_MODULES)}")
+    swept.add_argument("--seed", type=int, default=0, help="of the zoo and of the merges (default: 0)")
+    swept.add_argument(
+        "--draw",
+        type=int,
+        choices=range(12),
+        metavar="N",
+        default=0,
+        help="which ten questions of a task methods learn from, 0 to 11 (default: 0)",
+    )
     return result
 
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def read_description(zoo: Path) -> dict[str, Any]:
-    """What ``zoo`` holds.
+def read_description(zoo: Path, family_name: str = "mistral") -> dict[str, Any]:
+    """What ``zoo`` holds, which should be of a family.
 
     Raises:
         InputError: There is no zoo, or it is not complete; the message says which command builds it.
     """
     path = zoo / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build mistral --output {zoo}")
+        raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build {family_name} --output {zoo}")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     missing = [name for name in _model_names(description).values() if not (zoo / name).is_dir()]
     if missing:
