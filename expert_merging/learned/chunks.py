@@ -25,7 +25,7 @@ from expert_merging.roles import is_matrix
 _MANY = 32
 
 # How many coefficients an expert has for a tensor.
-Fineness = Literal["layer", "chunk", "row"]
+Fineness = Literal["layer", "chunk", "row", "column"]
 
 
 def chunk_length(elements: int, chunks: int) -> int:
@@ -46,7 +46,7 @@ def choose_chunks(
     Args:
         parts: the tensors.
         patterns: number of chunks by `fnmatch` pattern over tensor names.
-        parametrisation: ``row``: as many as a matrix has rows, where no pattern matches; otherwise one.
+        parametrisation: ``row`` or ``column``: as many as a matrix has, where no pattern matches; otherwise one.
 
     Raises:
         InputError: a pattern matches nothing, a number is negative, chunks are asked for without a pattern, or nothing
@@ -58,7 +58,8 @@ def choose_chunks(
                 for pattern, count in patterns.items() if count < 0]  # fmt: skip
     if parametrisation == "chunk" and not patterns:
         problems.append("--parametrisation chunk needs --coeffs_size_dict to say how many chunks, such as '{\"*\": 4}'")
-    chunks = {part.name: part.shape[0] if parametrisation == "row" and is_matrix(part) else 1 for part in parts}
+    side = {"row": 0, "column": 1}.get(parametrisation)
+    chunks = {part.name: 1 if side is None or not is_matrix(part) else part.shape[side] for part in parts}
     for pattern, count in patterns.items():
         matching = fnmatch.filter(sizes, pattern)
         if not matching:
@@ -71,6 +72,23 @@ def choose_chunks(
     if problems:
         raise InputError(*problems)
     return chunks
+
+
+def choose_axes(
+    parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: Fineness = "layer"
+) -> dict[str, str]:
+    """Tensors whose coefficients are not those of chunks, with what they are along; the others as `choose_chunks` says.
+
+    Args:
+        parts: the tensors.
+        patterns: as for `choose_chunks`.
+        parametrisation: as for `choose_chunks`.
+    """
+    if parametrisation != "column":
+        return {}
+    matrices = [part.name for part in parts if is_matrix(part)]
+    cut = {name for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
+    return {name: "columns" for name in matrices if name not in cut}
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ def _load(context: Context, place: Path) -> Coefficients:
 def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
     """Coefficients by the names that the base's files have, whatever names of the published they were given by."""
     fixed = tuple(plan.by_own_names(dict.fromkeys(loaded.fixed)))
-    return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed)
+    axes = plan.by_own_names(loaded.axes)
+    return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed, axes=axes)
 
 
 def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
@@ -167,6 +168,10 @@ def _check_parameters(loaded: Coefficients, place: Path, plan: Plan) -> None:
         )
     if unknown:
         problems.append(f"--coefficients {place} has {unknown[0]}, which is not merged ({len(unknown)} in all)")
+    for name in merged.intersection(loaded.axes):
+        part, count = plan.part(name), loaded.values[name].shape[1]
+        if len(part.shape) != 2 or part.columns != count:
+            problems.append(f"--coefficients {place} has {count} columns for {name}, which is {list(part.shape)}")
     if problems:
         raise InputError(*problems)
 

@@ -46,7 +46,8 @@ def check_learned(run: Run, record: Mapping[str, Any], backbone: Backbone, *, me
     coefficients, problems = load_coefficients(run.folder), Problems()
     if coefficients.experts != tuple(record["options"]["expert"]):
         problems.add(f"{run.coefficients.name} is of the experts {', '.join(coefficients.experts)}")
-    if not run.weight_coeffs.is_file() or run.weight_coeffs.read_bytes() != coefficients.published():
+    published = run.weight_coeffs.read_bytes() if run.weight_coeffs.is_file() else None
+    if published != coefficients.published():
         problems.add(f"{run.weight_coeffs.name} has other values than {run.coefficients.name}")
     problems.check()
     if merges_again and not any(record["options"].get(name) for name in ("post", "align_experts")):

@@ -63,7 +63,8 @@ def open_task_vectors(context: Context, settings: Settings, accelerator: Any) ->
     """Task vectors, or the directions that coefficients multiply in their place."""
     directions = settings.directions
     if directions.in_blocks:
-        found = TaskVectors(context.plan, settings.scale, accelerator.device, directions.prepare())
+        rule, whole = directions.prepare(), directions.is_whole
+        found = TaskVectors(context.plan, settings.scale, accelerator.device, rule, is_whole=whole)
         check_weights(context, found.magnitudes if directions.name == TASK_VECTORS else None)
         return found
     check_weights(context)

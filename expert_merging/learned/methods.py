@@ -16,7 +16,9 @@ from expert_merging.flags import Factor
 from expert_merging.learned.options import (
     AligningOptions,
     ChunkingOptions,
+    ColumnOptions,
     DivergingOptions,
+    EntropyOptions,
     LearningOptions,
     TrainingOptions,
     TrimmingOptions,
@@ -35,7 +37,8 @@ def merge_with_coefficients(
     task_vectors: Tensor, part: Part, base: Tensor, coefficients: Coefficients, directions: Rule
 ) -> Tensor:
     """Sum of the task vectors, or of what stands for them, each chunk times its coefficient (paper, Eq. 5)."""
-    return coefficients.merge(directions(task_vectors, part, base), part)
+    merged = coefficients.merge(directions(task_vectors, part, base), part)
+    return merged - base if coefficients.is_whole else merged
 
 
 def learns(**fields: Any) -> Callable[[Callable[..., Preparation]], Callable[..., Preparation]]:
@@ -98,6 +101,24 @@ def divmerge(context: Context, **options: object) -> Preparation:
     return one_stage(context, DivergingOptions(**options))  # type: ignore[arg-type]
 
 
+@learns(options=ColumnOptions, family_defaults=("samples_per_task",))
+def dam(context: Context, **options: object) -> Preparation:
+    """A coefficient per expert and input of each matrix, on whole weights (DAM, 2024, arXiv 2410.08371).
+
+    Differentiable adaptive merging: each expert's columns have coefficients of their own, which start at the mean and
+    may leave 0 and 1. They draw the merged model to each task's expert at a temperature of 2, and two experts'
+    coefficients of a matrix apart. Trained like Expert Merging, by AdamW with restarts at a larger rate, where the
+    original's filters momentum (MoFO) and has 0.001 for 1,700 samples; the losses are means over samples, where it
+    sums one of each task. Tensors that are no matrices have a coefficient each.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, ColumnOptions(**options))  # type: ignore[arg-type]
+
+
 @learns(
     name="expert_merging++",
     aliases=("expert_merging_pp",),
@@ -115,7 +136,7 @@ def expert_merging_pp(context: Context, **options: object) -> Preparation:
     return two_stages(context, ChunkingOptions(**options))  # type: ignore[arg-type]
 
 
-@learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+@learns(options=EntropyOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
 def adamerging(context: Context, **options: object) -> Preparation:
     """A coefficient per expert and parameter, learned by minimising entropy (Yang et al., 2024, arXiv 2310.02575).
 
@@ -126,7 +147,7 @@ def adamerging(context: Context, **options: object) -> Preparation:
     """
     from expert_merging.learned.stages import one_stage
 
-    return one_stage(context, TrainingOptions(**options))  # type: ignore[arg-type]
+    return one_stage(context, EntropyOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))

@@ -8,12 +8,12 @@ has a fast pair of its own, which the tests hold to that default.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from expert_merging.learned.chunks import add_applied, add_inner_products, chunk_length
+from expert_merging.learned.axes import AXES, RUNS, Axis
 from expert_merging.parts import Part
 
 
@@ -83,6 +83,7 @@ class Layout:
         first: ``(experts,)`` first values by tensor name where they are not the initial ones.
         shared: one coefficient per expert for all tensors together.
         bounded: coefficients stay in (0, 1), as a sigmoid's values; others are free.
+        axes: along what the coefficients of a tensor are, by tensor name, where they are not those of chunks.
     """
 
     chunks: Mapping[str, int]
@@ -90,6 +91,7 @@ class Layout:
     first: Mapping[str, Tensor] | None = None
     shared: bool = False
     bounded: bool = True
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -115,6 +117,7 @@ class CoefficientVector(Parametrisation):
         super().__init__()
         self.experts = len(layout.initial)
         self.bounded = layout.bounded
+        self.axes: dict[str, Axis] = {name: AXES[axis] for name, axis in layout.axes.items()}
         usual = torch.tensor(layout.initial, device=device)
         chunks = layout.chunks
         first = {name: (usual if layout.first is None else layout.first[name].to(device))[:, None] for name in chunks}
@@ -155,19 +158,17 @@ class CoefficientVector(Parametrisation):
         return vector[self.places[name]].view(self.experts, -1)
 
     def merge(self, values: Tensor, directions: Tensor, part: Part) -> Tensor:
-        """Sum of the experts' directions, each chunk times its coefficient; see `Parametrisation.merge`."""
-        entries = torch.arange(part.start, part.stop, device=values.device)
-        chunk_of = entries // chunk_length(part.elements, values.shape[1])
-        return (values[:, chunk_of] * directions).sum(0)
+        """Sum of the experts' directions, each entry times its coefficient; see `Parametrisation.merge`."""
+        return self.axes.get(part.name, RUNS).merge(values, directions, part)
 
     def add_merged(self, total: Tensor, values: Tensor, directions: Tensor, part: Part) -> None:
         """The same as by `merge`, faster; see `Parametrisation.add_merged`."""
-        add_applied(total, values, directions, part.start, part.elements)
+        self.axes.get(part.name, RUNS).add_applied(total, values, directions, part)
 
     def add_gradient(self, total: Tensor, values: Tensor, directions: Tensor, part: Part, gradient: Tensor) -> None:
         """The same as by autograd, faster; see `Parametrisation.add_gradient`."""
         del values  # the merged weights are linear in them
-        add_inner_products(total, gradient, directions, part.start, part.elements)
+        self.axes.get(part.name, RUNS).add_inner_products(total, gradient, directions, part)
 
     @torch.no_grad()
     def by_name(self) -> dict[str, Tensor]:

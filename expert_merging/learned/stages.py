@@ -19,7 +19,8 @@ from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
 from expert_merging.learned.optimizer import training_accelerator
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
-from expert_merging.learned.settings import Regularisation, Settings, check
+from expert_merging.learned.penalties import Distance
+from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.start import choose_start
 from expert_merging.learned.state import check_goes_on
 from expert_merging.learned.trainer import Trainer
@@ -147,7 +148,7 @@ def second_stage(
     return replace(
         settings,
         layout=replace(settings.layout, chunks=chunks, first=begin),
-        regularisation=Regularisation(settings.regularisation.weight, budget),
+        penalty=Distance(options.regularisation_weight, budget),
     )
 
 
@@ -272,5 +273,7 @@ def _describe_directions(settings: Settings) -> str:
     directions = settings.directions
     if directions.bounded:
         return directions.name.replace("_", " ") + (" task vectors" if directions.options else "")
+    if directions.is_whole:
+        return "each expert's weights, whose sum takes the place of the base's"
     options = ", ".join(f"{name} {value}" for name, value in directions.options.items())
     return f"each expert's part of {directions.name} ({options})"

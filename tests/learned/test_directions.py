@@ -115,7 +115,7 @@ def test_directions_that_are_none_are_refused(context):
         InputError, match="--directions ties: the result of ties is no sum of a part for each expert"
     ) as e:
         find_directions(context, "ties")
-    assert "choose one of task_vectors, trimmed, " in str(e.value)
+    assert "choose one of task_vectors, trimmed, weights, " in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,8 @@ def arguments(cache: Path, output: Path, *more: object) -> list[str]:
 CASES = {
     "svd": ["--directions", "svd"],
     "rows": ["--parametrisation", "row"],
+    "columns": ["--parametrisation", "column"],
+    "columns of weights": ["--method", "dam"],
     "rows of aswudi": ["--directions", "aswudi", "--parametrisation", "row"],
     "two stages": ["--method", "expert_merging++", "--directions", "iwudi", "--budget", "2"],
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -50,6 +51,13 @@ class Twin:
     sam: float = 0.0
     confident: bool = False
     symmetric: bool = False
+    # Coefficients are free instead of a sigmoid's values; those of a matrix are its columns'; they multiply whole
+    # weights; and what two experts' of a parameter have in common is held small.
+    free: bool = False
+    columns: bool = False
+    whole: bool = False
+    similarity: float = 0.0
+    overlap: float = 0.0
 
     def load(self, folder: Path) -> torch.nn.Module:
         """A model of the family."""
@@ -83,12 +91,12 @@ class Twin:
             self.trim_like_ties(self.density)
         # One raw coefficient per expert and chunk, each a parameter of its own; 0 chunks: a constant.
         self.raw = {
-            name: torch.nn.Parameter(torch.logit(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1)))
+            name: torch.nn.Parameter(self.to_raw(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1)))
             for name in self.merged
             if self.chunks.get(name, 1) > 0
         }
         self.start = {
-            name: torch.sigmoid(torch.logit(torch.tensor(self.initial)))[:, None].expand_as(raw)
+            name: self.value(self.to_raw(torch.tensor(self.initial)))[:, None].expand_as(raw)
             for name, raw in self.raw.items()
         }
         self.optimizer = torch.optim.AdamW(
@@ -97,6 +105,12 @@ class Twin:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             self.optimizer, T_0=50, T_mult=2, eta_min=0.1 * self.learning_rate
         )
+
+    def to_raw(self, value: torch.Tensor) -> torch.Tensor:
+        return value.clone() if self.free else torch.logit(value)
+
+    def value(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw if self.free else torch.sigmoid(raw)
 
     def beginning(self, name: str) -> torch.Tensor:
         return torch.tensor(self.initial) if self.first is None else self.first[name]
@@ -120,18 +134,27 @@ class Twin:
                 self.task_vectors[name][k] = part.view_as(self.task_vectors[name][k])
 
     def coefficients(self, name: str) -> torch.Tensor:
-        return torch.sigmoid(self.raw[name]) if name in self.raw else self.beginning(name)[:, None]
+        return self.value(self.raw[name]) if name in self.raw else self.beginning(name)[:, None]
 
     def merged_weights(self) -> dict[str, torch.Tensor]:
         weights = dict(self.base_weights)
         for name in self.merged:
+            place = self.in_memory(name)
+            base = self.base_weights[place]
+            if self.whole:
+                weights[place] = torch.zeros_like(base)
             for coefficients, task_vector in zip(self.coefficients(name), self.task_vectors[name], strict=True):
-                chunks = torch.chunk(task_vector.flatten(), len(coefficients))
-                assert len(chunks) == len(coefficients)
-                scaled = torch.cat([value * chunk for value, chunk in zip(coefficients, chunks, strict=True)])
-                place = self.in_memory(name)
-                weights[place] = weights[place] + scaled.view_as(task_vector)
+                direction = task_vector + base if self.whole else task_vector
+                weights[place] = weights[place] + self.scaled(coefficients, direction)
         return weights
+
+    def scaled(self, coefficients: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        if self.columns and direction.dim() == 2:
+            return direction @ torch.diag(coefficients)
+        chunks = torch.chunk(direction.flatten(), len(coefficients))
+        assert len(chunks) == len(coefficients)
+        scaled = [value * chunk for value, chunk in zip(coefficients, chunks, strict=True)]
+        return torch.cat(scaled).view_as(direction)
 
     def losses(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, prompt_tokens = self.inputs(example)
@@ -160,9 +183,19 @@ class Twin:
         return self.logits_weight * kl, self.hidden_weight * hidden
 
     def penalty(self) -> torch.Tensor:
-        distance = sum((torch.sigmoid(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
+        distance = sum((self.value(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
         count = self.budget or sum(raw.numel() for raw in self.raw.values()) / len(self.experts)
-        return self.regularisation * distance / count
+        return self.regularisation * distance / count + self.shared_by_pairs()
+
+    def shared_by_pairs(self) -> torch.Tensor:
+        total = torch.zeros(())
+        for raw in self.raw.values():
+            pairs = list(combinations(self.value(raw), 2))
+            for one, other in pairs:
+                cosine = one @ other / (one.norm() * other.norm())
+                smaller = torch.min(one.abs(), other.abs()).sum()
+                total = total + (self.similarity * cosine + self.overlap * smaller) / len(pairs)
+        return total
 
     def backward(self, group: list[Example]) -> None:
         """Gradients of a group's losses."""
