@@ -1,4 +1,4 @@
-"""Along what a tensor's coefficients are: runs of its flattened entries, or the columns of a matrix.
+"""Along what a tensor's coefficients are: runs of its flattened entries, columns, or singular directions of a matrix.
 
 An axis has a plain way, which autograd can follow, and a fast one that works on blocks that begin and end anywhere. The
 tests hold the one to the other.
@@ -6,13 +6,15 @@ tests hold the one to the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from expert_merging.learned import chunks
+from expert_merging.methods.spectral import singular_triples
 from expert_merging.parts import Part
 
 
@@ -108,6 +110,60 @@ def _stretches(part: Part) -> Iterator[tuple[slice, slice]]:
             yield slice(start - part.start, stop - part.start), slice(column, min(columns, column + stop - start))
 
 
+# ``(directions, part) -> (experts, columns, rank)``: each expert's right singular directions, those of the largest
+# singular values first, and zeros for those of singular value 0.
+Bases: TypeAlias = Callable[[Tensor, Part], Tensor]
+
+
+def right_directions(directions: Tensor, part: Part) -> Tensor:
+    """The right singular directions of whole matrices.
+
+    In float64, so that they come out the same wherever they are made again.
+
+    Args:
+        directions: ``(experts, entries)``, all of the tensor's.
+        part: the tensor.
+
+    Returns:
+        ``(experts, columns, rank)`` float32, the rank being the smaller of rows and columns.
+    """
+    found = directions.new_zeros(len(directions), part.columns, min(part.shape))
+    for own, matrix in zip(found, directions.view(-1, *part.shape), strict=True):
+        right = singular_triples(matrix, 0.0)[2]
+        own[:, : right.shape[1]] = right
+    return found
+
+
+class Singular(Axis):
+    """Singular directions of each expert's matrix, by which it is ``U diag(c) S V^T = (W V) diag(c) V^T``.
+
+    With the right directions known, that takes whole rows of the matrix and no more.
+
+    Args:
+        bases: gives the right directions; by default they are made of the block, which must be the whole matrix.
+    """
+
+    def __init__(self, bases: Bases = right_directions) -> None:
+        self.bases = bases
+
+    def merge(self, coefficients: Tensor, directions: Tensor, part: Part) -> Tensor:
+        """See `Axis.merge`; the block must be of whole rows."""
+        total = torch.zeros_like(directions[0]).view(-1, part.columns)
+        for values, own, basis in zip(coefficients, directions, self.bases(directions, part), strict=True):
+            total = total.addmm((own.view(-1, part.columns) @ basis) * values, basis.mT)
+        return total.view(-1)
+
+    def add_applied(self, total: Tensor, coefficients: Tensor, directions: Tensor, part: Part) -> None:
+        """See `Axis.add_applied`."""
+        total += self.merge(coefficients, directions, part)
+
+    def add_inner_products(self, total: Tensor, gradient: Tensor, directions: Tensor, part: Part) -> None:
+        """See `Axis.add_inner_products`."""
+        for sums, own, basis in zip(total, directions, self.bases(directions, part), strict=True):
+            sums += ((own.view(-1, part.columns) @ basis) * (gradient.view(-1, part.columns) @ basis)).sum(0)
+
+
 RUNS, COLUMNS = Runs(), Columns()
+SINGULAR = "singular"
 # By the names that files of coefficients have for those that are not runs.
-AXES: dict[str, Axis] = {"columns": COLUMNS}
+AXES: dict[str, Axis] = {"columns": COLUMNS, SINGULAR: Singular()}

@@ -20,10 +20,11 @@ from expert_merging.context import Context
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept, Written
-from expert_merging.learned.axes import AXES, RUNS
+from expert_merging.learned.axes import AXES, RUNS, SINGULAR
 from expert_merging.learned.directions import TASK_VECTORS, TRIMMED, WEIGHTS
 from expert_merging.learned.same_weights import check_rewritten
 from expert_merging.libraries import import_transformers
+from expert_merging.method import Unit
 from expert_merging.parts import Part
 from expert_merging.run import Run
 from expert_merging.workers import fitting_threads
@@ -60,6 +61,11 @@ class Coefficients:
     def is_whole(self) -> bool:
         """Whether the sum is the merged weights themselves, and no task vector."""
         return bool(self.directions["name"] == WEIGHTS)
+
+    @property
+    def unit(self) -> Unit:
+        """What `merge` has to be fed."""
+        return "matrix" if SINGULAR in self.axes.values() else "entries"
 
     def merge(self, directions: Tensor, part: Part) -> Tensor:
         """The sum of the directions of a block, each entry times its coefficient.

@@ -74,11 +74,11 @@ def misfits_of(coefficients: Coefficients, plan: Plan, model: Checkpoint) -> lis
     """Names of merged tensors whose first entries are others, or that have no coefficients.
 
     Args:
-        coefficients: of task vectors; what is made of others is not looked at.
+        coefficients: of task vectors; what is made of others, or of whole matrices, is not looked at.
         plan: the checkpoints.
         model: the merged model.
     """
-    if coefficients.directions["name"] != TASK_VECTORS:
+    if coefficients.directions["name"] != TASK_VECTORS or coefficients.unit != "entries":
         return []
     return [
         name

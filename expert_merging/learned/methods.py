@@ -20,6 +20,7 @@ from expert_merging.learned.options import (
     DivergingOptions,
     EntropyOptions,
     LearningOptions,
+    RankOptions,
     TrainingOptions,
     TrimmingOptions,
 )
@@ -99,6 +100,22 @@ def divmerge(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, DivergingOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=RankOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def adarank(context: Context, **options: object) -> Preparation:
+    """AdaMerging that also chooses which singular directions of each task vector count (2025, arXiv 2503.22178).
+
+    A direction counts or does not. The choice and a coefficient for each expert and matrix are learned together by
+    minimising entropy, on the samples of AdaMerging and trained like it, where the original has Adam at 0.00005 for
+    thousands of steps and coefficients that no sigmoid bounds. Tables of words are not decomposed.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, RankOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(options=ColumnOptions, family_defaults=("samples_per_task",))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from expert_merging.running.objectives import Objective
 
 # How many coefficients an expert has for a tensor.
-Fineness: TypeAlias = Literal["layer", "chunk", "row", "column"]
+Fineness: TypeAlias = Literal["layer", "chunk", "row", "column", "direction", "rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,11 @@ class TrainingOptions(ComparingOptions):
         del parts
         return {}
 
+    @property
+    def gates(self) -> float | None:
+        """See `expert_merging.learned.parametrisations.Layout`."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplittingOptions:
@@ -132,7 +137,8 @@ class SplittingOptions:
 
     Args:
         parametrisation: an expert's coefficients for a parameter, one (layer), several for chunks of it (chunk, with
-            coeffs_size_dict), or one for each output row (row) or input column (column) of a matrix.
+            coeffs_size_dict), or one for each output row (row), input column (column) or singular direction
+            (direction) of a matrix; or one, and whether each singular direction counts (rank).
         coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
             keeps the initial value, the last matching pattern counts. It wins over the parametrisation.
     """
@@ -152,10 +158,33 @@ class SplittingOptions:
 
         return choose_axes(parts, self.coeffs_size_dict or {}, self.parametrisation)
 
+    @property
+    def gates(self) -> float | None:
+        """See `TrainingOptions.gates`."""
+        return 1.0 if self.parametrisation == "rank" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyOptions(SplittingOptions, TrainingOptions):
     """Options of AdaMerging."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(EntropyOptions):
+    """Options of AdaRank.
+
+    Args:
+        initial_rank_ratio: share of each expert's strongest singular directions that count at first.
+    """
+
+    parametrisation: Fineness = "rank"
+    learning_rate: Positive = 0.02
+    initial_rank_ratio: Fraction = 1.0
+
+    @property
+    def gates(self) -> float | None:
+        """See `TrainingOptions.gates`."""
+        return self.initial_rank_ratio if self.parametrisation == "rank" else None
 
 
 @dataclass(frozen=True, kw_only=True)

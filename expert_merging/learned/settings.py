@@ -105,7 +105,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         objective=replace(objective, batch_tokens=asked.batch_tokens),
         directions=starts[0].directions,
         scale=scale,
-        layout=Layout(chunks, starts[0].initial, bounded=starts[0].directions.bounded, axes=axes),
+        layout=Layout(chunks, starts[0].initial, bounded=starts[0].directions.bounded, axes=axes, gates=options.gates),
         penalty=options.penalty(),
         starts=starts if len(starts) > 1 else (),
     )

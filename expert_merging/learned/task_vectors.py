@@ -46,6 +46,7 @@ class TaskVectors:
     Attributes:
         magnitudes: mean absolute entry of every task vector, per expert by tensor name.
         places: where each tensor is: ``device``, ``host`` or, until `place` is called, ``disk``.
+        in_rows: pieces are of whole rows, if what is asked for is.
 
     Args:
         plan: the checkpoints.
@@ -84,6 +85,7 @@ class TaskVectors:
         self._warned = False
         on_gpu = device.type == "cuda"
         self._block, self._step = (BLOCK_ON_GPU, BLOCK_ON_GPU) if on_gpu else (BLOCK_ON_CPU, STEP_ON_CPU)
+        self.in_rows = False
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
         self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._coming: tuple[Part, Future[list[Tensor]]] | None = None
@@ -189,18 +191,23 @@ class TaskVectors:
             The part, the piece of it that is read, base weights ``(entries,)`` and task vectors
             ``(experts, entries)``, both float32. Both may be overwritten, and are by the next piece.
         """
-        owners = [(part, block) for part in wanted for block in part.cut(self._block)]
+        owners = [(part, block) for part in wanted for block in part.cut(self._length(part, self._block))]
         order: list[Part | None] = [block for _, block in owners]
-        order.append(None if then is None else next(then.cut(self._block), None))
+        order.append(None if then is None else next(then.cut(self._length(then, self._block)), None))
         for (part, block), following in zip(owners, order[1:], strict=True):
             stored = self._fetched(block)
             self._fetch_ahead(following)
-            for piece in block.cut(self._step):
+            for piece in block.cut(block.entries if self.in_rows else self._step):
                 yield part, piece, *self._convert(piece, stored, piece.start - block.start)
 
+    def _length(self, part: Part, entries: int) -> int:
+        """Entries of a piece of about so many."""
+        return part.whole_rows(entries) if self.in_rows else entries
+
     def _convert(self, part: Part, stored: list[Tensor], start: int) -> tuple[Tensor, Tensor]:
-        if self._scratch.numel() == 0:
-            self._scratch = torch.empty(len(self.scale) + 1, self._step, device=self.device)
+        if self._scratch.numel() < (len(self.scale) + 1) * part.entries:
+            step = max(self._step, part.entries)
+            self._scratch = torch.empty(len(self.scale) + 1, step, device=self.device)
         kept = self.kept is not None
         base, task_vectors = in_float32(stored, start, self._scratch[:, : part.entries], are_differences=kept)
         if not kept:

@@ -54,6 +54,8 @@ def test_columns_are_those_of_matrices_and_patterns_win():
     assert choose_chunks(parts, {"k": 3}, "column") == {"q": 4, "k": 3, "norm": 1}
     assert choose_axes(parts, {"k": 3}, "column") == {"q": "columns"}
     assert choose_axes(parts, {"k": 3}, "row") == {}
+    assert choose_chunks(parts, {"k": 3}, "direction") == {"q": 4, "k": 3, "norm": 1}
+    assert choose_axes(parts, {"k": 3}, "rank") == {"q": "singular"}
 
 
 def test_rows_are_those_of_matrices_and_patterns_win():

@@ -33,9 +33,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "as published" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_training_gives_the_coefficients_of_the_plain_twin(name, answered_zoo, tmp_path):
     kind, options, twin_options = VARIANTS[name]
     trainer = make_trainer(answered_zoo, tmp_path, kind=kind, num_epochs=2, **options)
@@ -57,6 +56,7 @@ def run_of(cache, output, *more):
     return merged(output, "--method", "dam", *given, *more)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_sum_of_weights_each_column_times_its_coefficient(answered_zoo, tmp_path):
     run = run_of(answered_zoo, tmp_path / "out")
     coefficients = load_coefficients(run.folder)
@@ -76,6 +76,7 @@ def test_the_plan_says_that_weights_take_the_place_of_the_bases(answered_zoo, tm
     assert "multiply each expert's weights, whose sum takes the place of the base's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_columns_of_other_tensors_are_refused(answered_zoo, tmp_path, capsys):
     run = run_of(answered_zoo, tmp_path / "out", "--num_epochs", 1)
     name = "model.layers.0.self_attn.q_proj.weight"

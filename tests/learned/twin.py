@@ -55,6 +55,9 @@ class Twin:
     # weights; and what two experts' of a parameter have in common is held small.
     free: bool = False
     columns: bool = False
+    # Those of a matrix are its singular directions', or each direction counts or not, at first so many of them.
+    singular: bool = False
+    gates: float | None = None
     whole: bool = False
     similarity: float = 0.0
     overlap: float = 0.0
@@ -91,9 +94,7 @@ class Twin:
             self.trim_like_ties(self.density)
         # One raw coefficient per expert and chunk, each a parameter of its own; 0 chunks: a constant.
         self.raw = {
-            name: torch.nn.Parameter(self.to_raw(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1)))
-            for name in self.merged
-            if self.chunks.get(name, 1) > 0
+            name: torch.nn.Parameter(self.first_raw(name)) for name in self.merged if self.chunks.get(name, 1) > 0
         }
         self.start = {
             name: self.value(self.to_raw(torch.tensor(self.initial)))[:, None].expand_as(raw)
@@ -105,6 +106,14 @@ class Twin:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             self.optimizer, T_0=50, T_mult=2, eta_min=0.1 * self.learning_rate
         )
+
+    def first_raw(self, name: str) -> torch.Tensor:
+        raw = self.to_raw(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1))
+        if self.gates is None or self.chunks.get(name, 1) == 1:
+            return raw
+        logits = torch.full_like(raw, -0.1)
+        logits[:, : int(self.gates * raw.shape[1])] = 0.1
+        return torch.cat([logits, raw[:, :1]], dim=1)
 
     def to_raw(self, value: torch.Tensor) -> torch.Tensor:
         return value.clone() if self.free else torch.logit(value)
@@ -134,7 +143,13 @@ class Twin:
                 self.task_vectors[name][k] = part.view_as(self.task_vectors[name][k])
 
     def coefficients(self, name: str) -> torch.Tensor:
-        return self.value(self.raw[name]) if name in self.raw else self.beginning(name)[:, None]
+        if name not in self.raw:
+            return self.beginning(name)[:, None]
+        raw = self.raw[name]
+        if self.gates is None or raw.shape[1] == 1:
+            return self.value(raw)
+        gates = torch.sigmoid(raw[:, :-1] / 10)
+        return (gates + ((gates > 0.5).float() - gates).detach()) * self.value(raw[:, -1:])
 
     def merged_weights(self) -> dict[str, torch.Tensor]:
         weights = dict(self.base_weights)
@@ -151,6 +166,9 @@ class Twin:
     def scaled(self, coefficients: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
         if self.columns and direction.dim() == 2:
             return direction @ torch.diag(coefficients)
+        if self.singular and direction.dim() == 2:
+            left, values, right = torch.linalg.svd(direction.double(), full_matrices=False)
+            return (left @ torch.diag(values * coefficients.double()) @ right).float()
         chunks = torch.chunk(direction.flatten(), len(coefficients))
         assert len(chunks) == len(coefficients)
         scaled = [value * chunk for value, chunk in zip(coefficients, chunks, strict=True)]
