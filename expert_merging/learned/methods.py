@@ -15,6 +15,7 @@ from expert_merging.errors import InputError
 from expert_merging.flags import Factor
 from expert_merging.learned.options import (
     AligningOptions,
+    AnswerOptions,
     ChunkingOptions,
     ColumnOptions,
     DivergingOptions,
@@ -100,6 +101,22 @@ def divmerge(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, DivergingOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=AnswerOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def supermerge(context: Context, **options: object) -> Preparation:
+    """A coefficient between -1 and 1 per expert and parameter that makes answers likely (2024, arXiv 2412.10416).
+
+    SuperMerge: the cross-entropy of the samples' answers is minimised, those that the task files give, or else those
+    that each task's expert writes. Coefficients are hyperbolic tangents, so an expert may count negatively. Trained
+    like Expert Merging. The original's merging of groups one after the other, to save memory, is not needed here.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, AnswerOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(options=RankOptions, family_defaults=("scaling_coefficient", "samples_per_task"))

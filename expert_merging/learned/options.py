@@ -29,8 +29,8 @@ class TrainingOptions(ComparingOptions):
 
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
-            strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
-            1.
+            strictly between 0 and 1 (supermerge: -1 and 1), and by default the family's; for directions of a method any
+            number, and by default 1.
         num_epochs: passes over the samples, fewer if patience ends first. With more than a finished run of the same
             run_name has, that one goes on.
         patience: epochs in a row without a better loss after which training stops; the loss is that on the held-out
@@ -130,6 +130,11 @@ class TrainingOptions(ComparingOptions):
         """See `expert_merging.learned.parametrisations.Layout`."""
         return None
 
+    @property
+    def signed(self) -> bool:
+        """See `expert_merging.learned.parametrisations.Layout`."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplittingOptions:
@@ -185,6 +190,25 @@ class RankOptions(EntropyOptions):
     def gates(self) -> float | None:
         """See `TrainingOptions.gates`."""
         return self.initial_rank_ratio if self.parametrisation == "rank" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(SplittingOptions, TrainingOptions):
+    """Options of SuperMerge."""
+
+    loss_tokens: Literal["all", "response"] = "response"
+
+    @property
+    def signed(self) -> bool:
+        """See `TrainingOptions.signed`."""
+        return True
+
+    def objective(self, layers: int | None) -> Objective:
+        """See `TrainingOptions.objective`."""
+        del layers
+        from expert_merging.running.objectives import answer_likelihood
+
+        return answer_likelihood(self.logits_chunk_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

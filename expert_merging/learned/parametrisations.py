@@ -83,6 +83,7 @@ class Layout:
         first: ``(experts,)`` first values by tensor name where they are not the initial ones.
         shared: one coefficient per expert for all tensors together.
         bounded: coefficients stay in (0, 1), as a sigmoid's values; others are free.
+        signed: bounded ones stay in (-1, 1), as those of the hyperbolic tangent.
         axes: along what the coefficients of a tensor are, by tensor name, where they are not those of chunks.
         gates: share of each expert's strongest singular directions that count at first, where directions count or do
             not, times one coefficient; None where each direction has a coefficient.
@@ -93,6 +94,7 @@ class Layout:
     first: Mapping[str, Tensor] | None = None
     shared: bool = False
     bounded: bool = True
+    signed: bool = False
     axes: Mapping[str, str] = field(default_factory=dict)
     gates: float | None = None
 
@@ -113,7 +115,7 @@ class Layout:
 class CoefficientVector(Parametrisation):
     """A coefficient per expert and chunk of each tensor, kept in float32.
 
-    ``value = sigmoid(raw)`` where they are bounded (as published), else ``value = raw``.
+    ``value = sigmoid(raw)`` where they are bounded (as published), ``tanh(raw)`` if signed too, else ``value = raw``.
 
     Args:
         layout: the coefficients.
@@ -123,7 +125,7 @@ class CoefficientVector(Parametrisation):
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.experts = len(layout.initial)
-        self.bounded = layout.bounded
+        self.bounded, self.signed = layout.bounded, layout.signed
         self.axes: dict[str, Axis] = {name: AXES[axis] for name, axis in layout.axes.items()}
         usual = torch.tensor(layout.initial, device=device)
         chunks = layout.chunks
@@ -146,10 +148,14 @@ class CoefficientVector(Parametrisation):
         self.register_buffer("anchor", self._value(self._raw(torch.cat(anchors))))
 
     def _raw(self, value: Tensor) -> Tensor:
-        return torch.logit(value) if self.bounded else value
+        if not self.bounded:
+            return value
+        return torch.atanh(value) if self.signed else torch.logit(value)
 
     def _value(self, raw: Tensor) -> Tensor:
-        return torch.sigmoid(raw) if self.bounded else raw
+        if not self.bounded:
+            return raw
+        return torch.tanh(raw) if self.signed else torch.sigmoid(raw)
 
     @property
     def fixed(self) -> tuple[str, ...]:

@@ -105,7 +105,14 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         objective=replace(objective, batch_tokens=asked.batch_tokens),
         directions=starts[0].directions,
         scale=scale,
-        layout=Layout(chunks, starts[0].initial, bounded=starts[0].directions.bounded, axes=axes, gates=options.gates),
+        layout=Layout(
+            chunks,
+            starts[0].initial,
+            bounded=starts[0].directions.bounded,
+            signed=options.signed,
+            axes=axes,
+            gates=options.gates,
+        ),
         penalty=options.penalty(),
         starts=starts if len(starts) > 1 else (),
     )
@@ -124,11 +131,12 @@ def _initial_values(options: TrainingOptions, directions: Directions, context: C
     default = options.usual_coefficient(family, count) if directions.initial is None else directions.initial
     each = given if isinstance(given, list) else [given] * count
     values = [default if value is None else value for value in each]
-    outside = [value for value in values if directions.bounded and not 0 < value < 1]
+    least = -1 if options.signed else 0
+    outside = [value for value in values if directions.bounded and not least < value < 1]
     if outside:
         raise InputError(
-            "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between 0 and 1 "
-            f"(0.3, for example), got {outside[0]:g}"
+            "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between "
+            f"{least} and 1 (0.3, for example), got {outside[0]:g}"
         )
     return tuple(values)
 

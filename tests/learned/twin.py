@@ -47,6 +47,9 @@ class Twin:
     # Coefficients per expert that the regularisation counts, if not those that are trained.
     budget: float | None = None
     entropy: bool = False
+    # Makes answers likely, with coefficients that are hyperbolic tangents.
+    likelihood: bool = False
+    signed: bool = False
     density: float | None = None
     sam: float = 0.0
     confident: bool = False
@@ -116,9 +119,13 @@ class Twin:
         return torch.cat([logits, raw[:, :1]], dim=1)
 
     def to_raw(self, value: torch.Tensor) -> torch.Tensor:
+        if self.signed:
+            return torch.atanh(value)
         return value.clone() if self.free else torch.logit(value)
 
     def value(self, raw: torch.Tensor) -> torch.Tensor:
+        if self.signed:
+            return torch.tanh(raw)
         return raw if self.free else torch.sigmoid(raw)
 
     def beginning(self, name: str) -> torch.Tensor:
@@ -183,6 +190,10 @@ class Twin:
         if self.entropy:
             distribution = torch.distributions.Categorical(logits=student.logits[0, where])
             return distribution.entropy().mean(), torch.zeros(())
+        if self.likelihood:
+            words = inputs["input_ids"][0, prompt_tokens if self.response_only else 1 :]
+            logits = student.logits[0, prompt_tokens - 1 if self.response_only else 0 : -1]
+            return functional.cross_entropy(logits, words), torch.zeros(())
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
         kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1)
@@ -207,7 +218,7 @@ class Twin:
 
     def shared_by_pairs(self) -> torch.Tensor:
         total = torch.zeros(())
-        for raw in self.raw.values():
+        for raw in self.raw.values() if self.similarity or self.overlap else ():
             pairs = list(combinations(self.value(raw), 2))
             for one, other in pairs:
                 cosine = one @ other / (one.norm() * other.norm())
