@@ -174,7 +174,8 @@ class Bench:
         from expert_merging.learned.material import Material, warm_up
         from expert_merging.learned.options import LearningOptions
         from expert_merging.learned.parametrisations import Layout
-        from expert_merging.learned.settings import Regularisation, Settings
+        from expert_merging.learned.penalties import Distance
+        from expert_merging.learned.settings import Settings
         from expert_merging.learned.task_vectors import TaskVectors
         from expert_merging.learned.trainer import Trainer
         from expert_merging.progress import no_progress
@@ -217,7 +218,7 @@ class Bench:
             directions=PLAIN,
             scale=(1.0,) * count,
             layout=Layout(ones, start),
-            regularisation=Regularisation(REGULARISATION),
+            penalty=Distance(REGULARISATION),
         )
         with tempfile.TemporaryDirectory() as folder:
             # Transformers' own names in memory, which those of files are not, lead to the same published names.

@@ -25,7 +25,9 @@ from expert_merging.roles import is_matrix
 _MANY = 32
 
 # How many coefficients an expert has for a tensor.
-Fineness = Literal["layer", "chunk", "row"]
+Fineness = Literal["layer", "chunk", "row", "column", "direction", "rank"]
+# Along what they are, where that is no run of entries.
+_AXES = {"column": "columns", "direction": "singular", "rank": "singular"}
 
 
 def chunk_length(elements: int, chunks: int) -> int:
@@ -46,7 +48,8 @@ def choose_chunks(
     Args:
         parts: the tensors.
         patterns: number of chunks by `fnmatch` pattern over tensor names.
-        parametrisation: ``row``: as many as a matrix has rows, where no pattern matches; otherwise one.
+        parametrisation: ``row``, ``column``, ``direction`` or ``rank``: as many as a matrix has rows, columns or
+            singular directions, where no pattern matches; otherwise one.
 
     Raises:
         InputError: a pattern matches nothing, a number is negative, chunks are asked for without a pattern, or nothing
@@ -58,7 +61,7 @@ def choose_chunks(
                 for pattern, count in patterns.items() if count < 0]  # fmt: skip
     if parametrisation == "chunk" and not patterns:
         problems.append("--parametrisation chunk needs --coeffs_size_dict to say how many chunks, such as '{\"*\": 4}'")
-    chunks = {part.name: part.shape[0] if parametrisation == "row" and is_matrix(part) else 1 for part in parts}
+    chunks = {part.name: _of_matrix(part, parametrisation) if is_matrix(part) else 1 for part in parts}
     for pattern, count in patterns.items():
         matching = fnmatch.filter(sizes, pattern)
         if not matching:
@@ -71,6 +74,29 @@ def choose_chunks(
     if problems:
         raise InputError(*problems)
     return chunks
+
+
+def _of_matrix(part: Part, parametrisation: Fineness) -> int:
+    rows, columns = part.shape
+    smaller = min(rows, columns)
+    return {"row": rows, "column": columns, "direction": smaller, "rank": smaller}.get(parametrisation, 1)
+
+
+def choose_axes(
+    parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: Fineness = "layer"
+) -> dict[str, str]:
+    """Tensors whose coefficients are not those of chunks, with what they are along; the others as `choose_chunks` says.
+
+    Args:
+        parts: the tensors.
+        patterns: as for `choose_chunks`.
+        parametrisation: as for `choose_chunks`.
+    """
+    if parametrisation not in _AXES:
+        return {}
+    matrices = [part.name for part in parts if is_matrix(part)]
+    cut = {name for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
+    return {name: _AXES[parametrisation] for name in matrices if name not in cut}
 
 
 @dataclass(frozen=True)

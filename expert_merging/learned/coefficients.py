@@ -20,10 +20,11 @@ from expert_merging.context import Context
 from expert_merging.documents import read_object
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept, Written
-from expert_merging.learned.chunks import apply
-from expert_merging.learned.directions import TASK_VECTORS, TRIMMED
+from expert_merging.learned.axes import AXES, RUNS, SINGULAR
+from expert_merging.learned.directions import TASK_VECTORS, TRIMMED, WEIGHTS
 from expert_merging.learned.same_weights import check_rewritten
 from expert_merging.libraries import import_transformers
+from expert_merging.method import Unit
 from expert_merging.parts import Part
 from expert_merging.run import Run
 from expert_merging.workers import fitting_threads
@@ -43,6 +44,7 @@ class Coefficients:
         fixed: parameters whose coefficients were not trained.
         provenance: where they come from, for the reader.
         directions: what they multiply, as `expert_merging.learned.directions.Directions.record` has it.
+        axes: along what a parameter's coefficients are, by its name, where they are not those of chunks.
         checkpoints: digests of the weights of ``base`` and experts that they were learned with, where it is known.
     """
 
@@ -53,9 +55,20 @@ class Coefficients:
     provenance: Mapping[str, Any] | None = None
     directions: Mapping[str, Any] = field(default_factory=lambda: {"name": TASK_VECTORS, "options": {}})
     checkpoints: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the sum is the merged weights themselves, and no task vector."""
+        return bool(self.directions["name"] == WEIGHTS)
+
+    @property
+    def unit(self) -> Unit:
+        """What `merge` has to be fed."""
+        return "matrix" if SINGULAR in self.axes.values() else "entries"
 
     def merge(self, directions: Tensor, part: Part) -> Tensor:
-        """The merged task vector of a block.
+        """The sum of the directions of a block, each entry times its coefficient.
 
         Args:
             directions: ``(experts, *shape)``.
@@ -66,13 +79,14 @@ class Coefficients:
         """
         scale = torch.tensor(self.task_vector_scale, device=directions.device)
         effective = self.values[part.name].to(directions.device) * scale[:, None]
-        merged = apply(effective, directions.reshape(len(directions), -1), part.start, part.elements)
-        return merged.view(directions.shape[1:])
+        axis = AXES[self.axes[part.name]] if part.name in self.axes else RUNS
+        return axis.apply(effective, directions.reshape(len(directions), -1), part).view(directions.shape[1:])
 
     @property
     def _multiplied(self) -> dict[str, Any]:
-        """What they multiply, where it is not task vectors."""
-        return {} if self.directions["name"] == TASK_VECTORS else {"directions": dict(self.directions)}
+        """What they multiply, where it is not chunks of task vectors."""
+        named = {} if self.directions["name"] == TASK_VECTORS else {"directions": dict(self.directions)}
+        return named | ({"axes": dict(self.axes)} if self.axes else {})
 
     def fingerprint(self) -> str:
         """A digest of the values and of all that decides what they do."""
@@ -107,8 +121,13 @@ class Coefficients:
         for target, content in contents.items():
             write_atomically(target, content)
 
-    def published(self) -> bytes:
-        """The published format: for each parameter a value, or a list per chunk, for each expert."""
+    def published(self) -> bytes | None:
+        """The published format: for each parameter a value, or a list per chunk, for each expert.
+
+        None where there are others than those of chunks, which it cannot hold.
+        """
+        if self.axes:
+            return None
         readable = {
             name.replace(".", "_"): (value[:, 0] if value.shape[1] == 1 else value).tolist()
             for name, value in self.values.items()
@@ -116,8 +135,10 @@ class Coefficients:
         return (json.dumps(readable, indent=4) + "\n").encode()
 
     def save_published(self, file: Path) -> None:
-        """Write the published format."""
-        write_atomically(file, self.published())
+        """Write the published format, where it can hold the coefficients."""
+        content = self.published()
+        if content is not None:
+            write_atomically(file, content)
 
 
 def load_coefficients(place: Path) -> Coefficients:
@@ -146,6 +167,7 @@ def load_coefficients(place: Path) -> Coefficients:
             provenance=described["provenance"],
             directions=_read_directions(described),
             checkpoints={str(name): str(digest) for name, digest in described.get("checkpoints", {}).items()},
+            axes={str(name): _axis(axis) for name, axis in described.get("axes", {}).items()},
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{file} and {described_in.name} are not coefficients of a run ({error!r})") from None
@@ -166,6 +188,13 @@ def _count(given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"{given!r} chunks")
     return given
+
+
+def _axis(given: Any) -> str:
+    """An axis by its name."""
+    if given not in AXES:
+        raise ValueError(f"coefficients along {given!r}")
+    return str(given)
 
 
 def kept_or_made(context: Context, make: Callable[[], Coefficients]) -> Coefficients:

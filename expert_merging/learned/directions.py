@@ -33,7 +33,7 @@ from expert_merging.plan import Plan, Rule
 from expert_merging.processes import is_main_process
 from expert_merging.writing import write_atomically
 
-TASK_VECTORS, TRIMMED = "task_vectors", "trimmed"
+TASK_VECTORS, TRIMMED, WEIGHTS = "task_vectors", "trimmed", "weights"
 # Type of directions that are kept in files.
 _KEPT = "F32"
 # What may be recorded of directions beside a method's own options.
@@ -50,12 +50,17 @@ def as_they_are(task_vectors: Tensor, _part: Part, _base: Tensor | None) -> Tens
     return task_vectors
 
 
+def whole_weights(task_vectors: Tensor, _part: Part, base: Tensor) -> Tensor:
+    """The rule of experts' weights."""
+    return task_vectors.add_(base)
+
+
 @dataclass(frozen=True)
 class Directions:
     """What coefficients multiply.
 
     Args:
-        name: ``task_vectors``, ``trimmed``, or the method whose parts they are.
+        name: ``task_vectors``, ``trimmed``, ``weights``, or the method whose parts they are.
         options: what decides them beside base and experts, for the record.
         prepare: does what the rule needs done first and returns it: ``(task_vectors, part, base) -> directions``, from
             ``(experts, *shape)`` to the same.
@@ -64,6 +69,7 @@ class Directions:
             and kept.
         bounded: coefficients stay between 0 and 1.
         initial: initial value of the coefficients where the user gives none; None for the method's.
+        is_whole: their sum takes the place of the base's weights, and is not added to them.
     """
 
     name: str = TASK_VECTORS
@@ -73,6 +79,7 @@ class Directions:
     in_blocks: bool = True
     bounded: bool = True
     initial: float | None = None
+    is_whole: bool = False
 
     @property
     def record(self) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
 
     Args:
         context: the run.
-        name: ``task_vectors``, ``trimmed``, or a method.
+        name: ``task_vectors``, ``trimmed``, ``weights``, or a method.
         options: what was recorded; by default the method's defaults for the family, and the coefficient 1.
 
     Raises:
@@ -105,7 +112,10 @@ def find_directions(context: Context, name: str, options: Mapping[str, Any] | No
         return PLAIN
     if name == TRIMMED:
         return _trimmed(context, _checked(name, options or {"density": TrimmingOptions().density}, _OF_TRIMMED))
-    known = [TASK_VECTORS, TRIMMED, *(other.name for other in TABLE.values() if other.parts is not None)]
+    if name == WEIGHTS:
+        share = 1 / len(context.plan.experts)
+        return Directions(WEIGHTS, prepare=lambda: whole_weights, bounded=False, initial=share, is_whole=True)
+    known = [TASK_VECTORS, TRIMMED, WEIGHTS, *(other.name for other in TABLE.values() if other.parts is not None)]
     try:
         method: Method = context.find_method(name)
     except InputError:

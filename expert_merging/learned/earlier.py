@@ -13,11 +13,12 @@ from torch import Tensor
 from expert_merging.checkpoints.adapter import Adapter
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems, near_name
+from expert_merging.learned.axes import SINGULAR
 from expert_merging.learned.coefficients import Coefficients, load_coefficients
 from expert_merging.learned.directions import TASK_VECTORS, find_directions
 from expert_merging.learned.edits import Edit, edited, read_edits
 from expert_merging.learned.published import load_published
-from expert_merging.method import Preparation
+from expert_merging.method import Preparation, coarsest
 from expert_merging.plan import Plan
 from expert_merging.run import Run
 
@@ -50,7 +51,8 @@ def applied(
     def prepare() -> dict[str, Any]:
         return {"coefficients": chosen, "directions": directions.prepare()}
 
-    return Preparation(prepare, {"coefficients": chosen.fingerprint()}, notes, directions.unit)
+    unit = coarsest([directions.unit, chosen.unit])
+    return Preparation(prepare, {"coefficients": chosen.fingerprint()}, notes, unit)
 
 
 def _about(edit: Edit) -> str:
@@ -106,7 +108,8 @@ def _load(context: Context, place: Path) -> Coefficients:
 def _by_own_names(loaded: Coefficients, plan: Plan) -> Coefficients:
     """Coefficients by the names that the base's files have, whatever names of the published they were given by."""
     fixed = tuple(plan.by_own_names(dict.fromkeys(loaded.fixed)))
-    return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed)
+    axes = plan.by_own_names(loaded.axes)
+    return replace(loaded, values=plan.by_own_names(loaded.values), fixed=fixed, axes=axes)
 
 
 def _other_weights(loaded: Coefficients, plan: Plan) -> list[str]:
@@ -167,6 +170,11 @@ def _check_parameters(loaded: Coefficients, place: Path, plan: Plan) -> None:
         )
     if unknown:
         problems.append(f"--coefficients {place} has {unknown[0]}, which is not merged ({len(unknown)} in all)")
+    for name in merged.intersection(loaded.axes):
+        part, count, axis = plan.part(name), loaded.values[name].shape[1], loaded.axes[name]
+        if len(part.shape) != 2 or count != (min(part.shape) if axis == SINGULAR else part.columns):
+            what = "singular directions" if axis == SINGULAR else axis
+            problems.append(f"--coefficients {place} has {count} {what} for {name}, which is {list(part.shape)}")
     if problems:
         raise InputError(*problems)
 

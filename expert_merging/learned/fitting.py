@@ -46,7 +46,8 @@ def check_learned(run: Run, record: Mapping[str, Any], backbone: Backbone, *, me
     coefficients, problems = load_coefficients(run.folder), Problems()
     if coefficients.experts != tuple(record["options"]["expert"]):
         problems.add(f"{run.coefficients.name} is of the experts {', '.join(coefficients.experts)}")
-    if not run.weight_coeffs.is_file() or run.weight_coeffs.read_bytes() != coefficients.published():
+    published = run.weight_coeffs.read_bytes() if run.weight_coeffs.is_file() else None
+    if published != coefficients.published():
         problems.add(f"{run.weight_coeffs.name} has other values than {run.coefficients.name}")
     problems.check()
     if merges_again and not any(record["options"].get(name) for name in ("post", "align_experts")):
@@ -73,11 +74,11 @@ def misfits_of(coefficients: Coefficients, plan: Plan, model: Checkpoint) -> lis
     """Names of merged tensors whose first entries are others, or that have no coefficients.
 
     Args:
-        coefficients: of task vectors; what is made of others is not looked at.
+        coefficients: of task vectors; what is made of others, or of whole matrices, is not looked at.
         plan: the checkpoints.
         model: the merged model.
     """
-    if coefficients.directions["name"] != TASK_VECTORS:
+    if coefficients.directions["name"] != TASK_VECTORS or coefficients.unit != "entries":
         return []
     return [
         name

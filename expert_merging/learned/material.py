@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 import torch
 
 from expert_merging.context import Context
+from expert_merging.learned.bases import give_bases
 from expert_merging.learned.directions import TASK_VECTORS, make_directions
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.memory import arrange
-from expert_merging.learned.parametrisations import Parametrisation
+from expert_merging.learned.parametrisations import CoefficientVector
 from expert_merging.learned.same_weights import check_weights
 from expert_merging.learned.settings import Settings
 from expert_merging.learned.task_vectors import TaskVectors
@@ -63,7 +64,8 @@ def open_task_vectors(context: Context, settings: Settings, accelerator: Any) ->
     """Task vectors, or the directions that coefficients multiply in their place."""
     directions = settings.directions
     if directions.in_blocks:
-        found = TaskVectors(context.plan, settings.scale, accelerator.device, directions.prepare())
+        rule, whole = directions.prepare(), directions.is_whole
+        found = TaskVectors(context.plan, settings.scale, accelerator.device, rule, is_whole=whole)
         check_weights(context, found.magnitudes if directions.name == TASK_VECTORS else None)
         return found
     check_weights(context)
@@ -79,10 +81,11 @@ def targets_of(context: Context, settings: Settings, device: torch.device) -> Ta
 
 
 def open_live_model(
-    context: Context, settings: Settings, material: Material, vector: Parametrisation, accelerator: Any
+    context: Context, settings: Settings, material: Material, vector: CoefficientVector, accelerator: Any
 ) -> LiveModel:
     """The model that is trained, with everything in the place that memory allows."""
     options = settings.options
+    give_bases(context, settings.directions.name, vector, material.task_vectors, accelerator)
     live = LiveModel(material.model, material.task_vectors, vector, context.backbone.file_name)
     try:
         if options.gradient_checkpointing:

@@ -15,9 +15,13 @@ from expert_merging.errors import InputError
 from expert_merging.flags import Factor
 from expert_merging.learned.options import (
     AligningOptions,
+    AnswerOptions,
     ChunkingOptions,
+    ColumnOptions,
     DivergingOptions,
+    EntropyOptions,
     LearningOptions,
+    RankOptions,
     TrainingOptions,
     TrimmingOptions,
 )
@@ -35,7 +39,8 @@ def merge_with_coefficients(
     task_vectors: Tensor, part: Part, base: Tensor, coefficients: Coefficients, directions: Rule
 ) -> Tensor:
     """Sum of the task vectors, or of what stands for them, each chunk times its coefficient (paper, Eq. 5)."""
-    return coefficients.merge(directions(task_vectors, part, base), part)
+    merged = coefficients.merge(directions(task_vectors, part, base), part)
+    return merged - base if coefficients.is_whole else merged
 
 
 def learns(**fields: Any) -> Callable[[Callable[..., Preparation]], Callable[..., Preparation]]:
@@ -98,6 +103,56 @@ def divmerge(context: Context, **options: object) -> Preparation:
     return one_stage(context, DivergingOptions(**options))  # type: ignore[arg-type]
 
 
+@learns(options=AnswerOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def supermerge(context: Context, **options: object) -> Preparation:
+    """A coefficient between -1 and 1 per expert and parameter that makes answers likely (2024, arXiv 2412.10416).
+
+    SuperMerge: the cross-entropy of the samples' answers is minimised, those that the task files give, or else those
+    that each task's expert writes. Coefficients are hyperbolic tangents, so an expert may count negatively. Trained
+    like Expert Merging. The original's merging of groups one after the other, to save memory, is not needed here.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, AnswerOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=RankOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def adarank(context: Context, **options: object) -> Preparation:
+    """AdaMerging that also chooses which singular directions of each task vector count (2025, arXiv 2503.22178).
+
+    A direction counts or does not. The choice and a coefficient for each expert and matrix are learned together by
+    minimising entropy, on the samples of AdaMerging and trained like it, where the original has Adam at 0.00005 for
+    thousands of steps and coefficients that no sigmoid bounds. Tables of words are not decomposed.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, RankOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=ColumnOptions, family_defaults=("samples_per_task",))
+def dam(context: Context, **options: object) -> Preparation:
+    """A coefficient per expert and input of each matrix, on whole weights (DAM, 2024, arXiv 2410.08371).
+
+    Differentiable adaptive merging: each expert's columns have coefficients of their own, which start at the mean and
+    may leave 0 and 1. They draw the merged model to each task's expert at a temperature of 2, and two experts'
+    coefficients of a matrix apart. Trained like Expert Merging, by AdamW with restarts at a larger rate, where the
+    original's filters momentum (MoFO) and has 0.001 for 1,700 samples; the losses are means over samples, where it
+    sums one of each task. Tensors that are no matrices have a coefficient each.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, ColumnOptions(**options))  # type: ignore[arg-type]
+
+
 @learns(
     name="expert_merging++",
     aliases=("expert_merging_pp",),
@@ -115,7 +170,7 @@ def expert_merging_pp(context: Context, **options: object) -> Preparation:
     return two_stages(context, ChunkingOptions(**options))  # type: ignore[arg-type]
 
 
-@learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+@learns(options=EntropyOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
 def adamerging(context: Context, **options: object) -> Preparation:
     """A coefficient per expert and parameter, learned by minimising entropy (Yang et al., 2024, arXiv 2310.02575).
 
@@ -126,7 +181,7 @@ def adamerging(context: Context, **options: object) -> Preparation:
     """
     from expert_merging.learned.stages import one_stage
 
-    return one_stage(context, TrainingOptions(**options))  # type: ignore[arg-type]
+    return one_stage(context, EntropyOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(options=TrainingOptions, family_defaults=("scaling_coefficient", "samples_per_task"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from expert_merging.errors import InputError
 from expert_merging.flags import BelowOne, Count, CountOrNone, Factor, Fraction, Interval, NotNegative, Positive
@@ -16,7 +16,11 @@ from expert_merging.parts import Part
 from expert_merging.running.options import ComparingOptions
 
 if TYPE_CHECKING:
+    from expert_merging.learned.penalties import Penalty
     from expert_merging.running.objectives import Objective
+
+# How many coefficients an expert has for a tensor.
+Fineness: TypeAlias = Literal["layer", "chunk", "row", "column", "direction", "rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +29,8 @@ class TrainingOptions(ComparingOptions):
 
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
-            strictly between 0 and 1, and by default the family's; for directions of a method any number, and by default
-            1.
+            strictly between 0 and 1 (supermerge: -1 and 1), and by default the family's; for directions of a method any
+            number, and by default 1.
         num_epochs: passes over the samples, fewer if patience ends first. With more than a finished run of the same
             run_name has, that one goes on.
         patience: epochs in a row without a better loss after which training stops; the loss is that on the held-out
@@ -102,6 +106,12 @@ class TrainingOptions(ComparingOptions):
 
         return prediction_entropy(self.logits_chunk_tokens)
 
+    def penalty(self) -> Penalty:
+        """What is added to the losses for coefficients as they are."""
+        from expert_merging.learned.penalties import Distance
+
+        return Distance(self.regularisation_weight)
+
     def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
         """Number of coefficients per expert, by tensor name.
 
@@ -109,6 +119,96 @@ class TrainingOptions(ComparingOptions):
             InputError: the options do not fit the tensors.
         """
         return {part.name: 1 for part in parts}
+
+    def axes(self, parts: Iterable[Part]) -> dict[str, str]:
+        """Along what coefficients are, by tensor name, where they are not those of chunks."""
+        del parts
+        return {}
+
+    @property
+    def gates(self) -> float | None:
+        """See `expert_merging.learned.parametrisations.Layout`."""
+        return None
+
+    @property
+    def signed(self) -> bool:
+        """See `expert_merging.learned.parametrisations.Layout`."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplittingOptions:
+    """How many coefficients a tensor has.
+
+    Args:
+        parametrisation: an expert's coefficients for a parameter, one (layer), several for chunks of it (chunk, with
+            coeffs_size_dict), or one for each output row (row), input column (column) or singular direction
+            (direction) of a matrix; or one, and whether each singular direction counts (rank).
+        coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
+            keeps the initial value, the last matching pattern counts. It wins over the parametrisation.
+    """
+
+    parametrisation: Fineness = "layer"
+    coeffs_size_dict: dict[str, int] | None = None
+
+    def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
+        """See `TrainingOptions.chunks`."""
+        from expert_merging.learned.chunks import choose_chunks
+
+        return choose_chunks(parts, self.coeffs_size_dict or {}, self.parametrisation)
+
+    def axes(self, parts: Iterable[Part]) -> dict[str, str]:
+        """See `TrainingOptions.axes`."""
+        from expert_merging.learned.chunks import choose_axes
+
+        return choose_axes(parts, self.coeffs_size_dict or {}, self.parametrisation)
+
+    @property
+    def gates(self) -> float | None:
+        """See `TrainingOptions.gates`."""
+        return 1.0 if self.parametrisation == "rank" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyOptions(SplittingOptions, TrainingOptions):
+    """Options of AdaMerging."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(EntropyOptions):
+    """Options of AdaRank.
+
+    Args:
+        initial_rank_ratio: share of each expert's strongest singular directions that count at first.
+    """
+
+    parametrisation: Fineness = "rank"
+    learning_rate: Positive = 0.02
+    initial_rank_ratio: Fraction = 1.0
+
+    @property
+    def gates(self) -> float | None:
+        """See `TrainingOptions.gates`."""
+        return self.initial_rank_ratio if self.parametrisation == "rank" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(SplittingOptions, TrainingOptions):
+    """Options of SuperMerge."""
+
+    loss_tokens: Literal["all", "response"] = "response"
+
+    @property
+    def signed(self) -> bool:
+        """See `TrainingOptions.signed`."""
+        return True
+
+    def objective(self, layers: int | None) -> Objective:
+        """See `TrainingOptions.objective`."""
+        del layers
+        from expert_merging.running.objectives import answer_likelihood
+
+        return answer_likelihood(self.logits_chunk_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +218,9 @@ class AlignmentOptions(TrainingOptions):
     Args:
         directions: what the coefficients multiply, task_vectors or what each expert adds to the result of a method
             (svd, aswudi, ...), with the coefficient 1 and that method's other defaults; these coefficients may pass 1.
-            Or trimmed, task vectors as TIES trims them. Of several, separated by commas, those are taken whose merge is
-            nearest to the experts on the samples.
+            Or trimmed, task vectors as TIES trims them; or weights, the experts' own, whose sum takes the place of the
+            base's. Of several, separated by commas, those are taken whose merge is nearest to the experts on the
+            samples.
         temperature: softens both distributions in the logit alignment.
         confident: leave tokens out of the logit alignment at which the expert is less sure than the merged model, and
             says something else.
@@ -193,24 +294,8 @@ class AlignmentOptions(TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningOptions(AlignmentOptions):
-    """Options of Expert Merging.
-
-    Args:
-        parametrisation: an expert's coefficients for a parameter, one (layer), several for chunks of it (chunk, with
-            coeffs_size_dict), or one for each output row of a matrix (row).
-        coeffs_size_dict: number of chunks with a coefficient of their own, by fnmatch pattern over parameter names; 0
-            keeps the initial value, the last matching pattern counts. It wins over the parametrisation.
-    """
-
-    parametrisation: Literal["layer", "chunk", "row"] = "layer"
-    coeffs_size_dict: dict[str, int] | None = None
-
-    def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
-        """See `TrainingOptions.chunks`."""
-        from expert_merging.learned.chunks import choose_chunks
-
-        return choose_chunks(parts, self.coeffs_size_dict or {}, self.parametrisation)
+class LearningOptions(SplittingOptions, AlignmentOptions):
+    """Options of Expert Merging."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +303,7 @@ class AligningOptions(LearningOptions):
     """Options of `align_merge`: those of Expert Merging with other defaults."""
 
     directions: str = "svd,aswudi"
-    parametrisation: Literal["layer", "chunk", "row"] = "row"
+    parametrisation: Fineness = "row"
     synthesize: CountOrNone = 100
     held_out: BelowOne = 0.1
     num_epochs: Count = 4
@@ -239,6 +324,33 @@ class DivergingOptions(LearningOptions):
         """See `TrainingOptions.usual_coefficient`: that of the mean, as published."""
         del family
         return 1 / max(2, experts)  # a bounded coefficient cannot be 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions(LearningOptions):
+    """Options of DAM: those of Expert Merging with other defaults, and more.
+
+    Args:
+        similarity_weight: weight of how alike the coefficients of two experts are, their cosine for each parameter,
+            mean over pairs of experts and sum over parameters.
+        overlap_weight: weight of how far two experts share inputs, the smaller of their coefficients' magnitudes summed
+            over a parameter's inputs, mean over pairs of experts and sum over parameters; published with 1e-5, and off.
+    """
+
+    directions: str = "weights"
+    parametrisation: Fineness = "column"
+    temperature: Positive = 2.0
+    hidden_states_layers: Literal["middle", "all", "none"] | list[Annotated[int, Interval("[0, inf)")]] = "none"
+    sparsity_reg_weight: NotNegative = 0.0
+    learning_rate: Positive = 0.02
+    similarity_weight: NotNegative = 0.01
+    overlap_weight: NotNegative = 0.0
+
+    def penalty(self) -> Penalty:
+        """See `TrainingOptions.penalty`."""
+        from expert_merging.learned.penalties import Pairs
+
+        return Pairs(self.regularisation_weight, similarity=self.similarity_weight, overlap=self.overlap_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +379,7 @@ class ChunkingOptions(AlignmentOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrimmingOptions(TrainingOptions):
+class TrimmingOptions(EntropyOptions):
     """Options of AdaMerging++, which learns on task vectors that TIES has trimmed.
 
     Args:

@@ -8,12 +8,12 @@ has a fast pair of its own, which the tests hold to that default.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from expert_merging.learned.chunks import add_applied, add_inner_products, chunk_length
+from expert_merging.learned.axes import AXES, RUNS, Axis
 from expert_merging.parts import Part
 
 
@@ -83,6 +83,10 @@ class Layout:
         first: ``(experts,)`` first values by tensor name where they are not the initial ones.
         shared: one coefficient per expert for all tensors together.
         bounded: coefficients stay in (0, 1), as a sigmoid's values; others are free.
+        signed: bounded ones stay in (-1, 1), as those of the hyperbolic tangent.
+        axes: along what the coefficients of a tensor are, by tensor name, where they are not those of chunks.
+        gates: share of each expert's strongest singular directions that count at first, where directions count or do
+            not, times one coefficient; None where each direction has a coefficient.
     """
 
     chunks: Mapping[str, int]
@@ -90,21 +94,28 @@ class Layout:
     first: Mapping[str, Tensor] | None = None
     shared: bool = False
     bounded: bool = True
+    signed: bool = False
+    axes: Mapping[str, str] = field(default_factory=dict)
+    gates: float | None = None
 
     @property
     def trained(self) -> int:
         """Number of coefficients that are learned."""
         return len(self.initial) * (1 if self.shared else sum(self.chunks.values()))
 
-    def vector(self, device: torch.device) -> CoefficientVector:
+    def vector(self, device: torch.device | str) -> CoefficientVector:
         """The coefficients as training begins."""
-        return CoefficientVector(self, device)
+        return CoefficientVector(self, device) if self.gates is None else GatedVector(self, device)
+
+    def of_whole_tensors(self) -> Layout:
+        """One coefficient for each tensor, which gives the same merge as training begins."""
+        return replace(self, chunks=dict.fromkeys(self.chunks, 1), axes={}, gates=None)
 
 
 class CoefficientVector(Parametrisation):
     """A coefficient per expert and chunk of each tensor, kept in float32.
 
-    ``value = sigmoid(raw)`` where they are bounded (as published), else ``value = raw``.
+    ``value = sigmoid(raw)`` where they are bounded (as published), ``tanh(raw)`` if signed too, else ``value = raw``.
 
     Args:
         layout: the coefficients.
@@ -114,7 +125,8 @@ class CoefficientVector(Parametrisation):
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.experts = len(layout.initial)
-        self.bounded = layout.bounded
+        self.bounded, self.signed = layout.bounded, layout.signed
+        self.axes: dict[str, Axis] = {name: AXES[axis] for name, axis in layout.axes.items()}
         usual = torch.tensor(layout.initial, device=device)
         chunks = layout.chunks
         first = {name: (usual if layout.first is None else layout.first[name].to(device))[:, None] for name in chunks}
@@ -136,10 +148,14 @@ class CoefficientVector(Parametrisation):
         self.register_buffer("anchor", self._value(self._raw(torch.cat(anchors))))
 
     def _raw(self, value: Tensor) -> Tensor:
-        return torch.logit(value) if self.bounded else value
+        if not self.bounded:
+            return value
+        return torch.atanh(value) if self.signed else torch.logit(value)
 
     def _value(self, raw: Tensor) -> Tensor:
-        return torch.sigmoid(raw) if self.bounded else raw
+        if not self.bounded:
+            return raw
+        return torch.tanh(raw) if self.signed else torch.sigmoid(raw)
 
     @property
     def fixed(self) -> tuple[str, ...]:
@@ -155,29 +171,86 @@ class CoefficientVector(Parametrisation):
         return vector[self.places[name]].view(self.experts, -1)
 
     def merge(self, values: Tensor, directions: Tensor, part: Part) -> Tensor:
-        """Sum of the experts' directions, each chunk times its coefficient; see `Parametrisation.merge`."""
-        entries = torch.arange(part.start, part.stop, device=values.device)
-        chunk_of = entries // chunk_length(part.elements, values.shape[1])
-        return (values[:, chunk_of] * directions).sum(0)
+        """Sum of the experts' directions, each entry times its coefficient; see `Parametrisation.merge`."""
+        return self._axis(part).merge(self.coefficients(values, part.name), directions, part)
 
     def add_merged(self, total: Tensor, values: Tensor, directions: Tensor, part: Part) -> None:
         """The same as by `merge`, faster; see `Parametrisation.add_merged`."""
-        add_applied(total, values, directions, part.start, part.elements)
+        self._axis(part).add_applied(total, self.coefficients(values, part.name), directions, part)
 
     def add_gradient(self, total: Tensor, values: Tensor, directions: Tensor, part: Part, gradient: Tensor) -> None:
         """The same as by autograd, faster; see `Parametrisation.add_gradient`."""
         del values  # the merged weights are linear in them
-        add_inner_products(total, gradient, directions, part.start, part.elements)
+        self._axis(part).add_inner_products(total, gradient, directions, part)
+
+    def _axis(self, part: Part) -> Axis:
+        return self.axes.get(part.name, RUNS)
+
+    def coefficients(self, values: Tensor, name: str) -> Tensor:
+        """A tensor's coefficients ``(experts, count)``, of its values as `view` gives them."""
+        del name
+        return values
 
     @torch.no_grad()
     def by_name(self) -> dict[str, Tensor]:
         """Current values of every tensor, the fixed ones included, ``(experts, chunks)`` each."""
         values = self()
-        trained = {name: self.view(values, name).detach().clone() for name in self.places}
+        trained = {name: self.coefficients(self.view(values, name), name).clone() for name in self.places}
         return trained | {name: value.clone() for name, value in self.constants.items()}
 
     @torch.no_grad()
     def by_expert(self) -> Tensor:
         """Current values of all trainable coefficients, ``(experts, coefficients per expert)``."""
         values = self()
-        return torch.cat([self.view(values, name) for name in self.places], dim=1)
+        return torch.cat([self.coefficients(self.view(values, name), name) for name in self.places], dim=1)
+
+
+class GatedVector(CoefficientVector):
+    """For each singular direction whether it counts, and a coefficient per expert and tensor for those that do.
+
+    AdaRank (arXiv 2503.22178): a direction counts where its logit is positive. Gradients pass through as if it counted
+    by ``sigmoid(logit / 10)``. A tensor's numbers are ``(experts, directions + 1)``, its coefficient last. Tensors that
+    are not along singular directions have coefficients alone.
+
+    Args:
+        layout: the coefficients.
+        device: where they are.
+    """
+
+    _TEMPERATURE, _START = 10.0, 0.1
+
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+        gated = set(layout.axes)
+        counts = {name: count + 1 if name in gated else count for name, count in layout.chunks.items()}
+        super().__init__(replace(layout, chunks=counts), device)
+        self.gated = gated
+        self.is_gate: Tensor
+        self.register_buffer("is_gate", torch.zeros_like(self.raw, dtype=torch.bool))
+        with torch.no_grad():
+            for name in gated:
+                count = layout.chunks[name]
+                self.view(self.is_gate, name)[:, :count] = True
+                logits = self.view(self.raw, name)[:, :count]
+                logits.fill_(-self._START)
+                logits[:, : int((layout.gates or 0.0) * count)] = self._START
+            self.anchor.copy_(self())
+
+    def forward(self) -> Tensor:
+        """Values of all trainable numbers, of which gates are 0 or 1."""
+        soft = torch.sigmoid(self.raw / self._TEMPERATURE)
+        hard = (self.raw > 0).float()
+        return torch.where(self.is_gate, hard + soft - soft.detach(), self._value(self.raw))
+
+    def coefficients(self, values: Tensor, name: str) -> Tensor:
+        """The coefficient of each direction, 0 where it does not count; see `CoefficientVector.coefficients`."""
+        return values[:, :-1] * values[:, -1:] if name in self.gated else values
+
+    def add_gradient(self, total: Tensor, values: Tensor, directions: Tensor, part: Part, gradient: Tensor) -> None:
+        """See `Parametrisation.add_gradient`."""
+        if part.name not in self.gated:
+            super().add_gradient(total, values, directions, part, gradient)
+            return
+        found = torch.zeros_like(total[:, :-1])
+        self._axis(part).add_inner_products(found, gradient, directions, part)
+        total[:, :-1] += found * values[:, -1:]
+        total[:, -1] += (found * values[:, :-1]).sum(1)

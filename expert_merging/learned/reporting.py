@@ -164,6 +164,7 @@ class Report:
             },
             directions=self.settings.directions.record,
             checkpoints=plan.contents,
+            axes=self.settings.layout.axes,
         )
 
     def save(

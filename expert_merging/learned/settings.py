@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from expert_merging import processes
 from expert_merging.checkpoints.configurations import layer_count
 from expert_merging.context import Context
@@ -14,30 +12,13 @@ from expert_merging.errors import InputError, Problems, near_name
 from expert_merging.learned.directions import Directions, find_directions
 from expert_merging.learned.options import TrainingOptions
 from expert_merging.learned.parametrisations import Layout
+from expert_merging.learned.penalties import Penalty
 from expert_merging.running.accelerator import check_tracker
-from expert_merging.running.losses import regularisation
 from expert_merging.running.objectives import Objective
 from expert_merging.running.samples import Samples, check_samples
 
 # Initial value of coefficients of task vectors, where the family has none.
 _USUAL = 0.3
-
-
-@dataclass(frozen=True)
-class Regularisation:
-    """What holds coefficients near their initial values.
-
-    Args:
-        weight: its weight beside the losses.
-        count: coefficients per expert that it is divided by; None for those that are trained.
-    """
-
-    weight: float
-    count: float | None = None
-
-    def penalty(self, values: Tensor, anchor: Tensor, experts: int) -> Tensor:
-        """The weighted distance of the trained coefficients ``(coefficients,)`` from their initial values."""
-        return self.weight * regularisation(values, anchor, self.count or values.numel() / experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +49,7 @@ class Settings:
         directions: what the coefficients multiply.
         scale: factor on an expert's directions, per expert.
         layout: which coefficients there are and where they start.
-        regularisation: what holds them near their initial values.
+        penalty: what is added to the losses for coefficients as they are.
         starts: where learning may begin, if that is still to be chosen.
     """
 
@@ -78,7 +59,7 @@ class Settings:
     directions: Directions
     scale: tuple[float, ...]
     layout: Layout
-    regularisation: Regularisation
+    penalty: Penalty
     starts: tuple[Start, ...] = ()
 
     def beginning_at(self, start: Start) -> Settings:
@@ -101,6 +82,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         scale = _task_vector_scale(options.task_vector_coeffs_dict or {}, experts)
     with problems.collecting():
         chunks = options.chunks(map(plan.part, plan.merged))
+        axes = options.axes(map(plan.part, plan.merged))
     with problems.collecting():
         objective = options.objective(layer_count(plan.base.config))
     with problems.collecting():
@@ -123,8 +105,15 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         objective=replace(objective, batch_tokens=asked.batch_tokens),
         directions=starts[0].directions,
         scale=scale,
-        layout=Layout(chunks, starts[0].initial, bounded=starts[0].directions.bounded),
-        regularisation=Regularisation(options.regularisation_weight),
+        layout=Layout(
+            chunks,
+            starts[0].initial,
+            bounded=starts[0].directions.bounded,
+            signed=options.signed,
+            axes=axes,
+            gates=options.gates,
+        ),
+        penalty=options.penalty(),
         starts=starts if len(starts) > 1 else (),
     )
 
@@ -142,11 +131,12 @@ def _initial_values(options: TrainingOptions, directions: Directions, context: C
     default = options.usual_coefficient(family, count) if directions.initial is None else directions.initial
     each = given if isinstance(given, list) else [given] * count
     values = [default if value is None else value for value in each]
-    outside = [value for value in values if directions.bounded and not 0 < value < 1]
+    least = -1 if options.signed else 0
+    outside = [value for value in values if directions.bounded and not least < value < 1]
     if outside:
         raise InputError(
-            "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between 0 and 1 "
-            f"(0.3, for example), got {outside[0]:g}"
+            "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between "
+            f"{least} and 1 (0.3, for example), got {outside[0]:g}"
         )
     return tuple(values)
 

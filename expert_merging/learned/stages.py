@@ -11,6 +11,8 @@ from typing import Any
 
 from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
+from expert_merging.learned.axes import SINGULAR
+from expert_merging.learned.bases import bases_size
 from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.coefficients import Coefficients, kept_or_made
 from expert_merging.learned.directions import kept_output
@@ -19,10 +21,12 @@ from expert_merging.learned.estimates import Demand, describe, this_machine
 from expert_merging.learned.importance import allocate_chunks, describe_layers, mean_coefficients
 from expert_merging.learned.optimizer import training_accelerator
 from expert_merging.learned.options import ChunkingOptions, TrainingOptions
-from expert_merging.learned.settings import Regularisation, Settings, check
+from expert_merging.learned.penalties import Distance
+from expert_merging.learned.settings import Settings, check
 from expert_merging.learned.start import choose_start
 from expert_merging.learned.state import check_goes_on
 from expert_merging.learned.trainer import Trainer
+from expert_merging.machine import gib
 from expert_merging.method import Preparation, coarsest
 from expert_merging.plan import Plan
 from expert_merging.processes import is_main_process
@@ -147,7 +151,7 @@ def second_stage(
     return replace(
         settings,
         layout=replace(settings.layout, chunks=chunks, first=begin),
-        regularisation=Regularisation(settings.regularisation.weight, budget),
+        penalty=Distance(options.regularisation_weight, budget),
     )
 
 
@@ -234,8 +238,11 @@ def _work(
         notes = (*notes, check_goes_on(last, options.num_epochs, options.patience))
     every = [start.directions for start in settings.starts] or [directions]
     kept = len({one.name for one in every if not one.in_blocks})
-    if kept and is_main_process() and not context.run.coefficients.exists():
-        check_free_disk(context.run.directions, kept * kept_output(context.plan).size)
+    bases = bases_size(context.plan, [name for name, axis in settings.layout.axes.items() if axis == SINGULAR])
+    if bases:
+        notes = (*notes, f"singular directions take {gib(bases)} on disk while learning")
+    if (kept or bases) and is_main_process() and not context.run.coefficients.exists():
+        check_free_disk(context.run.directions, kept * kept_output(context.plan).size + bases)
 
     def learn() -> dict[str, Any]:
         coefficients = kept_or_made(context, train)
@@ -258,7 +265,7 @@ def _work(
     demand = Demand(context.plan, asked.precision, together, asked.longest, options, directions)
     memory = describe(demand, this_machine(context.device))
     notes = (*notes, multiplied, aligned, *memory)
-    unit = coarsest(one.unit for one in every)
+    unit = coarsest([*(one.unit for one in every), "matrix" if bases else "entries"])
     return Preparation(learn, {**decisive, **(inputs or {})}, notes, unit=unit)
 
 
@@ -272,5 +279,7 @@ def _describe_directions(settings: Settings) -> str:
     directions = settings.directions
     if directions.bounded:
         return directions.name.replace("_", " ") + (" task vectors" if directions.options else "")
+    if directions.is_whole:
+        return "each expert's weights, whose sum takes the place of the base's"
     options = ", ".join(f"{name} {value}" for name, value in directions.options.items())
     return f"each expert's part of {directions.name} ({options})"

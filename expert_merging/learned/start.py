@@ -85,7 +85,7 @@ def _score(
     context: Context, settings: Settings, model: Any, task_vectors: TaskVectors, divergence: ExpertDivergence
 ) -> float:
     """Divergence of a start's merge from the experts as a share of the base's, mean over tasks."""
-    vector = settings.layout.vector(task_vectors.device)
+    vector = settings.layout.of_whole_tensors().vector(task_vectors.device)
     live = LiveModel(model, task_vectors, vector, context.backbone.file_name)
     try:
         live.rebuild()

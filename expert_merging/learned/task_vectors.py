@@ -46,13 +46,15 @@ class TaskVectors:
     Attributes:
         magnitudes: mean absolute entry of every task vector, per expert by tensor name.
         places: where each tensor is: ``device``, ``host`` or, until `place` is called, ``disk``.
+        in_rows: pieces are of whole rows, if what is asked for is.
 
     Args:
         plan: the checkpoints.
         scale: factor on each expert's task vectors.
         device: training device.
-        rule: what is made of a block of task vectors: ``(task_vectors, part, None) -> (experts, entries)``.
+        rule: what is made of a block of task vectors: ``(task_vectors, part, base) -> (experts, entries)``.
         kept: files with the directions, which are used instead of what the experts' files have.
+        is_whole: the directions' sum takes the place of the base's weights, which are then given as 0.
 
     Raises:
         InputError: a checkpoint has NaN or infinite values.
@@ -65,12 +67,15 @@ class TaskVectors:
         device: torch.device,
         rule: Rule = as_they_are,
         kept: Checkpoint | None = None,
+        *,
+        is_whole: bool = False,
     ) -> None:
         self.plan = plan
         self.scale = scale
         self.device = device
         self.rule = rule
         self.kept = kept
+        self.is_whole = is_whole
         self.magnitudes = mean_magnitudes(plan, rule) if kept is None else _kept_magnitudes(plan, kept)
         self.places = dict.fromkeys(plan.merged, DISK)
         self._held = {name: [self.plan.part(name)] for name in plan.merged}
@@ -80,6 +85,7 @@ class TaskVectors:
         self._warned = False
         on_gpu = device.type == "cuda"
         self._block, self._step = (BLOCK_ON_GPU, BLOCK_ON_GPU) if on_gpu else (BLOCK_ON_CPU, STEP_ON_CPU)
+        self.in_rows = False
         self._fetcher = ThreadPoolExecutor(1, "task vectors")
         self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._coming: tuple[Part, Future[list[Tensor]]] | None = None
@@ -185,26 +191,31 @@ class TaskVectors:
             The part, the piece of it that is read, base weights ``(entries,)`` and task vectors
             ``(experts, entries)``, both float32. Both may be overwritten, and are by the next piece.
         """
-        owners = [(part, block) for part in wanted for block in part.cut(self._block)]
+        owners = [(part, block) for part in wanted for block in part.cut(self._length(part, self._block))]
         order: list[Part | None] = [block for _, block in owners]
-        order.append(None if then is None else next(then.cut(self._block), None))
+        order.append(None if then is None else next(then.cut(self._length(then, self._block)), None))
         for (part, block), following in zip(owners, order[1:], strict=True):
             stored = self._fetched(block)
             self._fetch_ahead(following)
-            for piece in block.cut(self._step):
+            for piece in block.cut(block.entries if self.in_rows else self._step):
                 yield part, piece, *self._convert(piece, stored, piece.start - block.start)
 
+    def _length(self, part: Part, entries: int) -> int:
+        """Entries of a piece of about so many."""
+        return part.whole_rows(entries) if self.in_rows else entries
+
     def _convert(self, part: Part, stored: list[Tensor], start: int) -> tuple[Tensor, Tensor]:
-        if self._scratch.numel() == 0:
-            self._scratch = torch.empty(len(self.scale) + 1, self._step, device=self.device)
+        if self._scratch.numel() < (len(self.scale) + 1) * part.entries:
+            step = max(self._step, part.entries)
+            self._scratch = torch.empty(len(self.scale) + 1, step, device=self.device)
         kept = self.kept is not None
         base, task_vectors = in_float32(stored, start, self._scratch[:, : part.entries], are_differences=kept)
         if not kept:
-            task_vectors = self.rule(task_vectors, part, None)
+            task_vectors = self.rule(task_vectors, part, base)
         for row, factor in zip(task_vectors, self.scale, strict=True):
             if factor != 1:
                 row.mul_(factor)
-        return base, task_vectors
+        return base.zero_() if self.is_whole else base, task_vectors
 
     def _fetch_ahead(self, part: Part | None) -> None:
         """Start to bring a block to the device, unless it is there."""
@@ -258,24 +269,14 @@ def _cuda_runtime() -> Any:
 
 def mean_magnitudes(plan: Plan, rule: Rule = as_they_are) -> dict[str, tuple[float, ...]]:
     """Mean absolute entry of every task vector; the pass over all of them also refuses what is not finite."""
-    sums: dict[str, dict[int, Tensor]] = {name: {} for name in plan.merged}
 
-    def look(task_vectors: Tensor, part: Part) -> tuple[Part, list[float]]:
-        found: list[float] = rule(task_vectors, part, None).abs_().sum(1, dtype=torch.float64).tolist()
-        return part, found
+    def measure(base: Tensor, task_vectors: Tensor, part: Part) -> Tensor:
+        found: Tensor = rule(task_vectors, part, base)
+        return found.abs_().sum(1, dtype=torch.float64)
 
-    def done(seen: tuple[Part, list[float]]) -> None:
-        part, found = seen
-        sums[part.name][part.start] = torch.tensor(found, dtype=torch.float64)
-
-    Passes(plan, torch.device("cpu"), no_progress).go_through(look, done, title="measuring task vectors")
-    means = {}
-    for name, found in sums.items():
-        total = torch.zeros(len(plan.experts), dtype=torch.float64)
-        for start in sorted(found):  # in the order of the entries, whoever has added them up
-            total += found[start]
-        means[name] = tuple((total / max(1, plan.base.entries[name].elements)).tolist())
-    return means
+    passes = Passes(plan, torch.device("cpu"), no_progress)
+    sums = passes.sums(measure, (len(plan.experts),), "measuring task vectors")
+    return {name: tuple((sums[name] / max(1, size)).tolist()) for name, size in passes.sizes.items()}
 
 
 def _kept_magnitudes(plan: Plan, kept: Checkpoint) -> dict[str, tuple[float, ...]]:

@@ -168,7 +168,7 @@ class Trainer:
         sums = accelerator.reduce(sums, "sum").cpu()
         share = len(group) / self.settings.options.gradient_accumulation_steps
         values = self.vector()
-        penalty = self.settings.regularisation.penalty(values, self.vector.anchor, self.vector.experts)
+        penalty = self.settings.penalty(values, self.vector)
         scaled = penalty * share if accelerator.scaler is None else accelerator.scaler.scale(penalty * share)
         torch.autograd.backward([values, scaled], [gradient, None])
         return sums, penalty.item()

@@ -68,6 +68,18 @@ def entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: i
     return _mean_over_tokens(_entropy, (head,), (hidden,), slice_tokens)
 
 
+def cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, slice_tokens: int) -> Tensor:
+    """Mean over tokens of minus the log of a word's probability, in nats, with logits in slices as well.
+
+    Args:
+        hidden: ``(tokens, hidden)``, input of the model's output head.
+        labels: ``(tokens,)``, numbers of the words.
+        head: the model's projection to logits.
+        slice_tokens: most tokens in a slice.
+    """
+    return _mean_over_tokens(_cross_entropy, (head, torch.nn.Identity()), (hidden, labels[:, None]), slice_tokens)
+
+
 # Takes logits of merged model and expert, the largest 0, which it may overwrite, and whether tokens are left out at
 # which the expert is less sure and says something else. Returns a number for each token, ``(tokens, 1)``, and its
 # gradient with respect to the merged model's logits.
@@ -138,10 +150,26 @@ def _entropy(logits: Tensor) -> Tensor:
     return total
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The measure of `cross_entropy`; its gradient is ``p`` less 1 at the word."""
+    total = torch.zeros((), device=logits.device)
+    for rows, words in zip(_cached(logits), torch.split(labels, _rows_cached(logits)), strict=True):
+        logarithms = _shifted(rows, 1.0)
+        logarithms.sub_(logarithms.logsumexp(dim=-1, keepdim=True))
+        total -= logarithms.gather(-1, words).sum()
+        gradient = logarithms.exp_()
+        gradient.scatter_add_(-1, words, torch.full_like(words, -1, dtype=gradient.dtype))
+        rows.copy_(gradient.mul_(_GRADIENT_SCALE))
+    return total
+
+
 def _cached(logits: Tensor) -> tuple[Tensor, ...]:
     """Rows that are worked on at a time: all on a GPU, where each operation has a price of its own."""
-    rows = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[-1])
-    return torch.split(logits, rows)
+    return torch.split(logits, _rows_cached(logits))
+
+
+def _rows_cached(logits: Tensor) -> int:
+    return max(1, len(logits) if logits.is_cuda else _CACHED // logits.shape[-1])
 
 
 def _shifted(logits: Tensor, temperature: float) -> Tensor:

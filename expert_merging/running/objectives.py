@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expert_merging.running.batches import pack, together
-from expert_merging.running.losses import entropy, hidden_alignment, logit_alignment
+from expert_merging.running.losses import cross_entropy, entropy, hidden_alignment, logit_alignment
 from expert_merging.running.targets import Target, hidden_states
 
 # Logits that are held at a time, in bytes of float32.
@@ -118,6 +118,22 @@ def prediction_entropy(slice_tokens: int | None = None) -> Objective:
         return (entropy(seen.last, seen.head, slice_tokens=slice_tokens or _slice_tokens(seen.head)),)
 
     return Objective(("entropy",), (), compare)
+
+
+def answer_likelihood(slice_tokens: int | None = None) -> Objective:
+    """Minus the log-likelihood of the samples' own tokens, mean over those that are looked at (SuperMerge).
+
+    With ``loss_tokens=response`` they are the answers that files give or experts have written.
+    """
+
+    def compare(seen: Seen, target: Target) -> tuple[Tensor, ...]:
+        following = target.tokens + 1
+        within = following < target.length  # nothing follows the last token
+        labels = target.inputs["input_ids"][0, following[within]]
+        slices = slice_tokens or _slice_tokens(seen.head)
+        return (cross_entropy(seen.last[within], labels, seen.head, slice_tokens=slices),)
+
+    return Objective(("cross_entropy",), (), compare)
 
 
 def _divergence(

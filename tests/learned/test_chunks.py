@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging.errors import InputError
-from expert_merging.learned.chunks import apply, choose_chunks, chunk_count
+from expert_merging.learned.chunks import apply, choose_axes, choose_chunks, chunk_count
 from expert_merging.parts import Part
 
 
@@ -47,6 +47,15 @@ def test_the_last_matching_pattern_counts():
     parts = [Part.whole(name, (size,)) for name, size in {"a.q": 10, "a.k": 10, "b.q": 3}.items()]
     assert choose_chunks(parts, {"*": 2, "*.q": 4, "a.k": 0}) == {"a.q": 4, "a.k": 0, "b.q": 3}
     assert choose_chunks(parts, {}) == {"a.q": 1, "a.k": 1, "b.q": 1}
+
+
+def test_columns_are_those_of_matrices_and_patterns_win():
+    parts = [Part.whole(name, shape) for name, shape in {"q": (6, 4), "k": (6, 4), "norm": (4,)}.items()]
+    assert choose_chunks(parts, {"k": 3}, "column") == {"q": 4, "k": 3, "norm": 1}
+    assert choose_axes(parts, {"k": 3}, "column") == {"q": "columns"}
+    assert choose_axes(parts, {"k": 3}, "row") == {}
+    assert choose_chunks(parts, {"k": 3}, "direction") == {"q": 4, "k": 3, "norm": 1}
+    assert choose_axes(parts, {"k": 3}, "rank") == {"q": "singular"}
 
 
 def test_rows_are_those_of_matrices_and_patterns_win():

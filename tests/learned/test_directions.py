@@ -115,7 +115,7 @@ def test_directions_that_are_none_are_refused(context):
         InputError, match="--directions ties: the result of ties is no sum of a part for each expert"
     ) as e:
         find_directions(context, "ties")
-    assert "choose one of task_vectors, trimmed, " in str(e.value)
+    assert "choose one of task_vectors, trimmed, weights, " in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,10 @@ def arguments(cache: Path, output: Path, *more: object) -> list[str]:
 CASES = {
     "svd": ["--directions", "svd"],
     "rows": ["--parametrisation", "row"],
+    "columns": ["--parametrisation", "column"],
+    "columns of weights": ["--method", "dam"],
+    "singular directions": ["--parametrisation", "direction"],
+    "those of svd that count": ["--directions", "svd", "--parametrisation", "rank"],
     "rows of aswudi": ["--directions", "aswudi", "--parametrisation", "row"],
     "two stages": ["--method", "expert_merging++", "--directions", "iwudi", "--budget", "2"],
 }
@@ -226,8 +230,9 @@ def test_rows_of_the_checkpoint_are_rows_times_coefficients(answered_zoo, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["making", "saved"])
-def test_a_killed_run_goes_on_to_the_same_bytes(when, answered_zoo, tmp_path):
-    more = ["--directions", "svd", "--samples_per_task", "3"]
+@pytest.mark.parametrize("parametrisation", ["layer", "direction"])
+def test_a_killed_run_goes_on_to_the_same_bytes(parametrisation, when, answered_zoo, tmp_path):
+    more = ["--directions", "svd", "--samples_per_task", "3", "--parametrisation", parametrisation]
     assert merge(*arguments(answered_zoo, tmp_path / "whole", *more)) == 0
     given = arguments(answered_zoo, tmp_path / "killed", *more)
     assert run_together(1, learn_and_be_killed, given, when, folder=tmp_path).codes == (-signal.SIGKILL,)

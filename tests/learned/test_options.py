@@ -42,6 +42,7 @@ def command(tiny_zoo: Path, tmp_path: Path):
         (["--directions", "svdd"], "--directions svdd: there are no such. Did you mean 'svd'?"),
         (["--method", "expert_merging++", "--directions", "iso"], "--directions iso: the result of iso is no sum"),
         (["--directions", "trimmed", "--scaling_coefficient", "1"], "must lie strictly between 0 and 1"),
+        (["--method", "supermerge", "--scaling_coefficient", "-1"], "must lie strictly between -1 and 1"),
         (["--hidden_states_layers", "1,9"], "the model has 3 layers (0 to 3), got 9"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU; on a CPU use bf16 or no"),
         (["--mixed_precision", "fp8"], "--mixed_precision must be 'auto' or 'no' or 'fp16' or 'bf16', got fp8"),

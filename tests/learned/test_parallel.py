@@ -96,6 +96,7 @@ def amounts(done: Ended | subprocess.CompletedProcess[str]) -> list[tuple[int, i
     [
         ("expert_merging", []),
         ("expert_merging", ["--directions", "svd", "--parametrisation", "row", "--learning_rate", 0.05]),
+        ("expert_merging", ["--parametrisation", "direction", "--learning_rate", 0.05]),
         ("expert_merging++", []),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_merging.learned.axes import COLUMNS
 from expert_merging.learned.chunks import chunk_count
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.parametrisations import CoefficientVector, Layout, Parametrisation
@@ -28,14 +29,15 @@ from tests.learned.training import make_trainer, read_task_vectors
 )
 @settings(max_examples=100, deadline=None)
 def test_fast_pairs_are_those_of_autograd(many, rows, columns, wanted, start, entries, seed):
-    """Of layers, chunks and rows, in blocks that begin and end anywhere."""
+    """Of layers, chunks, rows and columns, in blocks that begin and end anywhere."""
     torch.manual_seed(seed)
     whole = Part.whole("w", (rows, columns))
     start = min(start, whole.elements - 1)
     part = whole.between(start, min(start + entries, whole.elements))
     directions, gradient = torch.randn(3, part.entries), torch.randn(part.entries)
-    for chunks in (1, rows, chunk_count(whole.elements, wanted)):
-        vector = CoefficientVector(Layout({"v": 1, "w": chunks}, [0.2, 0.7, 0.4]))
+    counts = [(1, {}), (rows, {}), (chunk_count(whole.elements, wanted), {}), (columns, {"w": "columns"})]
+    for chunks, axes in counts:
+        vector = CoefficientVector(Layout({"v": 1, "w": chunks}, [0.2, 0.7, 0.4], axes=axes))
         values = torch.rand(3, chunks)
         found = {}
         for kind in (Parametrisation, CoefficientVector):
@@ -55,6 +57,15 @@ def test_merging_says_which_coefficient_an_entry_has():
     vector = CoefficientVector(Layout({"w": 4}, [0.3, 0.3]))
     merged = vector.merge(values, directions.view(2, -1), Part.whole("w", (4, 3)))
     torch.testing.assert_close(merged.view(4, 3), (values[:, :, None] * directions).sum(0))
+
+
+def test_a_column_is_an_input_of_a_matrix():
+    directions, values, part = torch.randn(2, 4, 3), torch.rand(2, 3), Part.whole("w", (4, 3))
+    vector = CoefficientVector(Layout({"w": 3}, [0.3, 0.3], axes={"w": "columns"}))
+    merged = vector.merge(values, directions.view(2, -1), part)
+    expected = sum(direction @ torch.diag(own) for direction, own in zip(directions, values, strict=True))
+    torch.testing.assert_close(merged.view(4, 3), expected)
+    torch.testing.assert_close(COLUMNS.apply(values, directions.view(2, -1), part).view(4, 3), expected)
 
 
 class Weights(Parametrisation):

@@ -18,7 +18,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import kept_or_made, load_coefficients
 from expert_merging.learned.epochs import epoch_order
 from expert_merging.learned.live import LiveModel
-from expert_merging.learned.options import DivergingOptions
+from expert_merging.learned.options import AnswerOptions, DivergingOptions
 from expert_merging.learned.state import TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
@@ -94,6 +94,21 @@ def test_divmerge_begins_at_the_mean_and_makes_the_divergence_of_jensen_and_shan
     assert alone.settings.layout.initial == (0.5,)
     given = make_trainer(answered_zoo, tmp_path / "given", kind=DivergingOptions, scaling_coefficient=0.2)
     assert given.settings.layout.initial == (0.2,) * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_supermerge_makes_the_answers_likely_with_coefficients_of_either_sign(tokens, answered_zoo, tmp_path):
+    given = {"loss_tokens": tokens, "scaling_coefficient": [-0.2, 0.0, 0.3], "num_epochs": 2, "learning_rate": 0.1}
+    trainer = make_trainer(answered_zoo, tmp_path, kind=AnswerOptions, **given)
+    coefficients = trainer.train()
+    wanted = {"likelihood": True, "signed": True, "response_only": tokens == "response"}
+    twin, examples = make_twin(trainer, learning_rate=0.1, **wanted)
+    twin.train(examples, 2, seed=3)
+    for parameter, values in coefficients.values.items():
+        torch.testing.assert_close(values, twin.coefficients(parameter).detach(), rtol=1e-4, atol=3e-4)
+    every = torch.cat([*coefficients.values.values()])
+    assert every.min() < 0 < every.max()
 
 
 def test_chunks_and_fixed_parameters_train_like_the_twin(answered_zoo, tmp_path):

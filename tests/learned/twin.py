@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -46,10 +47,23 @@ class Twin:
     # Coefficients per expert that the regularisation counts, if not those that are trained.
     budget: float | None = None
     entropy: bool = False
+    # Makes answers likely, with coefficients that are hyperbolic tangents.
+    likelihood: bool = False
+    signed: bool = False
     density: float | None = None
     sam: float = 0.0
     confident: bool = False
     symmetric: bool = False
+    # Coefficients are free instead of a sigmoid's values; those of a matrix are its columns'; they multiply whole
+    # weights; and what two experts' of a parameter have in common is held small.
+    free: bool = False
+    columns: bool = False
+    # Those of a matrix are its singular directions', or each direction counts or not, at first so many of them.
+    singular: bool = False
+    gates: float | None = None
+    whole: bool = False
+    similarity: float = 0.0
+    overlap: float = 0.0
 
     def load(self, folder: Path) -> torch.nn.Module:
         """A model of the family."""
@@ -83,12 +97,10 @@ class Twin:
             self.trim_like_ties(self.density)
         # One raw coefficient per expert and chunk, each a parameter of its own; 0 chunks: a constant.
         self.raw = {
-            name: torch.nn.Parameter(torch.logit(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1)))
-            for name in self.merged
-            if self.chunks.get(name, 1) > 0
+            name: torch.nn.Parameter(self.first_raw(name)) for name in self.merged if self.chunks.get(name, 1) > 0
         }
         self.start = {
-            name: torch.sigmoid(torch.logit(torch.tensor(self.initial)))[:, None].expand_as(raw)
+            name: self.value(self.to_raw(torch.tensor(self.initial)))[:, None].expand_as(raw)
             for name, raw in self.raw.items()
         }
         self.optimizer = torch.optim.AdamW(
@@ -97,6 +109,24 @@ class Twin:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             self.optimizer, T_0=50, T_mult=2, eta_min=0.1 * self.learning_rate
         )
+
+    def first_raw(self, name: str) -> torch.Tensor:
+        raw = self.to_raw(self.beginning(name))[:, None].repeat(1, self.chunks.get(name, 1))
+        if self.gates is None or self.chunks.get(name, 1) == 1:
+            return raw
+        logits = torch.full_like(raw, -0.1)
+        logits[:, : int(self.gates * raw.shape[1])] = 0.1
+        return torch.cat([logits, raw[:, :1]], dim=1)
+
+    def to_raw(self, value: torch.Tensor) -> torch.Tensor:
+        if self.signed:
+            return torch.atanh(value)
+        return value.clone() if self.free else torch.logit(value)
+
+    def value(self, raw: torch.Tensor) -> torch.Tensor:
+        if self.signed:
+            return torch.tanh(raw)
+        return raw if self.free else torch.sigmoid(raw)
 
     def beginning(self, name: str) -> torch.Tensor:
         return torch.tensor(self.initial) if self.first is None else self.first[name]
@@ -120,18 +150,36 @@ class Twin:
                 self.task_vectors[name][k] = part.view_as(self.task_vectors[name][k])
 
     def coefficients(self, name: str) -> torch.Tensor:
-        return torch.sigmoid(self.raw[name]) if name in self.raw else self.beginning(name)[:, None]
+        if name not in self.raw:
+            return self.beginning(name)[:, None]
+        raw = self.raw[name]
+        if self.gates is None or raw.shape[1] == 1:
+            return self.value(raw)
+        gates = torch.sigmoid(raw[:, :-1] / 10)
+        return (gates + ((gates > 0.5).float() - gates).detach()) * self.value(raw[:, -1:])
 
     def merged_weights(self) -> dict[str, torch.Tensor]:
         weights = dict(self.base_weights)
         for name in self.merged:
+            place = self.in_memory(name)
+            base = self.base_weights[place]
+            if self.whole:
+                weights[place] = torch.zeros_like(base)
             for coefficients, task_vector in zip(self.coefficients(name), self.task_vectors[name], strict=True):
-                chunks = torch.chunk(task_vector.flatten(), len(coefficients))
-                assert len(chunks) == len(coefficients)
-                scaled = torch.cat([value * chunk for value, chunk in zip(coefficients, chunks, strict=True)])
-                place = self.in_memory(name)
-                weights[place] = weights[place] + scaled.view_as(task_vector)
+                direction = task_vector + base if self.whole else task_vector
+                weights[place] = weights[place] + self.scaled(coefficients, direction)
         return weights
+
+    def scaled(self, coefficients: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        if self.columns and direction.dim() == 2:
+            return direction @ torch.diag(coefficients)
+        if self.singular and direction.dim() == 2:
+            left, values, right = torch.linalg.svd(direction.double(), full_matrices=False)
+            return (left @ torch.diag(values * coefficients.double()) @ right).float()
+        chunks = torch.chunk(direction.flatten(), len(coefficients))
+        assert len(chunks) == len(coefficients)
+        scaled = [value * chunk for value, chunk in zip(coefficients, chunks, strict=True)]
+        return torch.cat(scaled).view_as(direction)
 
     def losses(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, prompt_tokens = self.inputs(example)
@@ -142,6 +190,10 @@ class Twin:
         if self.entropy:
             distribution = torch.distributions.Categorical(logits=student.logits[0, where])
             return distribution.entropy().mean(), torch.zeros(())
+        if self.likelihood:
+            words = inputs["input_ids"][0, prompt_tokens if self.response_only else 1 :]
+            logits = student.logits[0, prompt_tokens - 1 if self.response_only else 0 : -1]
+            return functional.cross_entropy(logits, words), torch.zeros(())
         soft_targets = functional.softmax(teacher.logits[0, where] / self.temperature, dim=-1)
         log_student = functional.log_softmax(student.logits[0, where] / self.temperature, dim=-1)
         kl = (soft_targets * (soft_targets.log() - log_student)).sum(-1)
@@ -160,9 +212,19 @@ class Twin:
         return self.logits_weight * kl, self.hidden_weight * hidden
 
     def penalty(self) -> torch.Tensor:
-        distance = sum((torch.sigmoid(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
+        distance = sum((self.value(raw) - self.start[name]).abs().sum() for name, raw in self.raw.items())
         count = self.budget or sum(raw.numel() for raw in self.raw.values()) / len(self.experts)
-        return self.regularisation * distance / count
+        return self.regularisation * distance / count + self.shared_by_pairs()
+
+    def shared_by_pairs(self) -> torch.Tensor:
+        total = torch.zeros(())
+        for raw in self.raw.values() if self.similarity or self.overlap else ():
+            pairs = list(combinations(self.value(raw), 2))
+            for one, other in pairs:
+                cosine = one @ other / (one.norm() * other.norm())
+                smaller = torch.min(one.abs(), other.abs()).sum()
+                total = total + (self.similarity * cosine + self.overlap * smaller) / len(pairs)
+        return total
 
     def backward(self, group: list[Example]) -> None:
         """Gradients of a group's losses."""

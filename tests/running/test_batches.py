@@ -13,7 +13,7 @@ from expert_merging.progress import no_progress
 from expert_merging.questions.calibration import Sample
 from expert_merging.running.batches import fitting_tokens, kept_bytes, pack, together
 from expert_merging.running.generating import generate
-from expert_merging.running.objectives import alignment, prediction_entropy
+from expert_merging.running.objectives import alignment, answer_likelihood, prediction_entropy
 from expert_merging.running.targets import TargetMaker
 from InternVL.backbone import BACKBONE as INTERNVL
 from Mistral.backbone import BACKBONE as MISTRAL
@@ -150,7 +150,7 @@ def test_losses_and_gradients_of_samples_together_are_those_of_each(asked):
     weights = {maker.backbone.file_name(name): weight for name, weight in model.named_parameters()}
     merged = [weights[maker.backbone.file_name(name)] for name in maker.plan.merged]
     aligned = alignment(LAYERS, temperature=2.0, logits_weight=1.0, hidden_states_weight=0.5)
-    for objective in (aligned, prediction_entropy()):
+    for objective in (aligned, prediction_entropy(), answer_likelihood()):
         losses = objective.losses(model, targets)
         alone = torch.cat([objective.losses(model, [target]) for target in targets])
         close(losses, alone)

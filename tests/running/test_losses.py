@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from expert_merging.running.losses import entropy, hidden_alignment, logit_alignment, regularisation
+from expert_merging.running.losses import (
+    cross_entropy,
+    entropy,
+    hidden_alignment,
+    logit_alignment,
+    regularisation,
+)
 
 
 def kl_divergence(expert_logits: torch.Tensor, merged_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -149,6 +155,21 @@ def test_entropy_in_slices_has_value_and_gradient_of_the_definition(slice_tokens
     actual = entropy(hidden, head, slice_tokens=slice_tokens)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, hidden), torch.autograd.grad(expected, hidden))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("slice_tokens", [1, 3, 100])
+def test_cross_entropy_in_slices_has_value_and_gradient_of_the_definition(slice_tokens, trained, monkeypatch):
+    """Also where a slice is worked on two tokens at a time."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("expert_merging.running.losses._CACHED", 26)
+    head = torch.nn.Linear(6, 13).requires_grad_(trained)
+    hidden, words = torch.randn(7, 6, requires_grad=True), torch.randint(13, (7,))
+    expected = torch.nn.functional.cross_entropy(head(hidden), words)
+    actual = cross_entropy(hidden, words, head, slice_tokens=slice_tokens)
+    torch.testing.assert_close(actual, expected)
+    wanted = [hidden, *(head.parameters() if trained else ())]
+    torch.testing.assert_close(torch.autograd.grad(actual, wanted), torch.autograd.grad(expected, wanted))
 
 
 @pytest.mark.parametrize("trained", [True, False])
