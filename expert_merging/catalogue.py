@@ -37,7 +37,7 @@ from expert_merging.methods import (
     widen,
     wudi,
 )
-from expert_merging.mixtures import moe
+from expert_merging.mixtures import merged_routers, moe
 from expert_merging.search import methods as search_methods
 from expert_merging.statistics import aim, distil, featcal, fisher, led, lot, mats, ota, regmean, regmean_pp
 
@@ -68,7 +68,7 @@ KINDS = {
     ),
     "adapters": (spaces, robust, weighted),
     "several artefacts": (tall, emr),
-    "modifiers": (consensus, calibration, aim, featcal, distil),
+    "modifiers": (consensus, calibration, aim, featcal, distil, merged_routers),
     "statistics": (regmean, regmean_pp, mats, lot, fisher, ota, led),
     "learned": (learned_methods,),
     "search": (search_methods,),

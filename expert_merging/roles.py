@@ -25,6 +25,8 @@ _NUMBERED = re.compile(r"\.(wqkv|wo|w1|w3|w2)\b")
 _MEANT = {"wqkv": "qkv", "wo": "o", "w1": "gate", "w3": "up", "w2": "down"}
 _DEPTH = re.compile(r"^(.*\blayers)\.(\d+)\.")
 _VISION = re.compile(r"\bvis(ion|ual)")
+# Of mixtures' layers: a row for each expert.
+_ROUTER = re.compile(r"(.*\.)?(block_sparse_moe|mlp)\.gate\.weight$")
 # Encoders of pictures have layers too.
 _IN_DECODER = re.compile(r"(?<!encoder\.)\blayers\.\d+\.")
 # Older checkpoints hold this table, which follows from config.json and is no parameter.
@@ -53,6 +55,11 @@ def is_word_table(name: str) -> bool:
 def is_matrix(part: Part) -> bool:
     """Whether the tensor is a map from one space into another: a matrix that has entries and is no table of words."""
     return len(part.shape) == 2 and part.elements > 0 and not is_word_table(part.name)
+
+
+def is_router(name: str) -> bool:
+    """Whether the tensor is the router of a mixture's layer, in files or in memory."""
+    return bool(_ROUTER.match(name))
 
 
 def is_rotary_table(name: str) -> bool:

@@ -18,6 +18,7 @@ from expert_merging.console import say
 from expert_merging.likeness import Likeness, changes_line, find_likeness, likeness_warnings
 from expert_merging.machine import gib, show_size
 from expert_merging.merge import Summary, working_memory
+from expert_merging.mixtures.order import order_warnings
 from expert_merging.outputs import Computed, Copied, Made, Output
 from expert_merging.parser import show
 from expert_merging.plan import Plan
@@ -105,7 +106,8 @@ def warnings(job: Job, likeness: Mapping[str, Likeness]) -> list[str]:
         likeness: how near the experts are to the base.
     """
     plan = job.context.plan
-    found = [*likeness_warnings(plan, likeness, aligned=job.alignment is not None), *_token_warnings(job)]
+    found = [*likeness_warnings(plan, likeness, aligned=job.alignment is not None), *order_warnings(plan)]
+    found += _token_warnings(job)
     if job.models:
         found += [*not_copied(plan.base.folder), *names_of_this_machine(plan.base.folder)]
     found += warnings_before(

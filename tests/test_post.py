@@ -88,7 +88,9 @@ def test_modifiers_can_come_from_a_file_and_be_repeated(root):
 def test_unknown_names_are_told_with_the_nearest():
     assert problems("--post", "consenus") == ["--post consenus: no such modifier. Did you mean 'consensus'?"]
     (problem,) = problems("--post", "nothing")
-    assert problem == "--post nothing: no such modifier. Known: aim, consensus, distil, featcal, svc."
+    assert (
+        problem == "--post nothing: no such modifier. Known: aim, consensus, distil, featcal, harc, router_mean, svc."
+    )
 
 
 def test_a_method_of_its_own_is_no_modifier():

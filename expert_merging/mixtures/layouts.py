@@ -25,15 +25,34 @@ _IN_LAYER = r"model\.layers\.\d+\.self_attn\."
 
 
 @dataclass(frozen=True)
-class Layout:
+class Names:
+    """What a mixture's tensors are called.
+
+    Args:
+        block: name of what takes the place of a layer's ``mlp``.
+        parts: names of an expert's matrices, by `PARTS`.
+    """
+
+    block: str
+    parts: Mapping[str, str]
+
+    def expert(self, layer: int, number: int, part: str) -> str:
+        """Name of an expert's matrix."""
+        return f"model.layers.{layer}.{self.block}.experts.{number}.{self.parts[part]}.weight"
+
+    def router(self, layer: int) -> str:
+        """Name of a layer's router, ``(experts, hidden size)``."""
+        return f"model.layers.{layer}.{self.block}.gate.weight"
+
+
+@dataclass(frozen=True)
+class Layout(Names):
     """How a mixture of models of one kind is stored.
 
     Args:
         title: what it is called.
         model_type: transformers' name of it.
         architecture: transformers' class.
-        block: name of what takes the place of a layer's ``mlp``.
-        parts: names of an expert's matrices, by `PARTS`.
         homes: pattern of the other tensors that it has a place for.
         implied: what the dense config.json means that does not say it, where the mixture's would mean something else.
         replaced: what is said there and must be said otherwise here.
@@ -47,8 +66,6 @@ class Layout:
     title: str
     model_type: str
     architecture: str
-    block: str
-    parts: Mapping[str, str]
     homes: re.Pattern[str]
     implied: Mapping[str, Any]
     said: Callable[[int, int, int], Mapping[str, Any]]
@@ -56,14 +73,6 @@ class Layout:
     stale: tuple[str, ...] = ()
     settle: Callable[[dict[str, Any]], None] = lambda _: None
     has_shared_expert: bool = False
-
-    def expert(self, layer: int, number: int, part: str) -> str:
-        """Name of an expert's matrix."""
-        return f"model.layers.{layer}.{self.block}.experts.{number}.{self.parts[part]}.weight"
-
-    def router(self, layer: int) -> str:
-        """Name of a layer's router, ``(experts, hidden size)``."""
-        return f"model.layers.{layer}.{self.block}.gate.weight"
 
     def shared_expert(self, layer: int, part: str) -> str:
         """Name of a matrix of the expert that works on all tokens."""
@@ -162,7 +171,8 @@ _mixtral = partial(
     said=_of_mixtral,
     stale=("attention_bias", "mlp_bias"),
 )
-_qwen = partial(Layout, block="mlp", parts={part: f"{part}_proj" for part in PARTS})
+_IN_MLP = Names("mlp", {part: f"{part}_proj" for part in PARTS})
+_qwen = partial(Layout, block=_IN_MLP.block, parts=_IN_MLP.parts)
 _QWEN_IMPLIED = {
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -211,6 +221,9 @@ LAYOUTS: Mapping[str, Layout] = {
         settle=_settle_qwen3,
     ),
 }
+
+# What tensors of mixtures are called whose routers are linear with a softmax, by their own model_type.
+MIXTURES: Mapping[str, Names] = {**{layout.model_type: layout for layout in LAYOUTS.values()}, "olmoe": _IN_MLP}
 
 
 def layout_of(folder: object, model_type: str) -> Layout:

@@ -13,7 +13,7 @@ from torch import Tensor
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.kept import Kept
-from expert_merging.roles import is_in_decoder, is_matrix
+from expert_merging.roles import is_in_decoder, is_matrix, is_router
 from expert_merging.running.samples import Samples
 from expert_merging.running.targets import Asked
 from expert_merging.statistics.gram import Gram, Grams, GramSum, write_grams
@@ -221,7 +221,11 @@ class InputWatch:
         self._asked: Asked | None = None
         stored = stored_tensors(model, file_name)
         pieces = {wanted[name]: [run.parameter for run in runs] for name, runs in stored.items() if name in wanted}
-        layers = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        layers = {
+            f"{name}.weight": part
+            for name, part in model.named_modules()
+            if isinstance(part, torch.nn.Linear) or is_router(f"{name}.weight")
+        }
         self.hooks = []
         for tensor, parameters in pieces.items():
             if all(parameter in layers for parameter in parameters):
@@ -297,8 +301,10 @@ class InputWatch:
     def _selected(self, parameter: str, inputs: Tensor) -> Tensor:
         """The inputs at the sample's tokens; all of them where they are no tokens, as in a vision tower."""
         assert self._asked is not None  # noqa: S101  (set by whoever runs the model)
-        if is_in_decoder(self.tensors[parameter][0]) and inputs.shape[:-1] == self._asked.inputs["input_ids"].shape:
-            return inputs[:, self._asked.tokens]
+        shape = self._asked.inputs["input_ids"].shape
+        # Layers of mixtures are given all tokens in one dimension.
+        if is_in_decoder(self.tensors[parameter][0]) and inputs.shape[:-1].numel() == shape.numel():
+            return inputs.reshape(*shape, -1)[:, self._asked.tokens]
         return inputs
 
     def _flush(self) -> None:

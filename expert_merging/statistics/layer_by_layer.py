@@ -197,7 +197,7 @@ def streams_of(model: Any, layers: Sequence[torch.nn.Module], asked: Iterable[As
     """What goes into a model's layers on each sample, found by running it.
 
     Raises:
-        InputError: there are none, or what comes out of a layer is not what goes into the next.
+        InputError: there are none, one computes NaN, or what comes out of a layer is not what goes into the next.
     """
     if not layers:
         raise InputError(f"{type(model).__name__} has no list of layers; use a method that does not go through layers")
@@ -220,6 +220,9 @@ def _stream(model: Any, layers: Sequence[torch.nn.Module], asked: Asked) -> Stre
 
     def after(_layer: Any, _given: Any, output: Any) -> None:
         last[:] = [hidden_of(output)]
+        if not bool(torch.isfinite(last[0]).all()):
+            number = len(given) - 1
+            raise InputError(f"the merged model computes NaN or infinite values in layer {number}; merge with less")
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
