@@ -33,6 +33,24 @@ class ScoringOptions(ComparingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapOptions(ScoringOptions):
+    """What scores are modelled of, and how many of the trade-offs found are evaluated.
+
+    Args:
+        scaling_coefficient: the first candidate, one coefficient for all experts or a list with one per expert; all
+            others are drawn evenly.
+        search_space: what has a coefficient of its own, each expert, or each expert in each third of the model's depth.
+        highest_coefficient: largest coefficient of a candidate; the smallest is 0.
+        trade_offs: how many of --evaluations are for trade-offs that the fitted quadratics foretell.
+    """
+
+    scaling_coefficient: Factor | list[Factor] = 0.3
+    search_space: Literal["experts", "depth"] = "experts"
+    highest_coefficient: Positive = 1.0
+    trade_offs: Count = 20
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions(ScoringOptions):
     """How coefficients are searched for.
 

@@ -47,7 +47,7 @@ def trade_off(
     population: int,
     seed: int,
     tell: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> list[Candidate]:
     """Evaluate candidates, generation after generation, that come nearer to the Pareto front.
 
     The start is evaluated first, and the rest of the first generation is drawn around it. The last generation may be
@@ -64,18 +64,22 @@ def trade_off(
         population: candidates of a generation, at least 2.
         seed: decides the candidates.
         tell: is given the number of each complete generation, 1 for the first.
+
+    Returns:
+        Candidates that survive after the last complete generation and that no other survivor is better than.
     """
     population = max(2, min(population, evaluations))  # of a larger one, only so many would be evaluated
     generations = _Generations(_around(start, spread, highest, population, seed), highest, objectives, seed)
     done, number = 0, 0
-    while candidates := generations.ask():
+    while done < evaluations and (candidates := generations.ask()):
         scores = evaluate(candidates[: evaluations - done])
         done += len(scores)
         if len(scores) < len(candidates):
-            return
+            break
         generations.tell(scores)
         number += 1
         tell(number)
+    return generations.front if number else []
 
 
 def front_of(scores: Sequence[Scores]) -> list[int]:
@@ -133,6 +137,11 @@ class _Generations:
         self.asked = self.algorithm.ask()
         numbers = [] if self.asked is None else self.asked.get("X")
         return [tuple(map(float, row)) for row in numbers]
+
+    @property
+    def front(self) -> list[Candidate]:
+        """The survivors that none of the others is better than."""
+        return [tuple(map(float, row)) for row in self.algorithm.opt.get("X")]
 
     def tell(self, scores: Sequence[Scores]) -> None:
         """The scores of the generation that was asked for last."""

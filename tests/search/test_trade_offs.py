@@ -57,9 +57,7 @@ def test_the_front_comes_to_lie_on_the_line_between_the_two_goals():
         assert min(math.dist(one, goals) for one in front) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("budget", "groups"), [(1, [1]), (2, [2, 0]), (19, [19, 0]), (20, [20, 0]), (50, [20, 20, 10])]
-)
+@pytest.mark.parametrize(("budget", "groups"), [(1, [1]), (2, [2]), (19, [19]), (20, [20]), (50, [20, 20, 10])])
 def test_the_budget_is_spent_exactly(budget, groups):
     found = search(evaluations=budget)
     assert found.groups == groups
