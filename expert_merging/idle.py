@@ -27,8 +27,13 @@ _LEFT_OUT = (
     ("held_out", "router", ("embedding", "random", "zeros")),
     ("negative_prompts", "router", (*FITTED, "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
+    ("highest_coefficient", "algorithm", ("cma",)),
+    ("question_samples", "questions", (None,)),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
 )
+
+# What says which samples are read, and what counts of them.
+_OF_SAMPLES = ("data_dir", "samples_per_task", "samples_per_task_dict", "loss_tokens", "synthesize")
 
 
 def idle_flags(resolved: Resolved) -> list[str]:
@@ -41,6 +46,7 @@ def idle_flags(resolved: Resolved) -> list[str]:
         *_named_already(resolved),
         *_untracked(resolved),
         *_of_all_tokens(resolved),
+        *_of_questions(resolved),
         *_left_out(resolved),
     ]
 
@@ -72,6 +78,13 @@ def _of_all_tokens(resolved: Resolved) -> list[str]:
     if "loss_tokens" in resolved.given and readers == ["distil"] and not resolved.aligns_on_samples:
         return ["ignored, since distil compares all tokens: --loss_tokens"]
     return []
+
+
+def _of_questions(resolved: Resolved) -> list[str]:
+    """What says which samples are read where labelled questions stand in their place."""
+    without = resolved.options.get("questions") is None or len(resolved.steps) > 1 or resolved.aligns_on_samples
+    flags = [] if without else [f"--{name}" for name in _OF_SAMPLES if name in resolved.given]
+    return [f"ignored with --questions: {', '.join(flags)}"] if flags else []
 
 
 def _left_out(resolved: Resolved) -> list[str]:

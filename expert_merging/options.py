@@ -27,7 +27,10 @@ from expert_merging.search.automatic import AUTO, COEFFICIENT, automatic
 from expert_merging.writing import can_name_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_PATHS = ("cache_dir", "base_model_path", "expert", "output_path", "data_dir", "coefficients", "negative_prompts")
+_PATHS = (
+    *("cache_dir", "base_model_path", "expert", "output_path"),
+    *("data_dir", "questions", "coefficients", "negative_prompts"),
+)
 # The paths among them that may name a repository on the Hub instead.
 _REPOSITORIES = ("base_model_path", "expert")
 

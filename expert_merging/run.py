@@ -59,6 +59,7 @@ class Run:
         self.scores = folder / "scores.json"
         self.statistics = folder / "statistics"
         self.directions = folder / "directions"
+        self.front = folder / "front"
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
         self.multiples = folder / "multiples"
@@ -122,6 +123,10 @@ class Run:
     def partial_model(self) -> Path:
         """Where the result is written until it is complete."""
         return self.work / partial_name(self.model).name
+
+    def trade_off(self, number: int) -> Path:
+        """Coefficients of a search's trade-off of that number, 1 for the one that the model has."""
+        return self.front / str(number) / self.coefficients.name
 
     @property
     def is_complete(self) -> bool:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import settings
 
 from expert_merging.learned import figures, reporting
 from expert_merging.libraries import import_transformers
+from expert_merging.search import front
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, make_zoo, write_checkpoint
 from tests.command import COMMAND, TENSORS, flags, forget_accelerate, save_table
@@ -24,6 +26,7 @@ import_transformers()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("fast", settings.get_profile("suite"), max_examples=10)
 settings.load_profile("suite")
+DRAW_FRONT = front.draw_front
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -80,6 +83,7 @@ def no_pictures() -> Iterator[None]:
     """Drawing takes four times as long as learning does here; tests of pictures ask for ``pictures``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "draw_all", save_table)
+        patch.setattr(front, "draw_front", lambda *_: numpy.zeros((1, 1, 3), numpy.uint8))
         yield
 
 
@@ -87,6 +91,7 @@ def no_pictures() -> Iterator[None]:
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw their pictures."""
     monkeypatch.setattr(reporting, "draw_all", figures.draw_all)
+    monkeypatch.setattr(front, "draw_front", DRAW_FRONT)
 
 
 @pytest.fixture

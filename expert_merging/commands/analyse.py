@@ -17,19 +17,31 @@ from expert_merging.run import Run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the arguments."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of a method that learns or searches"
+    )
 
 
 def run(given: Mapping[str, Any], console: Console) -> None:
     """Draw the pictures of every run again and say where they are."""
-    from expert_merging.learned.figures import redraw
+    from expert_merging.learned import figures
+    from expert_merging.search import front
 
     for folder in given["runs"]:
-        analysis = Run(folder).analysis
-        if not analysis.is_dir():
-            raise InputError(f"{folder} has no folder {analysis.name}; give a finished run of a method that learns")
-        for file in redraw(analysis, Run(folder).title):
+        run = Run(folder)
+        if not run.analysis.is_dir():
+            raise InputError(
+                f"{folder} has no folder {run.analysis.name}; give a finished run of a method that learns or searches"
+            )
+        searched = (run.analysis / front.FRONT).exists()
+        redraw = front.redraw if searched else figures.redraw
+        for file in redraw(run.analysis, run.title):
             say(console, str(file))
 
 
-COMMAND = Command("analyse", "draw importance, coefficients and chunks of learned merges again", run, add_arguments)
+COMMAND = Command(
+    "analyse",
+    "draw importance, coefficients and chunks of learned merges, and trade-offs found, again",
+    run,
+    add_arguments,
+)

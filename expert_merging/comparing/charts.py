@@ -31,7 +31,7 @@ class Chart:
         about: what it shows, in words, also for those who do not see it.
         figure: plotly's ``data`` and ``layout``.
         choices: names of the columns of ``columns`` that the axes may show, where the reader may choose.
-        columns: a point of each trace, by name.
+        columns: the points of each trace, by name.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Chart:
     about: str
     figure: Mapping[str, Any]
     choices: Sequence[str] = ()
-    columns: Mapping[str, Sequence[float | None]] | None = None
+    columns: Mapping[str, Sequence[Sequence[float | None]]] | None = None
 
 
 def plain(text: object) -> str:
@@ -118,7 +118,44 @@ def _trade_off(number: int, name: str, metric: str, scores: Mapping[str, SetScor
     figure.update_layout(xaxis_title=plain(tasks[0]), yaxis_title=plain(tasks[1]))
     about = f"A point for each run: its {metric} in one task of {name} against another. The tasks can be chosen."
     title = f"{name}: trade-off of two tasks"
-    return Chart(f"trade-off-{number}", title, about, _finished(figure), tasks, _known(columns))
+    points = {task: [[value] for value in column] for task, column in columns.items()}
+    return Chart(f"trade-off-{number}", title, about, _finished(figure), tasks, _known(points))
+
+
+def front_charts(runs: Sequence[Finished]) -> list[Chart]:
+    """The trade-offs between tasks that each search has found, two tasks against each other."""
+    return [_front(place, run) for place, run in enumerate(runs) if run.points]
+
+
+def _front(place: int, run: Finished) -> Chart:
+    import plotly.graph_objects as go
+
+    tasks, figure = list(run.points[0].tasks), go.Figure()
+    groups = {
+        "merged": [point for point in run.points if point.number == 1],
+        "trade-offs": sorted((point for point in run.points if point.number > 1), key=lambda point: point.number),
+        "evaluated": [point for point in run.points if not point.number],
+    }
+    for number, (name, points) in enumerate(groups.items()):
+        told = [", ".join(f"{key} {value:.3g}" for key, value in point.coefficients.items()) for point in points]
+        figure.add_scatter(
+            name=name,
+            x=[point.tasks[tasks[0]] for point in points],
+            y=[point.tasks[tasks[1]] for point in points],
+            text=[
+                plain(f"front/{point.number}: {text}" if point.number else text)
+                for point, text in zip(points, told, strict=True)
+            ],
+            mode="markers",
+            marker={"color": ("#d55e00", "#0072b2", "#a0a0a0")[number], "size": (13, 9, 6)[number]},
+        )
+    figure.update_layout(xaxis_title=plain(tasks[0]), yaxis_title=plain(tasks[1]))
+    columns = {task: [[point.tasks[task] for point in points] for points in groups.values()] for task in tasks}
+    about = (
+        f"A point for each of {len(run.points)} candidates: its score in one task against another, lower is better. No "
+        "other candidate is better than a trade-off in every task. The tasks can be chosen."
+    )
+    return Chart(f"front-{place}", f"Trade-offs: {run.label}", about, _finished(figure), tasks, _known(columns))
 
 
 def learning_charts(runs: Sequence[Finished]) -> list[Chart]:

@@ -15,6 +15,7 @@ from expert_merging.learned.figures import LAYERS
 from expert_merging.learned.history import CURVES, OVER_TIME, OverTime, Row, load_curves, load_over_time
 from expert_merging.learned.importance import Layer, load_layers
 from expert_merging.run import Run
+from expert_merging.search.front import FRONT, Point, load_front
 
 
 class Response(NamedTuple):
@@ -44,6 +45,7 @@ class Finished:
         curves: numbers of its updates, those of an earlier stage first.
         over_time: its coefficients while it learned.
         responses: what its experts have answered.
+        points: what it has evaluated, where it searched for trade-offs between tasks.
     """
 
     label: str
@@ -54,6 +56,7 @@ class Finished:
     curves: Sequence[Row] = ()
     over_time: OverTime | None = None
     responses: Sequence[Response] = ()
+    points: Sequence[Point] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def _read(run: Run, label: str) -> Finished:
         curves,
         load_over_time(analysis / OVER_TIME) if (analysis / OVER_TIME).exists() else None,
         _responses(run.responses) if run.responses.exists() else (),
+        load_front(analysis / FRONT) if (analysis / FRONT).exists() else (),
     )
 
 

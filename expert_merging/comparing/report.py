@@ -16,6 +16,7 @@ import yaml
 from expert_merging.comparing.charts import (
     Chart,
     coefficient_charts,
+    front_charts,
     importance_charts,
     learning_charts,
     over_time_charts,
@@ -165,6 +166,7 @@ def _sections(runs: Sequence[Finished], others: Mapping[str, Scores], answers: S
     return [
         *_score_sections({**others, **{run.label: run.scores for run in runs}}),
         Section("divergence", "Divergence", scores=divergence_tables(runs)),
+        Section("trade-offs", "Trade-offs found", charts=front_charts(runs)),
         Section("learning", "Learning", charts=learning_charts(runs)),
         Section("coefficients", "Coefficients", charts=[*coefficient_charts(runs), *over_time], beside=True),
         Section("importance", "Importance and chunks", charts=importance_charts(runs), beside=True),

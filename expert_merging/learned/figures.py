@@ -63,9 +63,9 @@ def importance_by_stage(layers: Sequence[Layer], file: Path, run: str) -> Any:
     """Importance of each submodule in the early, middle and late third (paper, Figure 4)."""
     table = sum_by(layers, lambda layer: layer.importance)
     _write_stages(file, table)
-    figure, (axis,) = _figure(1, 1, width=8)
+    figure, (axis,) = make_figure(1, 1, width=8)
     _bars(axis, table, "share of the importance of all layers")
-    return _finish(figure, file, "Importance of each submodule by depth", run)
+    return finish_figure(figure, file, "Importance of each submodule by depth", run)
 
 
 def shares_by_submodule(layers: Sequence[Layer], file: Path, run: str) -> Any:
@@ -79,11 +79,11 @@ def shares_by_submodule(layers: Sequence[Layer], file: Path, run: str) -> Any:
     columns = {"share of parameters": _normalised(parameters), "normalised coefficient": _normalised(means)}
     rows = [[name, *(values[name] for values in columns.values())] for name in submodules]
     write_table(file.with_suffix(".csv"), ["submodule", *columns], rows)
-    figure, axes = _figure(1, 2, width=9)
+    figure, axes = make_figure(1, 2, width=9)
     for axis, (title, values) in zip(axes, columns.items(), strict=True):
         axis.bar(list(values), list(values.values()), color=_SHADES[1])
         axis.set_ylabel(title)
-    return _finish(figure, file, "Parameters and mean coefficients of each submodule", run)
+    return finish_figure(figure, file, "Parameters and mean coefficients of each submodule", run)
 
 
 def coefficients_by_stage(layers: Sequence[Layer], file: Path, run: str) -> Any:
@@ -98,9 +98,9 @@ def coefficients_by_stage(layers: Sequence[Layer], file: Path, run: str) -> Any:
     whole = sum(value for stages in means.values() for value in stages.values()) or 1.0
     table = {name: {stage: value / whole for stage, value in stages.items()} for name, stages in means.items()}
     _write_stages(file, table)
-    figure, (axis,) = _figure(1, 1, width=8)
+    figure, (axis,) = make_figure(1, 1, width=8)
     _bars(axis, table, "share of the mean coefficients")
-    return _finish(figure, file, "Mean coefficients of each submodule by depth", run)
+    return finish_figure(figure, file, "Mean coefficients of each submodule by depth", run)
 
 
 def coefficient_map(layers: Sequence[Layer], file: Path, run: str) -> Any:
@@ -185,7 +185,8 @@ def _write_stages(file: Path, table: Mapping[str, Mapping[str, float]]) -> None:
     write_table(file.with_suffix(".csv"), ["submodule", "stage", "share"], rows)
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float = 3.6) -> tuple[Any, list[Any]]:
+def make_figure(rows: int, columns: int, *, width: float, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """An empty picture with panels, its size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,7 +234,7 @@ def _heat_maps(
 
     wide = min(3, len(panels))
     lines = -(-len(panels) // wide)
-    figure, axes = _figure(lines, wide, width=max(4.2 * wide, 6), height=max((0.9 + 0.3 * len(rows)) * lines, 2.4))
+    figure, axes = make_figure(lines, wide, width=max(4.2 * wide, 6), height=max((0.9 + 0.3 * len(rows)) * lines, 2.4))
     low = min(float(numpy.nanmin(grid)) for grid in panels.values())
     high = max(float(numpy.nanmax(grid)) for grid in panels.values())
     image: Any = None
@@ -253,7 +254,7 @@ def _heat_maps(
         bar.locator = MaxNLocator(integer=True)
         bar.update_ticks()
     figure.supxlabel(across, fontsize=9)
-    return _finish(figure, file, title, run)
+    return finish_figure(figure, file, title, run)
 
 
 def _write_values(axis: Any, grid: Any, image: Any) -> None:
@@ -265,7 +266,7 @@ def _write_values(axis: Any, grid: Any, image: Any) -> None:
             axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
 
 
-def _finish(figure: Any, file: Path, title: str, run: str) -> Any:
+def finish_figure(figure: Any, file: Path, title: str, run: str) -> Any:
     """Write the picture as PNG and return it as ``(height, width, 3)`` uint8 array."""
     from matplotlib.image import imsave
 

@@ -145,6 +145,41 @@ def check_samples(
         InputError: every problem found.
     """
     problems = Problems()
+    found = _without_samples(context, options, problems, batch_tokens, compares_logits=compares_logits)
+    with problems.collecting():
+        found = replace(found, samples=_load(context, options, flag))
+    problems.found += check_given(options.prompt_template, context.plan.experts, set(found.tasks))
+    if found.samples and not problems.found:
+        with problems.collecting():
+            found = _with_prompts(found, context, synthesize)
+    problems.check()
+    return found
+
+
+def check_models(context: Context, options: SampleOptions, *, batch_tokens: int | None) -> Samples:
+    """Check that models of the run can be asked questions that are no samples.
+
+    Args:
+        context: the run.
+        options: how they are asked.
+        batch_tokens: as for `check_samples`.
+
+    Returns:
+        Type of the weights and tokens that go through a model together, without samples.
+
+    Raises:
+        InputError: every problem found.
+    """
+    problems = Problems()
+    found = _without_samples(context, options, problems, batch_tokens, compares_logits=False)
+    problems.check()
+    return found
+
+
+def _without_samples(
+    context: Context, options: SampleOptions, problems: Problems, batch_tokens: int | None, *, compares_logits: bool
+) -> Samples:
+    """Type of the weights and tokens that go through a model together; what keeps models from being run is noted."""
     found = Samples((), 0, "no", batch_tokens or 1, options)
     with problems.collecting():
         found = replace(found, precision=_precision(options.mixed_precision, context.device))
@@ -153,13 +188,6 @@ def check_samples(
         found = replace(found, batch_tokens=most)
     with problems.collecting():
         _check_model(context, compares_logits=compares_logits)
-    with problems.collecting():
-        found = replace(found, samples=_load(context, options, flag))
-    problems.found += check_given(options.prompt_template, context.plan.experts, set(found.tasks))
-    if found.samples and not problems.found:
-        with problems.collecting():
-            found = _with_prompts(found, context, synthesize)
-    problems.check()
     return found
 
 

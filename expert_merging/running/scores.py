@@ -136,6 +136,11 @@ class ExpertDivergence:
         require_distance(base)
         return cls(score, targets, base)
 
+    @property
+    def record(self) -> dict[str, dict[str, float]]:
+        """The base's divergence, of which scores are shares."""
+        return {"divergence_of_base": {task: numbers["divergence"] for task, numbers in self.base.items()}}
+
     def by_task(self, model: Any) -> dict[str, float]:
         """The share of each task."""
         shares = relative_to_base(score_by_task(self.score, model, self.targets), self.base)

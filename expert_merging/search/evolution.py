@@ -75,7 +75,8 @@ def minimise(
     arguments and scores always give the same candidates in the same order.
 
     Args:
-        evaluate: scores of candidates, which are asked for in groups; what is not finite counts as worst.
+        evaluate: scores of candidates, which are asked for in groups; what is not finite counts as worst. Fewer than
+            candidates end the search.
         start: where to begin.
         spread: standard deviation of the first generation.
         evaluations: candidates to evaluate at most.
@@ -87,7 +88,7 @@ def minimise(
 
     def score(candidates: Sequence[Candidate]) -> list[float]:
         scores = [value if math.isfinite(value) else math.inf for value in evaluate(candidates)]
-        tried.extend(zip(scores, candidates, strict=True))
+        tried.extend(zip(scores, candidates, strict=False))
         return scores
 
     score([start])
@@ -104,10 +105,16 @@ def minimise(
             score(candidates[:left])
             break
         scores = score(candidates)
+        if len(scores) < population:
+            return _found(tried, strategy)
         strategy.tell(drawn, _finite(scores, [value for value, _ in tried]))
         tell(Generation(strategy.countiter, scores, float(np.mean(strategy.stds))))
     if strategy.countiter and len(tried) < evaluations:
         score([_plain(strategy.result.xfavorite)])
+    return _found(tried, strategy)
+
+
+def _found(tried: Sequence[tuple[float, Candidate]], strategy: cma.CMAEvolutionStrategy) -> Found:
     best, candidate = min(tried, key=lambda pair: pair[0])
     reasons = tuple(f"{name} {value}" for name, value in strategy.stop().items())
     return Found(candidate, best, len(tried), reasons)

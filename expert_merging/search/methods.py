@@ -5,7 +5,7 @@ from __future__ import annotations
 from expert_merging.context import Context
 from expert_merging.learned.methods import learns
 from expert_merging.method import Preparation
-from expert_merging.search.options import SearchOptions
+from expert_merging.search.options import MapOptions, SearchOptions
 
 
 # Candidates are drawn at random, coefficient by coefficient in the order of the experts.
@@ -26,3 +26,25 @@ def evo(context: Context, **options: object) -> Preparation:
     from expert_merging.search.evo import prepare
 
     return prepare(context, SearchOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(
+    name="map",
+    options=MapOptions,
+    promises=frozenset(),
+    family_defaults=("scaling_coefficient", "samples_per_task"),
+)
+def amortized_front(context: Context, **options: object) -> Preparation:
+    """Few coefficients, by quadratic models of every task's score (MAP; Li et al., 2024, arXiv 2406.07529).
+
+    Candidates are drawn evenly and scored; a quadratic of the coefficients is fitted to each task's scores; the
+    trade-offs of these models are searched for, which costs nothing. The original writes what the models foretell. Here
+    some of that is evaluated, and the best of all that was evaluated is merged. The search on the models is by NSGA-II,
+    where the original has NSGA-III, and quadratics are fitted by weighted linear least squares.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.search.map import prepare
+
+    return prepare(context, MapOptions(**options))  # type: ignore[arg-type]

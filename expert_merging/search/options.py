@@ -8,22 +8,66 @@ from typing import Annotated, Literal
 from expert_merging.flags import Count, Factor, Interval, Positive
 from expert_merging.running.options import ComparingOptions
 
+# How the scores of tasks become one.
+OverTasks = Literal["mean", "worst"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions(ComparingOptions):
+class ScoringOptions(ComparingOptions):
+    """How candidates are scored, and for how long.
+
+    Args:
+        questions: folder of labelled questions, as evaluate takes it; the score is then the share of wrong answers, and
+            no calibration file is read.
+        question_samples: questions of each task, from the beginning of its file; all by default.
+        over_tasks: what is made small, the mean of the tasks' scores or the worst of them.
+        evaluations: candidates that are merged and scored at most, the start among them.
+        minutes: time for merging and scoring candidates, after which the search ends with what it has.
+    """
+
+    questions: str | None = None
+    question_samples: Count | None = None
+    over_tasks: OverTasks = "mean"
+    evaluations: Count = 100
+    minutes: Positive | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapOptions(ScoringOptions):
+    """What scores are modelled of, and how many of the trade-offs found are evaluated.
+
+    Args:
+        scaling_coefficient: the first candidate, one coefficient for all experts or a list with one per expert; all
+            others are drawn evenly.
+        search_space: what has a coefficient of its own, each expert, or each expert in each third of the model's depth.
+        highest_coefficient: largest coefficient of a candidate; the smallest is 0.
+        trade_offs: how many of --evaluations are for trade-offs that the fitted quadratics foretell.
+    """
+
+    scaling_coefficient: Factor | list[Factor] = 0.3
+    search_space: Literal["experts", "depth"] = "experts"
+    highest_coefficient: Positive = 1.0
+    trade_offs: Count = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ScoringOptions):
     """How coefficients are searched for.
 
     Args:
         scaling_coefficient: coefficients that the search starts from, one for all experts or a list with one per
             expert.
         search_space: what has a coefficient of its own, each expert, or each expert in each third of the model's depth.
-        evaluations: candidates that are merged and scored at most, the start among them.
-        population: candidates of a generation; by default 4 + 3 ln(coefficients).
+        algorithm: cma looks for the best score (CMA-ES); nsga2 for the best trade-offs between tasks (NSGA-II), of
+            which the one with the best score is merged.
+        population: candidates of a generation; by default 4 + 3 ln(coefficients), with nsga2 20.
         initial_spread: standard deviation of the first generation's coefficients around the start.
+        highest_coefficient: largest coefficient that nsga2 tries; the smallest is 0.
     """
 
     scaling_coefficient: Factor | list[Factor] = 0.3
     search_space: Literal["experts", "depth"] = "experts"
-    evaluations: Count = 100
+    algorithm: Literal["cma", "nsga2"] = "cma"
     population: Annotated[int, Interval("[2, inf)")] | None = None
     initial_spread: Positive = 0.2
+    highest_coefficient: Positive = 1.0

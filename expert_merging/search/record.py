@@ -1,7 +1,8 @@
 """What a search has evaluated, in order, in a file that it is continued from.
 
-The search is a function of its seed and the scores, so a continued one starts again from the beginning and is given the
-scores that are known: it is then where it was, without a copy of the optimizer's own state.
+The search is a function of its seed, the scores and, where time is limited, the seconds. So a continued one starts
+again from the beginning and is given what is known: it is then where it was, without a copy of the optimizer's own
+state.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from expert_merging.documents import read_json
 from expert_merging.errors import InputError
+from expert_merging.search.options import OverTasks
 from expert_merging.writing import write_atomically
 
 # Far above what another processor's rounding makes of a candidate, and far below what matters to a model.
@@ -27,16 +29,32 @@ class Evaluation:
 
     Args:
         candidate: its numbers.
-        tasks: its score in every task.
+        tasks: its score in every task, the lower the better.
+        over: how these become one.
+        seconds: what it took, where time is limited.
     """
 
     candidate: tuple[float, ...]
     tasks: Mapping[str, float]
+    over: OverTasks = "mean"
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks."""
+        return sum(self.tasks.values()) / len(self.tasks)
 
     @property
     def score(self) -> float:
-        """Mean over tasks."""
-        return sum(self.tasks.values()) / len(self.tasks)
+        """What is made small."""
+        if self.over == "mean" or math.isnan(self.mean):
+            return self.mean
+        return max(self.tasks.values())
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Smaller is better; of two with the same score, the one with the smaller mean, and without numbers last."""
+        return (True, 0.0, 0.0) if math.isnan(self.mean) else (False, self.score, self.mean)
 
 
 class Record:
@@ -45,13 +63,14 @@ class Record:
     Args:
         file: where they are kept.
         names: what each number of a candidate is.
+        over: how scores of tasks become one.
 
     Raises:
         InputError: the file is damaged.
     """
 
-    def __init__(self, file: Path, names: Sequence[str]) -> None:
-        self.file, self.names = file, list(names)
+    def __init__(self, file: Path, names: Sequence[str], over: OverTasks = "mean") -> None:
+        self.file, self.names, self.over = file, list(names), over
         self.evaluations = self._read() if file.exists() else []
 
     def _read(self) -> list[Evaluation]:
@@ -63,6 +82,8 @@ class Record:
                 Evaluation(
                     tuple(float(entry["coefficients"][name]) for name in self.names),
                     {task: math.nan if value is None else float(value) for task, value in entry["tasks"].items()},
+                    self.over,
+                    float(entry.get("seconds", 0.0)),
                 )
                 for entry in content
             ]
@@ -111,4 +132,5 @@ class Record:
             "score": score,
             "tasks": tasks,
             "coefficients": dict(zip(self.names, evaluation.candidate, strict=True)),
+            **({"seconds": evaluation.seconds} if evaluation.seconds else {}),
         }

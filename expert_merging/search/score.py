@@ -1,9 +1,10 @@
-"""The score of a candidate: how far the model that it makes is from the experts, in memory and without writing it."""
+"""The scores of a candidate: the model that it makes is judged in memory, without writing it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +12,45 @@ from torch import Tensor
 from expert_merging.learned.live import LiveModel
 from expert_merging.learned.parametrisations import Layout
 from expert_merging.learned.task_vectors import TaskVectors
-from expert_merging.running.scores import ExpertDivergence
-from expert_merging.running.targets import Target
+from expert_merging.questions.labelled import Question
+from expert_merging.running.answers import Asker
+from expert_merging.running.scores import score_by_task
+
+
+class Judge(Protocol):
+    """What says how good a model is."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What its scores are shares of, for the record of a result."""
+        ...
+
+    def by_task(self, model: Any) -> dict[str, float]:
+        """Its score in every task, the lower the better."""
+        ...
+
+
+@dataclass(frozen=True)
+class WrongAnswers:
+    """Shares of labelled questions that a model does not answer rightly.
+
+    Args:
+        asker: asks them.
+        questions: the questions.
+    """
+
+    asker: Asker
+    questions: Sequence[Question]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """How many questions there are."""
+        return {"questions": len(self.questions)}
+
+    def by_task(self, model: Any) -> dict[str, float]:
+        """The share of each task, in [0, 1]."""
+        found = score_by_task(self.asker, model, self.questions)
+        return {task: 1 - numbers["accuracy"] / 100 for task, numbers in found.items()}
 
 
 class Scorer:
@@ -21,31 +59,29 @@ class Scorer:
     Args:
         model: the base model; its merged parameters will be overwritten.
         task_vectors: base weights and task vectors.
-        targets: the samples, with what their experts say about them.
+        judge: scores models.
         file_name: name in a checkpoint file of a parameter's name in memory.
-        batch_tokens: tokens that go through the model together.
 
     Raises:
-        InputError: the base predicts what an expert does, or a merged tensor is no parameter of the model.
+        InputError: a merged tensor is no parameter of the model.
     """
 
     def __init__(
         self,
         model: Any,
         task_vectors: TaskVectors,
-        targets: Sequence[Target],
+        judge: Judge,
         file_name: Callable[[str], str],
-        batch_tokens: int = 1,
     ) -> None:
         plan = task_vectors.plan
         # Free coefficients are their own raw numbers, so that candidates can be written into them.
         free = Layout(dict.fromkeys(plan.merged, 1), [1.0] * len(plan.experts), bounded=False)
         self.vector = free.vector(task_vectors.device)
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
-        self.divergence = ExpertDivergence.beside(model, targets, batch_tokens)
+        self.judge = judge
 
     def score(self, coefficients: Mapping[str, Tensor]) -> dict[str, float]:
-        """Divergence of the merged model as a share of the base's, by task: 1 is the base, 0 the expert.
+        """Scores of the merged model, by task.
 
         Args:
             coefficients: ``(experts, 1)`` by parameter name.
@@ -54,7 +90,7 @@ class Scorer:
             for name in self.vector.places:
                 self.vector.view(self.vector.raw, name).copy_(coefficients[name])
         self.live.rebuild()
-        return self.divergence.by_task(self.live.model)
+        return self.judge.by_task(self.live.model)
 
     def close(self) -> None:
         """Let go of the model."""

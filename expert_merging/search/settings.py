@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from expert_merging.context import Context
 from expert_merging.errors import Problems
 from expert_merging.learned.estimates import estimate, this_machine
 from expert_merging.machine import gib
 from expert_merging.running.accelerator import check_tracker
-from expert_merging.running.samples import Samples, check_samples
-from expert_merging.search.evolution import Candidate, default_population
-from expert_merging.search.options import SearchOptions
-from expert_merging.search.space import Space, make_space
+from expert_merging.search.basis import Basis, check_basis
+from expert_merging.search.evolution import Candidate
+from expert_merging.search.options import ScoringOptions
+from expert_merging.search.record import Evaluation
+from expert_merging.search.space import Space
+
+# Evaluations of candidates; fewer once the time is over.
+Evaluate: TypeAlias = Callable[[Sequence[Candidate]], Sequence[Evaluation]]
+# Is given what there is to tell of a generation, before and after how far the search is.
+Tell: TypeAlias = Callable[[str, str], None]
+# Searches, given a seed; returns why it has ended before its budget, if so.
+Searcher: TypeAlias = Callable[[Evaluate, int, Tell], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -21,21 +31,19 @@ class Settings:
 
     Args:
         options: the options as given.
-        asked: calibration samples.
-        space: what is searched.
-        start: where the search begins.
-        population: candidates of a generation.
+        basis: what candidates are scored by.
+        space: what their numbers are.
+        search: moves them.
     """
 
-    options: SearchOptions
-    asked: Samples
+    options: ScoringOptions
+    basis: Basis
     space: Space
-    start: Candidate
-    population: int
+    search: Searcher
 
 
-def check(context: Context, options: SearchOptions) -> Settings:
-    """Check the options against experts, parameters and calibration files.
+def check(context: Context, options: ScoringOptions) -> Basis:
+    """Check what all searches have, against experts, parameters, calibration files or questions.
 
     Raises:
         InputError: every problem found.
@@ -44,34 +52,26 @@ def check(context: Context, options: SearchOptions) -> Settings:
     with problems.collecting():
         check_tracker(context.log_with)
     with problems.collecting():
-        asked = check_samples(context, options, batch_tokens=options.batch_tokens, synthesize=options.synthesize)
+        basis = check_basis(context, options)
     problems.check()
-    space = make_space(context.plan, options.search_space)
-    population = options.population or default_population(space.size)
-    return Settings(options, asked, space, space.start(options.scaling_coefficient), population)
+    return basis
 
 
-def notes(context: Context, settings: Settings) -> tuple[str, ...]:
-    """Lines for the plan: what is searched for, and the memory that it takes."""
-    budget, population, space = settings.options.evaluations, settings.population, settings.space
-    groups = "" if len(space.order) == 1 else f" (for each expert: {', '.join(space.order)})"
-    few = "" if budget > population else ", of which the budget has not one: it draws around the start alone"
-    return (
-        f"{space.size} coefficients{groups} searched for in at most {budget} evaluations on "
-        f"{len(settings.asked.samples)} samples, in generations of {population}{few}",
-        *_memory(context, settings.asked),
-    )
+def budget_of(options: ScoringOptions) -> str:
+    """How long a search may take, in words."""
+    minutes = "" if options.minutes is None else f" or {options.minutes:g} minutes"
+    return f"at most {options.evaluations} evaluations{minutes}"
 
 
-def _memory(context: Context, asked: Samples) -> tuple[str, ...]:
-    """What each device needs for a model that runs without a backward pass."""
-    machine = this_machine(context.device)
-    needs = estimate(context.plan, asked.dtype.itemsize, asked.tokens_together(), context.device.split(":")[0])
+def memory_notes(context: Context, basis: Basis) -> tuple[str, ...]:
+    """Lines for the plan: what each device needs for a model that runs without a backward pass."""
+    machine, tokens = this_machine(context.device), basis.tokens_together
+    needs = estimate(context.plan, basis.asked.dtype.itemsize, tokens, context.device.split(":")[0])
     enough = "" if needs.least <= machine.free else f", which does not fit, as {gib(machine.free)} are free"
     elsewhere = "" if context.device == "cpu" else "in host memory or "
     return (
         f"searching needs about {gib(needs.least)} for each process on {context.device}{enough}: model "
-        f"{gib(needs.model)}, the rest for {asked.tokens_together()} tokens at a time and work in progress",
+        f"{gib(needs.model)}, the rest for {tokens} tokens at a time and work in progress",
         f"with base and experts there too, {gib(needs.task_vectors)} more; otherwise they are {elsewhere}read from the "
         "files for every evaluation",
     )

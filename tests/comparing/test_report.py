@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import re
 import shutil
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from expert_merging.comparing.report_tables import ranks, score_table
 from expert_merging.comparing.scores_file import Scores, SetScore, TaskScore, add_scores, as_json
 from expert_merging.learned.history import add_update, save_history
 from expert_merging.learned.importance import save_layers
+from expert_merging.run import Run
+from expert_merging.search.front import leave_front, ranked_front
+from expert_merging.search.record import Evaluation
 from expert_merging.summary import COMPLETE
 from tests.command import merge, merged
 from tests.learned.test_importance import make_layers
@@ -51,6 +55,17 @@ def make_run(folder, *, method="ties", scores=None, divergence=None, learned=Fal
     return folder
 
 
+def add_front(folder):
+    """What a search has found in two tasks: two trade-offs, and a candidate that one of them is better than."""
+    evaluations = [
+        Evaluation((0.2, 0.4), {"Math": 0.5, SCRIPT: 0.25}),
+        Evaluation((0.3, 0.4), {"Math": 0.5, SCRIPT: 0.75}),
+        Evaluation((0.4, 0.1), {"Math": 1.0, SCRIPT: 0.125}),
+        Evaluation((9.0, 9.0), {"Math": math.nan, SCRIPT: math.nan}),
+    ]
+    leave_front(evaluations, ranked_front(evaluations), [PICTURE, "y"], Run(folder))
+
+
 def make_runs(folder):
     """Three runs with hostile names; one learns, one has no scores."""
     responses = {"formats": {"a": {"from": "x"}}, f"Math/1/{SCRIPT}?": {"response": PICTURE, "tokens": [1]}}
@@ -64,6 +79,7 @@ def make_runs(folder):
         seed=0,
     )
     (learned / "responses.json").write_text(json.dumps(responses))
+    add_front(learned)
     plain = make_run(
         folder / "ties" / TEMPLATE.replace("/", ""),
         scores={"Math": (60.0, 55.0, 65.0, 200), SCRIPT: (40.0,)},
@@ -254,7 +270,7 @@ def test_a_browser_shows_every_chart_sorts_the_table_and_runs_nothing_of_the_nam
     write_report(runs, tmp_path / "report.html", "--title", "Mine")
     with opened(tmp_path / "report.html", color_scheme="dark", viewport={"width": 390, "height": 800}) as (page, found):
         assert page.title() == "Mine"
-        assert page.locator(".chart").count() == 9
+        assert page.locator(".chart").count() == 10
         for chart in page.locator(".chart").all():
             assert chart.locator("g.trace, g.hm, g.points").count() > 0, chart.get_attribute("id")
             assert chart.bounding_box()["width"] > 300
@@ -275,13 +291,20 @@ def test_a_browser_shows_every_chart_sorts_the_table_and_runs_nothing_of_the_nam
         assert names.all_inner_texts() == before
         assert button.locator("..").get_attribute("aria-sort") == "ascending"
 
-        page.get_by_label("x axis").select_option(label=SCRIPT)
+        page.get_by_label("x axis").first.select_option(label=SCRIPT)
         assert SCRIPT in page.locator("#trade-off-0 .xtitle").text_content()
         points = page.evaluate("document.getElementById('trade-off-0').data.map(trace => trace.x[0])")
         assert points == [30.0, 40.0]
+        traces = "document.getElementById('front-0').data.map(trace => [trace.name, trace.x.slice(), trace.y.slice()])"
+        merged, others, rest = page.evaluate(traces)
+        assert merged == ["merged", [0.5], [0.25]]
+        assert others == ["trade-offs", [1.0], [0.125]]
+        assert rest == ["evaluated", [0.5, None], [0.75, None]]
+        page.get_by_label("x axis").last.select_option(label=SCRIPT)
+        assert [trace[1] for trace in page.evaluate(traces)] == [[0.25], [0.125], [0.75, None]]
 
         assert page.get_by_role("img", name="Losses while learning").count() == 1
-        assert page.get_by_role("navigation", name="Sections").get_by_role("link").count() == 8
+        assert page.get_by_role("navigation", name="Sections").get_by_role("link").count() == 9
         assert page.get_by_role("row", name="70.0 (best)").count() == 1
         assert page.evaluate("document.title") == "Mine"
         assert found == []

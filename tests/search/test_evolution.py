@@ -106,6 +106,20 @@ def test_what_is_not_finite_counts_as_worst():
     assert found.candidate == pytest.approx((0.4, *GOAL[1:]), abs=0.03)
 
 
+@pytest.mark.parametrize("most", [1, 5, 8, 12, 23])
+def test_fewer_scores_than_candidates_end_the_search(most):
+    asked = []
+
+    def until(candidates):
+        scores = [bowl(candidate) for candidate in candidates][: max(0, most - len(asked))]
+        asked.extend(candidates)
+        return scores
+
+    found = minimise(until, (0.3,) * 3, spread=0.15, evaluations=40, population=7, seed=3)
+    assert found.evaluations == most
+    assert found.score == min(map(bowl, asked[:most]))
+
+
 def test_a_search_among_broken_candidates_ends():
     found, _ = search(lambda _: math.nan)
     assert found.score == math.inf
@@ -161,6 +175,27 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
         "tasks": {"x": None, "y": 0.1},
         "coefficients": {"A": 1.0, "B": 2.0},
     }
+
+
+def test_the_worst_task_counts_where_it_should(tmp_path):
+    evaluation = Evaluation((1.0,), {"x": 0.5, "y": 0.1}, "worst", seconds=2.5)
+    assert (evaluation.score, evaluation.mean) == (0.5, 0.3)
+    record = Record(tmp_path / "evaluations.json", ["A"], "worst")
+    record.add([evaluation], save=True)
+    assert Record(record.file, ["A"], "worst").evaluations == [evaluation]
+    assert json.loads(record.file.read_text())[0] == {
+        "score": 0.5,
+        "tasks": {"x": 0.5, "y": 0.1},
+        "coefficients": {"A": 1.0},
+        "seconds": 2.5,
+    }
+    better = Evaluation((2.0,), {"x": 0.5, "y": 0.0}, "worst")
+    broken = Evaluation((3.0,), {"x": 0.0, "y": math.nan}, "worst")
+    assert math.isnan(broken.score)
+    endless = Evaluation((4.0,), {"x": math.inf, "y": 0.0}, "worst")
+    assert sorted([broken, endless, evaluation, better], key=lambda one: one.rank) == [
+        *(better, evaluation, endless, broken)
+    ]
 
 
 def test_a_record_knows_its_candidates_up_to_rounding(tmp_path):
