@@ -39,7 +39,7 @@ def completions(tmp_path, line):
         ("expert-merging merge expert_merging --num_ep", ["--num_epochs"]),
         ("expert-merging merge --method ti", ["ties"]),
         ("expert-merging merge ties --ties_scope ", ["global", "tensor"]),
-        ("expert-merging merge ties --post ", ["consensus", "router_mean", "svc", "aim", "featcal", "distil", "harc"]),
+        ("expert-merging merge ties --post ", ["consensus", "svc", "router_mean", "aim", "featcal", "distil", "harc"]),
         ("expert-merging merge ties --family Q", ["Qwen2VL"]),
     ],
 )
