@@ -27,7 +27,7 @@ from expert_merging.publishing import publish
 from expert_merging.questions.templates import put_template
 from expert_merging.repeating import command_of
 from expert_merging.run_names import changed_options
-from expert_merging.search import automatic
+from expert_merging.search import automatic, stable
 from expert_merging.summary import COMPLETE, log_result, log_start
 from expert_merging.unchanged import check_unchanged
 from expert_merging.writing import write_atomically
@@ -162,7 +162,9 @@ def _describe_model(job: Job, output: Output, folder: Path) -> None:
         tensors=sum(map(len, output.files.values())),
         is_mirror=output.is_mirror,
         keeps_others=job.word_tables is None,
-        about=" ".join(filter(None, [output.about, aligning.for_card(run), automatic.for_card(run)])),
+        about=" ".join(
+            filter(None, [output.about, aligning.for_card(run), automatic.for_card(run), stable.for_card(run)])
+        ),
         asking=job.wording.card(kept),
         task="image-text-to-text" if backbone.takes_images else "text-generation",
         command=command_of(job.description, changed_options(job.description, job.resolved)),

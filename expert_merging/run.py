@@ -63,6 +63,7 @@ class Run:
         self.start = folder / "start.json"
         self.coefficient = folder / "coefficient.json"
         self.multiples = folder / "multiples"
+        self.stability = folder / "stability.json"
         self.magnitudes = folder / "magnitudes.json"
         self.targets: Path | None = None
         self._work_in(work or folder)

@@ -519,7 +519,7 @@ def test_help_says_what_an_option_takes_for_all_its_methods():
         r"or a JSON object of them by expert\. Default: 1\.0 \(weight_average.*\), 0\.3 \(task_arithmetic",
         text,
     )
-    assert "Takes a whole number in [1, inf). Default: 5." in text
+    assert "Takes a whole number in [1, inf). Default: 5 (aim, " in text
     assert "Chat=Mistral-7B-Instruct-v0.1" in text
     assert "Default: .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*." in text
 

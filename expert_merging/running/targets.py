@@ -193,6 +193,19 @@ class TargetMaker:
                 look(expert, model, self._asked(prompts, own, answered, advance))
                 del model
 
+    def written(self, model: Any, samples: Sequence[Sample]) -> list[str]:
+        """What a model, such as a merge, answers to the samples' questions, in their order.
+
+        Args:
+            model: the model.
+            samples: the samples; the answers that they have do not matter.
+        """
+        prompts, found = self._checked(samples), dict[Sample, str]()
+        for ends, batch in self._batches(prompts, samples):
+            answers = self._generate(model, prompts, batch, ends)
+            found.update(zip(batch, (str(answer["response"]) for answer in answers), strict=True))
+        return [found[sample] for sample in samples]
+
     def _checked(self, samples: Sequence[Sample]) -> Prompts:
         """The prompts of the samples."""
         prompts = self.prompts

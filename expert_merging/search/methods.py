@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from expert_merging.context import Context
 from expert_merging.learned.methods import learns
-from expert_merging.method import Preparation
-from expert_merging.search.options import MapOptions, SearchOptions
+from expert_merging.method import AT_MOST_TWO, SAMPLES, TABLE, Preparation, Prepare, register
+from expert_merging.methods.interpolation import interpolate
+from expert_merging.search.options import MapOptions, SearchOptions, StableOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 # Candidates are drawn at random, coefficient by coefficient in the order of the experts.
@@ -48,3 +54,34 @@ def amortized_front(context: Context, **options: object) -> Preparation:
     from expert_merging.search.map import prepare
 
     return prepare(context, MapOptions(**options))  # type: ignore[arg-type]
+
+
+def _prepare_stable(context: Context, **options: object) -> Preparation:
+    from expert_merging.search.stable import prepare
+
+    return prepare(context, StableOptions(**options), TABLE[interpolate.__name__])  # type: ignore[arg-type]
+
+
+@register(
+    options=StableOptions,
+    unit="entries",
+    promises=frozenset({AT_MOST_TWO}),
+    reads=frozenset({SAMPLES}),
+    prepare=Prepare(_prepare_stable, ("t",)),
+)
+def adamms(task_vectors: Tensor, t: float) -> Tensor:
+    """The point between two models whose answers change least if it is moved (AdaMMS, 2025, arXiv 2503.23733).
+
+    Points on a grid are merged in memory and answer the same questions, for which no answers are needed. The one whose
+    answers agree most with those of both its neighbours is taken. The original also maps names of unlike models onto
+    each other, prints all equally stable points, and may compare answers by sentence embeddings instead of as texts.
+
+    Args:
+        task_vectors: ``(experts, *shape)`` float32, of one expert or two.
+        t: the point, from the first model at 0 to the last one at 1.
+
+    Returns:
+        Merged task vector ``(*shape)``.
+    """
+    merged: Tensor = interpolate(task_vectors, t=t)
+    return merged

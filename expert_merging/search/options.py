@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from expert_merging.flags import Count, Factor, Interval, Positive
-from expert_merging.running.options import ComparingOptions
+from expert_merging.flags import Count, Factor, Fraction, Interval, Positive
+from expert_merging.running.options import ComparingOptions, SampleOptions
 
 # How the scores of tasks become one.
 OverTasks = Literal["mean", "worst"]
@@ -71,3 +71,17 @@ class SearchOptions(ScoringOptions):
     population: Annotated[int, Interval("[2, inf)")] | None = None
     initial_spread: Positive = 0.2
     highest_coefficient: Positive = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableOptions(SampleOptions):
+    """How the point between two models is searched for.
+
+    Args:
+        largest_t: how far to go, from the first expert (the base, where there is one expert) at 0 to the last one at 1.
+        t_step: distance of two points on the way.
+    """
+
+    samples_per_task: Count = 100  # five say little of how stable answers are
+    largest_t: Fraction = 0.6
+    t_step: Positive = 0.1
