@@ -20,6 +20,7 @@ from expert_merging.learned.options import (
     ColumnOptions,
     DivergingOptions,
     EntropyOptions,
+    FrankWolfeOptions,
     LearningOptions,
     RankOptions,
     TrainingOptions,
@@ -117,6 +118,25 @@ def supermerge(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, AnswerOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=FrankWolfeOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def fw_hard(context: Context, **options: object) -> Preparation:
+    """Coefficients by Frank and Wolfe's steps, each towards the expert that makes answers likelier (arXiv 2503.12649).
+
+    FW-Merging (2025): at each of ten iterations every tensor goes some of the way to the expert whose task vector
+    points most against the gradient, or back to the base if none does. The way is 2 / (t + 2) of what is left, times
+    the learning rate. Answers are those of the task files, or else those that each task's expert writes. The original
+    removes small entries like TIES at every step, which would be no sum of task vectors.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.frank_wolfe import FrankWolfeTrainer
+    from expert_merging.learned.stages import one_stage
+
+    chosen = FrankWolfeOptions(**options)  # type: ignore[arg-type]
+    return one_stage(context, chosen, trainer=FrankWolfeTrainer)
 
 
 @learns(options=RankOptions, family_defaults=("scaling_coefficient", "samples_per_task"))

@@ -135,6 +135,11 @@ class TrainingOptions(ComparingOptions):
         """See `expert_merging.learned.parametrisations.Layout`."""
         return False
 
+    @property
+    def free(self) -> bool:
+        """Whether coefficients are their own raw numbers, also those of task vectors."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplittingOptions:
@@ -193,15 +198,10 @@ class RankOptions(EntropyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions(SplittingOptions, TrainingOptions):
-    """Options of SuperMerge."""
+class LikelihoodOptions(TrainingOptions):
+    """Options of methods that make answers likely."""
 
     loss_tokens: Literal["all", "response"] = "response"
-
-    @property
-    def signed(self) -> bool:
-        """See `TrainingOptions.signed`."""
-        return True
 
     def objective(self, layers: int | None) -> Objective:
         """See `TrainingOptions.objective`."""
@@ -209,6 +209,38 @@ class AnswerOptions(SplittingOptions, TrainingOptions):
         from expert_merging.running.objectives import answer_likelihood
 
         return answer_likelihood(self.logits_chunk_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(SplittingOptions, LikelihoodOptions):
+    """Options of SuperMerge."""
+
+    @property
+    def signed(self) -> bool:
+        """See `TrainingOptions.signed`."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrankWolfeOptions(LikelihoodOptions):
+    """Options of Frank-Wolfe merging.
+
+    Args:
+        granularity: whether every tensor chooses its expert (layer), or all choose one together (task).
+        learning_rate: share of the way to the chosen expert that the first update goes; the later ones go 2 / (t + 2)
+            of it.
+    """
+
+    granularity: Literal["layer", "task"] = "layer"
+    num_epochs: Count = 10
+    patience: Count = 10
+    learning_rate: Fraction = 1.0
+    gradient_accumulation_steps: Count = 100
+
+    @property
+    def free(self) -> bool:
+        """See `TrainingOptions.free`."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def check(context: Context, options: TrainingOptions) -> Settings:
         layout=Layout(
             chunks,
             starts[0].initial,
-            bounded=starts[0].directions.bounded,
+            bounded=starts[0].directions.bounded and not options.free,
             signed=options.signed,
             axes=axes,
             gates=options.gates,

@@ -39,13 +39,16 @@ logger = logging.getLogger(__name__)
 _INSIDE = 1e-4
 
 
-def one_stage(context: Context, options: TrainingOptions, *, shared: bool = False) -> Preparation:
+def one_stage(
+    context: Context, options: TrainingOptions, *, shared: bool = False, trainer: type[Trainer] = Trainer
+) -> Preparation:
     """A method that trains its coefficients once.
 
     Args:
         context: the run.
         options: the method's options.
         shared: one coefficient per expert for all parameters together.
+        trainer: what trains.
 
     Raises:
         InputError: all problems found.
@@ -55,17 +58,17 @@ def one_stage(context: Context, options: TrainingOptions, *, shared: bool = Fals
     notes = (f"{settings.layout.trained} coefficients learned {_amount(settings)}",)
 
     def learn() -> Coefficients:
-        return _trainer(context, settings).train()
+        return _trainer(context, settings, trainer).train()
 
     return _work(context, settings, learn, notes)
 
 
-def _trainer(context: Context, settings: Settings) -> Trainer:
+def _trainer(context: Context, settings: Settings, kind: type[Trainer] = Trainer) -> Trainer:
     """What learns, its start chosen."""
     material = None
     if settings.starts:
         settings, material = choose_start(context, settings, training_accelerator(context, settings))
-    return Trainer(context, settings, material)
+    return kind(context, settings, material)
 
 
 def two_stages(context: Context, options: ChunkingOptions) -> Preparation:

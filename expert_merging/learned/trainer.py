@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +68,15 @@ class Trainer:
         """Learn the coefficients, save them in the run folder and return them."""
         material = self.gather()
         self.vector = self.settings.layout.vector(self.accelerator.device)
-        rate = self.settings.options.learning_rate
-        self.optimizer, self.scheduler = make_optimizer(self.accelerator, self.vector.parameters(), rate)
+        self.optimizer, self.scheduler = self._make_optimizer()
         self.live = open_live_model(self.context, self.settings, material, self.vector, self.accelerator)
         try:
             return self._learn(material.targets)
         finally:
             self.live.close()
+
+    def _make_optimizer(self) -> tuple[Any, Any]:
+        return make_optimizer(self.accelerator, self.vector.parameters(), self.settings.options.learning_rate)
 
     def gather(self) -> Material:
         """Task vectors, the experts' targets and the base model, from the files or from an earlier stage."""
