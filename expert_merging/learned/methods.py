@@ -22,6 +22,7 @@ from expert_merging.learned.options import (
     EntropyOptions,
     FrankWolfeOptions,
     LearningOptions,
+    MaskOptions,
     RankOptions,
     TrainingOptions,
     TrimmingOptions,
@@ -118,6 +119,23 @@ def supermerge(context: Context, **options: object) -> Preparation:
     from expert_merging.learned.stages import one_stage
 
     return one_stage(context, AnswerOptions(**options))  # type: ignore[arg-type]
+
+
+@learns(options=MaskOptions, family_defaults=("scaling_coefficient", "samples_per_task"))
+def concrete_ta(context: Context, **options: object) -> Preparation:
+    """Task arithmetic behind a mask of rows that all experts share, learned by entropy (2023, arXiv 2312.06173).
+
+    Concrete subspace learning: what is masked is taken from no expert, and the rest counts more. Trained like
+    AdaMerging, on the same samples. The original masks each entry, by 2,000 steps of Adam at 0.001; here a mask has a
+    number for each row of a matrix, unless the parametrisation says otherwise, since one for each entry takes as much
+    as a model.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.learned.stages import one_stage
+
+    return one_stage(context, MaskOptions(**options))  # type: ignore[arg-type]
 
 
 @learns(options=FrankWolfeOptions, family_defaults=("scaling_coefficient", "samples_per_task"))

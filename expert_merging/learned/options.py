@@ -16,6 +16,9 @@ from expert_merging.parts import Part
 from expert_merging.running.options import ComparingOptions
 
 if TYPE_CHECKING:
+    import torch
+
+    from expert_merging.learned.parametrisations import CoefficientVector, Layout
     from expert_merging.learned.penalties import Penalty
     from expert_merging.running.objectives import Objective
 
@@ -125,10 +128,14 @@ class TrainingOptions(ComparingOptions):
         del parts
         return {}
 
-    @property
-    def gates(self) -> float | None:
-        """See `expert_merging.learned.parametrisations.Layout`."""
-        return None
+    def vector(self, layout: Layout, device: torch.device) -> CoefficientVector:
+        """What is trained.
+
+        Args:
+            layout: which coefficients there are.
+            device: where they are.
+        """
+        return layout.vector(device)
 
     @property
     def signed(self) -> bool:
@@ -168,10 +175,11 @@ class SplittingOptions:
 
         return choose_axes(parts, self.coeffs_size_dict or {}, self.parametrisation)
 
-    @property
-    def gates(self) -> float | None:
-        """See `TrainingOptions.gates`."""
-        return 1.0 if self.parametrisation == "rank" else None
+    def vector(self, layout: Layout, device: torch.device) -> CoefficientVector:
+        """See `TrainingOptions.vector`."""
+        from expert_merging.learned.masks import GatedVector
+
+        return GatedVector(layout, device) if self.parametrisation == "rank" else layout.vector(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +199,27 @@ class RankOptions(EntropyOptions):
     learning_rate: Positive = 0.02
     initial_rank_ratio: Fraction = 1.0
 
-    @property
-    def gates(self) -> float | None:
-        """See `TrainingOptions.gates`."""
-        return self.initial_rank_ratio if self.parametrisation == "rank" else None
+    def vector(self, layout: Layout, device: torch.device) -> CoefficientVector:
+        """See `TrainingOptions.vector`."""
+        from expert_merging.learned.masks import GatedVector
+
+        if self.parametrisation != "rank":
+            return layout.vector(device)
+        return GatedVector(layout, device, share=self.initial_rank_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(EntropyOptions):
+    """Options of concrete subspace learning."""
+
+    parametrisation: Fineness = "row"
+    learning_rate: Positive = 0.1
+
+    def vector(self, layout: Layout, device: torch.device) -> CoefficientVector:
+        """See `TrainingOptions.vector`."""
+        from expert_merging.learned.masks import SharedMask
+
+        return SharedMask(layout, device)
 
 
 @dataclass(frozen=True, kw_only=True)

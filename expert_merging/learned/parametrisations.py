@@ -85,8 +85,6 @@ class Layout:
         bounded: coefficients stay in (0, 1), as a sigmoid's values; others are free.
         signed: bounded ones stay in (-1, 1), as those of the hyperbolic tangent.
         axes: along what the coefficients of a tensor are, by tensor name, where they are not those of chunks.
-        gates: share of each expert's strongest singular directions that count at first, where directions count or do
-            not, times one coefficient; None where each direction has a coefficient.
     """
 
     chunks: Mapping[str, int]
@@ -96,7 +94,6 @@ class Layout:
     bounded: bool = True
     signed: bool = False
     axes: Mapping[str, str] = field(default_factory=dict)
-    gates: float | None = None
 
     @property
     def trained(self) -> int:
@@ -105,11 +102,11 @@ class Layout:
 
     def vector(self, device: torch.device | str) -> CoefficientVector:
         """The coefficients as training begins."""
-        return CoefficientVector(self, device) if self.gates is None else GatedVector(self, device)
+        return CoefficientVector(self, device)
 
     def of_whole_tensors(self) -> Layout:
         """One coefficient for each tensor, which gives the same merge as training begins."""
-        return replace(self, chunks=dict.fromkeys(self.chunks, 1), axes={}, gates=None)
+        return replace(self, chunks=dict.fromkeys(self.chunks, 1), axes={})
 
 
 class CoefficientVector(Parametrisation):
@@ -117,10 +114,15 @@ class CoefficientVector(Parametrisation):
 
     ``value = sigmoid(raw)`` where they are bounded (as published), ``tanh(raw)`` if signed too, else ``value = raw``.
 
+    Attributes:
+        derived: coefficients are made of the values; else they are the values.
+
     Args:
         layout: the coefficients.
         device: where they are, from the beginning: another device's sigmoid may round differently.
     """
+
+    derived = False
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -157,6 +159,9 @@ class CoefficientVector(Parametrisation):
             return raw
         return torch.tanh(raw) if self.signed else torch.sigmoid(raw)
 
+    def draw(self, seed: str | None) -> None:
+        """Draw what an update is to be random in, from a seed; without one, nothing is random any more."""
+
     @property
     def fixed(self) -> tuple[str, ...]:
         """Tensors whose coefficients are not trained."""
@@ -180,14 +185,21 @@ class CoefficientVector(Parametrisation):
 
     def add_gradient(self, total: Tensor, values: Tensor, directions: Tensor, part: Part, gradient: Tensor) -> None:
         """The same as by autograd, faster; see `Parametrisation.add_gradient`."""
-        del values  # the merged weights are linear in them
-        self._axis(part).add_inner_products(total, gradient, directions, part)
+        if not self.derived:  # the merged weights are linear in the values
+            self._axis(part).add_inner_products(total, gradient, directions, part)
+            return
+        with torch.enable_grad():
+            leaf = values.detach().requires_grad_(True)
+            coefficients = self.coefficients(leaf, part.name)
+        found = torch.zeros_like(coefficients)
+        self._axis(part).add_inner_products(found, gradient, directions, part)
+        total.add_(torch.autograd.grad(coefficients, leaf, found)[0])
 
     def _axis(self, part: Part) -> Axis:
         return self.axes.get(part.name, RUNS)
 
     def coefficients(self, values: Tensor, name: str) -> Tensor:
-        """A tensor's coefficients ``(experts, count)``, of its values as `view` gives them."""
+        """A tensor's coefficients ``(experts, count)``, of its values as `view` gives them; see ``derived``."""
         del name
         return values
 
@@ -203,54 +215,3 @@ class CoefficientVector(Parametrisation):
         """Current values of all trainable coefficients, ``(experts, coefficients per expert)``."""
         values = self()
         return torch.cat([self.coefficients(self.view(values, name), name) for name in self.places], dim=1)
-
-
-class GatedVector(CoefficientVector):
-    """For each singular direction whether it counts, and a coefficient per expert and tensor for those that do.
-
-    AdaRank (arXiv 2503.22178): a direction counts where its logit is positive. Gradients pass through as if it counted
-    by ``sigmoid(logit / 10)``. A tensor's numbers are ``(experts, directions + 1)``, its coefficient last. Tensors that
-    are not along singular directions have coefficients alone.
-
-    Args:
-        layout: the coefficients.
-        device: where they are.
-    """
-
-    _TEMPERATURE, _START = 10.0, 0.1
-
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
-        gated = set(layout.axes)
-        counts = {name: count + 1 if name in gated else count for name, count in layout.chunks.items()}
-        super().__init__(replace(layout, chunks=counts), device)
-        self.gated = gated
-        self.is_gate: Tensor
-        self.register_buffer("is_gate", torch.zeros_like(self.raw, dtype=torch.bool))
-        with torch.no_grad():
-            for name in gated:
-                count = layout.chunks[name]
-                self.view(self.is_gate, name)[:, :count] = True
-                logits = self.view(self.raw, name)[:, :count]
-                logits.fill_(-self._START)
-                logits[:, : int((layout.gates or 0.0) * count)] = self._START
-            self.anchor.copy_(self())
-
-    def forward(self) -> Tensor:
-        """Values of all trainable numbers, of which gates are 0 or 1."""
-        soft = torch.sigmoid(self.raw / self._TEMPERATURE)
-        hard = (self.raw > 0).float()
-        return torch.where(self.is_gate, hard + soft - soft.detach(), self._value(self.raw))
-
-    def coefficients(self, values: Tensor, name: str) -> Tensor:
-        """The coefficient of each direction, 0 where it does not count; see `CoefficientVector.coefficients`."""
-        return values[:, :-1] * values[:, -1:] if name in self.gated else values
-
-    def add_gradient(self, total: Tensor, values: Tensor, directions: Tensor, part: Part, gradient: Tensor) -> None:
-        """See `Parametrisation.add_gradient`."""
-        if part.name not in self.gated:
-            super().add_gradient(total, values, directions, part, gradient)
-            return
-        found = torch.zeros_like(total[:, :-1])
-        self._axis(part).add_inner_products(found, gradient, directions, part)
-        total[:, :-1] += found * values[:, -1:]
-        total[:, -1] += (found * values[:, :-1]).sum(1)

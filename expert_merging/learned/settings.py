@@ -111,7 +111,6 @@ def check(context: Context, options: TrainingOptions) -> Settings:
             bounded=starts[0].directions.bounded and not options.free,
             signed=options.signed,
             axes=axes,
-            gates=options.gates,
         ),
         penalty=options.penalty(),
         starts=starts if len(starts) > 1 else (),

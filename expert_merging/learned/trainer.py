@@ -67,7 +67,7 @@ class Trainer:
     def train(self) -> Result:
         """Learn the coefficients, save them in the run folder and return them."""
         material = self.gather()
-        self.vector = self.settings.layout.vector(self.accelerator.device)
+        self.vector = self.settings.options.vector(self.settings.layout, self.accelerator.device)
         self.optimizer, self.scheduler = self._make_optimizer()
         self.live = open_live_model(self.context, self.settings, material, self.vector, self.accelerator)
         try:
@@ -135,7 +135,9 @@ class Trainer:
         """
         rate = self.scheduler.get_last_lr()[0]
         for _ in attempts():
+            self.vector.draw(f"{self.context.seed}/{self.state.updates}")
             sums, penalty = self._step(group, advance)
+            self.vector.draw(None)
             advance = no_advance
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()

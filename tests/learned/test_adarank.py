@@ -7,8 +7,9 @@ import torch
 
 from expert_merging.learned.axes import Singular
 from expert_merging.learned.coefficients import load_coefficients
+from expert_merging.learned.masks import GatedVector
 from expert_merging.learned.options import LearningOptions, RankOptions
-from expert_merging.learned.parametrisations import GatedVector, Layout, Parametrisation
+from expert_merging.learned.parametrisations import Layout, Parametrisation
 from expert_merging.parts import Part
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import merged
@@ -80,7 +81,7 @@ def test_blocks_of_rows_are_the_singular_directions_of_the_whole(rows, columns):
 def test_gates_have_the_gradient_of_autograd():
     """That of a vector that only merges, with respect to gates and coefficient."""
     torch.manual_seed(0)
-    vector = GatedVector(Layout({"w": 3, "norm": 1}, [0.3, 0.5], axes={"w": "singular"}, gates=0.7))
+    vector = GatedVector(Layout({"w": 3, "norm": 1}, [0.3, 0.5], axes={"w": "singular"}), share=0.7)
     torch.testing.assert_close(vector.by_name()["w"], torch.tensor([[0.3, 0.3, 0.0], [0.5, 0.5, 0.0]]))
     torch.testing.assert_close(vector.by_name()["norm"], torch.tensor([[0.3], [0.5]]))
     values = vector().detach()
@@ -97,7 +98,7 @@ def test_gates_have_the_gradient_of_autograd():
 
 
 def test_a_gate_that_is_closed_can_open_again():
-    vector = GatedVector(Layout({"w": 2}, [0.4], axes={"w": "singular"}, gates=0.5))
+    vector = GatedVector(Layout({"w": 2}, [0.4], axes={"w": "singular"}), share=0.5)
     vector().backward(torch.tensor([1.0, -1.0, 0.0]))
     steepness = float(torch.sigmoid(torch.tensor(0.01)) * torch.sigmoid(torch.tensor(-0.01))) / 10
     assert vector.raw.grad.tolist() == pytest.approx([steepness, -steepness, 0.0])
