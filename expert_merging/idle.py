@@ -25,6 +25,7 @@ _LEFT_OUT = (
     ("step_size", "solver", ("exact",)),
     *((name, "router", ("random", "zeros")) for name in (*read_options(SampleOptions), "router_temperature")),
     ("held_out", "router", ("embedding", "random", "zeros")),
+    *((f"router_{name}", "train_router", (False,)) for name in ("epochs", "learning_rate", "balance")),
     ("negative_prompts", "router", (*FITTED, "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("highest_coefficient", "algorithm", ("cma",)),
@@ -92,8 +93,9 @@ def _left_out(resolved: Resolved) -> list[str]:
     options = dict(resolved.options)
     if "router" in options:
         options["router"] = router_of(options)  # not auto
+    of_training = {*read_options(SampleOptions), "held_out"} if options.get("train_router") else set[str]()
     return [
         f"ignored {f'without --{other}' if options[other] is None else f'with --{other} {options[other]}'}: --{name}"
         for name, other, values in _LEFT_OUT
-        if name in resolved.given and name in options and options.get(other) in values
+        if name in resolved.given and name in options and options.get(other) in values and name not in of_training
     ]

@@ -40,6 +40,7 @@ LAYERS = (
     ("checks",),
     ("preparing",),
     ("comparing", "convert", "extract", "summary", "verify"),
+    ("compress",),
     ("routing",),
     ("publishing",),
     ("job",),

@@ -12,6 +12,7 @@ from typing import Any
 from expert_merging.commands import (
     align,
     analyse,
+    compress,
     convert,
     evaluate,
     extract,
@@ -33,7 +34,7 @@ from expert_merging.shortage import shortage_of
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (merge, route, runs, align, evaluate, sweep, report, analyse, extract, convert, verify)
+    for module in (merge, route, runs, align, evaluate, sweep, report, analyse, extract, compress, convert, verify)
 }
 
 # What `pip install -e .` calls the program.

@@ -16,7 +16,7 @@ from expert_merging.context import Context
 from expert_merging.errors import InputError, Problems
 from expert_merging.machine import show_size
 from expert_merging.method import SAMPLES, Preparation, Prepare, enter_method
-from expert_merging.mixtures.options import DESCRIBED, OF_SAMPLES, MixtureOptions, reads_samples
+from expert_merging.mixtures.options import OF_SAMPLES, MixtureOptions, reads_samples
 from expert_merging.mixtures.routers import deviation_of, random_routers, zero_routers
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.outputs import Output, shards
@@ -57,7 +57,7 @@ def moe(context: Context, **options: Any) -> Preparation:
         InputError: the base cannot become a mixture, there are too few experts, or the closed form cannot be used.
     """
     chosen, problems = MixtureOptions(**options), Problems()
-    mixture = shared = maker = None
+    mixture = shared = maker = trainer = None
     with problems.collecting():
         mixture = chosen.mixture(context.plan)
     with problems.collecting():
@@ -73,6 +73,11 @@ def moe(context: Context, **options: Any) -> Preparation:
         size = sum(slot.size for slot in mixture.slots())
         with problems.collecting():
             maker = RouterMaker.check(context, mixture, chosen, size)
+    if mixture is not None and chosen.train_router:
+        from expert_merging.mixtures.training import RouterTrainer
+
+        with problems.collecting():
+            trainer = RouterTrainer.check(context, mixture, chosen)
     problems.check()
     assert mixture is not None  # noqa: S101  (else there were problems)
     assert shared is not None  # noqa: S101
@@ -85,16 +90,26 @@ def moe(context: Context, **options: Any) -> Preparation:
             made.append(zero_routers(mixture))
         else:
             made.append(random_routers(mixture, context.seed, deviation))
-        return {"shared_rule": rule, "made": {**mixture.zeros(), **(made[0] if made else {})}}
+        tensors = {**mixture.zeros(), **(made[0] if made else {})}
+        if trainer is not None:
+            unit = shared.preparation.unit
+            while_others_wait(lambda: tensors.update(trainer.train(tensors, rule, unit)))
+        return {"shared_rule": rule, "made": tensors}
 
     return Preparation(
         work,
-        {**shared.preparation.inputs, "shared": shared.described, **(maker.samples.samples.inputs if maker else {})},
+        {
+            **shared.preparation.inputs,
+            "shared": shared.described,
+            **(maker.samples.samples.inputs if maker else {}),
+            **(trainer.samples.inputs if trainer else {}),
+        },
         (
             *_sizes(mixture),
             *shared.preparation.notes,
             *_notes(chosen, shared.described),
             *(maker.notes if maker else ()),
+            *(trainer.notes if trainer else ()),
         ),
         shared.preparation.unit,
     )
@@ -112,7 +127,7 @@ def outputs_of(context: Context, **options: Any) -> tuple[Output, ...]:
     about = (
         f"A {mixture.layout.title} of {len(mixture.members)} experts ({names}), each with the feed-forward layers of "
         f"one checkpoint; {chosen.experts_per_token} work on each token. All else is merged by `{chosen.shared}`, or "
-        f"the base's. {DESCRIBED[chosen.kind]}"
+        f"the base's. {chosen.described}"
     )
     return (Output(shards(mixture.slots()), edit=mixture.config, about=about),)
 
@@ -165,5 +180,5 @@ def _notes(chosen: MixtureOptions, shared: str) -> tuple[str, ...]:
     return (
         f"all but feed-forward layers is merged by {shared}",
         *([half] if chosen.shared_expert == "base" else []),
-        DESCRIBED[chosen.kind],
+        chosen.described,
     )

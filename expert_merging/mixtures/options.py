@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from expert_merging.flags import BelowOne, Count, Positive
+from expert_merging.flags import BelowOne, Count, NotNegative, Positive
 from expert_merging.mixtures.tensors import Mixture
 from expert_merging.plan import Plan
 from expert_merging.running.options import SampleOptions
@@ -25,6 +25,7 @@ DESCRIBED = {
     "prompts": "Routers are directions of the hidden states of each expert's calibration samples.",
     "embedding": "Routers are directions of the embeddings of each expert's calibration samples.",
 }
+_TRAINED = "They were then trained against the experts' own predictions."
 # What a router's logits are divided by.
 _TEMPERATURES = {"ridge": 0.1, "task_vectors": 0.1, "prompts": 1.0, "embedding": 1.0}
 
@@ -51,6 +52,12 @@ class MixtureOptions(SampleOptions):
             base adds a half of the base's feed-forward layers, to be trained.
         experts_per_token: how many experts work on each token.
         include_base: the base's feed-forward layers are one more expert, the last one.
+        train_router: train the routers, however they were made, on the samples against the experts' own predictions;
+            nothing else of the mixture changes.
+        router_epochs: how often training goes through the samples; the routers are taken that are best on what
+            --held_out leaves out, those before training included.
+        router_learning_rate: AdamW's, for training.
+        router_balance: weight of the load-balancing loss while training; 0 lets experts idle.
     """
 
     router: Literal["auto", "ridge", "task_vectors", "prompts", "embedding", "random", "zeros"] = "auto"
@@ -62,11 +69,23 @@ class MixtureOptions(SampleOptions):
     shared_expert: Literal["none", "base"] = "none"
     experts_per_token: Count = 2
     include_base: bool = False
+    train_router: bool = False
+    router_epochs: Count = 10
+    router_learning_rate: Positive = 0.01
+    router_balance: NotNegative = 0.01
 
     @property
     def kind(self) -> str:
         """What routers are."""
         return router_of(vars(self))
+
+    @property
+    def described(self) -> str:
+        """What the routers are, as sentences."""
+        if not self.train_router:
+            return DESCRIBED[self.kind]
+        begun = "Routers began as random numbers." if self.kind == "random" else DESCRIBED[self.kind]
+        return f"{begun} {_TRAINED}"
 
     @property
     def temperature(self) -> float:
@@ -101,5 +120,5 @@ def router_of(options: Mapping[str, Any]) -> str:
 
 
 def reads_samples(options: Mapping[str, Any]) -> bool:
-    """Whether routers are made of samples with these options."""
-    return router_of(options) in OF_SAMPLES
+    """Whether routers are made of samples, or trained on some, with these options."""
+    return bool(options.get("train_router")) or router_of(options) in OF_SAMPLES
