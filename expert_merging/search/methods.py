@@ -5,7 +5,7 @@ from __future__ import annotations
 from expert_merging.context import Context
 from expert_merging.learned.methods import learns
 from expert_merging.method import Preparation
-from expert_merging.search.options import MapOptions, SearchOptions
+from expert_merging.search.options import MapOptions, NicheOptions, SearchOptions
 
 
 # Candidates are drawn at random, coefficient by coefficient in the order of the experts.
@@ -48,3 +48,21 @@ def amortized_front(context: Context, **options: object) -> Preparation:
     from expert_merging.search.map import prepare
 
     return prepare(context, MapOptions(**options))  # type: ignore[arg-type]
+
+
+# Pairs are drawn at random, expert by expert in their order.
+@learns(options=NicheOptions, promises=frozenset(), family_defaults=("samples_per_task",))
+def m2n2(context: Context, **options: object) -> Preparation:
+    """Descendants of the experts, mixed before and after a split point (Abrantes et al., 2025, arXiv 2508.16204).
+
+    M2N2: every question is a resource that all models that answer it share, so that a model lives by what few others
+    can do; and one pairs with another that can do what it cannot. The original mixes weights along the arc between two
+    models, split at any entry. Here task vectors are mixed, which are far enough apart to have an arc, and a split
+    falls between two tensors. Nothing is mutated, as in the original for language models.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.search.m2n2 import prepare
+
+    return prepare(context, NicheOptions(**options))  # type: ignore[arg-type]
