@@ -35,8 +35,8 @@ QUICK = {
     "wudi_steps": 2,
     "density": 0.4,
 }
-# As many as the quadratics of five experts' coefficients have terms, and trade-offs.
-ENOUGH = {"evaluations": 23, "trade_offs": 2}
+# As many as the quadratics of five experts' coefficients have terms, and trade-offs; the experts and a child.
+ENOUGH = {"map": {"evaluations": 23, "trade_offs": 2}, "m2n2": {"evaluations": 7}}
 # Of a run's coefficients there are tests elsewhere.
 OWN = [method for method in all_methods().values() if not method.is_modifier and method.name != "coefficients"]
 ON_FACTORS = [method.name for method in OWN if method.prepare and "low_rank" in method.prepare.gives]
@@ -88,7 +88,7 @@ def test_every_method_ends_with_the_base_s_files(method, look_alikes, tmp_path, 
         arguments += flags(base, **{name: cache / folder for name, folder in experts})
     else:
         arguments += ["--cache_dir", cache]
-    quick = {**QUICK, **(ENOUGH if method.name == "map" else {})}
+    quick = {**QUICK, **ENOUGH.get(method.name, {})}
     arguments += [word for name, value in quick.items() if name in method.options for word in (f"--{name}", value)]
     if "coefficients" in method.needs:
         arguments += ["--log_with", "none"]

@@ -34,6 +34,7 @@ ON_FACTORS = [name for name, method in METHODS.items() if method.prepare and "lo
 # What a run of a method needs beside the usual.
 OPTIONS = {
     "evo": ["--evaluations", 5, "--population", 4],
+    "m2n2": ["--evaluations", 6],
     "map": ["--evaluations", 12, "--trade_offs", 2],
     "consensus": ["--method", "task_arithmetic"],
     "svc": ["--method", "task_arithmetic"],

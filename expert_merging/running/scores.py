@@ -48,17 +48,31 @@ class Score(Protocol[Item]):
         ...
 
 
-@torch.no_grad()
 def score_by_task(score: Score[Item], model: Any, items: Sequence[Item]) -> ByTask:
     """Mean numbers of a model over the items of each task, tasks in the order of their first item."""
-    numbers: dict[str, list[list[float]]] = {}
-    for item, found in zip(items, score.measure(model, items), strict=True):
-        numbers.setdefault(item.task, []).append([float(number) for number in found])
+    return means_by_task(score.names, items, score_items(score, model, items))
+
+
+@torch.no_grad()
+def score_items(score: Score[Item], model: Any, items: Sequence[Item]) -> list[list[float]]:
+    """Numbers of a model for each item."""
+    return [[float(number) for number in found] for found in score.measure(model, items)]
+
+
+def means_by_task(names: Sequence[str], items: Sequence[HasTask], numbers: Sequence[Sequence[float]]) -> ByTask:
+    """Mean numbers over the items of each task, tasks in the order of their first item.
+
+    Args:
+        names: what the numbers are called.
+        items: the items.
+        numbers: of each item, as `score_items` gives them.
+    """
+    rows: dict[str, list[Sequence[float]]] = {}
+    for item, found in zip(items, numbers, strict=True):
+        rows.setdefault(item.task, []).append(found)
     return {
-        task: {
-            name: sum(column) / len(column) for name, column in zip(score.names, zip(*rows, strict=True), strict=True)
-        }
-        for task, rows in numbers.items()
+        task: {name: sum(column) / len(column) for name, column in zip(names, zip(*own, strict=True), strict=True)}
+        for task, own in rows.items()
     }
 
 
@@ -113,11 +127,13 @@ class ExpertDivergence:
         score: distance from the experts.
         targets: the samples, with what their experts say about them; made once.
         base: the base's numbers.
+        base_items: the base's divergence on each sample.
     """
 
     score: Objective
     targets: Sequence[Target]
     base: ByTask
+    base_items: Sequence[float]
 
     @classmethod
     def beside(cls, base_model: Any, targets: Sequence[Target], batch_tokens: int = 1) -> ExpertDivergence:
@@ -132,9 +148,10 @@ class ExpertDivergence:
             InputError: the base and an expert agree, so that there is nothing to compare with.
         """
         score = distance((), batch_tokens)
-        base = score_by_task(score, base_model, targets)
+        items = score_items(score, base_model, targets)
+        base = means_by_task(score.names, targets, items)
         require_distance(base)
-        return cls(score, targets, base)
+        return cls(score, targets, base, [found[score.names.index("divergence")] for found in items])
 
     @property
     def record(self) -> dict[str, dict[str, float]]:
@@ -143,8 +160,15 @@ class ExpertDivergence:
 
     def by_task(self, model: Any) -> dict[str, float]:
         """The share of each task."""
-        shares = relative_to_base(score_by_task(self.score, model, self.targets), self.base)
-        return {task: numbers["divergence"] for task, numbers in shares.items()}
+        return self.by_task_and_item(model)[0]
+
+    def by_task_and_item(self, model: Any) -> tuple[dict[str, float], list[float]]:
+        """The share of each task, and of each sample; 1 for a sample on which base and expert agree."""
+        items = score_items(self.score, model, self.targets)
+        shares = relative_to_base(means_by_task(self.score.names, self.targets, items), self.base)
+        place = self.score.names.index("divergence")
+        own = [row[place] / base if base > 0 else 1.0 for row, base in zip(items, self.base_items, strict=True)]
+        return {task: numbers["divergence"] for task, numbers in shares.items()}, own
 
     def __call__(self, model: Any) -> float:
         """The mean share over tasks."""

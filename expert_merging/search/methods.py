@@ -8,7 +8,7 @@ from expert_merging.context import Context
 from expert_merging.learned.methods import learns
 from expert_merging.method import AT_MOST_TWO, SAMPLES, TABLE, Preparation, Prepare, register
 from expert_merging.methods.interpolation import interpolate
-from expert_merging.search.options import MapOptions, SearchOptions, StableOptions
+from expert_merging.search.options import MapOptions, NicheOptions, SearchOptions, StableOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,3 +85,21 @@ def adamms(task_vectors: Tensor, t: float) -> Tensor:
     """
     merged: Tensor = interpolate(task_vectors, t=t)
     return merged
+
+
+# Pairs are drawn at random, expert by expert in their order.
+@learns(options=NicheOptions, promises=frozenset(), family_defaults=("samples_per_task",))
+def m2n2(context: Context, **options: object) -> Preparation:
+    """Descendants of the experts, mixed before and after a split point (Abrantes et al., 2025, arXiv 2508.16204).
+
+    M2N2: every question is a resource that all models that answer it share, so that a model lives by what few others
+    can do; and one pairs with another that can do what it cannot. The original mixes weights along the arc between two
+    models, split at any entry. Here task vectors are mixed, which are far enough apart to have an arc, and a split
+    falls between two tensors. Nothing is mutated, as in the original for language models.
+
+    Raises:
+        InputError: options, calibration files or tracker cannot be used.
+    """
+    from expert_merging.search.m2n2 import prepare
+
+    return prepare(context, NicheOptions(**options))  # type: ignore[arg-type]

@@ -51,6 +51,17 @@ class MapOptions(ScoringOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NicheOptions(ScoringOptions):
+    """How many models compete.
+
+    Args:
+        archive: models that are kept at a time; the experts are the first.
+    """
+
+    archive: Annotated[int, Interval("[2, inf)")] = 20
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions(ScoringOptions):
     """How coefficients are searched for.
 

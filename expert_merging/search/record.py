@@ -32,12 +32,14 @@ class Evaluation:
         tasks: its score in every task, the lower the better.
         over: how these become one.
         seconds: what it took, where time is limited.
+        items: its score for every sample or question, where a search goes by them.
     """
 
     candidate: tuple[float, ...]
     tasks: Mapping[str, float]
     over: OverTasks = "mean"
     seconds: float = 0.0
+    items: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -84,6 +86,7 @@ class Record:
                     {task: math.nan if value is None else float(value) for task, value in entry["tasks"].items()},
                     self.over,
                     float(entry.get("seconds", 0.0)),
+                    tuple(math.nan if value is None else float(value) for value in entry.get("items", ())),
                 )
                 for entry in content
             ]
@@ -126,11 +129,16 @@ class Record:
             write_atomically(self.file, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
     def _entry(self, evaluation: Evaluation) -> dict[str, Any]:
-        tasks = {task: value if math.isfinite(value) else None for task, value in evaluation.tasks.items()}
-        score = evaluation.score if math.isfinite(evaluation.score) else None
+        tasks = {task: _known(value) for task, value in evaluation.tasks.items()}
         return {
-            "score": score,
+            "score": _known(evaluation.score),
             "tasks": tasks,
             "coefficients": dict(zip(self.names, evaluation.candidate, strict=True)),
             **({"seconds": evaluation.seconds} if evaluation.seconds else {}),
+            **({"items": [_known(value) for value in evaluation.items]} if evaluation.items else {}),
         }
+
+
+def _known(value: float) -> float | None:
+    """The value, where JSON has such a number."""
+    return value if math.isfinite(value) else None

@@ -14,7 +14,20 @@ from expert_merging.learned.parametrisations import Layout
 from expert_merging.learned.task_vectors import TaskVectors
 from expert_merging.questions.labelled import Question
 from expert_merging.running.answers import Asker
-from expert_merging.running.scores import score_by_task
+from expert_merging.running.scores import means_by_task, score_items
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How good a model is.
+
+    Args:
+        tasks: its score in every task, the lower the better.
+        items: the same for every sample or question.
+    """
+
+    tasks: Mapping[str, float]
+    items: Sequence[float] = ()
 
 
 class Judge(Protocol):
@@ -25,8 +38,8 @@ class Judge(Protocol):
         """What its scores are shares of, for the record of a result."""
         ...
 
-    def by_task(self, model: Any) -> dict[str, float]:
-        """Its score in every task, the lower the better."""
+    def by_task_and_item(self, model: Any) -> tuple[Mapping[str, float], Sequence[float]]:
+        """Its score in every task, the lower the better, and for every sample or question."""
         ...
 
 
@@ -47,10 +60,11 @@ class WrongAnswers:
         """How many questions there are."""
         return {"questions": len(self.questions)}
 
-    def by_task(self, model: Any) -> dict[str, float]:
-        """The share of each task, in [0, 1]."""
-        found = score_by_task(self.asker, model, self.questions)
-        return {task: 1 - numbers["accuracy"] / 100 for task, numbers in found.items()}
+    def by_task_and_item(self, model: Any) -> tuple[dict[str, float], list[float]]:
+        """The share of each task, in [0, 1], and 1 for each question with a wrong answer, else 0."""
+        wrong = [[1 - points / 100] for (points,) in score_items(self.asker, model, self.questions)]
+        found = means_by_task(("wrong",), self.questions, wrong)
+        return {task: numbers["wrong"] for task, numbers in found.items()}, [share for (share,) in wrong]
 
 
 class Scorer:
@@ -80,8 +94,8 @@ class Scorer:
         self.live = LiveModel(model, task_vectors, self.vector, file_name)
         self.judge = judge
 
-    def score(self, coefficients: Mapping[str, Tensor]) -> dict[str, float]:
-        """Scores of the merged model, by task.
+    def score(self, coefficients: Mapping[str, Tensor]) -> Judgement:
+        """How good the merged model is.
 
         Args:
             coefficients: ``(experts, 1)`` by parameter name.
@@ -90,7 +104,7 @@ class Scorer:
             for name in self.vector.places:
                 self.vector.view(self.vector.raw, name).copy_(coefficients[name])
         self.live.rebuild()
-        return self.judge.by_task(self.live.model)
+        return Judgement(*self.judge.by_task_and_item(self.live.model))
 
     def close(self) -> None:
         """Let go of the model."""

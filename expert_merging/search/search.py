@@ -29,6 +29,9 @@ from expert_merging.search.settings import Settings, memory_notes
 
 logger = logging.getLogger(__name__)
 
+# Of coefficients; where there are more of them, nobody looks at each.
+_MOST_CURVES = 64
+
 
 def prepare_search(context: Context, settings: Settings, about: str) -> Preparation:
     """A search as the work to be done.
@@ -72,6 +75,7 @@ class Search:
     def run(self) -> Coefficients:
         """Search, save the best coefficients in the run folder and return them."""
         options = self.settings.options
+        self.settings.measure()
         scorer = self._gather()
         start_tracker(self.accelerator, self.context, first=1)  # the points of an earlier part are written again
         if self.resumed:
@@ -130,16 +134,19 @@ class Search:
         """Evaluations of candidates, at most one a process, in all processes."""
         from accelerate.utils import gather_object
 
-        own, begun = candidates[self.accelerator.process_index :][:1], time.monotonic()
-        over = self.settings.options.over_tasks
-        found = [
-            Evaluation(candidate, scorer.score(self.space.coefficients(candidate)), over, time.monotonic() - begun)
-            for candidate in own
-        ]
-        gathered: list[Evaluation] = gather_object(found)
+        own = candidates[self.accelerator.process_index :][:1]
+        gathered: list[Evaluation] = gather_object([self._judge(scorer, candidate) for candidate in own])
         # What they take together is shared among them, and noted where it matters: results are else the same anywhere.
         together = 0.0 if self.settings.options.minutes is None else max(one.seconds for one in gathered)
         return [replace(one, seconds=together / len(gathered)) for one in gathered]
+
+    def _judge(self, scorer: Scorer, candidate: Candidate) -> Evaluation:
+        """The evaluation of a candidate."""
+        begun = time.monotonic()
+        found = scorer.score(self.space.coefficients(candidate))
+        items = tuple(found.items) if self.settings.by_item else ()
+        over = self.settings.options.over_tasks
+        return Evaluation(candidate, found.tasks, over, time.monotonic() - begun, items)
 
     def _note(self, evaluation: Evaluation, advance: Advance) -> None:
         """Count an evaluation and show it."""
@@ -149,9 +156,9 @@ class Search:
         advance(1, f"best {self.best.score:.4g}")
         report = {"score/candidate": evaluation.score, "score/best": self.best.score}
         report |= {f"task_score/{task}": value for task, value in evaluation.tasks.items()}
-        report |= {
-            f"coefficient/{name}": value for name, value in zip(self.space.names, evaluation.candidate, strict=True)
-        }
+        if self.space.size <= _MOST_CURVES:
+            named = zip(self.space.names, evaluation.candidate, strict=True)
+            report |= {f"coefficient/{name}": value for name, value in named}
         self.accelerator.log(report, step=len(self.evaluated))
 
     def _tell(self, before: str, after: str) -> None:
@@ -173,7 +180,7 @@ class Search:
         if self._is_over:
             reasons = [*reasons, f"{self.settings.options.minutes:g} minutes are over"]
         logger.info(
-            "best score %.4g after %d evaluations (the start has %.4g; %s)%s",
+            "best score %.4g after %d evaluations (the first has %.4g; %s)%s",
             best.score,
             len(self.evaluated),
             self.evaluated[0].score,

@@ -34,12 +34,16 @@ class Settings:
         basis: what candidates are scored by.
         space: what their numbers are.
         search: moves them.
+        by_item: the search goes by scores of single samples or questions.
+        measure: what is done before the model is loaded.
     """
 
     options: ScoringOptions
     basis: Basis
     space: Space
     search: Searcher
+    by_item: bool = False
+    measure: Callable[[], None] = lambda: None
 
 
 def check(context: Context, options: ScoringOptions) -> Basis:

@@ -50,8 +50,9 @@ class Space:
     def coefficients(self, candidate: Sequence[float]) -> dict[str, Tensor]:
         """A candidate's coefficients by the tensor's name, ``(experts, 1)`` float32 each."""
         rows = torch.tensor(candidate, dtype=torch.float32).view(len(self.order), len(self.experts), 1)
+        places = {group: place for place, group in enumerate(self.order)}
         # Each has memory of its own, as a file of tensors needs.
-        return {name: rows[self.order.index(group)].clone() for name, group in self.groups.items()}
+        return {name: rows[places[group]].clone() for name, group in self.groups.items()}
 
 
 def make_space(plan: Plan, kind: str) -> Space:
@@ -62,8 +63,10 @@ def make_space(plan: Plan, kind: str) -> Space:
 
     Args:
         plan: the checkpoints.
-        kind: ``experts`` or ``depth``.
+        kind: ``experts``, ``depth`` or ``tensors``.
     """
+    if kind == "tensors":
+        return Space(tuple(plan.experts), {name: name for name in plan.merged}, tuple(plan.merged))
     if kind == "experts":
         groups = dict.fromkeys(plan.merged, _WHOLE)
     else:

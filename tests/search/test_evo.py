@@ -18,7 +18,7 @@ from expert_merging.errors import InputError
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.run import Run
 from expert_merging.search.front import Point, draw_front, load_front
-from expert_merging.search.score import Scorer
+from expert_merging.search.score import Judgement, Scorer
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import contents, merge, merge_plainly, merged, refusal, refused
@@ -225,7 +225,7 @@ def test_an_expert_that_is_the_base_is_refused(command, tiny_zoo, tmp_path, caps
 
 
 def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Scorer, "score", lambda *_: {"Chat": float("nan")})
+    monkeypatch.setattr(Scorer, "score", lambda *_: Judgement({"Chat": float("nan")}))
     assert refusal(capsys, *command, "--output_path", tmp_path / "out").startswith(
         "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread"
     )
@@ -233,7 +233,7 @@ def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monke
 
 def test_a_candidate_without_numbers_is_never_the_best(command, tmp_path, monkeypatch):
     scores = iter([0.9, 0.5, float("nan"), 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6])
-    monkeypatch.setattr(Scorer, "score", lambda *_: {"Chat": next(scores)})
+    monkeypatch.setattr(Scorer, "score", lambda *_: Judgement({"Chat": next(scores)}))
     run = merged(tmp_path, *command)
     assert "generation 1: best score 0.5, best so far 0.5 after 5 of 10 evaluations" in run.log.read_text()
     assert load_coefficients(run.folder).provenance["score"] == 0.5
