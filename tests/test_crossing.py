@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from expert_merging.backbone import load_tokenizer
+from expert_merging.questions import crossing
 from expert_merging.questions.calibration import Sample
 from expert_merging.questions.crossing import crossed, token_pieces
 from tests.checkpoints import save_tokenizer
@@ -18,7 +21,8 @@ def sample(question: str, *pictures: str, task: str = "T", identity: str = "0") 
 OWN = [sample("abcd", identity="0"), sample("efgh", identity="1"), sample("ijkl", identity="2")]
 
 
-def test_they_begin_like_one_question_and_go_on_like_another():
+def test_they_begin_like_one_question_and_go_on_like_another(monkeypatch):
+    monkeypatch.setattr(crossing, "_MUTATED", 0)
     found = crossed(OWN, 12, list, 0)
     questions = [one.question for one in found]
     assert len(set(questions)) == 12
@@ -36,10 +40,24 @@ def test_they_begin_like_one_question_and_go_on_like_another():
     assert len({one.identity for one in found}) == 12
 
 
-def test_the_seed_and_the_task_decide_and_there_may_be_fewer_than_wanted():
+def test_some_of_what_differs_between_questions_is_brought_to_other_places():
+    """Three tenths of it; what all questions have in common stays."""
+    own = [sample(f"<{word}={number}>") for word, number in (("abcdefgh", 1), ("ijklmnop", 2), ("qrstuvwx", 3))]
+    found = [one.question for one in crossed(own, 400, list, 0)]
+    assert len(found) == 400
+    assert all(question[0] == "<" and question[9] == "=" and question[11:] == ">" for question in found)
+    assert {letter for question in found for letter in question} == set("<abcdefghijklmnopqrstuvwx=123>")
+    there = [{one.question[place] for one in own} for place in range(12)]
+    away = [sum(letter not in own for letter, own in zip(question, there, strict=True)) for question in found]
+    assert sum(away) / (9 * 400) == pytest.approx(0.3 * 24 / 27, abs=0.03)
+
+
+def test_the_seed_and_the_task_decide_and_there_may_be_fewer_than_wanted(monkeypatch):
     assert crossed(OWN, 5, list, 1) == crossed(OWN, 5, list, 1) != crossed(OWN, 5, list, 2)
     both = crossed([*OWN, *(replace(one, task="U") for one in OWN)], 4, list, 1)
     assert [one.task for one in both] == ["T"] * 4 + ["U"] * 4
+    assert len(crossed([sample("ab"), sample("cb")], 9, list, 0)) == 0
+    monkeypatch.setattr(crossing, "_MUTATED", 0)
     assert [one.question for one in crossed([sample("ab"), sample("cd")], 9, list, 0)] in (["ad", "cb"], ["cb", "ad"])
     assert crossed([sample("a"), sample("b")], 3, list, 0) == []
 

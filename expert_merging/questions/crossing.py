@@ -1,7 +1,8 @@
-"""Further questions out of a task's own: the beginning of one, and the rest of another from the same place on.
+"""Further questions out of a task's own: the beginning of one, the rest of another, and some pieces from elsewhere.
 
 Questions of a task are built alike, so most of what comes out is a question of the task too, and what is not still
-shows how its expert behaves near them. Experts answer anything, and nothing but their behaviour is learned.
+shows how its expert behaves near them. Experts answer anything, and nothing but their behaviour is learned. Pieces from
+elsewhere, crossing and mutation of genetic algorithms, bring what a few questions have at one place to all others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Drawings for each question that is wanted, after which there are no more.
 _ATTEMPTS = 20
+# Share of the pieces that differ between a task's questions for which others of them are put.
+_MUTATED = 0.3
 
 
 def crossed(samples: Sequence[Sample], count: int, pieces: Callable[[str], list[str]], seed: int) -> list[Sample]:
@@ -48,12 +51,14 @@ def _of_task(
     own: Sequence[Sample], count: int, pieces: Callable[[str], list[str]], draw: random.Random
 ) -> list[Sample]:
     known = {(sample.question, sample.images) for sample in own}
+    cut = {sample.question: pieces(sample.question) for sample in own}
+    mutated = _mutation([*cut.values()], draw)
     made: list[Sample] = []
     for _ in range(_ATTEMPTS * count):
         if len(made) == count:
             break
         first, second = draw.sample(own, 2)
-        question = _cross(pieces(first.question), pieces(second.question), draw)
+        question = "".join(mutated(_cross(cut[first.question], cut[second.question], draw)))
         pictures = draw.choice((first, second)).images
         if MARK in first.question + second.question:
             question, pictures = first.question, second.images
@@ -66,10 +71,25 @@ def _of_task(
     return made
 
 
-def _cross(first: list[str], second: list[str], draw: random.Random) -> str:
+def _cross(first: list[str], second: list[str], draw: random.Random) -> list[str]:
     shorter = min(len(first), len(second))
     cut = draw.randrange(1, shorter) if shorter > 1 else 0
-    return "".join([*first[:cut], *second[cut:]])
+    return [*first[:cut], *second[cut:]]
+
+
+def _mutation(questions: Sequence[list[str]], draw: random.Random) -> Callable[[list[str]], list[str]]:
+    """What changes some pieces of a question; what all questions of the task have at a place stays there."""
+    at = [set(pieces) - {None} for pieces in itertools.zip_longest(*questions)]
+    varied = {place for place, pieces in enumerate(at) if len(pieces) > 1}
+    others = [pieces[place] for pieces in questions for place in sorted(varied) if place < len(pieces)]
+
+    def mutate(pieces: list[str]) -> list[str]:
+        return [
+            draw.choice(others) if place in varied and draw.random() < _MUTATED else piece
+            for place, piece in enumerate(pieces)
+        ]
+
+    return mutate
 
 
 def token_pieces(tokenizer: Any) -> Callable[[str], list[str]]:

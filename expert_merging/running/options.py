@@ -42,7 +42,8 @@ class ComparingOptions(SampleOptions):
     """How models are compared with the experts.
 
     Args:
-        synthesize: further questions per task, each the beginning of one of its questions and the rest of another.
+        synthesize: further questions per task, each the beginning of one of its questions and the rest of another, with
+            some pieces from elsewhere in them.
         batch_tokens: tokens, padding included, that go through a model together; a sample that has more goes alone. By
             default at most 2048, and as many as take a tenth of the device's memory while learning.
     """
