@@ -10,7 +10,6 @@ import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from expert_merging.roles import is_matrix
 # for all of them.
 _MANY = 32
 
-# How many coefficients an expert has for a tensor.
-Fineness = Literal["layer", "chunk", "row", "column", "direction", "rank"]
 # Along what they are, where that is no run of entries.
 _AXES = {"column": "columns", "direction": "singular", "rank": "singular"}
 
@@ -40,9 +37,7 @@ def chunk_count(elements: int, wanted: int) -> int:
     return math.ceil(elements / chunk_length(elements, wanted)) if elements else 1
 
 
-def choose_chunks(
-    parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: Fineness = "layer"
-) -> dict[str, int]:
+def choose_chunks(parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: str = "layer") -> dict[str, int]:
     """Number of chunks of each tensor: what the last matching pattern says (0: not trained), or the parametrisation.
 
     Args:
@@ -76,15 +71,13 @@ def choose_chunks(
     return chunks
 
 
-def _of_matrix(part: Part, parametrisation: Fineness) -> int:
+def _of_matrix(part: Part, parametrisation: str) -> int:
     rows, columns = part.shape
     smaller = min(rows, columns)
     return {"row": rows, "column": columns, "direction": smaller, "rank": smaller}.get(parametrisation, 1)
 
 
-def choose_axes(
-    parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: Fineness = "layer"
-) -> dict[str, str]:
+def choose_axes(parts: Iterable[Part], patterns: Mapping[str, int], parametrisation: str = "layer") -> dict[str, str]:
     """Tensors whose coefficients are not those of chunks, with what they are along; the others as `choose_chunks` says.
 
     Args:
