@@ -84,13 +84,12 @@ class SharedMask(CoefficientVector):
         return torch.sigmoid((self.raw + self.noise) / self._TEMPERATURE)
 
     def draw(self, seed: str | None) -> None:
-        """See `CoefficientVector.draw`; every process draws the same."""
-        if seed is None:
-            self.noise.zero_()
-            return
-        number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
-        uniform = torch.rand(self.noise.shape, generator=torch.Generator().manual_seed(number))
-        self.noise.copy_(torch.logit(uniform, eps=1e-6))
+        """See `CoefficientVector.draw`; every process draws the same, in whatever order tensors are stored."""
+        self.noise.zero_()
+        for name, place in self.places.items() if seed is not None else ():
+            number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+            uniform = torch.rand(place.stop - place.start, generator=torch.Generator().manual_seed(number))
+            self.noise[place] = torch.logit(uniform, eps=1e-6).to(self.noise.device)
 
     def coefficients(self, values: Tensor, name: str) -> Tensor:
         """See `CoefficientVector.coefficients`."""

@@ -118,6 +118,9 @@ def test_noise_follows_from_its_seed_and_goes():
     assert first().std() > 0.1
     second.draw("3/1")
     assert not first.noise.equal(second.noise)
+    other = SharedMask(Layout({"v": 2, "w": 50}, [0.3]))
+    other.draw("3/0")
+    assert other.view(other.noise, "w").equal(first.view(first.noise, "w")), "the order of tensors does not matter"
     first.draw(None)
     assert first().tolist() == [0.5] * 50
 
