@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from expert_merging.mixtures import training
+from expert_merging.mixtures.fitting import conditions
 from expert_merging.running import samples
 from tests.checkpoints import BASE, EXPERTS, perturb, tensors_of, write_tasks
 from tests.command import contents, merge, merged, refusal
@@ -151,6 +152,15 @@ def test_the_plan_and_the_record_tell_of_training(arguments, tmp_path, capsys):
     told = "Routers began as random numbers. They were then trained against the experts' own predictions."
     assert told in (run.model / "README.md").read_text()
     assert told in run.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["ridge", "embedding"])
+def test_the_report_is_of_trained_routers(router, arguments, tmp_path):
+    run = merged(tmp_path, *arguments, "--router", router, "--train_router")
+    routers = {name: tensor for name, tensor in tensors_of(run.model).items() if name.endswith(".gate.weight")}
+    told = json.loads((run.folder / "routing.json").read_text())["condition"]
+    assert told == pytest.approx(conditions(routers), rel=1e-3)
 
 
 @pytest.mark.slow
