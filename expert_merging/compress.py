@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,6 +121,8 @@ def _given(options: CompressOptions) -> tuple[int, Path]:
     for flag, what in (("output", "FOLDER"), ("experts", "NUMBER"), ("data_dir", "FOLDER")):
         if getattr(options, flag) is None:
             problems.add(f"--{flag} {what} is needed")
+    if options.method == "hc_smoe" and find_spec("scipy") is None:
+        problems.add("--method hc_smoe needs scipy, which clusters experts; pip install scipy")
     problems.check()
     return int(options.experts or 0), resolved(str(options.output))
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expert_merging.errors import InputError
-
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -94,16 +92,11 @@ def hc_smoe(found: LayerStatistics, count: int) -> list[Group]:
     Args:
         found: of the layer, outputs included.
         count: clusters.
-
-    Raises:
-        InputError: scipy is missing.
     """
     assert found.outputs is not None  # noqa: S101  (asked for by this method)
-    try:
-        from scipy.cluster.hierarchy import cut_tree, linkage
-        from scipy.spatial.distance import pdist
-    except ImportError:
-        raise InputError("hc_smoe needs scipy, which clusters experts; pip install scipy") from None
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import pdist
+
     tree = linkage(pdist((found.outputs / found.tokens).numpy()), method="average")
     labels = cut_tree(tree, n_clusters=count)[:, 0].tolist()
     return _groups(found, [[number for number, own in enumerate(labels) if own == label] for label in set(labels)])

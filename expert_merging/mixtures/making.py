@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from expert_merging.statistics.gram import Gram, Grams
 from expert_merging.statistics.inputs import file_of
 from expert_merging.writing import check_free_disk
 
+# By name.
+Routers: TypeAlias = "dict[str, Tensor]"
 _GRADIENTS = (
     "which expert a sample is for is found before: a backward pass of the base for each, with the gradient of one of "
     "its feed-forward tensors in memory at a time, and task vectors in memory where half of it has room for them"
@@ -93,15 +96,16 @@ class RouterMaker:
             *([_GRADIENTS] if self.by_gradient else []),
         )
 
-    def make(self, rule: Rule, unit: str) -> dict[str, Tensor]:
+    def make(self, rule: Rule, unit: str, trained: Callable[[Routers], Routers] = dict) -> Routers:
         """Routers by name; what they do is written to the run's folder and told.
 
         Args:
             rule: what merges the shared tensors.
             unit: what it is fed.
+            trained: what training makes of them.
         """
         if not self.bytes_each:
-            routers = self._of_embeddings()
+            routers = trained(self._of_embeddings())
             report(self.context, self.mixture, routers, None)
             return routers
         samples, assigned = self.samples, None
@@ -111,11 +115,11 @@ class RouterMaker:
             samples, assigned = samples.assigned(chosen), told(own, chosen)
         names, shared = [*self.mixture.inputs], (self.context, self.mixture, rule, unit)
         grams = gather_inputs(self.context, samples, names, lambda model: share(model, *shared))
-        routers = self._of_states(grams)
+        routers = trained(self._of_states(grams))
         report(self.context, self.mixture, routers, grams, assigned)
         return routers
 
-    def _of_states(self, grams: Grams) -> dict[str, Tensor]:
+    def _of_states(self, grams: Grams) -> Routers:
         device = torch.device(self.context.device)
 
         def ridge(own: Sequence[Gram], _negative: Sequence[Gram]) -> Tensor:
@@ -130,7 +134,7 @@ class RouterMaker:
         temperature = self.options.temperature
         return fitting.from_states(self.mixture, grams, rows, temperature, assigned=self.by_gradient)
 
-    def _of_embeddings(self) -> dict[str, Tensor]:
+    def _of_embeddings(self) -> Routers:
         """The same rows for every layer."""
         base, experts = self.context.plan.base, [*self.context.plan.experts]
         means = fitting.means_of_embeddings(base, self.samples, experts, OWN)

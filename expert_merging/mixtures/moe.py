@@ -83,18 +83,24 @@ def moe(context: Context, **options: Any) -> Preparation:
     assert shared is not None  # noqa: S101
 
     def work() -> Mapping[str, Any]:
-        rule, made = shared.rule(), list[Mapping[str, Any]]()
-        if maker is not None:
-            while_others_wait(lambda: made.append(maker.make(rule, shared.preparation.unit)))
-        elif chosen.kind == "zeros":
-            made.append(zero_routers(mixture))
+        rule, unit, made = shared.rule(), shared.preparation.unit, mixture.zeros()
+
+        def trained(routers: dict[str, Any]) -> dict[str, Any]:
+            return routers if trainer is None else trainer.train({**made, **routers}, rule, unit)
+
+        def make() -> None:
+            if maker is not None:
+                made.update(maker.make(rule, unit, trained))
+            elif chosen.kind == "zeros":
+                made.update(trained(zero_routers(mixture)))
+            else:
+                made.update(trained(random_routers(mixture, context.seed, deviation)))
+
+        if maker is None and trainer is None:
+            make()
         else:
-            made.append(random_routers(mixture, context.seed, deviation))
-        tensors = {**mixture.zeros(), **(made[0] if made else {})}
-        if trainer is not None:
-            unit = shared.preparation.unit
-            while_others_wait(lambda: tensors.update(trainer.train(tensors, rule, unit)))
-        return {"shared_rule": rule, "made": tensors}
+            while_others_wait(make)  # models run
+        return {"shared_rule": rule, "made": made}
 
     return Preparation(
         work,

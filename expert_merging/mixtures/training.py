@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,12 @@ class RouterTrainer:
         Raises:
             InputError: they cannot, or calibration files cannot be used.
         """
-        return cls(context, mixture, options, check_samples(context, options))
+        samples = check_samples(context, options)
+        if samples.precision == "fp16":
+            raise InputError(
+                "--train_router needs gradients, which overflow in float16; give --mixed_precision bf16 or no"
+            )
+        return cls(context, mixture, options, samples)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,7 +107,8 @@ class RouterTrainer:
     def _train(self, model: Any, targets: Sequence[Target]) -> dict[str, Tensor]:
         stored = stored_tensors(model)
         names = list(self.mixture.inputs.values())
-        routers = [model.get_parameter(stored[name][0].parameter).requires_grad_() for name in names]
+        modules = [model.get_submodule(stored[name][0].parameter.rpartition(".")[0]) for name in names]
+        routers = [module.weight.requires_grad_() for module in modules]
         # In float32 whatever the model's type is: an update may be less than what bfloat16 can tell.
         values = [router.detach().float().clone() for router in routers]
         optimizer = torch.optim.AdamW(values, lr=self.options.router_learning_rate, weight_decay=0.0)
@@ -114,7 +120,10 @@ class RouterTrainer:
         planned = list(updates(experts, self.context.seed, epochs=epochs, size=_GROUP))
         with self.context.progress("training routers", len(planned), "update") as advance:
             for update in planned:
-                self._step(model, objective, [learned[number] for number in update.samples], routers, values, optimizer)
+                group = [learned[number] for number in update.samples]
+                with _Balance(modules, self.mixture) as balance:
+                    self._backward(model, objective, balance, group)
+                self._update(routers, values, optimizer)
                 if update.ends_epoch and (loss := self._held_out(model, objective, tried)) <= best:
                     best, chosen = loss, [value.clone() for value in values]
                 advance(1)
@@ -124,32 +133,24 @@ class RouterTrainer:
             )
         return dict(zip(names, chosen, strict=True))
 
-    def _step(
-        self,
-        model: Any,
-        objective: Objective,
-        group: Sequence[Target],
-        routers: Sequence[Tensor],
-        values: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """One update by the mean loss of a group of samples."""
-        with _Balance(model, self.mixture) as balance:
-            for target in group:
-                loss = objective.losses(model, [target]).sum() + self.options.router_balance * balance.loss()
-                if not bool(torch.isfinite(loss)):
-                    raise InputError(
-                        "training routers: the loss is NaN or infinite; give a lower --router_learning_rate"
-                    )
-                torch.autograd.backward(loss / len(group))
+    def _backward(self, model: Any, objective: Objective, balance: _Balance, group: Sequence[Target]) -> None:
+        """Gradients of the routers by the mean loss of a group of samples."""
+        for target in group:
+            loss = objective.losses(model, [target]).sum() + self.options.router_balance * balance.loss()
+            if not bool(torch.isfinite(loss)):
+                raise InputError("training routers: the loss is NaN or infinite; give a lower --router_learning_rate")
+            torch.autograd.backward(loss / len(group))
+
+    @torch.no_grad()
+    def _update(self, routers: Sequence[Tensor], values: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """One step of the values, by the gradients of the routers, which become the values."""
         for value, router in zip(values, routers, strict=True):
             value.grad = torch.zeros_like(value) if router.grad is None else router.grad.float()
             router.grad = None
         torch.nn.utils.clip_grad_norm_(values, _CLIPPING)
         optimizer.step()
-        with torch.no_grad():
-            for value, router in zip(values, routers, strict=True):
-                router.copy_(value)
+        for value, router in zip(values, routers, strict=True):
+            router.copy_(value)
 
     @torch.no_grad()
     def _held_out(self, model: Any, objective: Objective, tried: Sequence[Target]) -> float:
@@ -159,15 +160,20 @@ class RouterTrainer:
 
 
 class _Balance:
-    """The load-balancing loss of what routers say while a model runs."""
+    """The load-balancing loss of what routers say while a model runs.
 
-    def __init__(self, model: Any, mixture: Mixture) -> None:
+    Args:
+        routers: the routers' modules, whose first output is their logits.
+        mixture: the mixture.
+    """
+
+    def __init__(self, routers: Sequence[torch.nn.Module], mixture: Mixture) -> None:
         self.per_token, self.experts = mixture.per_token, len(mixture.members)
         self._logits: list[Tensor] = []
-        stored = stored_tensors(model)
-        places = [stored[name][0].parameter.rpartition(".")[0] for name in mixture.inputs.values()]
-        see: Callable[..., None] = lambda _router, _given, output: self._logits.append(output[0])  # noqa: E731
-        self._hooks = [model.get_submodule(place).register_forward_hook(see) for place in places]
+        self._hooks = [router.register_forward_hook(self._see) for router in routers]
+
+    def _see(self, _router: torch.nn.Module, _given: object, output: tuple[Tensor, ...]) -> None:
+        self._logits.append(output[0])
 
     def __enter__(self) -> _Balance:
         return self

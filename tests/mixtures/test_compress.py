@@ -235,7 +235,7 @@ def test_the_command_tells_what_it_does_and_leaves_a_card(mixtures, tmp_path, ca
     assert (target / "tokenizer.json").read_bytes() == (mixtures["mixtral"] / "tokenizer.json").read_bytes()
 
 
-def test_problems_are_told_before_anything_is_written(mixtures, tiny_zoo, tmp_path, capsys):
+def test_problems_are_told_before_anything_is_written(mixtures, tiny_zoo, tmp_path, capsys, monkeypatch):
     mixtral, target = mixtures["mixtral"], tmp_path / "new"
     given = arguments(mixtures, "mixtral", target)
     assert refusal(capsys, "compress", mixtral) == [
@@ -243,6 +243,11 @@ def test_problems_are_told_before_anything_is_written(mixtures, tiny_zoo, tmp_pa
         "error: --experts NUMBER is needed",
         "error: --data_dir FOLDER is needed",
     ]
+    with monkeypatch.context() as patch:
+        patch.setattr("expert_merging.compress.find_spec", lambda _: None)
+        assert refusal(capsys, *given, "--experts", 3, "--method", "hc_smoe") == [
+            "error: --method hc_smoe needs scipy, which clusters experts; pip install scipy"
+        ]
     for count in (1, COUNT):
         assert refusal(capsys, *given, "--experts", count) == [
             f"error: --experts must be less than the {COUNT} that each layer has, and at least the {ACTIVE} that work "
