@@ -13,11 +13,12 @@ from expert_merging.comparing.scores_file import SetScore
 from expert_merging.learned.figures import present
 from expert_merging.learned.importance import Layer
 from expert_merging.roles import OUTSIDE
+from expert_merging.search.front import Point
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart, without black and yellow.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SIGNS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
-# Values are written into the cells of a heat map that is not wider than this.
+# Values are written into the cells of a heat map that is not wider than this, and beside points that have no more.
 _WIDEST = 12
 
 
@@ -127,6 +128,12 @@ def front_charts(runs: Sequence[Finished]) -> list[Chart]:
     return [_front(place, run) for place, run in enumerate(runs) if run.points]
 
 
+def _coefficients(point: Point) -> str:
+    """A candidate's coefficients, where they are few."""
+    few = point.coefficients if len(point.coefficients) <= _WIDEST else {}
+    return ", ".join(f"{key} {value:.3g}" for key, value in few.items())
+
+
 def _front(place: int, run: Finished) -> Chart:
     import plotly.graph_objects as go
 
@@ -137,7 +144,7 @@ def _front(place: int, run: Finished) -> Chart:
         "evaluated": [point for point in run.points if not point.number],
     }
     for number, (name, points) in enumerate(groups.items()):
-        told = [", ".join(f"{key} {value:.3g}" for key, value in point.coefficients.items()) for point in points]
+        told = [_coefficients(point) for point in points]
         figure.add_scatter(
             name=name,
             x=[point.tasks[tasks[0]] for point in points],

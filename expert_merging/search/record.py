@@ -74,6 +74,7 @@ class Record:
     def __init__(self, file: Path, names: Sequence[str], over: OverTasks = "mean") -> None:
         self.file, self.names, self.over = file, list(names), over
         self.evaluations = self._read() if file.exists() else []
+        self._lines = [json.dumps(self._entry(evaluation), allow_nan=False) for evaluation in self.evaluations]
 
     def _read(self) -> list[Evaluation]:
         content = read_json(self.file, advice="move it away to search from the beginning")
@@ -124,9 +125,9 @@ class Record:
             save: write the file, so that they need not be made again.
         """
         self.evaluations += evaluations
+        self._lines += [json.dumps(self._entry(evaluation), allow_nan=False) for evaluation in evaluations]
         if save:
-            lines = [json.dumps(self._entry(evaluation), allow_nan=False) for evaluation in self.evaluations]
-            write_atomically(self.file, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+            write_atomically(self.file, ("[\n" + ",\n".join(self._lines) + "\n]\n").encode())
 
     def _entry(self, evaluation: Evaluation) -> dict[str, Any]:
         tasks = {task: _known(value) for task, value in evaluation.tasks.items()}

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Of coefficients; where there are more of them, nobody looks at each.
 _MOST_CURVES = 64
+# Options that may put candidates too far from the base.
+_FAR = ("scaling_coefficient", "initial_spread")
 
 
 def prepare_search(context: Context, settings: Settings, about: str) -> Preparation:
@@ -173,10 +175,9 @@ class Search:
         best = self.best
         if best is None or not math.isfinite(best.score):
             finish_trackers(self.accelerator)
-            raise InputError(
-                "no candidate's predictions are numbers; lower --scaling_coefficient and --initial_spread, or use "
-                "--mixed_precision no"
-            )
+            found = [f"--{name}" for name in _FAR if hasattr(self.settings.options, name)]
+            lower = f"lower {' and '.join(found)}, or " if found else ""
+            raise InputError(f"no candidate's predictions are numbers; {lower}use --mixed_precision no")
         if self._is_over:
             reasons = [*reasons, f"{self.settings.options.minutes:g} minutes are over"]
         logger.info(

@@ -91,7 +91,13 @@ def test_the_base_has_divergence_1_and_an_expert_0_on_its_task(targets, answered
             sum(float(distance(()).losses(base, [target])[0, 0]) for target in targets if target.task == task) / 2
             for task in shares
         ]
-    by_task = divergence.by_task(base)
+    by_task, items = divergence.by_task_and_item(base)
+    with torch.no_grad():
+        moved = [float(distance(()).losses(base, [target])[0, 0]) for target in targets]
+    before = load(answered_zoo / BASE)
+    with torch.no_grad():
+        at_first = [float(distance(()).losses(before, [target])[0, 0]) for target in targets]
+    assert items == pytest.approx([now / then for now, then in zip(moved, at_first, strict=True)], rel=1e-4)
     wanted = [value / divergence.base[task]["divergence"] for task, value in zip(shares, expected, strict=True)]
     assert list(by_task.values()) == pytest.approx(wanted, rel=1e-5)
     assert divergence(base) == pytest.approx(sum(wanted) / 3, rel=1e-5)

@@ -378,7 +378,7 @@ def questions(tiny_zoo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     for task in ("Chat", "Math"):
         entries = [
-            {"question": f"{task} question {number}?", "choices": ["a", "b"], "answer": "ab"[number % 2]}
+            {"question": f"{task} question {number}?", "choices": ["a", "b"], "answer": "ab"[number % 4 == 3]}
             for number in range(8)
         ]
         (folder / f"{task}.json").write_text(json.dumps(entries))

@@ -12,9 +12,9 @@ import torch
 
 from expert_merging.learned.coefficients import load_coefficients
 from expert_merging.search.niches import Archive, _child, compete, crossed
-from expert_merging.search.score import Scorer
+from expert_merging.search.score import Judgement, Scorer
 from tests.checkpoints import BASE, EXPERTS, tensors_of
-from tests.command import merge, merged, refused
+from tests.command import merge, merged, refusal, refused
 from tests.search.test_evo import KilledError, check_same, evaluations_of, killed, score_plainly
 
 SIZES = (3, 5, 2, 7)
@@ -194,6 +194,27 @@ def test_the_written_model_has_the_best_score(whole_run, tiny_zoo, answered):
         torch.testing.assert_close(tensors_of(whole_run.model)[name], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_children_follow_from_weights_and_scores(whole_run, tiny_zoo):
+    """The same search, with inner products from the files and points from the scores that were recorded."""
+    evaluations = evaluations_of(whole_run)
+    base, experts = tensors_of(tiny_zoo / BASE), [tensors_of(tiny_zoo / place) for place in EXPERTS.values()]
+    names = list(load_coefficients(whole_run.folder).values)
+    products, sizes, asked = [], [], []
+    for name in names:
+        task_vectors = [(expert[name] - base[name]).double().flatten() for expert in experts]
+        products.append([[float(one @ other) for other in task_vectors] for one in task_vectors])
+        sizes.append(base[name].numel())
+
+    def points(candidates):
+        asked.extend(candidates)
+        return [[max(0, min(1, 1 - score)) for score in evaluations[len(asked) - 1]["items"]]]
+
+    compete(points, 3, sizes, np.array(products), archive=4, evaluations=12, seed=0)
+    for candidate, entry in zip(asked, evaluations, strict=True):
+        recorded = [entry["coefficients"][f"{expert}/{name}"] for name in names for expert in EXPERTS]
+        assert candidate == pytest.approx(recorded, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_an_interrupted_search_ends_the_same(command, whole_run, tmp_path, monkeypatch):
     score, asked = Scorer.score, []
@@ -214,7 +235,7 @@ def test_an_interrupted_search_ends_the_same(command, whole_run, tmp_path, monke
 def test_answers_to_single_questions_are_what_models_compete_for(command, tiny_zoo, answered, tmp_path):
     for task in ("Chat", "Math"):
         entries = [
-            {"question": f"{task} question {number}?", "choices": ["a", "b"], "answer": "ab"[number % 2]}
+            {"question": f"{task} question {number}?", "choices": ["a", "b"], "answer": "ab"[number % 4 == 3]}
             for number in range(4)
         ]
         (tmp_path / f"{task}.json").write_text(json.dumps(entries))
@@ -223,6 +244,13 @@ def test_answers_to_single_questions_are_what_models_compete_for(command, tiny_z
         assert set(entry["items"]) <= {0.0, 1.0}
         for place, task in enumerate(("Chat", "Math")):
             assert sum(entry["items"][4 * place : 4 * place + 4]) / 4 == entry["tasks"][task]
+
+
+def test_candidates_without_numbers_are_refused(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Scorer, "score", lambda *_: Judgement({"Chat": math.nan}, (math.nan, 0.5)))
+    assert refusal(capsys, *command, "--output_path", tmp_path / "out") == (
+        "no candidate's predictions are numbers; use --mixed_precision no"
+    )
 
 
 def test_numbers_that_leave_no_room_are_refused(command, tmp_path, capsys):

@@ -108,6 +108,7 @@ def test_the_front_of_scores_is_what_pairs_of_them_say():
     expected = [place for place, own in enumerate(scores) if place != 7 and not beaten(own)]
     firsts = [place for place in expected if scores[place] not in [scores[one] for one in expected if one < place]]
     assert front_of(scores) == firsts
+    assert front_of([(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)]) == [0, 1]
     assert front_of([]) == front_of([(math.inf, 0.0)]) == []
 
 
