@@ -50,9 +50,9 @@ def save_mixture(folder: Path, kind: str, *, scale: float = 20.0, **changes: obj
     return folder
 
 
-def save_zoo(cache: Path, kind: str, *, change: float = 0.03) -> Path:
-    """A mixture and three fine-tunes of it, under the published names."""
-    save_mixture(cache / BASE, kind)
+def save_zoo(cache: Path, kind: str, *, change: float = 0.03, **changes: object) -> Path:
+    """A mixture and three fine-tunes of it, under the published names; ``changes`` overrides settings."""
+    save_mixture(cache / BASE, kind, **changes)
     for number, folder in enumerate(EXPERTS.values()):
         perturb(cache / BASE, cache / folder, 1 + number, change=change)
     return cache

@@ -292,3 +292,17 @@ def test_a_mixture_that_computes_nan_is_refused(mixtures, tmp_path, capsys):
     given = ["compress", source, "--output", tmp_path / "new", "--data_dir", mixtures["dataset"], "--experts", 2]
     assert refusal(capsys, *given) == ["error: the mixture computes NaN or infinite values in layer 1"]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_layers_without_experts_stay_as_they_are(mixtures, tmp_path):
+    source = save_mixture(tmp_path / "source", "qwen3_moe", mlp_only_layers=[1])
+    given = {**mixtures, "qwen3_moe": source}
+    target, record = compressed(given, "qwen3_moe", tmp_path / "new", "--experts", 3)
+    assert list(record["layers"]) == ["0", "2"]
+    before, after = tensors_of(source), tensors_of(target)
+    dense = [name for name in before if ".1.mlp." in name]
+    assert len(dense) == 3
+    assert all(torch.equal(after[name], before[name]) for name in dense)
+    report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)[1]
+    assert not any(report.values()), report

@@ -137,6 +137,16 @@ def test_harc_changes_routers_as_the_plain_twin_and_nothing_else(kind, zoos, tmp
     assert all(ROUTER.match(name) or torch.equal(others[name], unchanged[name]) for name in unchanged)
 
 
+@pytest.mark.slow
+def test_harc_leaves_layers_without_experts_alone(tmp_path):
+    zoo = save_zoo(tmp_path / "zoo", "qwen3_moe", mlp_only_layers=[1])
+    write_tasks(zoo / "dataset", responses=RESPONSES)
+    run = merged(tmp_path / "out", *given(zoo))
+    plain = tensors_of(merged(tmp_path / "plain", "--cache_dir", zoo, "--method", "task_arithmetic").model)
+    changed = {name for name, tensor in tensors_of(run.model).items() if not torch.equal(tensor, plain[name])}
+    assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 2)}
+
+
 def test_harc_goes_on_with_the_layer_that_is_missing(zoos, tmp_path, monkeypatch):
     arguments = given(zoos("mixtral"))
     expected = contents(merged(tmp_path / "whole", *arguments).model)
