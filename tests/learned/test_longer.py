@@ -15,8 +15,8 @@ from expert_merging.learned.state import StateFolder, TrainingState
 from expert_merging.learned.trainer import Trainer
 from expert_merging.run import Run
 from expert_merging.verify import verify
-from tests.checkpoints import EXPERTS, write_tasks
-from tests.command import merge, refusal
+from tests.checkpoints import EXPERTS, tensors_of, write_tasks
+from tests.command import assert_same_bytes, merge, merged, refusal
 
 # What tells of time and of the machine, or keeps on what there was before.
 APART = (
@@ -244,3 +244,22 @@ def test_the_plan_says_that_a_run_goes_on(learn, capsys):
     learn("--num_epochs", 2, "--dry_run")
     assert "goes on with the finished run after its epoch 1\n" in capsys.readouterr().out
     assert not run.longer.work.exists()
+
+
+OTHER_KINDS = {
+    "columns": ["--method", "dam"],
+    "singular directions": ["--parametrisation", "direction"],
+    "a mask with noise": ["--method", "concrete_ta"],
+    "steps of their own": ["--method", "fw_hard", "--gradient_accumulation_steps", 3],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_every_kind_of_coefficients_and_steps_learns_longer(kind, answered_zoo, tmp_path):
+    given = ["--cache_dir", answered_zoo, "--data_dir", answered_zoo / "dataset", "--samples_per_task", 1]
+    given += ["--run_name", "r", *OTHER_KINDS[kind]]
+    merged(tmp_path / "first", *given, "--num_epochs", 1)
+    longer = merged(tmp_path / "first", *given, "--num_epochs", 3)
+    whole = merged(tmp_path / "whole", *given, "--num_epochs", 3)
+    assert_same_bytes(tensors_of(longer.model), tensors_of(whole.model))
