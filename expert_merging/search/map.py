@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,8 @@ def _search(
     evaluated = evaluate([start, *(tuple(map(float, row)) for row in drawn)])
     if len(evaluated) < sampled:
         return ()
+    if sum(map(_has_numbers, evaluated)) < terms(len(start)):
+        return ("too few candidates have scores that are numbers, so no quadratics were fitted",)
     model = _fitted(evaluated, link)
     tell(f"quadratics fitted to {sampled} candidates", "")
     found = foretold(model, start, highest=options.highest_coefficient, seed=seed)
@@ -73,6 +76,10 @@ def _search(
     evaluate([found[place] for place in spread_out(expected, best, options.trade_offs)])
     tell("trade-offs that the quadratics foretell", "")
     return ()
+
+
+def _has_numbers(evaluation: Evaluation) -> bool:
+    return all(map(math.isfinite, evaluation.tasks.values()))
 
 
 def _check_budget(options: MapOptions, size: int) -> None:

@@ -123,12 +123,30 @@ def test_a_search_whose_time_is_over_fits_nothing():
     assert _search(MapOptions(), (0.3,) * 3, "softplus", lambda candidates: [], 0, lambda *_: None) == ()
 
 
+@pytest.mark.parametrize("usable", [0, 9, pytest.param(10, marks=pytest.mark.slow)])
+def test_where_too_few_candidates_have_scores_nothing_is_fitted(usable):
+    asked = []
+
+    def evaluate(candidates):
+        asked.extend(candidates)
+        scores = [true_scores(one) for one in candidates]
+        return [
+            Evaluation(one, own if place < usable else {"A": math.nan, "B": 0.1})
+            for place, (one, own) in enumerate(zip(candidates, scores, strict=True))
+        ]
+
+    reasons = _search(MapOptions(evaluations=14, trade_offs=2), (0.3,) * 3, "softplus", evaluate, 0, lambda *_: None)
+    wanted = ("too few candidates have scores that are numbers, so no quadratics were fitted",)
+    assert (reasons, len(asked)) == ((wanted, 12) if usable < 10 else ((), 14))
+
+
 @pytest.fixture(scope="session")
 def command(tiny_zoo, answered):
     given = ["--method", "map", "--cache_dir", tiny_zoo, "--data_dir", answered, "--samples_per_task", 2]
     return [*given, "--log_with", "none", "--evaluations", 14, "--trade_offs", 3, "--highest_coefficient", 0.8]
 
 
+@pytest.mark.slow
 def test_the_written_model_has_the_best_score(command, tiny_zoo, answered, tmp_path):
     run = merged(tmp_path, *command)
     evaluations = evaluations_of(run)
