@@ -50,14 +50,14 @@ def test_drawing_again_gives_the_same_files(tmp_path):
 def test_titles_name_the_run_and_cells_have_values_whatever_the_names(tmp_path, monkeypatch):
     """A dollar sign in a name begins no formula."""
     drawn = []
-    finish = figures._finish
+    finish = figures.finish_figure
 
     def note(figure, *arguments):
         picture = finish(figure, *arguments)
         drawn.append(figure)
         return picture
 
-    monkeypatch.setattr(figures, "_finish", note)
+    monkeypatch.setattr(figures, "finish_figure", note)
     save_history([], [[0, [[0.5], [0.25]]], [1, [[0.75], [0.25]]]], ("$x^", "y_{"), ("0",), tmp_path)
     pictures = draw_all(make_layers(), tmp_path, "expert_merging $\\bad{run$")
     assert "over_time" in pictures
