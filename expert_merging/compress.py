@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expert_merging.console import say
 from expert_merging.documents import resolved
-from expert_merging.errors import Problems
+from expert_merging.errors import InputError, Problems
 from expert_merging.flags import Count
 from expert_merging.running.options import SampleOptions
 from expert_merging.writing import check_free_disk, check_new_folder, making_folder, write_atomically
@@ -153,6 +153,8 @@ def _check(
     limit_threads()
     folder = Path(str(options.data_dir))
     tasks = find_tasks(folder, ()) if folder.is_dir() else {}
+    if folder.is_dir() and not tasks:
+        raise InputError(f"--data_dir {folder} holds no TASK.json and no TASK.jsonl")
     context = Context(
         plan=Plan(mixture.base, {NAME: mixture.base}, ()),
         backbone=family_of(found, options.family),

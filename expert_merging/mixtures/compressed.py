@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from expert_merging.checkpoints.checkpoint import Checkpoint, Entry
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError, Problems, first_of
 from expert_merging.mixtures.layouts import MIXTURES, PARTS, Names
 from expert_merging.outputs import Computed, Copied, Made, Output, Slot, Source, shards
 
@@ -60,7 +60,8 @@ class StoredMixture:
         """The mixture in a folder.
 
         Raises:
-            InputError: it is none, or its experts are stacked, or layers have different numbers of them.
+            InputError: it is none, layers have different numbers of experts, or these are more than their matrices, or
+                stacked.
         """
         if base.model_type not in MIXTURES:
             raise InputError(
@@ -79,13 +80,28 @@ class StoredMixture:
             problems.add(f"config.json of {base.folder} has num_experts_per_tok {per_token!r}, which is no number")
         problems.check()
         found = cls(base, names, dict(sorted(routers.items())), counts.pop(), per_token)
-        missing = [name for name in found.places if name not in base.entries]
-        if missing:
+        found._check_tensors()
+        return found
+
+    def _check_tensors(self) -> None:
+        """Check that experts are their matrices, each a tensor, and nothing else.
+
+        Raises:
+            InputError: they are not.
+        """
+        folder, places = self.base.folder, self.places
+        if missing := [name for name in places if name not in self.base.entries]:
             raise InputError(
-                f"{base.folder} lacks {missing[0]}: experts must have tensors of their own; if they are stacked, load "
+                f"{folder} lacks {missing[0]}: experts must have tensors of their own; if they are stacked, load "
                 "the folder with transformers 5 and save it again"
             )
-        return found
+        own = re.compile(rf"model\.layers\.\d+\.{re.escape(self.names.block)}\.(experts|gate)\..*")
+        known = {*places, *self.routers.values()}
+        if other := sorted(name for name in self.base.entries if own.fullmatch(name) and name not in known):
+            raise InputError(
+                f"{folder} has {first_of(other, 1)} beside the routers' rows and the matrices of {self.experts} "
+                "experts in each layer, and they cannot be left out one by one"
+            )
 
     def check(self, count: int) -> None:
         """Check that it can have so many experts in a layer.
@@ -93,6 +109,11 @@ class StoredMixture:
         Raises:
             InputError: it cannot.
         """
+        if self.per_token >= self.experts:
+            raise InputError(
+                f"{self.base.folder} has {self.experts} experts in each layer, and by its config.json "
+                f"{self.per_token} work on a token, so there are none to leave out"
+            )
         if not self.per_token <= count < self.experts:
             raise InputError(
                 f"--experts must be less than the {self.experts} that each layer has, and at least the "

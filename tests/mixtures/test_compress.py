@@ -255,6 +255,10 @@ def test_problems_are_told_before_anything_is_written(mixtures, tiny_zoo, tmp_pa
         ]
     (told,) = refusal(capsys, *given, "--experts", 3, "--data_dir", tmp_path / "none")
     assert "does not exist" in told
+    (empty := tmp_path / "empty").mkdir()
+    assert refusal(capsys, *given, "--experts", 3, "--data_dir", empty) == [
+        f"error: --data_dir {empty} holds no TASK.json and no TASK.jsonl"
+    ]
     dense = tiny_zoo / "Mistral-7B-v0.1"
     assert refusal(capsys, "compress", dense, *given[2:], "--experts", 2) == [
         f"error: {dense} has the model_type 'mistral', and mixtures that can be compressed are mixtral, olmoe, "
@@ -276,11 +280,22 @@ def test_mixtures_in_another_form_are_refused(mixtures, tmp_path, capsys):
     uneven = {**tensors, "model.layers.1.block_sparse_moe.gate.weight": torch.ones(2, 32)}
     save_file(uneven, source / SINGLE, metadata={"format": "pt"})
     assert refusal(capsys, *given) == [f"error: {source} has layers with 2 and 4 experts"]
+    more = {**tensors, "model.layers.0.block_sparse_moe.experts.3.w1.bias": torch.ones(5)}
+    save_file(more, source / SINGLE, metadata={"format": "pt"})
+    assert refusal(capsys, *given) == [
+        f"error: {source} has model.layers.0.block_sparse_moe.experts.3.w1.bias beside the routers' rows and the "
+        "matrices of 4 experts in each layer, and they cannot be left out one by one"
+    ]
     save_file(tensors, source / SINGLE, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": "two"}))
     assert refusal(capsys, *given) == [
         f"error: config.json of {source} has num_experts_per_tok 'two', which is no number"
+    ]
+    (source / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": COUNT}))
+    assert refusal(capsys, *given) == [
+        f"error: {source} has {COUNT} experts in each layer, and by its config.json {COUNT} work on a token, so there "
+        "are none to leave out"
     ]
 
 
