@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from expert_merging.flags import read_options
+from expert_merging.learned.options import Fineness
 from expert_merging.methods.wudi import RankRule
 from expert_merging.mixtures.options import FITTED, router_of
 from expert_merging.options import Resolved
@@ -29,6 +30,7 @@ _LEFT_OUT = (
     ("negative_prompts", "router", (*FITTED, "random", "zeros")),
     ("ridge", "router", ("prompts", "embedding", "random", "zeros")),
     ("highest_coefficient", "algorithm", ("cma",)),
+    ("initial_rank_ratio", "parametrisation", tuple(kind for kind in get_args(Fineness) if kind != "rank")),
     ("question_samples", "questions", (None,)),
     ("cumulative_share", "rank_rule", tuple(rule for rule in get_args(RankRule) if rule != "cumulative")),
 )

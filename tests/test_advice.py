@@ -110,6 +110,11 @@ def idle(*arguments):
             ["ignored with --rank_rule participation_sqrt: --cumulative_share"],
         ),
         (["--method", "aswudi", "--cumulative_share", "0.5", "--rank_rule", "cumulative"], []),
+        (
+            ["--method", "adarank", "--parametrisation", "column", "--initial_rank_ratio", "0.5"],
+            ["ignored with --parametrisation column: --initial_rank_ratio"],
+        ),
+        (["--method", "adarank", "--initial_rank_ratio", "0.5"], []),
         (["--method", "ties", "--log_with", "none"], ["ignored, since ties learns nothing: --log_with"]),
         (["--method", "regmean", "--log_with", "none"], ["ignored, since regmean learns nothing: --log_with"]),
         (["--method", "adamerging", "--log_with", "none"], []),

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def read_description(zoo: Path, family_name: str = "mistral") -> dict[str, Any]:
-    """What ``zoo`` holds, which should be of a family.
+def read_description(zoo: Path, family_name: str = "mistral", seed: int = 0) -> dict[str, Any]:
+    """What ``zoo`` holds, which should be of a family and a seed.
 
     Raises:
         InputError: There is no zoo, or it is not complete; the message says which command builds it.
     """
     path = zoo / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"there is no zoo in {zoo}; build it with: python -m zoo build {family_name} --output {zoo}")
+        command = f"python -m zoo build {family_name} --seed {seed} --output {zoo}"
+        raise InputError(f"there is no zoo in {zoo}; build it with: {command}")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     missing = [name for name in _model_names(description).values() if not (zoo / name).is_dir()]
     if missing:

@@ -35,7 +35,7 @@ def sweep(family: Family, seed: int, draw: int, more: Sequence[str]) -> int:
     from expert_merging.commands.main import main
 
     zoo = default_folder(family.name, seed)
-    read_description(zoo, family.name)
+    read_description(zoo, family.name, seed)
     places = [*family.places(zoo), "--data_dir", str(questions_of(zoo, draw)), "--questions", str(zoo / "test")]
     config = ["--family", family.backbone.name, "--config", str(ROOT / "zoo" / f"{family.name}.yaml")]
     return main(["sweep", *more, *config, *places, "--seed", str(seed)])
@@ -53,7 +53,10 @@ def questions_of(zoo: Path, draw: int) -> Path:
     for file in sorted((zoo / "dataset").glob("*.json")):
         entries = json.loads(file.read_text(encoding="utf-8"))
         if len(entries) < (draw + 1) * DRAWN:
-            raise InputError(f"--draw {draw}: {file} has {len(entries)} questions, {DRAWN} for a draw")
+            most = max(0, len(entries) // DRAWN - 1)
+            raise InputError(
+                f"--draw {draw}: {file} has {len(entries)} questions, {DRAWN} for a draw; give --draw {most} at most"
+            )
         entries = entries[draw * DRAWN : (draw + 1) * DRAWN]
         for entry in entries:
             if "image_path" in entry:

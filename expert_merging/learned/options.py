@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from expert_merging.errors import InputError
-from expert_merging.flags import BelowOne, Count, CountOrNone, Factor, Fraction, Interval, NotNegative, Positive
+from expert_merging.flags import BelowOne, Count, CountOrNone, Factor, Fraction, Interval, NotNegative, Positive, Share
 from expert_merging.parts import Part
 from expert_merging.running.options import ComparingOptions
 
@@ -210,10 +210,30 @@ class RankOptions(EntropyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions(EntropyOptions):
-    """Options of concrete subspace learning."""
+    """Options of concrete subspace learning.
+
+    Args:
+        scaling_coefficient: what the mask multiplies, one number for all experts or a list with one per expert, which
+            is not learned; by default the family's.
+    """
 
     parametrisation: Fineness = "row"
     learning_rate: Positive = 0.1
+
+    @property
+    def free(self) -> bool:
+        """See `TrainingOptions.free`; the mask alone is bounded."""
+        return True
+
+    def chunks(self, parts: Iterable[Part]) -> dict[str, int]:
+        """See `TrainingOptions.chunks`."""
+        found = super().chunks(parts)
+        if max(found.values()) == 1:
+            raise InputError(
+                "a mask with one number for each tensor leaves task arithmetic as it is, so there is nothing to learn; "
+                "give --parametrisation row or column, or more chunks in --coeffs_size_dict"
+            )
+        return found
 
     def vector(self, layout: Layout, device: torch.device) -> CoefficientVector:
         """See `TrainingOptions.vector`."""
@@ -251,11 +271,14 @@ class FrankWolfeOptions(LikelihoodOptions):
     """Options of Frank-Wolfe merging.
 
     Args:
+        scaling_coefficient: coefficients at which the first gradient is taken, one for all experts or a list with one
+            per expert; by default the family's.
         granularity: whether every tensor chooses its expert (layer), or all choose one together (task).
         learning_rate: share of the way to the chosen expert that the first update goes; the later ones go 2 / (t + 2)
             of it.
     """
 
+    scaling_coefficient: Share | list[Share | None] | None = 0.3
     granularity: Literal["layer", "task"] = "layer"
     num_epochs: Count = 10
     patience: Count = 10

@@ -131,7 +131,8 @@ def _initial_values(options: TrainingOptions, directions: Directions, context: C
     each = given if isinstance(given, list) else [given] * count
     values = [default if value is None else value for value in each]
     least = -1 if options.signed else 0
-    outside = [value for value in values if directions.bounded and not least < value < 1]
+    bounded = directions.bounded and not options.free
+    outside = [value for value in values if bounded and not least < value < 1]
     if outside:
         raise InputError(
             "--scaling_coefficient is the initial value of learned coefficients and must lie strictly between "

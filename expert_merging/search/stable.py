@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Each point is a merge and answers all questions; a step that makes more has been mistyped.
+_MOST_POINTS = 1000
+# In the plan.
+_MOST_TOLD = 20
+
 
 def prepare(context: Context, options: StableOptions, method: Method) -> Preparation:
     """Check experts, samples and grid; answering and choosing is the work to be done.
@@ -54,8 +59,9 @@ def prepare(context: Context, options: StableOptions, method: Method) -> Prepara
             chosen = _choose(context, asked, grid, method)
         return {"t": from_main_process(chosen)}
 
+    told = grid if len(grid) <= _MOST_TOLD else [*grid[:3], "...", grid[-1]]
     note = (
-        f"the way from the first model to the last is cut at {', '.join(grid)}, and each point answers "
+        f"the way from the first model to the last is cut at {len(grid)} points ({', '.join(told)}), and each answers "
         f"{len(asked.samples)} questions"
     )
     return Preparation(work, asked.inputs, (note,))
@@ -65,13 +71,18 @@ def grid_of(options: StableOptions) -> list[str]:
     """The points, from the first model on, as texts.
 
     Raises:
-        InputError: there is none that has two neighbours.
+        InputError: there is none that has two neighbours, or there are very many.
     """
     count = int(options.largest_t / options.t_step + 1e-9) + 1
     if count < 3:
         raise InputError(
             f"--t_step {options.t_step:g} leaves no point between 0 and --largest_t {options.largest_t:g} that has a "
             "neighbour on both sides; give a smaller step"
+        )
+    if count > _MOST_POINTS:
+        raise InputError(
+            f"--t_step {options.t_step:g} makes {count} points up to --largest_t {options.largest_t:g}, each a "
+            f"merge that answers all questions; give a step that makes at most {_MOST_POINTS}"
         )
     return [f"{number * options.t_step:.6g}" for number in range(count)]
 

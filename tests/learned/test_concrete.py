@@ -13,7 +13,7 @@ from expert_merging.learned.options import MaskOptions
 from expert_merging.learned.parametrisations import Layout, Parametrisation
 from expert_merging.parts import Part
 from tests.checkpoints import BASE, EXPERTS, tensors_of
-from tests.command import merge, merged
+from tests.command import merge, merged, refusal
 from tests.learned.training import make_trainer, make_twin
 from tests.learned.twin import Example, Twin
 
@@ -138,3 +138,23 @@ def test_the_checkpoint_has_the_rows_behind_the_mask_and_can_be_written_again(an
     assert merge(*again, "--coefficients", run.folder) == 0
     written = tmp_path / "coefficients" / "again" / "model" / "model.safetensors"
     assert written.read_bytes() == (run.model / "model.safetensors").read_bytes()
+
+
+def test_a_mask_of_one_number_for_each_tensor_is_refused_and_any_coefficient_is_taken(answered_zoo, tmp_path, capsys):
+    given = ["--cache_dir", answered_zoo, "--data_dir", answered_zoo / "dataset", "--output_path", tmp_path]
+    given += ["--method", "concrete_ta", "--scaling_coefficient", 1.5]
+    for more in (["--parametrisation", "layer"], ["--coeffs_size_dict", '{"*": 1}']):
+        assert refusal(capsys, *given, *more) == (
+            "a mask with one number for each tensor leaves task arithmetic as it is, so there is nothing to learn; "
+            "give --parametrisation row or column, or more chunks in --coeffs_size_dict"
+        )
+    assert merge(*given, "--dry_run") == 0
+    assert "coefficients start at 1.5 and multiply task vectors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0, 1.5])
+def test_a_mask_begins_at_any_coefficient(first):
+    options, layout = MaskOptions(), Layout({"w": 4, "v": 0}, [first], bounded=False)
+    values = options.vector(layout, torch.device("cpu")).by_name()
+    assert values["w"].tolist() == [pytest.approx([first] * 4)]
+    assert values["v"].tolist() == [[first]]

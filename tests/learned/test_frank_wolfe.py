@@ -9,7 +9,7 @@ from expert_merging.learned.frank_wolfe import FrankWolfe, FrankWolfeTrainer, co
 from expert_merging.learned.options import FrankWolfeOptions
 from expert_merging.learned.parametrisations import CoefficientVector, Layout
 from tests.checkpoints import BASE, EXPERTS, tensors_of, write_tasks
-from tests.command import flags, merged
+from tests.command import flags, merge, merged, refusal
 from tests.learned.training import make_trainer, make_twin
 
 
@@ -81,3 +81,14 @@ def test_an_expert_that_has_changed_nothing_is_never_chosen(answered_zoo, tmp_pa
     )
     ends = [any(result[name].equal(one[name]) for one in (base, math)) for name in result if "proj" in name]
     assert all(ends), "after one whole step each tensor is the base's or an expert's"
+
+
+def test_the_first_point_may_be_a_corner_and_no_point_is_outside(answered_zoo, tmp_path, capsys):
+    given = ["--cache_dir", answered_zoo, "--data_dir", answered_zoo / "dataset", "--output_path", tmp_path]
+    given += ["--method", "fw_hard", "--dry_run", "--scaling_coefficient"]
+    for corner_point, told in ((0, "0"), (1, "1"), ("[0, 1, 0]", "0, 1")):
+        assert merge(*given, corner_point) == 0
+        assert f"coefficients start at {told} and multiply task vectors" in capsys.readouterr().out
+    problem = refusal(capsys, *given, -0.1)
+    assert problem.startswith("--scaling_coefficient must be a number in [0, 1]")
+    assert problem.endswith("got -0.1")

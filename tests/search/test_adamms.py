@@ -123,7 +123,20 @@ def test_the_base_and_one_expert_are_two_models(tiny_zoo, tmp_path):
 def test_what_cannot_be_searched_is_refused(command, tiny_zoo, tmp_path, capsys):
     problem = refusal(capsys, *command, "--t_step", 0.3, "--output_path", tmp_path)
     assert problem.startswith("--t_step 0.3 leaves no point between 0 and --largest_t 0.4 that has a neighbour")
+    assert refusal(capsys, *command, "--t_step", 1e-7, "--output_path", tmp_path) == (
+        "--t_step 1e-07 makes 4000001 points up to --largest_t 0.4, each a merge that answers all questions; "
+        "give a step that makes at most 1000"
+    )
     three = [*command, "--expert", f"Code={tiny_zoo / EXPERTS['Code']}", "--output_path", tmp_path]
     problems = refused(capsys, *three, "--t_step", 0.9)
     assert problems[0].startswith("interpolation is between two experts, or between the base and one, and there are 3")
     assert problems[1].startswith("--t_step 0.9 leaves no point")
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(0.1, "5 points (0, 0.1, 0.2, 0.3, 0.4)"), (0.01, "41 points (0, 0.01, 0.02, ..., 0.4)")]
+)
+def test_the_plan_tells_the_points(step, told, command, tmp_path, capsys):
+    assert merge(*command, "--t_step", step, "--output_path", tmp_path, "--dry_run") == 0
+    line = f"the way from the first model to the last is cut at {told}, and each answers 8 questions"
+    assert line in capsys.readouterr().out

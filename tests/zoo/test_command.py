@@ -104,7 +104,8 @@ def test_runs_are_called_by_their_method(tmp_path: Path) -> None:
 
 def test_missing_zoo_is_answered_with_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = error_of(capsys, "evaluate", "--zoo", tmp_path)
-    assert line == f"there is no zoo in {tmp_path}; build it with: python -m zoo build mistral --output {tmp_path}"
+    command = f"python -m zoo build mistral --seed 0 --output {tmp_path}"
+    assert line == f"there is no zoo in {tmp_path}; build it with: {command}"
 
 
 def test_incomplete_zoo_is_answered_with_the_command(capsys: pytest.CaptureFixture[str], own_zoo: Path) -> None:

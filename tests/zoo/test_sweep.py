@@ -71,11 +71,13 @@ def test_what_is_missing_is_told(zoo, tmp_path, monkeypatch, capsys):
     file = sorted((zoo / "dataset").glob("*.json"))[0]
     file.write_text(json.dumps([{"question": str(number)} for number in range(19)]))
     assert main(["sweep", "mistral", "--draw", "1"]) == 1
-    assert capsys.readouterr().err == f"error: --draw 1: {file} has 19 questions, 10 for a draw\n"
-    monkeypatch.setattr(module, "default_folder", lambda name, seed: tmp_path / "none")
-    assert main(["sweep", "smollm2"]) == 1
     assert capsys.readouterr().err == (
-        f"error: there is no zoo in {tmp_path / 'none'}; build it with: python -m zoo build smollm2 --output "
+        f"error: --draw 1: {file} has 19 questions, 10 for a draw; give --draw 0 at most\n"
+    )
+    monkeypatch.setattr(module, "default_folder", lambda name, seed: tmp_path / "none")
+    assert main(["sweep", "smollm2", "--seed", "7"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: there is no zoo in {tmp_path / 'none'}; build it with: python -m zoo build smollm2 --seed 7 --output "
         f"{tmp_path / 'none'}\n"
     )
 
