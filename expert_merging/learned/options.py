@@ -33,7 +33,7 @@ class TrainingOptions(ComparingOptions):
     Args:
         scaling_coefficient: initial value of the coefficients, one for all experts or a list with one per expert;
             strictly between 0 and 1 (supermerge: -1 and 1), and by default the family's; for directions of a method any
-            number, and by default 1.
+            number, and by default 1 (weights: that of the mean).
         num_epochs: passes over the samples, fewer if patience ends first. With more than a finished run of the same
             run_name has, that one goes on.
         patience: epochs in a row without a better loss after which training stops; the loss is that on the held-out
@@ -271,8 +271,8 @@ class FrankWolfeOptions(LikelihoodOptions):
     """Options of Frank-Wolfe merging.
 
     Args:
-        scaling_coefficient: coefficients at which the first gradient is taken, one for all experts or a list with one
-            per expert; by default the family's.
+        scaling_coefficient: coefficients at which the first gradient is taken, from 0 to 1, one for all experts or a
+            list with one per expert; by default the family's.
         granularity: whether every tensor chooses its expert (layer), or all choose one together (task).
         learning_rate: share of the way to the chosen expert that the first update goes; the later ones go 2 / (t + 2)
             of it.

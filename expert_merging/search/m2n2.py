@@ -26,13 +26,7 @@ def prepare(context: Context, options: NicheOptions) -> Preparation:
         InputError: every problem found.
     """
     space, plan = make_space(context.plan, "tensors"), context.plan
-    problems, basis = Problems(), None
-    with problems.collecting():
-        _check_numbers(options, len(space.experts))
-    with problems.collecting():
-        basis = check(context, options)
-    problems.check()
-    assert basis is not None  # noqa: S101  (or there was a problem)
+    basis = check(context, options, lambda: _check_numbers(options, len(space.experts)))
     products = list[Any]()
 
     def measure() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from expert_merging.context import Context
-from expert_merging.errors import InputError, Problems
+from expert_merging.errors import InputError
 from expert_merging.method import Preparation
 from expert_merging.search.evolution import Candidate
 from expert_merging.search.options import MapOptions
@@ -35,15 +35,7 @@ def prepare(context: Context, options: MapOptions) -> Preparation:
     """
     space = make_space(context.plan, options.search_space)
     start = space.start(options.scaling_coefficient)
-    problems, basis = Problems(), None
-    with problems.collecting():
-        check_pymoo("map")
-    with problems.collecting():
-        _check_budget(options, space.size)
-    with problems.collecting():
-        basis = check(context, options)
-    problems.check()
-    assert basis is not None  # noqa: S101  (or there was a problem)
+    basis = check(context, options, lambda: check_pymoo("map"), lambda: _check_budget(options, space.size))
     link: Link = "sigmoid" if basis.questions else "softplus"
 
     def search(evaluate: Evaluate, seed: int, tell: Tell) -> Sequence[str]:

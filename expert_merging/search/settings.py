@@ -46,13 +46,21 @@ class Settings:
     measure: Callable[[], None] = lambda: None
 
 
-def check(context: Context, options: ScoringOptions) -> Basis:
+def check(context: Context, options: ScoringOptions, *own: Callable[[], None]) -> Basis:
     """Check what all searches have, against experts, parameters, calibration files or questions.
+
+    Args:
+        context: the run.
+        options: the search's options.
+        own: checks that the search has besides, which come first.
 
     Raises:
         InputError: every problem found.
     """
     problems = Problems()
+    for one in own:
+        with problems.collecting():
+            one()
     with problems.collecting():
         check_tracker(context.log_with)
     with problems.collecting():

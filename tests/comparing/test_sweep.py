@@ -24,7 +24,7 @@ from expert_merging.writing import take_hold
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, write_tasks
 from tests.command import merge
-from tests.search.test_evo import score_plainly
+from tests.search.searching import score_plainly
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from expert_merging.search.automatic import COEFFICIENT, automatic
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, tensors_of
 from tests.command import assert_same_bytes, merge, merged, refusal
-from tests.search.test_evo import score_plainly
+from tests.search.searching import score_plainly
 
 AUTO = ("--scaling_coefficient", "auto")
 

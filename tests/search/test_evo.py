@@ -8,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.cli import main
 from expert_merging.commands.main import main as commands
@@ -21,8 +19,9 @@ from expert_merging.search.front import Point, draw_front, load_front
 from expert_merging.search.score import Judgement, Scorer
 from Mistral.backbone import BACKBONE
 from tests.checkpoints import BASE, EXPERTS, tensors_of
-from tests.command import contents, merge, merge_plainly, merged, refusal, refused
+from tests.command import merge, merge_plainly, merged, refusal, refused
 from tests.launching import run_together
+from tests.search.searching import KilledError, check_same, evaluations_of, killed, killed_at, score_plainly
 
 # A short search: three coefficients from a start that is not the best, in generations of four.
 OPTIONS = {"scaling_coefficient": 0.2, "evaluations": 10, "population": 4, "samples_per_task": 2, "log_with": "none"}
@@ -38,34 +37,6 @@ def command(tiny_zoo, answered):
 def whole(command, tmp_path_factory):
     """A search that nothing has interrupted."""
     return merged(tmp_path_factory.mktemp("whole"), *command)
-
-
-def evaluations_of(run):
-    return json.loads(run.evaluations.read_text(encoding="utf-8"))
-
-
-def divergences_plainly(folder, cache, data):
-    """Mean KL(expert || model) over all tokens, by task, with whole logits."""
-    tokenizer = AutoTokenizer.from_pretrained(cache / BASE)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = {}
-    for task, place in EXPERTS.items():
-        expert = AutoModelForCausalLM.from_pretrained(cache / place, dtype=torch.float32)
-        values = []
-        for entry in json.loads((data / f"{task}.json").read_text()):
-            prompt = tokenizer(entry["question"])["input_ids"]
-            response = tokenizer(entry["response"], add_special_tokens=False)["input_ids"]
-            tokens = torch.tensor([[*prompt, *response, tokenizer.eos_token_id]])
-            with torch.no_grad():
-                wanted, given = (functional.log_softmax(net(tokens).logits[0], -1) for net in (expert, model))
-            values.append((wanted.exp() * (wanted - given)).sum(-1).mean())
-        found[task] = torch.stack(values).mean().item()
-    return found
-
-
-def score_plainly(folder, cache, data):
-    base, own = (divergences_plainly(place, cache, data) for place in (cache / BASE, folder))
-    return sum(own[task] / base[task] for task in base) / len(base)
 
 
 def check_best(run, cache, data):
@@ -113,34 +84,10 @@ def test_coefficients_can_be_used_again(whole, tiny_zoo, tmp_path):
     assert (again.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
 
-class KilledError(Exception):
-    pass
-
-
-def killed(*_):
-    raise KilledError
-
-
-def check_same(run, whole):
-    """Check that two runs have left the same bytes; cards tell their names."""
-    assert run.evaluations.read_bytes() == whole.evaluations.read_bytes()
-    assert run.coefficients.read_bytes() == whole.coefficients.read_bytes()
-    first, second = (contents(one.model) for one in (run, whole))
-    assert first.pop("README.md")
-    assert second.pop("README.md")
-    assert first == second
-
-
 @pytest.mark.slow
 def test_a_search_killed_within_a_generation_continues_to_the_same_bytes(command, whole, tmp_path, monkeypatch):
     command = [*command, "--output_path", tmp_path, "--log_with", "tensorboard"]
-    score, asked = Scorer.score, []
-
-    def score_or_die(self, coefficients):
-        asked.append(coefficients)
-        return killed() if len(asked) == 8 else score(self, coefficients)
-
-    monkeypatch.setattr(Scorer, "score", score_or_die)
+    asked = killed_at(monkeypatch, 8)
     with pytest.raises(KilledError):
         merge(*command)
     run = merged(tmp_path, *command)
@@ -287,13 +234,7 @@ def test_every_trade_off_can_be_merged_later(traded, tiny_zoo, tmp_path):
 @pytest.mark.usefixtures("pictures")
 def test_trade_offs_are_drawn_and_found_again_after_an_interruption(command, traded, tmp_path, monkeypatch):
     command = [*command, *TRADING, "--output_path", tmp_path, "--log_with", "tensorboard"]
-    score, asked = Scorer.score, []
-
-    def score_or_die(self, coefficients):
-        asked.append(coefficients)
-        return killed() if len(asked) == 10 else score(self, coefficients)
-
-    monkeypatch.setattr(Scorer, "score", score_or_die)
+    asked = killed_at(monkeypatch, 10)
     with pytest.raises(KilledError):
         merge(*command)
     run = merged(tmp_path, *command)

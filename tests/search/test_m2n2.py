@@ -15,7 +15,7 @@ from expert_merging.search.niches import Archive, _child, compete, crossed
 from expert_merging.search.score import Judgement, Scorer
 from tests.checkpoints import BASE, EXPERTS, tensors_of
 from tests.command import merge, merged, refusal, refused
-from tests.search.test_evo import KilledError, check_same, evaluations_of, killed, score_plainly
+from tests.search.searching import KilledError, check_same, evaluations_of, killed_at, score_plainly
 
 SIZES = (3, 5, 2, 7)
 
@@ -217,13 +217,7 @@ def test_children_follow_from_weights_and_scores(whole_run, tiny_zoo):
 
 @pytest.mark.slow
 def test_an_interrupted_search_ends_the_same(command, whole_run, tmp_path, monkeypatch):
-    score, asked = Scorer.score, []
-
-    def score_or_die(self, coefficients):
-        asked.append(coefficients)
-        return killed() if len(asked) == 8 else score(self, coefficients)
-
-    monkeypatch.setattr(Scorer, "score", score_or_die)
+    asked = killed_at(monkeypatch, 8)
     with pytest.raises(KilledError):
         merge(*command, "--output_path", tmp_path)
     run = merged(tmp_path, *command)

@@ -15,7 +15,7 @@ from expert_merging.search.options import MapOptions
 from expert_merging.search.quadratic import fit, terms
 from expert_merging.search.record import Evaluation
 from tests.command import merged, refused
-from tests.search.test_evo import evaluations_of, score_plainly
+from tests.search.searching import evaluations_of, score_plainly
 
 # Where each of two tasks is best; its score rises with the squared distance from there.
 GOALS = {"A": (0.3, 0.6, 0.2), "B": (0.7, 0.4, 0.2)}
