@@ -90,6 +90,8 @@ def grid_of(options: StableOptions) -> list[str]:
 def _choose(context: Context, asked: Samples, grid: Sequence[str], method: Method) -> float:
     """The most stable point; the run remembers all answers, so an interrupted one goes on with the next point."""
     answers = _remembered(context, grid, len(asked.samples))
+    if answers:
+        logger.info("continuing after %d of %d points", len(answers), len(grid))
     if len(answers) < len(grid):
         _answer(context, asked, grid, method, answers)
     changed = changes([answers[point] for point in grid])

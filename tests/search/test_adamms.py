@@ -109,6 +109,7 @@ def test_an_interrupted_search_goes_on_with_the_next_point(asked, whole, command
     file.write_text(json.dumps(record))
     run = merged(tmp_path, *command)
     assert asked == [8] * (4 + 3)
+    assert "continuing after 2 of 5 points" in run.log.read_text()
     assert run.stability.read_bytes() == whole.stability.read_bytes()
     assert_same_bytes(tensors_of(run.model), tensors_of(whole.model))
 
