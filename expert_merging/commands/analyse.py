@@ -31,7 +31,8 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         run = Run(folder)
         if not run.analysis.is_dir():
             raise InputError(
-                f"{folder} has no folder {run.analysis.name}; give a finished run of a method that learns or searches"
+                f"{folder} has no folder {run.analysis.name}; give a finished run of a method that learns, or of one "
+                "that has searched for coefficients in several tasks"
             )
         searched = (run.analysis / front.FRONT).exists()
         redraw = front.redraw if searched else figures.redraw

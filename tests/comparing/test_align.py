@@ -244,4 +244,7 @@ def test_analyse_draws_a_finished_run_again(runs, capsys):
     assert len(rows) == 21
     assert sum(float(row["importance"]) for row in rows) == pytest.approx(1)
     assert main(["analyse", str(closed)]) == 1
-    assert f"{closed} has no folder analysis; give a finished run of a method that learns" in capsys.readouterr().err
+    assert (
+        f"{closed} has no folder analysis; give a finished run of a method that learns, or of one that has searched "
+        "for coefficients in several tasks"
+    ) in capsys.readouterr().err
