@@ -57,11 +57,12 @@ class Row:
         return [points for one in self.scored for _, points in sorted(one.correct.items())]
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """The row of the table; the spread is that of several sweeps."""
         low, high = (100 * end for end in interval(*self.points))
         divergence = statistics.mean(mean_of(one.divergence) for one in self.scored)
         spread = f"{min(self.means):.1f}-{max(self.means):.1f}"
-        return [f"`{self.label}`", f"{self.mean:.1f}", f"{low:.1f}-{high:.1f}", spread, f"{divergence:.2f}"]
+        shown = [spread] if len(self.scored) > 1 else []
+        return [f"`{self.label}`", f"{self.mean:.1f}", f"{low:.1f}-{high:.1f}", *shown, f"{divergence:.2f}"]
 
 
 def rows_of(sweeps: Sequence[Mapping[str, Scored]]) -> list[Row]:
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.json", help="records of sweeps")
     sweeps = read_all(parser.parse_args().sweeps)
     rows = rows_of(sweeps)
-    head = ["", "mean", "95 % interval", "worst to best", "divergence"]
+    head = ["", "mean", "95 % interval", *(["worst to best"] if len(sweeps) > 1 else []), "divergence"]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(row.cells() for row in rows))]
     lines += ["", *tests_of(rows[:BEST])]
     left = {label for sweep in sweeps for label in sweep} - {row.label for row in rows}

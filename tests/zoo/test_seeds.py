@@ -39,6 +39,14 @@ def test_means_spread_and_tests(tmp_path, monkeypatch, capsys):
     assert lines[-1] == "not in all sweeps, and left out: pcb"
 
 
+def test_one_sweep_has_no_spread(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["seeds", str(sweep(tmp_path, "first", ties=(2, 4)))])
+    seeds.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["|  | mean | 95 % interval | divergence |", "| --- | --- | --- | --- |"]
+    assert lines[2].count("|") == 5
+
+
 def test_questions_are_paired_by_their_tasks(tmp_path):
     record = Record(tmp_path / "one.json", {"seed": 1})
     points = {"A": [1.0] * 10, "B": [0.0] * 10}
