@@ -35,6 +35,8 @@ class Interval:
         return above and below
 
 
+# Float32 has hardly larger numbers, and what is computed with them is infinite.
+_LARGEST = 1e30
 # Older names of flags, which command lines and configuration files may go on using.
 RENAMED = {"rank_batches": "weight_gradients"}
 
@@ -84,6 +86,8 @@ class Option:
             hint = ""
             if "in (0, 1]" in str(error) and isinstance(value, str | int | float) and _is_percentage(value):
                 hint = f"; for {value} % write {float(value) / 100:g}"
+            elif "]" not in str(error) and _is_number(number := _parse_json(value)) and abs(number) > _LARGEST:
+                hint = f"; {_LARGEST:g} is the largest number that can be computed with"
             raise InputError(f"--{self.name} must be {error}, got {self._faulty(value)}{hint}") from None
 
     def for_experts(self, given: Mapping[str, object], experts: Sequence[str], default: Any) -> list[Any]:
@@ -202,7 +206,7 @@ def _text(value: object, annotation: Any) -> str:
 
 def _number(value: object, annotation: Any) -> float:
     parsed = _parse_json(value)
-    if _is_number(parsed):
+    if _is_number(parsed) and abs(parsed) <= _LARGEST:
         return float(parsed)
     raise _refused(annotation)
 

@@ -125,6 +125,8 @@ def test_texts_become_values(annotation, text, value):
         (dict[str, Count], "5", "a JSON object of whole numbers in [1, inf) by name, got 5"),
         (Fraction, "0", "a number in (0, 1], got 0"),
         (Fraction, "80", "a number in (0, 1], got 80; for 80 % write 0.8"),
+        (float, "-1e31", "a number, got -1e31; 1e+30 is the largest number that can be computed with"),
+        (Positive, 1e39, "a number in (0, inf), got 1e+39; 1e+30 is the largest number that can be computed with"),
         (Fraction, 12.5, "a number in (0, 1], got 12.5; for 12.5 % write 0.125"),
         (Fraction, "800", "a number in (0, 1], got 800"),
     ],
