@@ -24,6 +24,7 @@ from torch import Tensor
 from expert_merging.context import Context
 from expert_merging.errors import InputError
 from expert_merging.learned.epochs import hold_out, updates
+from expert_merging.learned.optimizer import PUBLISHED_CLIPPING
 from expert_merging.machine import show_size
 from expert_merging.mixtures.in_memory import live_mixture
 from expert_merging.mixtures.options import MixtureOptions
@@ -36,8 +37,8 @@ from expert_merging.running.tensor_files import write_tensors
 from expert_merging.stored import stored_tensors
 
 logger = logging.getLogger(__name__)
-# Samples in an update, and the norm that gradients are clipped to, as for coefficients.
-_GROUP, _CLIPPING = 8, 1.0
+# Samples in an update, as for coefficients.
+_GROUP = 8
 _FOLDER, _FILE = "routers", "trained.safetensors"
 
 
@@ -147,7 +148,7 @@ class RouterTrainer:
         for value, router in zip(values, routers, strict=True):
             value.grad = torch.zeros_like(value) if router.grad is None else router.grad.float()
             router.grad = None
-        torch.nn.utils.clip_grad_norm_(values, _CLIPPING)
+        torch.nn.utils.clip_grad_norm_(values, PUBLISHED_CLIPPING)
         optimizer.step()
         for value, router in zip(values, routers, strict=True):
             router.copy_(value)

@@ -83,7 +83,7 @@ def _prepare(method: Method, context: Context, **options: Any) -> Preparation:
     own = {name: options[name] for name in method.options} | {COEFFICIENT: start}
     asked = check_samples(context, given, batch_tokens=None)
     inner = method.prepared(context, own)
-    kept = kept_bytes(context.plan, inner.unit)
+    kept = 0 if remembered(context.run) else kept_bytes(context.plan, inner.unit)
     if kept and not context.run.is_complete:
         check_free_disk(context.run.folder, kept + mirror_of(context.plan).size)
 

@@ -92,15 +92,17 @@ def amounts(done: Ended | subprocess.CompletedProcess[str]) -> list[tuple[int, i
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "options", "together"),
     [
-        ("expert_merging", []),
-        ("expert_merging", ["--directions", "svd", "--parametrisation", "row", "--learning_rate", 0.05]),
-        ("expert_merging", ["--parametrisation", "direction", "--learning_rate", 0.05]),
-        ("expert_merging++", []),
+        ("expert_merging", [], []),
+        ("expert_merging", ["--directions", "svd", "--parametrisation", "row", "--learning_rate", 0.05], []),
+        ("expert_merging", ["--parametrisation", "direction", "--learning_rate", 0.05], []),
+        ("expert_merging", ["--parametrisation", "direction", "--learning_rate", 0.05], ["--shard"]),
+        ("expert_merging", ["--parametrisation", "rank", "--learning_rate", 0.05], ["--shard"]),
+        ("expert_merging++", [], []),
     ],
 )
-def test_two_processes_learn_what_one_learns(method, options, tiny_zoo, tmp_path):
+def test_two_processes_learn_what_one_learns(method, options, together, tiny_zoo, tmp_path):
     """Uneven groups: 15 samples in groups of 8 and 7 for two processes; the drawn seed is shared."""
     given = [
         "--method",
@@ -114,7 +116,8 @@ def test_two_processes_learn_what_one_learns(method, options, tiny_zoo, tmp_path
         6,
     ]
     given = [str(argument) for argument in [*given, "--run_name", "r", "--device", "cpu", "--output_path"]]
-    done = run_together(2, main, BACKBONE, [*given, str(tmp_path / "two"), "--seed", "-1"], folder=tmp_path)
+    both = [*given, str(tmp_path / "two"), "--seed", "-1", *together]
+    done = run_together(2, main, BACKBONE, both, folder=tmp_path)
     assert done.codes == (0, 0), done.stderr
     assert "in 2 processes" in done.stdout
     two = tmp_path / "two" / method / "r"

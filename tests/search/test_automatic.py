@@ -100,8 +100,12 @@ def test_the_room_for_merged_tensors_is_told_and_checked(common, tmp_path, capsy
     assert told in " ".join(capsys.readouterr().out.split())
     assert merge("--method", "task_arithmetic", *given) == 0
     assert "until it is chosen" not in capsys.readouterr().out
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size + 1000))
+    room = sum(file.stat().st_size for file in (common[1] / BASE).iterdir()) + size // 2  # for the result, not for both
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
     assert "make room or choose another --output_path" in refusal(capsys, "--method", "svd", *given)
+    monkeypatch.setattr(module, "remembered", lambda _: 0.5)
+    assert merge("--method", "svd", *given) == 0
+    assert "until it is chosen" not in capsys.readouterr().out
 
 
 def test_what_has_no_coefficient_or_runs_models_is_refused(common, tmp_path, capsys):
