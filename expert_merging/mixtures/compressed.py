@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
     from expert_merging.mixtures.grouping import Group
 
-# How many experts work on a token where config.json leaves it to transformers.
-_PER_TOKEN = {"mixtral": 2, "qwen2_moe": 4, "qwen3_moe": 8, "olmoe": 8}
-_COUNTS = ("num_local_experts", "num_experts")
+# What some config.json have beside, or in place of, their kind's own setting.
+_COUNTS = {"num_local_experts", "num_experts"}
 
 
 class Place(NamedTuple):
@@ -72,7 +71,7 @@ class StoredMixture:
         pattern = re.compile(rf"model\.layers\.(\d+)\.{re.escape(names.block)}\.gate\.weight")
         routers = {int(match[1]): name for name in base.entries if (match := pattern.fullmatch(name))}
         counts = {base.entries[name].shape[0] for name in routers.values()}
-        per_token = base.config.get("num_experts_per_tok", _PER_TOKEN[base.model_type])
+        per_token = base.config.get("num_experts_per_tok", names.usual_per_token)
         problems = Problems()
         if len(counts) != 1:
             problems.add(f"{base.folder} has layers with {' and '.join(map(str, sorted(counts))) or 'no'} experts")
@@ -139,8 +138,7 @@ class StoredMixture:
     def config(self, count: int) -> dict[str, Any]:
         """Its ``config.json`` with so many experts."""
         config = dict(self.base.config)
-        own = _COUNTS[0] if self.base.model_type == "mixtral" else _COUNTS[1]
-        return config | {name: count for name in _COUNTS if name in config or name == own}
+        return config | dict.fromkeys([self.names.count, *_COUNTS.intersection(config)], count)
 
     def output(self, groups: Mapping[int, Sequence[Group]], **more: Any) -> Output:
         """The folder of the smaller mixture, whose routers are made by `new_routers`.

@@ -26,15 +26,19 @@ _IN_LAYER = r"model\.layers\.\d+\.self_attn\."
 
 @dataclass(frozen=True)
 class Names:
-    """What a mixture's tensors are called.
+    """What a mixture's tensors are called, and what its config.json says how many experts there are by.
 
     Args:
         block: name of what takes the place of a layer's ``mlp``.
         parts: names of an expert's matrices, by `PARTS`.
+        count: the setting with the number of experts.
+        usual_per_token: how many of them work on a token where ``num_experts_per_tok`` does not say it.
     """
 
     block: str
     parts: Mapping[str, str]
+    count: str = field(default="num_experts", kw_only=True)
+    usual_per_token: int = field(default=8, kw_only=True)
 
     def expert(self, layer: int, number: int, part: str) -> str:
         """Name of an expert's matrix."""
@@ -167,6 +171,8 @@ _mixtral = partial(
     architecture="MixtralForCausalLM",
     block="block_sparse_moe",
     parts={"gate": "w1", "down": "w2", "up": "w3"},
+    count="num_local_experts",
+    usual_per_token=2,
     homes=re.compile(rf"({_SHARED}|{_IN_LAYER}[qkvo]_proj)\.weight"),
     said=_of_mixtral,
     stale=("attention_bias", "mlp_bias"),
@@ -205,6 +211,7 @@ LAYOUTS: Mapping[str, Layout] = {
         title="Qwen2-MoE",
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
+        usual_per_token=4,
         homes=re.compile(rf"({_SHARED}|{_IN_LAYER}[qkvo]_proj)\.weight|{_IN_LAYER}[qkv]_proj\.bias"),
         implied=_QWEN_IMPLIED,
         said=_of_qwen2,
@@ -222,7 +229,7 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }
 
-# What tensors of mixtures are called whose routers are linear with a softmax, by their own model_type.
+# How mixtures are stored whose routers are linear with a softmax, by their own model_type.
 MIXTURES: Mapping[str, Names] = {**{layout.model_type: layout for layout in LAYOUTS.values()}, "olmoe": _IN_MLP}
 
 

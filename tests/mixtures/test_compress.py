@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from expert_merging.commands.main import main
 from expert_merging.compress import RECORD
 from expert_merging.mixtures.grouping import Group, LayerStatistics, hc_smoe, m_smoe, reap
+from expert_merging.mixtures.layouts import MIXTURES
 from tests.checkpoints import EXPERTS, SINGLE, tensors_of, write_tasks
 from tests.mixtures.merging import ACTIVE, CONFIGS, COUNT, save_mixture
 from tests.statistics.twin import RESPONSES, answered
@@ -321,3 +322,10 @@ def test_layers_without_experts_stay_as_they_are(mixtures, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in dense)
     report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)[1]
     assert not any(report.values()), report
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_settings_of_mixtures_are_those_of_transformers(kind):
+    config = AutoConfig.for_model(kind)
+    assert MIXTURES[kind].usual_per_token == config.num_experts_per_tok
+    assert MIXTURES[kind].count in config.to_dict()
