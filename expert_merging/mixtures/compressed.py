@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from expert_merging.mixtures.grouping import Group
 
-# What some config.json have beside, or in place of, their kind's own setting.
+# One is the kind's own; transformers writes the other in place of it for some.
 _COUNTS = {"num_local_experts", "num_experts"}
 
 
